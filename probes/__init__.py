@@ -1,0 +1,46 @@
+"""Probes: one kind of quantity each, in small classes. Add one by writing its class and its line in `ALL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stabilitylab.probes.activations import ActivationRange, ActivationScale
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
+from stabilitylab.probes.feedback import Gain
+from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
+from stabilitylab.probes.logits import Canary, Logits
+from stabilitylab.probes.weights import Drift, Update, WeightRange
+from stabilitylab.readings import Metric
+
+ALL: tuple[type[Probe[Any]], ...] = (
+    Normaliser,
+    EditLearningRates,
+    Logits,
+    ActivationScale,
+    ActivationRange,
+    Spectrum,
+    GradientNorm,
+    StableRank,
+    GradientNonfinite,
+    NormalisedInput,
+    Update,
+    Drift,
+    WeightRange,
+    Canary,
+    Gain,
+)
+"""Every probe, in the order in which an edit makes their quantities."""
+
+
+def default_probes() -> tuple[Probe[Any], ...]:
+    """One of each probe."""
+    return tuple(probe() for probe in ALL)
+
+
+def catalogue() -> tuple[Metric, ...]:
+    """The description of every metric that the probes emit."""
+    return tuple(metric for probe in ALL for metric in probe.metrics)
+
+
+__all__ = ["ALL", "Metric", "Probe", "Readings", "catalogue", "default_probes"]

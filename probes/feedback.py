@@ -1,0 +1,48 @@
+"""What feeds back: an edit that makes the next edit larger."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.readings import Metric
+
+WINDOW = 5
+"""Edits over which the growth is averaged."""
+
+
+@dataclass(frozen=True)
+class History:
+    """The last readings of a followed metric at one site, oldest first, this edit's last: float64 of shape [≤ 6]."""
+
+    values: Host
+
+
+class Gain(Probe[History]):
+    """The log growth per edit of a quantity that one edit hands on to the next."""
+
+    needs = History
+    follows = ("update.norm", "editor.input_max")
+    metrics = (
+        Metric(
+            "feedback.gain",
+            "nats per edit",
+            "linear",
+            "after",
+            "Log growth per edit: of the update's norm at a layer, of the largest normalised input at the editor. "
+            "Staying above 0 means that each edit makes the next one larger.",
+            "(log x_t − log x_{t−k}) / k, k ≤ 5",
+            "loop gain: Åström and Murray, Feedback Systems, 2nd ed., §10.1",
+        ),
+    )
+
+    def compute(self, seen: History) -> Readings:
+        """Left out while there is no earlier reading, or where either end is zero, NaN or infinite."""
+        values = seen.values[-(WINDOW + 1) :]
+        first, last = float(values[0]), float(values[-1])
+        if values.size == 1 or not np.isfinite([first, last]).all() or min(first, last) <= 0:
+            return {}
+        return {"feedback.gain": (math.log(last) - math.log(first)) / (values.size - 1)}

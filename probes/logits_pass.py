@@ -1,0 +1,101 @@
+"""A model's logits: extremes over everything, the costly statistics on the last real token only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.base import Host
+from stabilitylab.probes.weight_pass import count_nonfinite
+
+
+@dataclass(frozen=True)
+class LogitsPass:
+    """Of logits [batch, positions, vocabulary]. low, high: extremes over all. logsumexp, entropy (nats), margin
+    (largest minus second largest): of the last real token, mean over the batch. nonfinite: NaN and infinite entries.
+    """
+
+    low: float
+    high: float
+    logsumexp: float
+    entropy: float
+    margin: float
+    nonfinite: float
+
+    @classmethod
+    def from_host(cls, values: Host) -> LogitsPass:
+        """From the six numbers that `reduce_logits` packed."""
+        return cls(*(float(value) for value in values))
+
+
+@dataclass(frozen=True)
+class CanaryPass(LogitsPass):
+    """`LogitsPass` of the canary, with its distance to the stored original: agreement is the share of rows whose most
+    likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are None
+    for a canary that has no original, such as the replayed input of an edit.
+    """
+
+    agreement: float | None = None
+    kl: float | None = None
+
+
+def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The logits of each row's last real token in fp32 or above: [batch, vocabulary].
+
+    logits: [batch, positions, vocabulary] or [batch, vocabulary]. attention_mask: [batch, tokens], padding 0 on either
+    side; where it is shorter than the logits (image tokens put before the text) it is aligned to their end.
+    """
+    wide = logits.detach()
+    if wide.dim() == 2:  # noqa: PLR2004 - one row of logits per sample
+        last = wide
+    else:
+        wide = wide.reshape(-1, *wide.shape[-2:])
+        positions = wide.shape[1]
+        at = torch.full((wide.shape[0],), positions - 1, device=wide.device)
+        fits = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[0] == wide.shape[0]
+        if attention_mask is not None and fits and 0 < attention_mask.shape[1] <= positions:
+            mask = attention_mask.to(wide.device) != 0
+            places = torch.arange(mask.shape[1], device=wide.device)
+            real = torch.where(mask, places, torch.full_like(places, -1)).amax(dim=1)
+            at = torch.where(real >= 0, real + positions - mask.shape[1], at)
+        last = wide[torch.arange(wide.shape[0], device=wide.device), at]
+    return last.to(torch.float64 if last.dtype == torch.float64 else torch.float32)
+
+
+@torch.no_grad()
+def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The numbers of `LogitsPass` as a float64 tensor of shape [6] on the logits' device."""
+    wide = logits.detach()
+    low, high = torch.aminmax(wide)
+    low, high = low.double(), high.double()
+    last = last_token_logits(logits, attention_mask).double()
+    log_probability = torch.log_softmax(last, dim=-1)
+    # 0 · log 0 is 0: a token with logit −inf is allowed and certain not to come.
+    entropy = -torch.special.xlogy(log_probability.exp(), log_probability.exp()).sum(dim=-1)
+    top = torch.topk(last, k=min(2, last.shape[-1]), dim=-1).values
+    margin = top[:, 0] - top[:, -1]
+    return torch.stack(
+        [
+            low,
+            high,
+            torch.logsumexp(last, dim=-1).mean(),
+            entropy.mean(),
+            margin.mean(),
+            count_nonfinite(wide, low, high),
+        ]
+    )
+
+
+@torch.no_grad()
+def reduce_canary(logits: Tensor, attention_mask: Tensor | None, original: Tensor) -> Tensor:
+    """The numbers of `CanaryPass` as a float64 tensor of shape [8]. original: last-token logits [batch, vocabulary]."""
+    last = last_token_logits(logits, attention_mask).double()
+    before, now = torch.log_softmax(original.double(), dim=-1), torch.log_softmax(last, dim=-1)
+    usable = torch.isfinite(last).all(dim=-1)
+    agrees = (last.argmax(dim=-1) == original.argmax(dim=-1)) & usable
+    probability = before.exp()
+    gap = torch.where(probability > 0, before - now, torch.zeros_like(now))
+    kl = (probability * gap).sum(dim=-1).mean()
+    return torch.cat([reduce_logits(logits, attention_mask), torch.stack([agrees.double().mean(), kl])])

@@ -1,0 +1,118 @@
+"""How large the edited weights are, how far they have moved, and how much room their dtype leaves."""
+
+from __future__ import annotations
+
+import math
+
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.readings import Metric
+
+
+def headroom_bits(largest_finite: float, magnitude: float) -> float:
+    """log2 of how many times `magnitude` may still grow: inf for 0, -inf for an infinite, NaN for a NaN magnitude."""
+    if math.isnan(magnitude):
+        return math.nan
+    if magnitude == 0:
+        return math.inf
+    return math.log2(largest_finite) - math.log2(magnitude) if math.isfinite(magnitude) else -math.inf
+
+
+def _max_abs(seen: WeightPass) -> float:
+    return math.nan if math.isnan(seen.low) or math.isnan(seen.high) else max(abs(seen.low), abs(seen.high))
+
+
+class Update(Probe[WeightPass]):
+    """The size of one edit's change."""
+
+    needs = WeightPass
+    metrics = (
+        Metric(
+            "update.norm",
+            "1",
+            "log",
+            "after",
+            "How much this edit changed the weight. Growth from edit to edit is what feeds back into NaN.",
+            "‖W_t − W_{t−1}‖_F",
+            "Rebuilding ROME (arXiv 2403.07175)",
+        ),
+    )
+
+    def compute(self, seen: WeightPass) -> Readings:
+        """From one weight pass."""
+        return {"update.norm": seen.update}
+
+
+class Drift(Probe[WeightPass]):
+    """How far the weight is from where it was before any edit."""
+
+    needs = WeightPass
+    metrics = (
+        Metric(
+            "drift.norm",
+            "1",
+            "log",
+            "after",
+            "Distance from the original weight. It grows in every sequential run; how fast is what matters.",
+            "‖W_t − W_0‖_F",
+            "PRUNE (arXiv 2405.16821); ENCORE (arXiv 2502.01636)",
+        ),
+        Metric(
+            "drift.ratio",
+            "share of ‖W_0‖",
+            "log",
+            "after",
+            "The same as a share of the original norm. Past 1 the edits outweigh what the model was trained to.",
+            "‖W_t − W_0‖_F / ‖W_0‖_F",
+            "RECT (arXiv 2401.04700)",
+        ),
+    )
+
+    def compute(self, seen: WeightPass) -> Readings:
+        """From one weight pass; the ratio is left out where W_0 is all zero."""
+        ratio = {"drift.ratio": seen.drift / seen.reference_norm} if seen.reference_norm else {}
+        return {"drift.norm": seen.drift, **ratio}
+
+
+class WeightRange(Probe[WeightPass]):
+    """The extremes of the weight against the range of its dtype."""
+
+    needs = WeightPass
+    metrics = (
+        Metric(
+            "weight.max_abs",
+            "1",
+            "log",
+            "after",
+            "The largest magnitude in the weight. A single huge entry dominates every product it takes part in.",
+            "max |W_t|",
+            "Small-scale proxies (arXiv 2309.14322)",
+        ),
+        Metric(
+            "weight.nonfinite",
+            "entries",
+            "count",
+            "after",
+            "Entries that are NaN or infinite. From the first one on, whatever uses the weight is lost.",
+            "#{W_t ∉ ℝ}",
+            "IEEE 754-2019, §6",
+        ),
+        Metric(
+            "weight.headroom_bits",
+            "bits",
+            "linear",
+            "after",
+            "How many times the largest weight can double before its live dtype overflows. Below 2 is an emergency.",
+            "log2(largest finite / max |W_t|)",
+            "IEEE 754-2019, §3.6",
+        ),
+    )
+
+    def compute(self, seen: WeightPass) -> Readings:
+        """From one weight pass."""
+        largest = _max_abs(seen)
+        return {
+            "weight.max_abs": largest,
+            "weight.nonfinite": seen.nonfinite,
+            "weight.headroom_bits": headroom_bits(seen.largest_finite, largest),
+        }

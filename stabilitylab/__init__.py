@@ -1,0 +1,49 @@
+"""A flight recorder and early-warning system for sequential model editing.
+
+>>> import stabilitylab as sl
+>>> with sl.attach(model, sites="*.fc[12]", run="runs/mend") as monitor:    # doctest: +SKIP
+...     for request in requests:
+...         with monitor.edit(label=request["prompt"]) as edit:
+...             model = edit.returns(editor.edit(model, request))
+>>> print(monitor.diagnosis())                                              # doctest: +SKIP
+
+Everything below is imported on first use: reading a run needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stabilitylab import integrations
+    from stabilitylab.analysis import Diagnosis, Finding
+    from stabilitylab.errors import StabilityLabError
+    from stabilitylab.monitor import Monitor, attach
+    from stabilitylab.run import Run, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attach": "stabilitylab.monitor",
+    "Monitor": "stabilitylab.monitor",
+    "load": "stabilitylab.run",
+    "Run": "stabilitylab.run",
+    "Diagnosis": "stabilitylab.analysis",
+    "Finding": "stabilitylab.analysis",
+    "StabilityLabError": "stabilitylab.errors",
+}
+
+__all__ = ["Diagnosis", "Finding", "Monitor", "Run", "StabilityLabError", "attach", "integrations", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module("stabilitylab.integrations")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'stabilitylab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,89 @@
+"""What the analysis says: findings with their evidence, and the diagnosis that they add up to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+Verdict = Literal["stable", "drifting", "diverging", "collapsed", "non-finite"]
+VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "collapsed", "non-finite")
+"""From best to worst."""
+
+UNKNOWN_CAUSE: Final = "unknown"
+
+
+def severity(verdict: str) -> int:
+    """0 for ``stable`` up to 4 for ``non-finite``."""
+    return VERDICTS.index(verdict)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim with its evidence.
+
+    edit: when it was established. verdict: what it alone would make of the run (``stable``: worth knowing only).
+    since: for a claim that needed several edits, the first of them; None when `edit` says it all.
+    """
+
+    rule: str
+    metric: str
+    site: str
+    edit: int
+    value: float
+    threshold: float
+    says: str
+    verdict: Verdict
+    since: int | None = None
+
+    @property
+    def start(self) -> int:
+        """The first edit that the claim is about."""
+        return self.edit if self.since is None else self.since
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a run so far.
+
+    verdict: the worst of the findings. It never gets better: it is about the run's history, not its last edit.
+    edits: how many were tried, failed ones included. onset_edit: the edit at which values begin to drift or diverge,
+    in hindsight. alarm_edit: the edit after which the verdict was first ``diverging`` or worse. first_bad_edit,
+    first_bad_site, first_bad_metric: the first reading that is non-finite, dead or past an absolute limit, by edit and
+    then by dataflow; where a run diverges without one, the drift alarm that says so. first_nonfinite_edit: the first
+    NaN or infinity; later than first_bad_edit when a limit was passed before. findings: in order of edit, then of
+    dataflow. None: not the case.
+    """
+
+    verdict: Verdict
+    edits: int
+    onset_edit: int | None
+    alarm_edit: int | None
+    first_bad_edit: int | None
+    first_bad_site: str | None
+    first_bad_metric: str | None
+    cause: str
+    cause_says: str
+    advice: str
+    findings: tuple[Finding, ...]
+    says: str
+    first_nonfinite_edit: int | None = None
+
+    def __str__(self) -> str:
+        return self.says
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; NaN and infinities become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+        plain: dict[str, Any] = json_safe(asdict(self))
+        return plain
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with every non-finite float spelled out as a string, since JSON has no token for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return value

@@ -1,0 +1,84 @@
+"""The findings of a run: each claim once, few per kind, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from stabilitylab.analysis.columns import Columns
+from stabilitylab.analysis.findings import Finding, Verdict, severity
+
+KEPT: Final = 3
+"""Sites that are reported by name for one rule and metric; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A rule's claim about one reading. group: hits of one rule and group at one site are the same claim."""
+
+    rule: str
+    group: str
+    place: int
+    value: float
+    threshold: float
+    verdict: Verdict
+    says: Callable[[str, str], str]
+    since: int | None = None
+
+
+@dataclass
+class _Group:
+    kept: list[tuple[tuple[int, ...], Finding]] = field(default_factory=list)
+    sites: set[str] = field(default_factory=set)
+
+
+class Ledger:
+    """Takes hits edit by edit; keeps the first sites of each rule and group, and counts the rest."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._groups: dict[tuple[str, str], _Group] = {}
+        self.worst: Verdict = "stable"
+
+    def add(self, edit: int, hits: Iterable[Hit]) -> None:
+        """Book the hits of one edit."""
+        for hit in sorted(hits, key=lambda hit: self._columns.order(hit.place)):
+            metric, site = self._columns.keys[hit.place]
+            group = self._groups.setdefault((hit.rule, hit.group), _Group())
+            if site in group.sites:
+                continue
+            group.sites.add(site)
+            if severity(hit.verdict) > severity(self.worst):
+                self.worst = hit.verdict
+            if len(group.kept) < KEPT:
+                finding = Finding(
+                    hit.rule, metric, site, edit, hit.value, hit.threshold, hit.says(metric, site), hit.verdict, hit.since
+                )
+                group.kept.append(((edit, *self._columns.order(hit.place)), finding))
+
+    def first_bad(self, hard_only: bool) -> Finding | None:
+        """The earliest finding that is ``diverging`` or worse, by the edit it is about and then by dataflow."""
+        bad = [
+            ((finding.start, *order[1:]), finding)
+            for group in self._groups.values()
+            for order, finding in group.kept
+            if severity(finding.verdict) >= severity("diverging") and not (hard_only and finding.rule in DRIFT_RULES)
+        ]
+        return min(bad, key=lambda item: item[0])[1] if bad else None
+
+    def findings(self) -> tuple[Finding, ...]:
+        """All kept findings in order of edit, then of dataflow; the last of a group says how many more there are."""
+        listed = []
+        for group in self._groups.values():
+            kept = list(group.kept)
+            more = len(group.sites) - len(kept)
+            if more:
+                order, last = kept[-1]
+                kept[-1] = (order, replace(last, says=f"{last.says} (The same at {more} more sites.)"))
+            listed += kept
+        return tuple(finding for _, finding in sorted(listed, key=lambda item: item[0]))
+
+
+DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink"})
+"""Rules that compare a series with its own baseline; all others are hard facts."""

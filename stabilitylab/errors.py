@@ -1,0 +1,37 @@
+"""Errors that a user can act on. Each message is one line: what is wrong, what was expected, the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StabilityLabError(Exception):
+    """Base of every error that stabilitylab raises on purpose."""
+
+
+class SiteError(StabilityLabError):
+    """A pattern or name does not lead to a layer or tensor of the model."""
+
+
+class RunError(StabilityLabError):
+    """A run folder or run file can't be made, read or trusted."""
+
+
+class RecordError(StabilityLabError):
+    """A file of edit records does not have the layout it should have."""
+
+
+class UsageError(StabilityLabError):
+    """An argument has a value that can't be used."""
+
+
+def nearest(wrong: str, valid: Iterable[str], *, n: int = 3) -> list[str]:
+    """The up to `n` valid names most like `wrong`, best first; empty when none is alike."""
+    return difflib.get_close_matches(wrong, list(valid), n=n, cutoff=0.4)
+
+
+def did_you_mean(wrong: str, valid: Iterable[str], *, n: int = 3) -> str:
+    """`"; did you mean 'a', 'b'?"` for the names nearest to `wrong`, or an empty string."""
+    names = nearest(wrong, valid, n=n)
+    return f"; did you mean {', '.join(repr(name) for name in names)}?" if names else ""

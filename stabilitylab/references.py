@@ -1,0 +1,79 @@
+"""The reference copies of the watched weights, W₀ and W₋, and what became of an edit as they show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
+from stabilitylab.readings import OutcomeKind
+from stabilitylab.sites import Site
+
+Signature = tuple[float, float, float, float]
+"""(‖W‖, ‖W−W₀‖, min, max): the same bits give the same signature, and no two states of a run share one by chance."""
+
+
+def signature(seen: WeightPass) -> Signature:
+    """What `seen` says of which state the weight is in."""
+    return (seen.norm, seen.drift, seen.low, seen.high)
+
+
+def _same(left: Signature, right: Signature) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=True))
+
+
+@dataclass
+class _Copies:
+    original: Tensor
+    previous: Tensor
+    original_norm: Tensor
+    before: Signature | None = None
+    after: Signature | None = None
+
+
+class References:
+    """Two copies of each watched weight, in its dtype and on its device: before any edit, and before this edit."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, _Copies] = {}
+
+    def adopt(self, site: Site, original: Tensor) -> None:
+        """Take `original` as W₀ and W₋ of a site."""
+        with torch.no_grad():
+            first = original.detach().clone(memory_format=torch.contiguous_format)
+            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first))
+
+    def _on(self, name: str, weight: Tensor) -> _Copies:
+        """The copies, moved after the weight when the user moved the model."""
+        copies = self._copies[name]
+        if copies.original.device != weight.device:
+            copies.original = copies.original.to(weight.device)
+            copies.previous = copies.previous.to(weight.device)
+            copies.original_norm = copies.original_norm.to(weight.device)
+        return copies
+
+    def measure(self, name: str, weight: Tensor) -> Tensor:
+        """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
+        copies = self._on(name, weight)
+        return reduce_weight(weight, copies.original, copies.previous, copies.original_norm)
+
+    def moved(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight differs from W₋ in any bit. Synchronises an accelerator."""
+        copies = self._on(name, weight)
+        return weight.dtype != copies.previous.dtype or not same_bits(weight, copies.previous)
+
+    def edited(self, name: str, seen: WeightPass) -> None:
+        """Remember the state that an edit left behind."""
+        copies = self._copies[name]
+        copies.before, copies.after = copies.after, signature(seen)
+
+    def changed_between(self, name: str, seen: WeightPass) -> OutcomeKind | None:
+        """What a change between two edits did to the last one; None when it led to a state not seen before."""
+        copies = self._copies[name]
+        now, copies.after = signature(seen), signature(seen)
+        if seen.drift == 0:
+            return "restored"
+        return "rolled_back" if copies.before is not None and _same(now, copies.before) else None

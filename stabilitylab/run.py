@@ -1,0 +1,281 @@
+"""Reading a run: `load` opens the file read-only, also while it is being written. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.errors import RunError, UsageError, did_you_mean, nearest
+from stabilitylab.readings import Alarm, Array, EditRow, Metric, Note, OutcomeKind
+from stabilitylab.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION, Layout, unpack
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders directly under `folder`, by name."""
+    try:
+        return sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+    except OSError:
+        return []
+
+
+def _run_file(path: Path) -> Path:
+    file = path / FILE_NAME if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir() and (inside := find_runs(path)):
+        raise RunError(f"'{path}' is a folder of runs; expected one of them: {', '.join(map(str, inside[:5]))}")
+    runs = [str(run) for run in find_runs(path.parent)]
+    alike = nearest(str(path), runs) or runs[:3]
+    hint = f"; runs beside it: {', '.join(map(repr, alike))}" if alike else ""
+    what = f"holds no {FILE_NAME}" if path.is_dir() else "does not exist"
+    raise RunError(f"'{path}' {what}; expected a run folder{hint}")
+
+
+def _check(db: sqlite3.Connection, file: Path) -> None:
+    try:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
+    if application != APPLICATION_ID:
+        raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"'{file}' has run schema {version}, this stabilitylab reads up to {SCHEMA_VERSION}; upgrade stabilitylab"
+        )
+
+
+@contextlib.contextmanager
+def _connect(file: Path) -> Iterator[sqlite3.Connection]:
+    """A read-only connection. Where the folder can't take the log's shared memory, a temporary copy is read."""
+    with contextlib.ExitStack() as stack:
+        db = stack.enter_context(contextlib.closing(_open(file)))
+        try:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stabilitylab-")))
+            for part in (file, file.with_name(file.name + "-wal")):
+                if part.exists():
+                    shutil.copy(part, copy / part.name)
+            db = stack.enter_context(contextlib.closing(_open(copy / file.name)))
+        except sqlite3.DatabaseError:
+            pass  # `_check` says what is wrong with it
+        _check(db, file)
+        yield db
+
+
+def _open(file: Path) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=10.0)
+    except sqlite3.Error as error:
+        raise RunError(f"can't open '{file}': {error}") from error
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One row of a run with what became of it. outcome: None while nothing was observed."""
+
+    row: EditRow
+    outcome: OutcomeKind | None
+
+    @property
+    def edit(self) -> int:
+        """The edit's number; 0 is the state before the first edit."""
+        return self.row.edit
+
+    @property
+    def label(self) -> str:
+        """The label that the loop gave it."""
+        return self.row.label
+
+    @property
+    def status(self) -> str:
+        """``start`` (edit 0), ``applied`` or ``failed``."""
+        return self.row.status
+
+
+class Run:
+    """A run as it stood when it was loaded. Read-only.
+
+    >>> run = stabilitylab.load("runs/mend")              # doctest: +SKIP
+    >>> run.series("update.norm", "decoder.layers.1.fc2")  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises RunError for a path that is no run, or a run of a newer schema."""
+        self._file = _run_file(Path(path))
+        self.path: Path = self._file.parent
+        with _connect(self._file) as db:
+            try:
+                self._read(db)
+            except (sqlite3.DatabaseError, ValueError) as error:
+                raise RunError(f"'{self._file}' is damaged: {error}") from error
+
+    def _read(self, db: sqlite3.Connection) -> None:
+        """Read everything in one transaction, so that a run that is being written is seen at one moment."""
+        db.execute("BEGIN")
+        self.manifest: dict[str, Any] = {
+            key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")
+        }
+        self.metrics: tuple[Metric, ...] = tuple(
+            Metric(*row)
+            for row in db.execute(
+                "SELECT name, unit, scale, phase, meaning, formula, source, length FROM metric ORDER BY rowid"
+            )
+        )
+        layouts: dict[int, Layout] = {
+            number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
+            for number, entries in db.execute("SELECT id, entries FROM layout")
+        }
+        outcomes = dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
+        self.edits: tuple[Edit, ...] = tuple(
+            Edit(
+                EditRow(*columns, readings=unpack(present, data, layouts[layout]), error=error),
+                outcomes.get(columns[0]),
+            )
+            for *columns, error, layout, present, data in db.execute(
+                "SELECT edit, label, status, started, seconds, probe_seconds, canary_seconds, error, layout, present,"
+                " data FROM edit ORDER BY edit"
+            )
+        )
+        self.alarms: tuple[Alarm, ...] = tuple(
+            Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
+        )
+        self.notes: tuple[Note, ...] = tuple(
+            Note(*row) for row in db.execute("SELECT edit, kind, says FROM note ORDER BY id")
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether the monitor closed the run; False while it goes on, and after a crash."""
+        return bool(self.manifest.get("closed", False))
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that has a reading, in dataflow order where the run says it."""
+        seen = dict.fromkeys(site for edit in self.edits for _, site in edit.row.readings)
+        order = {site: place for place, site in enumerate(self.manifest.get("sites", []))}
+        return tuple(sorted(seen, key=lambda site: order.get(site, -1)))
+
+    def sites_of(self, metric: str) -> tuple[str, ...]:
+        """The sites at which `metric` was read at least once."""
+        read = {site for edit in self.edits for name, site in edit.row.readings if name == metric}
+        return tuple(site for site in self.sites if site in read)
+
+    def metric(self, name: str) -> Metric:
+        """The description of a metric. Raises UsageError with the nearest names for an unknown one."""
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        names = [metric.name for metric in self.metrics]
+        raise UsageError(f"no metric {name!r} in this run{did_you_mean(name, names)}")
+
+    def _site(self, metric: str, site: str | None) -> str:
+        self.metric(metric)
+        choices = self.sites_of(metric)
+        if site in choices:
+            return str(site)
+        if site is None and len(choices) == 1:
+            return choices[0]
+        if not choices:
+            raise UsageError(f"metric {metric!r} was never read in this run; `run.notes` may say why")
+        if site is None:
+            raise UsageError(f"metric {metric!r} has {len(choices)} sites; expected one of {', '.join(choices[:6])}")
+        raise UsageError(f"metric {metric!r} has no site {site!r}{did_you_mean(site, choices)}")
+
+    def series(self, metric: str, site: str | None = None) -> Array:
+        """The readings of a metric at one site, in the order of `edits`.
+
+        Returns float64 of shape [edits], or [edits, length] for a metric that holds several values, such as a
+        spectrum. NaN where the reading is NaN and where none was taken: `present` tells them apart. site may be left
+        out when there is only one. Raises UsageError with the nearest valid name.
+        """
+        place = self._site(metric, site)
+        readings = [edit.row.readings.get((metric, place)) for edit in self.edits]
+        length = max((reading.size for reading in readings if reading is not None), default=1)
+        declared = self.metric(metric).length
+        series = np.full((len(readings), max(length, declared)), np.nan)
+        for line, reading in zip(series, readings, strict=True):
+            if reading is not None:
+                line[: reading.size] = reading
+        return series[:, 0] if declared == 1 else series
+
+    def present(self, metric: str, site: str | None = None) -> NDArray[np.bool_]:
+        """Whether the reading was taken, per edit: bool of shape [edits]."""
+        place = self._site(metric, site)
+        return np.array([(metric, place) in edit.row.readings for edit in self.edits], dtype=bool)
+
+    @property
+    def edit_numbers(self) -> Array:
+        """The edits' numbers as float64 of shape [edits]; the x axis of every series."""
+        return np.array([edit.edit for edit in self.edits], dtype=np.float64)
+
+    def _time_share(self, of: str) -> float | None:
+        rows = [edit.row for edit in self.edits if edit.edit > 0]
+        total = sum(row.seconds for row in rows)
+        return sum(float(getattr(row, of)) for row in rows) / total if total > 0 else None
+
+    @property
+    def probe_time_share(self) -> float | None:
+        """Share of the edits' wall time spent inside probes, the canary apart. None before the first edit."""
+        return self._time_share("probe_seconds")
+
+    @property
+    def canary_time_share(self) -> float | None:
+        """Share of the edits' wall time spent in the canary's forward passes. None before the first edit."""
+        return self._time_share("canary_seconds")
+
+    def diagnosis(self) -> Diagnosis:
+        """What the analyzer says of this run: the same as it said online at the same edit."""
+        return self._diagnosis
+
+    @cached_property
+    def _diagnosis(self) -> Diagnosis:
+        analyzer = Analyzer(self.metrics)
+        for edit in self.edits:
+            analyzer.observe(edit.row)
+        return analyzer.diagnosis()
+
+    def __len__(self) -> int:
+        return sum(edit.edit > 0 for edit in self.edits)
+
+    def __repr__(self) -> str:
+        return f"<Run '{self.path}': {len(self)} edits, {len(self.sites)} sites, {self.diagnosis().verdict}>"
+
+    def _repr_html_(self) -> str:
+        diagnosis = self.diagnosis()
+        rows = {
+            "verdict": diagnosis.verdict,
+            "says": diagnosis.says,
+            "edits": len(self),
+            "onset edit": diagnosis.onset_edit,
+            "first bad edit": diagnosis.first_bad_edit,
+            "first bad site": diagnosis.first_bad_site,
+            "cause": diagnosis.cause,
+        }
+        body = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td>{html.escape('–' if value is None else str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table><caption>{html.escape(str(self.path))}</caption>{body}</table>"
+
+
+def load(path: str | Path) -> Run:
+    """Read a run folder (or its run file) as it stands now; it may still be written to.
+
+    Raises RunError when there is none, when the file is no run, or when a newer stabilitylab wrote it.
+    """
+    return Run(path)

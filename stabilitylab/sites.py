@@ -1,0 +1,208 @@
+"""Which layers and tensors are watched: names, patterns, orientation. Registers no hook.
+
+A pattern is a shell pattern in which ``*`` crosses dots: ``"language_model.*.fc[12]"``. It is matched against module
+names and parameter names. A module that owns a weight is a site under the module's name, and so is its parameter
+``….weight``; any other parameter is a site under its own name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from stabilitylab.errors import SiteError, did_you_mean, nearest
+
+Patterns = str | Sequence[str]
+Orientation = Literal["out_in", "in_out", "none"]
+
+_WRAPPED_LIMIT = 4  # an adapter that wraps a wrapped layer is found; a search of whole models is not wanted
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer or tensor by name. It holds no tensor, so it outlives the model it was found in.
+
+    parameter: the name of the watched tensor. shape, dtype: as found. orientation: ``out_in`` (Linear: the weight is
+    [out, in]), ``in_out`` (GPT-2's Conv1D: [in, out]) or ``none`` (no matrix product with the input: weight and output
+    are measured, gradient factors are not).
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    orientation: Orientation
+
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the tensor."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the site is a whole layer rather than a single tensor such as a bias."""
+        return self.name == self.module
+
+
+def orientation_of(module: nn.Module) -> Orientation:
+    """How a module's weight meets its input."""
+    if isinstance(module, nn.Linear):
+        return "out_in"
+    if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, by name: no import of transformers
+        return "in_out"
+    return "none"
+
+
+def _site_of_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> Site:
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "weight" and owner:
+        return Site(owner, name, tuple(tensor.shape), tensor.dtype, orientation_of(model.get_submodule(owner)))
+    return Site(name, name, tuple(tensor.shape), tensor.dtype, "none")
+
+
+def all_sites(model: nn.Module) -> dict[str, Site]:
+    """Every site that the model offers, by name, in the order in which the model registers its parameters."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {site.name: site for site in (_site_of_parameter(model, name, tensor) for name, tensor in named)}
+
+
+def why_unmeasurable(site: Site, tensor: torch.Tensor) -> str | None:
+    """The reason why the tensor's values can't be read, or None when they can."""
+    if not site.dtype.is_floating_point:
+        return f"its dtype is {str(site.dtype).removeprefix('torch.')}, not a floating-point one (quantised?)"
+    if tensor.is_meta:
+        return "its values are on the meta device (offloaded?)"
+    if tensor.numel() == 0:
+        return "it is empty"
+    return None
+
+
+def _matches(pattern: str, sites: Mapping[str, Site]) -> list[Site]:
+    return [
+        site
+        for site in sites.values()
+        if fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.parameter, pattern)
+    ]
+
+
+def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> SiteError:
+    containers = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+    if containers:
+        inside = next((name for name in sites if name.startswith(f"{containers[0]}.")), None)
+        if inside:
+            return SiteError(
+                f"site pattern '{pattern}' matches '{containers[0]}', which has no weight of its own; "
+                f"expected a layer, such as '{inside}'"
+            )
+    literal = pattern.replace("*", "")
+    hint = did_you_mean(pattern, sites) or did_you_mean(literal, sites)
+    if not hint:
+        by_leaf = nearest(literal.rpartition(".")[2], {name.rpartition(".")[2] for name in sites})
+        hint = "; its layers are named like " + ", ".join(repr(f"*.{leaf}") for leaf in by_leaf) if by_leaf else ""
+    some = next(iter(sites), None)
+    fallback = f"; its first layer is '{some}'" if some else "; the model has no parameters"
+    return SiteError(
+        f"site pattern '{pattern}' matches no layer or parameter of {type(model).__name__}{hint or fallback}"
+    )
+
+
+def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
+    """The sites that the patterns select, each once, in the order in which the model registers them.
+
+    Raises SiteError for a pattern that matches nothing, naming the nearest layers.
+    """
+    offered = all_sites(model)
+    chosen: set[str] = set()
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise SiteError("no site pattern given; expected at least one, or sites=None to watch what the first edit moves")
+    for pattern in wanted:
+        found = _matches(pattern, offered)
+        if not found:
+            raise _no_match(pattern, model, offered)
+        chosen.update(site.name for site in found)
+    return tuple(site for site in offered.values() if site.name in chosen)
+
+
+def _unwrapped(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> nn.Module | None:
+    """`module`, or the layer inside an adapter that took its place, that owns a tensor `leaf` of the given shape."""
+    queue: list[nn.Module] = [module]
+    for _ in range(_WRAPPED_LIMIT):
+        for candidate in queue:
+            tensor = getattr(candidate, leaf, None)
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape:
+                return candidate
+        queue = [child for candidate in queue for child in candidate.children()]
+    return None
+
+
+def _by_name(model: nn.Module, name: str) -> nn.Module | None:
+    """The module called `name`, or the one whose name ends in it: an editor may have wrapped the whole model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name in modules:
+        return modules[name]
+    inner = [module for full, module in modules.items() if full.endswith(f".{name}")]
+    return inner[0] if inner and all(module is inner[0] for module in inner) else None
+
+
+def locate(model: nn.Module, site: Site) -> tuple[nn.Module, torch.Tensor] | None:
+    """The module and tensor that a site names in `model` as it is now, or None when they are gone.
+
+    Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model.
+    """
+    owner = _by_name(model, site.module) if site.module else model
+    leaf = site.parameter.rpartition(".")[2]
+    module = _unwrapped(owner, leaf, site.shape) if owner is not None else None
+    if module is None:
+        return None
+    tensor: torch.Tensor = getattr(module, leaf)
+    return module, tensor
+
+
+def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:
+    """Shape, dtype and orientation of each site as plain JSON values, for the manifest."""
+    return {
+        site.name: {
+            "shape": list(site.shape),
+            "dtype": str(site.dtype).removeprefix("torch."),
+            "kind": {"out_in": "linear", "in_out": "conv1d", "none": "tensor"}[site.orientation],
+        }
+        for site in sites
+    }
+
+
+def _modules_of(editor: object) -> dict[str, nn.Module]:
+    """The modules of an editor: its own, or those in the attributes of an editor that is no module itself."""
+    if isinstance(editor, nn.Module):
+        return dict(editor.named_modules())
+    held = {name: value for name, value in getattr(editor, "__dict__", {}).items() if isinstance(value, nn.Module)}
+    return {f"{name}.{inner}" if inner else name: m for name, top in held.items() for inner, m in top.named_modules()}
+
+
+def find_normalisers(editor: object) -> dict[str, nn.Module]:
+    """The modules of an editor that normalise a hypernetwork's inputs, by name.
+
+    Known by the buffers that MEND and its descendants give them: ``u_mean``, ``u_std``, ``v_mean``, ``v_std``.
+    """
+    buffers = ("u_mean", "u_std", "v_mean", "v_std")
+    return {
+        name: module
+        for name, module in _modules_of(editor).items()
+        if all(isinstance(getattr(module, buffer, None), torch.Tensor) for buffer in buffers)
+    }
+
+
+def find_learning_rates(editor: object) -> torch.Tensor | None:
+    """The learned edit learning rates, ``edit_lrs``, of an editor or of a module in its attributes: shape [layers]."""
+    for holder in (editor, *_modules_of(editor).values()):
+        rates = getattr(holder, "edit_lrs", None)
+        if isinstance(rates, torch.Tensor):
+            return rates.detach().reshape(-1)
+        if isinstance(rates, nn.ParameterList | list | tuple) and len(rates):
+            return torch.stack([torch.as_tensor(rate).detach().reshape(()) for rate in rates])
+    return None

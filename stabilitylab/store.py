@@ -1,0 +1,228 @@
+"""The run file: SQLite, one float64 BLOB row per edit. Every commit survives the process being killed.
+
+A row's values follow an immutable layout (metric, site, length) with a presence mask of one bit per value, so that
+absent is not NaN. ``PRAGMA application_id`` marks the file as ours, ``PRAGMA user_version`` is the schema's version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stabilitylab.errors import RunError
+from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+
+FILE_NAME = "run.db"
+APPLICATION_ID = 0x57AB1AB0
+SCHEMA_VERSION = 1
+LABEL_LIMIT = 4_000
+
+_SCHEMA = """
+CREATE TABLE manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE metric (
+    name TEXT PRIMARY KEY, unit TEXT NOT NULL, scale TEXT NOT NULL, phase TEXT NOT NULL,
+    meaning TEXT NOT NULL, formula TEXT NOT NULL, source TEXT NOT NULL, length INTEGER NOT NULL
+);
+CREATE TABLE layout (id INTEGER PRIMARY KEY, entries TEXT NOT NULL);
+CREATE TABLE edit (
+    edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
+    probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
+    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL
+);
+CREATE TABLE outcome (
+    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, outcome TEXT NOT NULL, observed_at REAL NOT NULL
+);
+CREATE TABLE alarm (
+    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, verdict TEXT NOT NULL, metric TEXT NOT NULL, site TEXT NOT NULL,
+    says TEXT NOT NULL
+);
+CREATE TABLE note (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, kind TEXT NOT NULL, says TEXT NOT NULL);
+"""
+
+Layout = tuple[tuple[str, str, int], ...]
+"""(metric, site, length) of each reading, in the order of the row's values."""
+
+
+def plain_text(text: str, limit: int = LABEL_LIMIT) -> str:
+    """`text` as SQLite can hold it: lone surrogates spelled out, cut to `limit` characters with a mark."""
+    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def _wal_works(folder: Path) -> bool:
+    """Try write-ahead logging on a scratch file: network file systems fail at it, some after reporting success."""
+    with tempfile.TemporaryDirectory(prefix=".wal-", dir=folder) as scratch:
+        path = Path(scratch) / "scratch.db"
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(path)) as writer,
+                contextlib.closing(sqlite3.connect(path)) as reader,
+            ):
+                if writer.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+                    return False
+                writer.executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
+                writer.commit()
+                return bool(reader.execute("SELECT count(*) FROM t").fetchone() == (1,))
+        except sqlite3.Error:
+            return False
+
+
+def _free_name(folder: Path) -> Path:
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
+    """(presence mask, values) of one row as bytes; absent values are stored as 0 under a cleared bit."""
+    total = sum(length for _, _, length in layout)
+    values, present, offset = np.zeros(total, dtype="<f8"), np.zeros(total, dtype=bool), 0
+    for metric, site, length in layout:
+        reading = readings.get((metric, site))
+        if reading is not None:
+            values[offset : offset + reading.size] = reading
+            present[offset : offset + reading.size] = True
+        offset += length
+    return np.packbits(present).tobytes(), values.tobytes()
+
+
+def unpack(present: bytes, data: bytes, layout: Layout) -> dict[Key, Array]:
+    """The readings of one row; those that were not taken are left out."""
+    values = np.frombuffer(data, dtype="<f8")
+    mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=values.size).astype(bool)
+    readings: dict[Key, Array] = {}
+    offset = 0
+    for metric, site, length in layout:
+        here = mask[offset : offset + length]
+        if here.any():
+            readings[(metric, site)] = values[offset : offset + length][here].astype(np.float64)
+        offset += length
+    return readings
+
+
+class RunWriter:
+    """Appends to one run file. Each call is one committed transaction."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
+        """Make `folder` and its run file.
+
+        Raises RunError when the folder holds anything already (nothing is overwritten) or can't be made.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"run folder '{folder}' exists; expected a new one, such as '{_free_name(folder)}'")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = "WAL" if _wal_works(folder) else "TRUNCATE"
+            self.path = folder / FILE_NAME
+            self._db = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
+            self._db.execute(f"PRAGMA journal_mode={journal}")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            with self._db:
+                self._db.executescript(_SCHEMA)
+                self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except (OSError, sqlite3.Error) as error:
+            raise RunError(f"can't write a run file in '{folder}': {error}") from error
+        self._layout: Layout = ()
+        self._layout_id = 0
+        self._metrics: dict[str, Metric] = {}
+        self._closed = False
+        self.set_manifest(manifest)
+        self.add_metrics(metrics)
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write or replace manifest entries; values must be plain JSON (no NaN)."""
+        rows = [(key, json.dumps(value, allow_nan=False, ensure_ascii=True)) for key, value in manifest.items()]
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
+
+    def add_metrics(self, metrics: Sequence[Metric]) -> None:
+        """Describe metrics, so that the file can be read without the probes that wrote it."""
+        with self._db:
+            self._db.executemany(
+                "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
+                " :length)",
+                [asdict(metric) for metric in metrics],
+            )
+        self._metrics.update({metric.name: metric for metric in metrics})
+
+    def _fit_layout(self, readings: Mapping[Key, Array]) -> None:
+        """Start a new layout when a reading has no place in the present one, or more values than its place holds."""
+        places = {(metric, site): length for metric, site, length in self._layout}
+        if self._layout and all(places.get(key, 0) >= reading.size for key, reading in readings.items()):
+            return
+        for (metric, site), reading in readings.items():
+            described = self._metrics.get(metric)
+            declared = described.length if described else 1
+            places[(metric, site)] = max(places.get((metric, site), declared), reading.size)
+        self._layout = tuple((metric, site, length) for (metric, site), length in places.items())
+        entries = json.dumps(self._layout, ensure_ascii=True)
+        self._layout_id = int(self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid or 0)
+
+    def append(self, row: EditRow) -> None:
+        """Commit one edit's row."""
+        with self._db:
+            self._fit_layout(row.readings)
+            if not self._layout_id:
+                cursor = self._db.execute("INSERT INTO layout (entries) VALUES ('[]')")
+                self._layout_id = int(cursor.lastrowid or 0)
+            present, data = _pack(row.readings, self._layout)
+            self._db.execute(
+                "INSERT INTO edit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.edit,
+                    plain_text(row.label),
+                    row.status,
+                    row.started,
+                    row.seconds,
+                    row.probe_seconds,
+                    row.canary_seconds,
+                    None if row.error is None else plain_text(row.error),
+                    self._layout_id,
+                    present,
+                    data,
+                ),
+            )
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """Append what became of an edit."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO outcome (edit, outcome, observed_at) VALUES (?, ?, ?)", (edit, outcome, time.time())
+            )
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Append a verdict as it was raised online."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
+                (alarm.edit, alarm.verdict, alarm.metric, alarm.site, plain_text(alarm.says)),
+            )
+
+    def note(self, note: Note) -> None:
+        """Append what was not measured, and why."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)", (note.edit, note.kind, plain_text(note.says))
+            )
+
+    def close(self) -> None:
+        """Fold the log into the file and leave that one file."""
+        if self._closed:
+            return
+        self._closed = True
+        # A reader that is open at this moment makes the switch impossible; the log then stays beside the file, whole.
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.execute("PRAGMA journal_mode=DELETE")
+        self._db.close()
