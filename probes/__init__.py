@@ -11,6 +11,7 @@ from stabilitylab.probes.feedback import Gain
 from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
 from stabilitylab.probes.logits import Canary, Logits
 from stabilitylab.probes.weights import Drift, Update, WeightRange
+
 from stabilitylab.readings import Metric
 
 ALL: tuple[type[Probe[Any]], ...] = (

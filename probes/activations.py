@@ -5,6 +5,7 @@ from __future__ import annotations
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.output_pass import OutputPass
 from stabilitylab.probes.weights import headroom_bits
+
 from stabilitylab.readings import Metric
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from stabilitylab.probes.base import Host, Probe, Readings
+
 from stabilitylab.readings import Metric
 
 WINDOW = 5

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from stabilitylab.probes.base import Host
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class GradientSpectrum:
     @classmethod
     def from_host(cls, values: Host, shapes: tuple[tuple[int, int], tuple[int, int]]) -> GradientSpectrum:
         """From the packed triangles of `reduce_factors`; `shapes` are theirs."""
-        scale_x, scale_delta, nonfinite = (float(value) for value in values[:3])
+        scale_x, scale_delta, nonfinite = float(values[0]), float(values[1]), float(values[2])
         split = 3 + shapes[0][0] * shapes[0][1]
         r_x, r_delta = values[3:split].reshape(shapes[0]), values[split:].reshape(shapes[1])
-        rank = min(r_x.shape[0], r_delta.shape[0])
+        rank = min(len(r_x), len(r_delta))
         if nonfinite or not (np.isfinite(r_x).all() and np.isfinite(r_delta).all()):
             return cls(np.full(rank, np.nan), nonfinite)
         core = np.linalg.svd(r_delta @ r_x.T, compute_uv=False)

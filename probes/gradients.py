@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
+
 from stabilitylab.readings import Metric
 
 SPECTRUM_LENGTH = 32

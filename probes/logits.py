@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
+
 from stabilitylab.readings import Metric, Phase
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.weight_pass import count_nonfinite
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     side; where it is shorter than the logits (image tokens put before the text) it is aligned to their end.
     """
     wide = logits.detach()
-    if wide.dim() == 2:  # noqa: PLR2004 - one row of logits per sample
+    if wide.dim() == 2:
         last = wide
     else:
         wide = wide.reshape(-1, *wide.shape[-2:])

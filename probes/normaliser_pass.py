@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from stabilitylab.probes.base import Host
+from torch import Tensor
 
 STD_FLOOR = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""
@@ -31,8 +30,10 @@ class NormaliserPass:
     @classmethod
     def from_host(cls, values: Host) -> NormaliserPass:
         """From the numbers that `reduce_normaliser` packed: two, or five when something entered."""
-        entered = [float(value) for value in values[2:]] or [None, None, None]
-        return cls(float(values[0]), float(values[1]), *entered)
+        std_min, std_zeros, *entered = (float(value) for value in values)
+        if not entered:
+            return cls(std_min, std_zeros, None, None, None)
+        return cls(std_min, std_zeros, entered[0], entered[1], entered[2])
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.weight_pass import count_nonfinite
+from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
 
@@ -30,9 +29,9 @@ class OutputPass:
     @classmethod
     def from_host(cls, values: Host, dtype: torch.dtype) -> OutputPass:
         """From the numbers that `reduce_output` packed: three, or five with a sequence."""
-        rms, max_abs, nonfinite = (float(value) for value in values[:3])
-        beyond = [float(value) for value in values[3:]] or [None, None]
-        return cls(rms, max_abs, beyond[0], beyond[1], nonfinite, torch.finfo(dtype).max)
+        rms, max_abs, nonfinite, *beyond = (float(value) for value in values)
+        rms_beyond, max_beyond = (beyond[0], beyond[1]) if beyond else (None, None)
+        return cls(rms, max_abs, rms_beyond, max_beyond, nonfinite, torch.finfo(dtype).max)
 
 
 def _rms_and_max(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:

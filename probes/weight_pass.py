@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from stabilitylab.probes.base import Host
+from torch import Tensor
 
 _CHUNK = 262_144  # entries: 1 MiB of fp32, which fits a core's L2 cache with its two references
 _SAFE = (1e-12, 1e15)  # a chunk's fp32 norm outside this range may have over- or underflowed: redo it in fp64
@@ -33,7 +32,7 @@ class WeightPass:
 
     @classmethod
     def from_host(cls, values: Host, dtype: torch.dtype) -> WeightPass:
-        """From the eight-or-less numbers that `reduce_weight` packed."""
+        """From the seven numbers that `reduce_weight` packed."""
         norm, reference_norm, drift, update, low, high, nonfinite = (float(value) for value in values)
         return cls(norm, reference_norm, drift, update, low, high, nonfinite, torch.finfo(dtype).max)
 
@@ -50,10 +49,11 @@ def _norm(chunk: Tensor) -> Tensor:
     be a synchronisation, so fp64 is used at once.
     """
     if chunk.device.type == "cpu" and chunk.dtype != torch.float64:
-        norm = torch.linalg.vector_norm(chunk, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float32)
         if _SAFE[0] < norm.item() < _SAFE[1]:
             return norm.double()
-    return torch.linalg.vector_norm(chunk, dtype=torch.float64)
+    wide: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float64)
+    return wide
 
 
 def count_nonfinite(chunk: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def count_nonfinite(chunk: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _parts(weight: Tensor, reference: Tensor, previous: Tensor) -> Tensor:
-    """Per chunk: ‖W‖, ‖W₀‖ left out, ‖W−W₀‖, ‖W−W₋‖, low, high, non-finite; then W₋ takes W's values."""
+    """Of one chunk: ‖W‖, ‖W−W₀‖, ‖W−W₋‖, low, high, non-finite; then W₋ takes W's values."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     live = weight.to(wide)
     low, high = torch.aminmax(live)
@@ -115,7 +115,8 @@ def norm_of(weight: Tensor) -> Tensor:
     """‖W‖ as a float64 scalar on the weight's device."""
     flat = _flat(weight)
     chunks = [flat[start : start + _CHUNK] for start in range(0, flat.numel(), _CHUNK)]
-    return torch.linalg.vector_norm(torch.stack([_norm(chunk) for chunk in chunks]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([_norm(chunk) for chunk in chunks]))
+    return norm
 
 
 @torch.no_grad()

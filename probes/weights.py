@@ -6,6 +6,7 @@ import math
 
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.weight_pass import WeightPass
+
 from stabilitylab.readings import Metric
 
 

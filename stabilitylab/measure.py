@@ -5,6 +5,7 @@ The middle between hooks and probes. It knows which reduction serves which measu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -74,6 +75,7 @@ class Instruments:
         self._editor = editor
         self._note = note
         self._off: set[str] = set()
+        self._missing: set[str] = set()
         self._stack = Stack()
         self._original_logits: Tensor | None = None
         self._history: dict[Key, deque[float]] = {}
@@ -94,18 +96,24 @@ class Instruments:
     # -- inside the edit ------------------------------------------------------------------------------------------
 
     def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
-        """The hooks of one edit, not yet entered, on the sites as they are in `model` now."""
-        capture = Capture(self._on_output, self._on_model_output)
-        for site in sites:
-            found = locate(model, site) if site.is_layer else None
-            if found is not None and {GradientSpectrum, OutputPass} & self._needs:
-                factors = GradientSpectrum in self._needs and site.orientation != "none"
-                capture.watch_layer(site.name, found[0], factors)
-        capture.watch_model(model)
-        if self._editor is not None and NormaliserPass in self._needs:
-            for name, module in find_normalisers(self._editor).items():
-                capture.watch_editor(name, module)
+        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
+        with contextlib.ExitStack() as stack:
+            capture = stack.enter_context(self.no_capture())
+            for site in sites:
+                found = locate(model, site) if site.is_layer else None
+                if found is not None and {GradientSpectrum, OutputPass} & self._needs:
+                    factors = GradientSpectrum in self._needs and site.orientation != "none"
+                    capture.watch_layer(site.name, found[0], factors)
+            capture.watch_model(model)
+            if self._editor is not None and NormaliserPass in self._needs:
+                for name, module in find_normalisers(self._editor).items():
+                    capture.watch_editor(name, module)
+            stack.pop_all()  # every hook is in place: they stay until the edit ends
         return capture
+
+    def no_capture(self) -> Capture:
+        """A capture without hooks."""
+        return Capture(self._on_output, self._on_model_output)
 
     def _on_output(self, site: str, output: Tensor) -> None:
         if OutputPass not in self._needs:
@@ -175,13 +183,11 @@ class Instruments:
             return
         for site in sites:
             found = locate(model, site)
-            if found is None:
-                if f"weight of {site.name}" not in self._off:
-                    self._off.add(f"weight of {site.name}")
-                    self._note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
-                continue
-            self._off.discard(f"weight of {site.name}") if site.name not in self._off else None
-            self._safely(f"weight pass of {site.name}", functools.partial(self._weight, site, found[1]))
+            if found is not None:
+                self._safely(f"weight pass of {site.name}", functools.partial(self._weight, site, found[1]))
+            elif site.name not in self._missing:
+                self._missing.add(site.name)
+                self._note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
 
     def _weight(self, site: Site, weight: Tensor) -> None:
         packed = self.references.measure(site.name, weight)
@@ -199,7 +205,7 @@ class Instruments:
         if answer is None:
             return
         logits, mask = answer
-        if canary == canaries.REPLAY if isinstance(canary, str) else False:
+        if isinstance(canary, str):  # a replay: each edit's own input, so there is no original to compare with
             self._stack.add(MODEL_SITE, reduce_logits(logits, mask), CanaryPass.from_host)
             return
         if self._original_logits is None:
@@ -222,6 +228,11 @@ class Instruments:
                     if name == metric:
                         self._apply(site, self._remember((name, site), values), readings, probe)
         return readings, passes
+
+    def read_weights(self) -> dict[str, WeightPass]:
+        """The weight passes collected so far, by site, without running any probe on them."""
+        collected = self._safely("copy to the host", self._stack.take) or []
+        return {site: seen for site, seen in collected if isinstance(seen, WeightPass)}
 
     def _remember(self, key: Key, values: Array) -> History:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))

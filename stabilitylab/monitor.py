@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from stabilitylab import canary as canaries
@@ -30,6 +29,7 @@ from stabilitylab.store import RunWriter
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -63,7 +63,7 @@ def attach(
     if isinstance(probes, str) and probes != "default":
         raise UsageError(f"probes={probes!r} is unknown; expected 'default' or a list of probes")
     chosen = default_probes() if isinstance(probes, str) else tuple(probes)
-    found = None if sites is None else find_sites(model, sites)
+    found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
     folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     options = {"patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)}
     about = manifest.collect(model, found or (), editor, canaries.describe(canary), dict(config or {}))
@@ -74,7 +74,26 @@ def attach(
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
         receivers.append(TensorBoardSink(folder, metrics))
-    return Monitor(model, found, writer, chosen, editor, canary, receivers)
+    monitor = Monitor(model, found, writer, chosen, editor, canary, receivers)
+    for name, reason in skipped.items():
+        monitor.note("skipped-site", f"{name}: {reason}")
+    return monitor
+
+
+def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], dict[str, str]]:
+    """The sites whose values can be read, and the reason for each of the others. Raises SiteError when none can."""
+    kept, skipped = [], {}
+    for site in sites:
+        found = locate(model, site)
+        reason = "not found" if found is None else why_unmeasurable(site, found[1])
+        if reason is None:
+            kept.append(site)
+        else:
+            skipped[site.name] = reason
+    if not kept:
+        name, reason = next(iter(skipped.items()))
+        raise SiteError(f"none of the {len(sites)} matching sites can be measured; '{name}': {reason}")
+    return kept, skipped
 
 
 class Monitor:
@@ -101,6 +120,8 @@ class Monitor:
         self._open: Edit | None = None
         self._closed = False
         self._outcome_due: int | None = None
+        self._last_moved = False
+        self._failed: set[str] = set()
         self._raised = 0
         self._sites: tuple[Site, ...] = ()
         self._candidates: dict[str, tuple[Site, Tensor]] | None = None
@@ -154,6 +175,23 @@ class Monitor:
         """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far."""
         return self._analyzer.diagnosis()
 
+    @property
+    def last_edit_moved(self) -> bool:
+        """Whether the last edit changed any watched weight."""
+        return self._last_moved
+
+    def observe_outcome(self) -> OutcomeKind | None:
+        """See what became of the last edit by now and record it, once; None when there is nothing to observe.
+
+        Called at the next edit's start and at close; call it earlier where a loop undoes an edit by itself. The weights
+        as they are now are what the next edit starts from.
+        """
+        edit, self._outcome_due = self._outcome_due, None
+        if edit is None or not self._sites:
+            return None
+        outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._record_outcome(edit))
+        return outcome
+
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
         with suppress(Exception):
@@ -163,7 +201,7 @@ class Monitor:
         """Observe what became of the last edit, fold the log into the run file, let go of everything. Idempotent."""
         if self._closed:
             return
-        self._observe_outcome()
+        self.observe_outcome()
         self._closed = True
         for sink in self._sinks:
             self._guard(f"{type(sink).__name__}.close", sink.close)
@@ -183,19 +221,11 @@ class Monitor:
 
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         """Begin to watch the sites that can be measured, and note why the others can't."""
-        kept = []
         for site in sites:
             found = locate(self._model, site)
-            reason = "not found" if found is None else why_unmeasurable(site, found[1])
-            if found is None or reason is not None:
-                self.note("skipped-site", f"{site.name}: {reason}")
-                continue
-            self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
-            kept.append(site)
-        if not kept:
-            reasons = {site.name: why_unmeasurable(site, torch.empty(0, dtype=site.dtype)) for site in sites}
-            raise SiteError(f"none of {len(sites)} sites can be measured: {next(iter(reasons.items()))}")
-        self._sites = tuple(kept)
+            if found is not None:
+                self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+        self._sites = tuple(sites)
         self._writer.set_manifest(manifest.of_sites(self._sites))
 
     def _remember_everything(self) -> None:
@@ -227,12 +257,17 @@ class Monitor:
 
     # -- one edit -------------------------------------------------------------------------------------------------
 
-    def _guard(self, what: str, action: Callable[[], Any]) -> None:
-        """Do something of ours that must not stop the user's loop."""
+    def _guard(self, what: str, action: Callable[[], T]) -> T | None:
+        """Do something of ours that must not stop the user's loop; None when it failed. Each failure is said once."""
         try:
-            action()
+            return action()
         except Exception as error:
-            logger.warning("stabilitylab: %s failed: %s: %s (the edit loop goes on)", what, type(error).__name__, error)
+            if what not in self._failed:
+                self._failed.add(what)
+                says = f"{what} failed: {type(error).__name__}: {error}"
+                logger.warning("stabilitylab: %s (the edit loop goes on)", says)
+                self.note("probe-off", says)
+            return None
 
     def _first_row(self) -> None:
         """Edit 0: the state before any edit."""
@@ -245,8 +280,9 @@ class Monitor:
 
     def _begin(self) -> Capture:
         with self._instruments.probe_time:
-            self._observe_outcome()
-            return self._instruments.capture(self._model, self._sites)
+            self.observe_outcome()
+            capture = self._guard("hooks", lambda: self._instruments.capture(self._model, self._sites))
+            return capture or self._instruments.no_capture()
 
     def _end(self, edit: Edit, error: BaseException | None) -> None:
         self._edits += 1
@@ -271,9 +307,10 @@ class Monitor:
             readings, passes = self._instruments.read()
             for site, seen in passes.items():
                 self._instruments.references.edited(site, seen)
+            self._last_moved = any(seen.update != 0 for seen in passes.values())
         seconds = time.perf_counter() - clock
         spent, canary = self._instruments.probe_time.take(), self._instruments.canary_time.take()
-        row = EditRow(self._edits, label, status, started, seconds, spent, canary, readings, error)
+        row = EditRow(self._edits, label, status, started, seconds, spent, canary, error, readings)
         self._guard("the run file", lambda: self._writer.append(row))
         self._guard("the analyzer", lambda: self._analyze(row))
 
@@ -288,14 +325,7 @@ class Monitor:
         for sink in self._sinks:
             self._guard(type(sink).__name__, functools.partial(sink.on_row, row, diagnosis))
 
-    def _observe_outcome(self) -> None:
-        """See what became of the last edit by now, and take the weights as they are as the next edit's start."""
-        edit, self._outcome_due = self._outcome_due, None
-        if edit is None or not self._sites:
-            return
-        self._guard("observing the last edit's outcome", lambda: self._record_outcome(edit))
-
-    def _record_outcome(self, edit: int) -> None:
+    def _record_outcome(self, edit: int) -> OutcomeKind:
         references = self._instruments.references
         changed = []
         for site in self._sites:
@@ -305,13 +335,14 @@ class Monitor:
         outcome: OutcomeKind = "committed"
         if changed:
             self._instruments.weights(self._model, changed)
-            _, passes = self._instruments.read()
+            passes = self._instruments.read_weights()
             seen = {references.changed_between(site, weight) for site, weight in passes.items()}
             if len(seen) == 1 and (only := seen.pop()) is not None:
                 outcome = only
             else:
                 self.note("restore", f"after edit {edit} the weights changed to a state that was not seen before")
         self._writer.outcome(edit, outcome)
+        return outcome
 
     @staticmethod
     def _label(label: Callable[..., object], *args: Any, **kwargs: Any) -> str:
@@ -352,4 +383,4 @@ class Edit:
     ) -> None:
         self.capture.__exit__(kind, error, traceback)
         self._monitor._open = None
-        self._monitor._end(self, error)
+        self._monitor._guard("the record of an edit", lambda: self._monitor._end(self, error))

@@ -66,8 +66,8 @@ class EditRow:
     seconds: float
     probe_seconds: float
     canary_seconds: float
-    readings: Mapping[Key, Array] = field(default_factory=dict)
     error: str | None = None
+    readings: Mapping[Key, Array] = field(default_factory=dict)
 
     def scalar(self, metric: str, site: str) -> float | None:
         """The first value of a reading, or None when it was not taken."""

@@ -107,6 +107,18 @@ class Edit:
         return self.row.status
 
 
+def _columns(db: sqlite3.Connection, table: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table by column name, in the order of their keys."""
+    cursor = db.execute(f"SELECT * FROM {table} ORDER BY 1")
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, values, strict=True)) for values in cursor)
+
+
+def _row(columns: dict[str, Any], layouts: dict[int, Layout]) -> EditRow:
+    layout, present, data = columns.pop("layout"), columns.pop("present"), columns.pop("data")
+    return EditRow(**columns, readings=unpack(present, data, layouts[layout]))
+
+
 class Run:
     """A run as it stood when it was loaded. Read-only.
 
@@ -142,14 +154,7 @@ class Run:
         }
         outcomes = dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
         self.edits: tuple[Edit, ...] = tuple(
-            Edit(
-                EditRow(*columns, readings=unpack(present, data, layouts[layout]), error=error),
-                outcomes.get(columns[0]),
-            )
-            for *columns, error, layout, present, data in db.execute(
-                "SELECT edit, label, status, started, seconds, probe_seconds, canary_seconds, error, layout, present,"
-                " data FROM edit ORDER BY edit"
-            )
+            Edit(_row(columns, layouts), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
         )
         self.alarms: tuple[Alarm, ...] = tuple(
             Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
@@ -267,7 +272,7 @@ class Run:
             "cause": diagnosis.cause,
         }
         body = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td>{html.escape('–' if value is None else str(value))}</td></tr>"
+            f"<tr><th align=left>{name}</th><td>{html.escape('–' if value is None else str(value))}</td></tr>"
             for name, value in rows.items()
         )
         return f"<table><caption>{html.escape(str(self.path))}</caption>{body}</table>"

@@ -99,11 +99,13 @@ def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
                 f"site pattern '{pattern}' matches '{containers[0]}', which has no weight of its own; "
                 f"expected a layer, such as '{inside}'"
             )
-    literal = pattern.replace("*", "")
-    hint = did_you_mean(pattern, sites) or did_you_mean(literal, sites)
-    if not hint:
-        by_leaf = nearest(literal.rpartition(".")[2], {name.rpartition(".")[2] for name in sites})
-        hint = "; its layers are named like " + ", ".join(repr(f"*.{leaf}") for leaf in by_leaf) if by_leaf else ""
+    leaf = pattern.rpartition(".")[2]
+    alike = nearest(leaf, {name.rpartition(".")[2] for name in sites}) if "*" in pattern else []
+    hint = (
+        f"; its layers are named like {', '.join(repr(f'*.{name}') for name in sorted(alike))}"
+        if alike
+        else did_you_mean(pattern.replace("*", ""), sites)
+    )
     some = next(iter(sites), None)
     fallback = f"; its first layer is '{some}'" if some else "; the model has no parameters"
     return SiteError(
@@ -120,7 +122,9 @@ def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
     chosen: set[str] = set()
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted:
-        raise SiteError("no site pattern given; expected at least one, or sites=None to watch what the first edit moves")
+        raise SiteError(
+            "no site pattern given; expected at least one, or sites=None to watch what the first edit moves"
+        )
     for pattern in wanted:
         found = _matches(pattern, offered)
         if not found:
@@ -143,7 +147,7 @@ def _unwrapped(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> nn.Modul
 
 def _by_name(model: nn.Module, name: str) -> nn.Module | None:
     """The module called `name`, or the one whose name ends in it: an editor may have wrapped the whole model."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in modules:
         return modules[name]
     inner = [module for full, module in modules.items() if full.endswith(f".{name}")]

@@ -1,4 +1,4 @@
-"""Arrays in, findings out: facts, drift, causes and the diagnosis. Pure NumPy and SciPy; touches no model, renders nothing."""
+"""Arrays in, findings out: facts, drift, causes and the diagnosis. Pure NumPy; touches no model, renders nothing."""
 
 from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.findings import VERDICTS, Diagnosis, Finding, Verdict, json_safe, severity

@@ -23,7 +23,7 @@ class Analyzer:
     """
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
-        """metrics: descriptions of what the rows hold. A row may hold others too: those count as taken after the edit."""
+        """metrics: descriptions of what the rows hold. A row may hold others: they count as taken after the edit."""
         self._columns = Columns(metrics)
         self._facts = FactRules(self._columns)
         self._drift = DriftBank(self._columns)
@@ -41,24 +41,25 @@ class Analyzer:
         self._edits += row.edit > 0
         flat = self._columns.flatten(row)
         self._ledger.add(row.edit, self._facts.check(flat) + self._drift.observe(flat))
-        self._lead_in.observe(flat, self._ledger.worst == "non-finite")
-        if self._alarm is None and severity(self._ledger.worst) >= severity("diverging"):
+        worst = self._ledger.worst
+        if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
+        self._lead_in.observe(flat, alarmed=self._alarm is not None, nonfinite=worst == "non-finite")
 
     def diagnosis(self) -> Diagnosis:
         """What is known after the rows so far."""
         if self._diagnosis is None:
-            first_bad = self._ledger.first_bad(hard_only=True) or self._ledger.first_bad(hard_only=False)
+            first_bad = self._ledger.first_bad()
             findings = self._ledger.findings()
             cause = find_cause(
                 Evidence(
-                    self._ledger.worst,
-                    findings,
-                    first_bad,
-                    self._lead_in.worst_input,
-                    self._lead_in.growth,
-                    self._lead_in.largest_finite(first_bad),
-                    self._lead_in.overflowed(first_bad),
+                    verdict=self._ledger.worst,
+                    findings=findings,
+                    first_bad=first_bad,
+                    crossed=self._lead_in.crossed,
+                    growth=self._lead_in.growth,
+                    largest_finite=self._lead_in.largest_finite(first_bad),
+                    overflowed=self._lead_in.overflowed(first_bad),
                 )
             )
             self._diagnosis = diagnose(

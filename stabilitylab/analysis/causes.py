@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.analysis.facts import TINY_STD, number
+from stabilitylab.analysis.facts import TINY_STD
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Finding, Verdict, severity
+from stabilitylab.analysis.words import number
 
 FEEDBACK_FACTOR: Final = 10.0
 FP16_MAX: Final = 65_504.0
@@ -27,19 +28,24 @@ class EditorInput:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the editor's input and its update moved over the lead-in to the first bad edit. Factors are end over start."""
+    """How the editor's input and its update grew together over some edits. Factors are end over start."""
 
     first_edit: int
     last_edit: int
     input_factor: float
     update_factor: float
 
+    @property
+    def least(self) -> float:
+        """The weaker of the two."""
+        return min(self.input_factor, self.update_factor)
+
 
 @dataclass(frozen=True)
 class Evidence:
     """What the rules may look at.
 
-    worst_input: the first editor input past a limit, None when none was. growth: of editor input and update together.
+    crossed: the first editor input past a limit, None when none was. growth: of editor input and update together.
     largest_finite: what the live dtype at the site of the first bad reading can hold, where known. overflowed: whether
     a value there became infinite, not NaN, at the first bad edit.
     """
@@ -47,7 +53,7 @@ class Evidence:
     verdict: Verdict
     findings: Sequence[Finding]
     first_bad: Finding | None
-    worst_input: EditorInput | None
+    crossed: EditorInput | None
     growth: Growth | None
     largest_finite: float | None
     overflowed: bool
@@ -63,7 +69,7 @@ class Cause:
 
 
 def _normaliser_zero_std(evidence: Evidence) -> Cause | None:
-    worst = evidence.worst_input
+    worst = evidence.crossed
     if worst is None or worst.std is None or not worst.std <= TINY_STD:
         return None
     unit = "a unit" if worst.unit is None else f"unit {worst.unit}"
@@ -79,12 +85,12 @@ def _normaliser_zero_std(evidence: Evidence) -> Cause | None:
 
 def _feedback_growth(evidence: Evidence) -> Cause | None:
     growth = evidence.growth
-    if growth is None or min(growth.input_factor, growth.update_factor) < FEEDBACK_FACTOR:
+    if growth is None or growth.least < FEEDBACK_FACTOR:
         return None
     return Cause(
         "feedback-growth",
-        f"Each edit fed the next: from edit {growth.first_edit} to {growth.last_edit} the editor's normalised input grew"
-        f" {number(growth.input_factor)}-fold and the update it made {number(growth.update_factor)}-fold.",
+        f"each edit fed the next: from edit {growth.first_edit} to {growth.last_edit} the editor's normalised input"
+        f" grew {number(growth.input_factor)}-fold and the update it made {number(growth.update_factor)}-fold.",
         "The editor was trained on the unedited model and is applied to its own results. Restore the weights between"
         " edits, or batch the edits into one update (MALMEN), or keep them outside the weights (GRACE). A norm"
         " constraint on the update or clamped inputs delays the end but costs edit success.",
@@ -93,7 +99,11 @@ def _feedback_growth(evidence: Evidence) -> Cause | None:
 
 def _dtype_overflow(evidence: Evidence) -> Cause | None:
     bad = evidence.first_bad
-    if bad is None or evidence.largest_finite is None or not math.isclose(evidence.largest_finite, FP16_MAX, rel_tol=1e-3):
+    if (
+        bad is None
+        or evidence.largest_finite is None
+        or not math.isclose(evidence.largest_finite, FP16_MAX, rel_tol=1e-3)
+    ):
         return None
     if bad.rule == "headroom":
         how = f"had {number(bad.value)} bits of headroom left at edit {bad.edit}"
@@ -103,7 +113,7 @@ def _dtype_overflow(evidence: Evidence) -> Cause | None:
         return None
     return Cause(
         "dtype-overflow",
-        f"Values at {bad.site} are kept in float16, which ends at 65,504, and {how}.",
+        f"values at {bad.site} are kept in float16, which ends at 65,504, and {how}.",
         "Keep the edited layers in bfloat16 or float32. That removes the overflow, not the growth: look at what grew"
         " before it, and constrain the norm of the updates.",
     )
@@ -115,10 +125,10 @@ def _dead_logits(evidence: Evidence) -> Cause | None:
         return None
     return Cause(
         "dead-logits",
-        f"All logits are equal since edit {dead[0].edit}, with every value finite: the model no longer depends on its"
-        f" input, and its gradients vanish.",
-        "Go back to the weights of before that edit. Lower the edit's learning rate or constrain the norm of its update;"
-        " a check for NaN alone will never see this failure.",
+        f"all logits are equal since edit {dead[0].edit}, with every value finite: the model no longer depends on its"
+        " input, and its gradients vanish.",
+        "Go back to the weights of before that edit. Lower the edit's learning rate or constrain the norm of its"
+        " update; a check for NaN alone will never see this failure.",
     )
 
 
@@ -129,14 +139,14 @@ def _weights_unchanged(evidence: Evidence) -> Cause | None:
         if finding.rule == "never-moved":
             return Cause(
                 "weights-unchanged",
-                f"Edit {finding.edit} left every watched weight as it was.",
+                f"edit {finding.edit} left every watched weight as it was.",
                 "Check that the watched sites are the layers that the editor edits, and that the model it returns is"
                 " handed over (edit.returns). Adapters such as GRACE or LoRA keep the weights as they are by design.",
             )
         if finding.rule == "stopped-moving":
             return Cause(
                 "weights-unchanged",
-                f"Edits moved the watched weights until edit {finding.start - 1}, and none since.",
+                f"edits moved the watched weights until edit {finding.start - 1}, and none since.",
                 "See whether the gradients are zero, or the update is smaller than the dtype can add (bfloat16 has 8"
                 " bits: 1 + 0.003 is 1); keep the edited layers in float32.",
             )
@@ -163,6 +173,6 @@ def find_cause(evidence: Evidence) -> Cause:
         return Cause(UNKNOWN_CAUSE, "", "")
     return Cause(
         UNKNOWN_CAUSE,
-        "No rule explains this from what was recorded.",
+        "no rule explains this from what was recorded.",
         "Begin at the first finding and its site; go back to the weights of before the onset edit.",
     )

@@ -27,7 +27,7 @@ def kind_of(metric: str) -> str:
 
 @dataclass(frozen=True)
 class Flat:
-    """One row: parallel arrays over the readings that were taken.
+    """One row as parallel arrays over the readings that were taken.
 
     places: where each belongs among all (metric, site) pairs of the run. values: its first value. finite: whether all
     of its values are. fresh: whether the set of readings differs from the row before, so that lookups must be redone.
@@ -62,23 +62,20 @@ class Columns:
         the canary; then by site, forwards, but backwards for gradients, since that is how they flow.
         """
         metric, site = self.keys[place]
-        kind = kind_of(metric)
-        rank = self._sites[site]
+        kind, rank = kind_of(metric), self._sites[site]
         phase = self._phase.get(metric, _DEFAULT_PHASE.get(kind, 2))
         return (phase, _KINDS.get(kind, len(_KINDS)), -rank if kind == "gradient" else rank, place)
 
     def flatten(self, row: EditRow) -> Flat:
-        """The row as arrays. Readings without a value count as not taken."""
-        keys = tuple(row.readings)
-        for key in keys:
-            if key not in self._place:
-                self._place[key] = len(self.keys)
-                self.keys.append(key)
-                self._sites.setdefault(key[1], len(self._sites))
-        readings = [np.asarray(reading, dtype=np.float64).ravel() for reading in row.readings.values()]
-        if any(reading.size == 0 for reading in readings):
-            keys = tuple(key for key, reading in zip(keys, readings, strict=True) if reading.size)
-            readings = [reading for reading in readings if reading.size]
+        """The row as arrays. A reading without any value counts as not taken."""
+        keys, readings = tuple(row.readings), list(row.readings.values())
+        sizes = np.fromiter(map(len, readings), dtype=np.intp, count=len(readings))
+        if keys != self._last_keys:
+            self._register(keys)
+        if not sizes.all():
+            keys = tuple(key for key, size in zip(keys, sizes, strict=True) if size)
+            readings = [reading for reading in readings if len(reading)]
+            sizes = sizes[sizes > 0]
         fresh = keys != self._last_keys
         if fresh:
             self._last_keys = keys
@@ -86,7 +83,40 @@ class Columns:
         values, finite = np.zeros(0), np.zeros(0, dtype=bool)
         if readings:
             flat = np.concatenate(readings)
-            sizes = np.fromiter((reading.size for reading in readings), dtype=np.intp, count=len(readings))
-            starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+            starts = np.cumsum(sizes) - sizes
             values, finite = flat[starts], np.logical_and.reduceat(np.isfinite(flat), starts)
         return Flat(row.edit, row.status == "applied", self._last_places, values, finite, fresh)
+
+    def _register(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            if key not in self._place:
+                self._place[key] = len(self.keys)
+                self.keys.append(key)
+                self._sites.setdefault(key[1], len(self._sites))
+
+
+class Once:
+    """Remembers at which places a rule has spoken, so that a claim that holds on is made once."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, NDArray[np.bool_]] = {}
+
+    def said(self, rule: str, places: Places) -> NDArray[np.bool_]:
+        """Whether `rule` has spoken, per place."""
+        said = self._said.get(rule)
+        if said is None:
+            return np.zeros(places.size, dtype=bool)
+        known = places < said.size
+        return known & said[np.where(known, places, 0)]
+
+    def new(self, rule: str, places: Places) -> NDArray[np.bool_]:
+        """Whether `rule` speaks for the first time, per place; from then on it has spoken at all of them."""
+        if not places.size:
+            return np.zeros(0, dtype=bool)
+        fresh = ~self.said(rule, places)
+        if fresh.any():
+            said = self._said.get(rule, np.zeros(0, dtype=bool))
+            more = int(places.max()) + 1 - said.size
+            self._said[rule] = said = np.concatenate((said, np.zeros(max(more, 0), dtype=bool)))
+            said[places] = True
+        return fresh

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from stabilitylab.analysis.causes import Cause
 from stabilitylab.analysis.drift import BASELINE
-from stabilitylab.analysis.facts import place_name
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
+from stabilitylab.analysis.words import place_name
 
 CHAIN: Final = 10
 """Findings at most this many edits apart are taken to belong to one development."""
@@ -18,7 +19,8 @@ def onset(findings: Sequence[Finding], alarm: int | None) -> int | None:
     """The edit at which values began to drift or diverge, in hindsight.
 
     Walks back from the alarm through the findings, each to the edit at which its series left the baseline, as long as
-    they follow one another within ``CHAIN`` edits; something odd long before, with nothing in between, is not the onset.
+    they follow one another within ``CHAIN`` edits; something odd long before, with nothing between, is not the onset.
+    What comes after the alarm does not change it.
     """
     marked = [finding for finding in findings if severity(finding.verdict) > 0]
     if not marked:
@@ -47,8 +49,7 @@ def diagnose(
     """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
-    first_nonfinite = min(nonfinite) if nonfinite else None
-    return Diagnosis(
+    diagnosis = Diagnosis(
         verdict=verdict,
         edits=edits,
         onset_edit=began,
@@ -60,48 +61,40 @@ def diagnose(
         cause_says=cause.says,
         advice=cause.advice,
         findings=findings,
-        says=_sentence(verdict, rows, edits, baseline, began, first_nonfinite, first_bad, findings, cause),
-        first_nonfinite_edit=first_nonfinite,
+        says="",
+        first_nonfinite_edit=min(nonfinite, default=None),
     )
+    if first_bad is not None:
+        says = _bad(diagnosis, first_bad)
+    elif verdict == "drifting":
+        first = next(finding for finding in findings if finding.verdict == "drifting")
+        says = f"Drifting since edit {began}: {_clause(diagnosis, first)}"
+    else:
+        says = _stable(rows, edits, baseline, findings)
+    return replace(diagnosis, says=says)
 
 
 def _count(edits: int) -> str:
     return f"{edits} edit{'s' if edits != 1 else ''}"
 
 
-def _sentence(
-    verdict: Verdict,
-    rows: int,
-    edits: int,
-    baseline: bool,
-    began: int | None,
-    first_nonfinite: int | None,
-    first_bad: Finding | None,
-    findings: Sequence[Finding],
-    cause: Cause,
-) -> str:
-    if verdict == "stable":
-        return _stable(rows, edits, baseline, findings)
-    if verdict == "drifting":
-        first = next(finding for finding in findings if finding.verdict == "drifting")
-        return f"Drifting since edit {began}: {_clause(cause, first)}"
-    assert first_bad is not None  # a verdict this bad comes from a finding that is
-    words = {"non-finite": "Non-finite", "collapsed": "Collapsed", "diverging": "Diverging"}
-    since = first_nonfinite
+def _bad(diagnosis: Diagnosis, first_bad: Finding) -> str:
+    """For ``diverging`` and worse: since when, growing since when, first where, and why."""
+    began, verdict = diagnosis.onset_edit, diagnosis.verdict
+    since = diagnosis.first_nonfinite_edit
     if since is None:
-        worst = [finding.start for finding in findings if finding.verdict == verdict]
-        since = began if verdict == "diverging" else min(worst)
+        since = min(finding.start for finding in diagnosis.findings if finding.verdict == verdict)
     lead = ""
-    if began is not None and since is not None and began < since:
+    if began is not None and began < since:
         lead = f", {'diverging' if verdict == 'non-finite' else 'drifting'} since edit {began}"
     return (
-        f"{words[verdict]} since edit {since}{lead}: first in {place_name(first_bad.site)} ({first_bad.metric}) —"
-        f" {_clause(cause, first_bad)}"
+        f"{verdict.capitalize()} since edit {since}{lead}: first in {place_name(first_bad.site)} ({first_bad.metric}) —"
+        f" {_clause(diagnosis, first_bad)}"
     )
 
 
-def _clause(cause: Cause, finding: Finding) -> str:
-    return finding.says if cause.cause == UNKNOWN_CAUSE else cause.says
+def _clause(diagnosis: Diagnosis, finding: Finding) -> str:
+    return finding.says if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
 
 
 def _stable(rows: int, edits: int, baseline: bool, findings: Sequence[Finding]) -> str:

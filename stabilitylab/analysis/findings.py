@@ -15,7 +15,7 @@ UNKNOWN_CAUSE: Final = "unknown"
 
 def severity(verdict: str) -> int:
     """0 for ``stable`` up to 4 for ``non-finite``."""
-    return VERDICTS.index(verdict)  # type: ignore[arg-type]
+    return VERDICTS.index(verdict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -10,7 +10,10 @@ from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.findings import Finding, Verdict, severity
 
 KEPT: Final = 3
-"""Sites that are reported by name for one rule and metric; the others are counted."""
+"""Sites that are reported by name for one rule and group; the others are counted."""
+
+DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink"})
+"""Rules that compare a series with its own baseline; all others are hard facts."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Hit:
     value: float
     threshold: float
     verdict: Verdict
-    says: Callable[[str, str], str]
+    says: str
     since: int | None = None
 
 
@@ -53,19 +56,32 @@ class Ledger:
                 self.worst = hit.verdict
             if len(group.kept) < KEPT:
                 finding = Finding(
-                    hit.rule, metric, site, edit, hit.value, hit.threshold, hit.says(metric, site), hit.verdict, hit.since
+                    rule=hit.rule,
+                    metric=metric,
+                    site=site,
+                    edit=edit,
+                    value=hit.value,
+                    threshold=hit.threshold,
+                    says=hit.says,
+                    verdict=hit.verdict,
+                    since=hit.since,
                 )
                 group.kept.append(((edit, *self._columns.order(hit.place)), finding))
 
-    def first_bad(self, hard_only: bool) -> Finding | None:
-        """The earliest finding that is ``diverging`` or worse, by the edit it is about and then by dataflow."""
+    def first_bad(self) -> Finding | None:
+        """The earliest hard fact that is ``diverging`` or worse, by the edit it is about and then by dataflow.
+
+        Without one, the earliest drift alarm, by the edit at which it was raised. None when there is neither.
+        """
         bad = [
-            ((finding.start, *order[1:]), finding)
+            (order, finding)
             for group in self._groups.values()
             for order, finding in group.kept
-            if severity(finding.verdict) >= severity("diverging") and not (hard_only and finding.rule in DRIFT_RULES)
+            if severity(finding.verdict) >= severity("diverging")
         ]
-        return min(bad, key=lambda item: item[0])[1] if bad else None
+        hard = [((finding.start, *order[1:]), finding) for order, finding in bad if finding.rule not in DRIFT_RULES]
+        chosen = hard or bad
+        return min(chosen, key=lambda item: item[0])[1] if chosen else None
 
     def findings(self) -> tuple[Finding, ...]:
         """All kept findings in order of edit, then of dataflow; the last of a group says how many more there are."""
@@ -75,10 +91,7 @@ class Ledger:
             more = len(group.sites) - len(kept)
             if more:
                 order, last = kept[-1]
-                kept[-1] = (order, replace(last, says=f"{last.says} (The same at {more} more sites.)"))
+                says = f"{last.says} (And at {more} more site{'s' if more > 1 else ''}.)"
+                kept[-1] = (order, replace(last, says=says))
             listed += kept
         return tuple(finding for _, finding in sorted(listed, key=lambda item: item[0]))
-
-
-DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink"})
-"""Rules that compare a series with its own baseline; all others are hard facts."""

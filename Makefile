@@ -1,0 +1,77 @@
+# Two commands on a fresh machine: `make demo` and `make test`. All that is needed is python3 (3.10 or newer) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Each stamp is remade when what it was installed from changes.
+CORE := $(VENV)/.installed-demo
+FULL := $(VENV)/.installed-test
+LINT := $(VENV)/.installed-lint
+PINNED := setup.cfg pyproject.toml constraints.txt
+ROOTS := stabilitylab probes reports
+CHECKED := $(ROOTS) tests benchmarks
+# Small models: one thread is as fast as two, and the same on every machine.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-browser lint format wheel checkpoints clean
+
+help: ## Show what each target does
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+install: $(CORE) ## Make .venv and install stabilitylab with what the demo needs
+
+demo: $(CORE) ## Edit a small BLIP2-OPT with MEND until it says NaN; the report is runs/demo/report.html
+	$(BIN)/stabilitylab demo --out runs/demo
+
+test: $(FULL) ## Run the whole test suite that this machine can run
+	$(BIN)/python -m pytest
+
+test-browser: $(FULL) ## Run the tests that look at the report in headless Chromium
+	$(BIN)/python -m pytest -m browser
+
+lint: $(LINT) .typings/stabilitylab ## Check style with ruff, and types with mypy over all three package roots
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: $(LINT) ## Format the code
+	$(BIN)/ruff check --fix-only --quiet $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+wheel: $(FULL) ## Build the wheel into dist/
+	rm -rf build
+	$(BIN)/python -m build --wheel --outdir dist .
+
+checkpoints: $(CORE) ## Train the demo's model and its MEND editor anew from nothing
+	$(BIN)/python -m stabilitylab.testbed.train
+
+clean: ## Remove everything that was made here, but for runs/
+	rm -rf $(VENV) .typings build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "stabilitylab needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): $(VENV)/bin/python $(PINNED)
+	@echo "installing stabilitylab (some minutes the first time) …"
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(FULL): $(CORE)
+	@echo "installing what the tests need …"
+	@$(PIP) --editable '.[demo,test]'
+	@touch $@
+
+$(LINT): $(CORE)
+	@echo "installing the linters …"
+	@$(PIP) --editable '.[demo,lint,test]'
+	@touch $@
+
+# The type checker finds probes/ and reports/ under their installed names through these links.
+.typings/stabilitylab:
+	@mkdir -p $@
+	@ln -sfn ../../probes $@/probes
+	@ln -sfn ../../reports $@/reports

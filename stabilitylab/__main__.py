@@ -1,0 +1,6 @@
+"""``python -m stabilitylab`` is the command ``stabilitylab``."""
+
+from stabilitylab.cli import main
+
+if __name__ == "__main__":
+    main()

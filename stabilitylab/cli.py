@@ -1,0 +1,142 @@
+"""The command ``stabilitylab``: arguments in, exit code out. Does no work of its own.
+
+Exit codes: 0, 1 when the verdict reaches ``--fail-on``, 2 for a usage error, 3 when there is nothing to judge yet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import stabilitylab
+from stabilitylab.analysis import json_safe, severity
+from stabilitylab.errors import StabilityLabError
+from stabilitylab.run import Run, load
+
+EXIT_BAD_VERDICT = 1
+EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Numerical-stability diagnostics for sequential model editing.",
+)
+
+
+class FailOn(str, Enum):
+    """The verdicts that `check` can be told to fail on."""
+
+    drifting = "drifting"
+    diverging = "diverging"
+    collapsed = "collapsed"
+    nonfinite = "non-finite"
+
+
+class Precision(str, Enum):
+    """The dtypes that the demo's decoder can be loaded in."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its run.db.", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stabilitylab {stabilitylab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Numerical-stability diagnostics for sequential model editing."""
+
+
+@app.command()
+def demo(
+    precision: Annotated[Precision, typer.Option(help="The decoder's dtype; EasyEdit loads fp16.")] = Precision.fp16,
+    edits: Annotated[int, typer.Option(min=1, max=1000, help="The most edits to make.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Which stream of edits.")] = 0,
+    out: Annotated[Path, typer.Option(help="The run's folder; a demo run in it is replaced.")] = Path("runs/demo"),
+) -> None:
+    """Edit a small real BLIP2-OPT with MEND, one edit after the other, until it says NaN; then say why."""
+    from stabilitylab.testbed.demo import run_demo
+
+    run_demo(out=out, edits=edits, seed=seed, precision=precision.value, console=Console())
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """What ``check --json`` prints: the diagnosis with the run's name and costs, as plain JSON values."""
+    diagnosis = run.diagnosis().to_json()
+    extra = {
+        "run": str(run.path),
+        "edits": len(run),
+        "complete": run.complete,
+        "probe_time_share": run.probe_time_share,
+        "canary_time_share": run.canary_time_share,
+        "alarms": [vars(alarm) for alarm in run.alarms],
+        "notes": [vars(note) for note in run.notes],
+    }
+    plain: dict[str, Any] = json_safe({**extra, **{key: value for key, value in diagnosis.items() if key != "edits"}})
+    return plain
+
+
+@app.command()
+def check(
+    run: RunPath,
+    as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this verdict on.")] = FailOn.diverging,
+) -> None:
+    """Say what became of a run, and exit with 1 when it is diverging or worse."""
+    found = load(run)
+    if as_object:
+        typer.echo(json.dumps(as_json(found), indent=2, allow_nan=False))
+    else:
+        from stabilitylab.reports.console import diagnosis_page
+
+        Console().print(diagnosis_page(found))
+    if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
+        print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)
+        raise typer.Exit(EXIT_INCOMPLETE)
+    if severity(found.diagnosis().verdict) >= severity(fail_on.value):
+        raise typer.Exit(EXIT_BAD_VERDICT)
+
+
+@app.command()
+def report(
+    run: RunPath,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write the run's stability report: one HTML page that needs nothing else."""
+    from stabilitylab.reports.html import write_report
+
+    found = load(run)
+    typer.echo(write_report(found, out or found.path / "report.html"))
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line on stderr and exit code 2."""
+    try:
+        app(prog_name="stabilitylab")
+    except StabilityLabError as error:
+        print(f"stabilitylab: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

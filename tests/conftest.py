@@ -1,0 +1,23 @@
+"""One thread and a fixed seed for every test; hypothesis without deadlines, since the machine is noisy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("stabilitylab", deadline=None, max_examples=60, print_blob=True)
+hypothesis.settings.load_profile("stabilitylab")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,349 @@
+"""Every probe against a naive float64 implementation that shares no code with it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stabilitylab.probes.activations import ActivationRange, ActivationScale
+from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
+from stabilitylab.probes.feedback import Gain, History
+from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
+from stabilitylab.probes.logits import Canary, Logits
+from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, last_token_logits, reduce_canary, reduce_logits
+from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, reduce_normaliser
+from stabilitylab.probes.output_pass import OutputPass, reduce_output
+from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
+from stabilitylab.probes.weights import Drift, Update, WeightRange
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def weight_pass(weight: Tensor, original: Tensor, previous: Tensor) -> WeightPass:
+    packed = reduce_weight(weight, original.clone(), previous.clone(), norm_of(original))
+    return WeightPass.from_host(packed.numpy(), weight.dtype)
+
+
+def numpy64(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+# -- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-4, 1.0, 1e3]))
+def test_weights(dtype: torch.dtype, seed: int, rows: int, columns: int, scale: float) -> None:
+    weight, original, previous = (random(seed + k, rows, columns, dtype=dtype, scale=scale) for k in range(3))
+    seen = weight_pass(weight, original, previous)
+    now, first, last = numpy64(weight), numpy64(original), numpy64(previous)
+    close = {"rel": 1e-5, "abs": 1e-12 * scale}
+    assert Update().compute(seen)["update.norm"] == pytest.approx(np.sqrt(np.sum((now - last) ** 2)), **close)
+    drift = Drift().compute(seen)
+    assert drift["drift.norm"] == pytest.approx(np.sqrt(np.sum((now - first) ** 2)), **close)
+    if np.any(first):
+        expected = np.sqrt(np.sum((now - first) ** 2)) / np.sqrt(np.sum(first**2))
+        assert drift["drift.ratio"] == pytest.approx(expected, rel=1e-5)
+    extremes = WeightRange().compute(seen)
+    largest = np.abs(now).max()
+    assert extremes["weight.max_abs"] == largest
+    assert extremes["weight.nonfinite"] == 0
+    if largest > 0:
+        bits = math.log2(torch.finfo(dtype).max) - math.log2(largest)
+        assert extremes["weight.headroom_bits"] == pytest.approx(bits, rel=1e-9)
+
+
+def test_a_weight_of_many_chunks_is_one_weight() -> None:
+    weight, original = random(1, 700, 900), random(2, 700, 900)
+    seen = weight_pass(weight, original, original)
+    expected = np.linalg.norm(numpy64(weight) - numpy64(original))
+    assert (seen.drift, seen.update) == (pytest.approx(expected, rel=1e-6), pytest.approx(expected, rel=1e-6))
+    assert (seen.low, seen.high) == (weight.min().item(), weight.max().item())
+
+
+@pytest.mark.parametrize("magnitude", [1e25, 3e38, 1e-30])
+def test_norms_neither_overflow_nor_underflow_where_the_values_do_not(magnitude: float) -> None:
+    weight = torch.full((50, 50), magnitude, dtype=torch.float32)
+    seen = weight_pass(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+    assert seen.drift == pytest.approx(50 * magnitude, rel=1e-6)
+    assert seen.nonfinite == 0
+
+
+def test_an_fp16_norm_past_the_range_of_fp16_is_finite() -> None:
+    weight = torch.full((64, 64), 60.0, dtype=torch.float16)
+    assert weight_pass(weight, torch.zeros_like(weight), weight).norm == pytest.approx(3840)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_weights_are_counted_and_never_dropped(value: float) -> None:
+    weight, original = random(1, 30, 20), random(1, 30, 20)
+    weight[3, 4] = weight[20, 1] = value
+    seen = weight_pass(weight, original, original)
+    readings = WeightRange().compute(seen)
+    assert readings["weight.nonfinite"] == 2
+    assert not math.isfinite(readings["weight.max_abs"])
+    assert readings["weight.headroom_bits"] == -math.inf or math.isnan(readings["weight.headroom_bits"])
+    assert not math.isfinite(Update().compute(seen)["update.norm"])
+
+
+def test_a_zero_weight_has_endless_headroom_and_no_ratio() -> None:
+    zero = torch.zeros(4, 4)
+    seen = weight_pass(zero, zero, zero)
+    assert WeightRange().compute(seen)["weight.headroom_bits"] == math.inf
+    assert Drift().compute(seen) == {"drift.norm": 0.0}
+
+
+def test_closed_form_of_headroom() -> None:
+    weight = torch.full((3, 3), 2.0**10, dtype=torch.float32)
+    bits = WeightRange().compute(weight_pass(weight, weight, weight))["weight.headroom_bits"]
+    assert bits == pytest.approx(118, abs=1e-6)  # fp32 ends just below 2^128
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits(dtype: torch.dtype) -> None:
+    left = random(3, 5, 7, dtype=dtype)
+    left[0, 0] = math.nan
+    right = left.clone()
+    assert same_bits(left, right)
+    right[4, 6] = right[4, 6] * 2
+    assert not same_bits(left, right)
+    assert not same_bits(torch.zeros(2, dtype=dtype), -torch.zeros(2, dtype=dtype))
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------
+
+
+def spectrum_of(x: Tensor, delta: Tensor) -> GradientSpectrum:
+    packed, shapes = reduce_factors(x, delta)
+    return GradientSpectrum.from_host(packed.numpy(), shapes)
+
+
+@given(seed=seeds, tokens=st.integers(1, 40), width_in=st.integers(1, 50), width_out=st.integers(1, 50))
+def test_spectrum(seed: int, tokens: int, width_in: int, width_out: int) -> None:
+    x, delta = random(seed, tokens, width_in), random(seed + 1, tokens, width_out, scale=1e-3)
+    gradient = np.zeros((width_out, width_in))
+    for u, d in zip(numpy64(x), numpy64(delta), strict=True):
+        gradient += np.outer(d, u)
+    exact = np.linalg.svd(gradient, compute_uv=False)
+    seen = spectrum_of(x, delta)
+    size = seen.singular_values.size
+    assert size == min(tokens, width_in, width_out)
+    large = exact[:size] > 1e-4 * exact[0]
+    np.testing.assert_allclose(seen.singular_values[large], exact[:size][large], rtol=2e-3)
+    np.testing.assert_allclose(seen.singular_values, exact[:size], atol=2e-6 * exact[0])
+    assert GradientNorm().compute(seen)["gradient.norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    stable_rank = np.linalg.norm(gradient) ** 2 / exact[0] ** 2
+    assert StableRank().compute(seen)["gradient.stable_rank"] == pytest.approx(stable_rank, rel=1e-4)
+    assert Spectrum().compute(seen)["gradient.spectrum"].size == min(size, 32)
+    assert GradientNonfinite().compute(seen)["gradient.nonfinite"] == 0
+
+
+def test_closed_form_of_one_token() -> None:
+    x, delta = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+    seen = spectrum_of(x, delta)
+    assert seen.singular_values.tolist() == pytest.approx([10.0])
+    assert StableRank().compute(seen)["gradient.stable_rank"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_factors_of_extreme_size(scale: float) -> None:
+    x, delta = random(1, 6, 8, scale=scale), random(2, 6, 5, scale=scale)
+    exact = np.linalg.svd(numpy64(delta).T @ numpy64(x), compute_uv=False)
+    np.testing.assert_allclose(spectrum_of(x, delta).singular_values, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nonfinite_factor_gives_nan_and_a_count(dtype: torch.dtype) -> None:
+    x, delta = random(1, 6, 8, dtype=dtype), random(2, 6, 5, dtype=dtype)
+    delta[2, 3] = math.inf
+    seen = spectrum_of(x, delta)
+    assert np.isnan(seen.singular_values).all()
+    assert math.isnan(GradientNorm().compute(seen)["gradient.norm"])
+    assert GradientNonfinite().compute(seen)["gradient.nonfinite"] == 1
+
+
+def test_a_zero_gradient_has_norm_zero_and_no_rank() -> None:
+    seen = spectrum_of(torch.zeros(3, 4), torch.ones(3, 5))
+    assert GradientNorm().compute(seen)["gradient.norm"] == 0
+    assert StableRank().compute(seen) == {}
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 and 4 tokens"):
+        reduce_factors(torch.ones(3, 2), torch.ones(4, 2))
+
+
+# -- activations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, batch=st.integers(1, 3), positions=st.integers(1, 9), features=st.integers(1, 20))
+def test_activations(dtype: torch.dtype, seed: int, batch: int, positions: int, features: int) -> None:
+    output = random(seed, batch, positions, features, dtype=dtype)
+    seen = OutputPass.from_host(reduce_output(output).numpy(), dtype)
+    y = numpy64(output)
+    readings = {**ActivationScale().compute(seen), **ActivationRange().compute(seen)}
+    assert readings["activation.rms"] == pytest.approx(np.sqrt(np.mean(y**2)), rel=1e-5)
+    assert readings["activation.max_abs"] == np.abs(y).max()
+    assert readings["activation.nonfinite"] == 0
+    if positions > 1:
+        assert readings["activation.rms_beyond_first"] == pytest.approx(np.sqrt(np.mean(y[:, 1:] ** 2)), rel=1e-5)
+        assert readings["activation.max_abs_beyond_first"] == np.abs(y[:, 1:]).max()
+    else:
+        assert "activation.rms_beyond_first" not in readings
+
+
+def test_closed_form_of_a_normal_output() -> None:
+    seen = OutputPass.from_host(reduce_output(random(0, 4, 500, 500)).numpy(), torch.float32)
+    assert seen.rms == pytest.approx(1.0, rel=5e-3)
+
+
+def test_activations_past_the_square_root_of_the_range_have_a_finite_rms() -> None:
+    output = torch.full((1, 2, 3), 1e30)
+    seen = OutputPass.from_host(reduce_output(output).numpy(), torch.float32)
+    assert seen.rms == pytest.approx(1e30)
+    assert ActivationRange().compute(seen)["activation.headroom_bits"] == pytest.approx(math.log2(3.4028e38 / 1e30), 1e-4)
+
+
+def test_nonfinite_activations() -> None:
+    output = random(0, 2, 3, 4)
+    output[0, 0, 0], output[1, 2, 3] = math.nan, math.inf
+    seen = OutputPass.from_host(reduce_output(output).numpy(), torch.float32)
+    assert ActivationRange().compute(seen)["activation.nonfinite"] == 2
+    assert math.isnan(ActivationScale().compute(seen)["activation.rms"])
+
+
+# -- logits ---------------------------------------------------------------------------------------------------------
+
+
+def naive_last(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.stack([row[np.flatnonzero(keep)[-1]] for row, keep in zip(logits, mask, strict=True)])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, batch=st.integers(1, 4), positions=st.integers(2, 7), vocabulary=st.integers(2, 30))
+def test_logits(side: str, dtype: torch.dtype, seed: int, batch: int, positions: int, vocabulary: int) -> None:
+    logits = random(seed, batch, positions, vocabulary, dtype=dtype, scale=3.0)
+    lengths = np.random.default_rng(seed).integers(1, positions + 1, size=batch)
+    mask = np.arange(positions) < lengths[:, None]
+    mask = mask[:, ::-1].copy() if side == "left" else mask
+    readings = Logits().compute(
+        LogitsPass.from_host(reduce_logits(logits, torch.from_numpy(mask).long()).numpy())
+    )
+    z = numpy64(logits)
+    last = naive_last(z, mask)
+    shifted = np.exp(last - last.max(axis=1, keepdims=True))
+    p = shifted / shifted.sum(axis=1, keepdims=True)
+    ordered = np.sort(last, axis=1)
+    assert (readings["logits.min"], readings["logits.max"]) == (z.min(), z.max())
+    expected = np.mean(np.log(np.exp(last).sum(axis=1)))
+    assert readings["logits.logsumexp"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert readings["logits.entropy"] == pytest.approx(np.mean(-np.sum(p * np.log(p), axis=1)), rel=1e-6, abs=1e-9)
+    assert readings["logits.margin"] == pytest.approx(np.mean(ordered[:, -1] - ordered[:, -2]), rel=1e-6, abs=1e-9)
+    assert readings["logits.nonfinite"] == 0
+    assert readings["logits.dead"] == float(z.min() == z.max())
+
+
+def test_closed_form_of_blank_logits() -> None:
+    readings = Logits().compute(LogitsPass.from_host(reduce_logits(torch.zeros(2, 3, 8), None).numpy()))
+    assert readings["logits.dead"] == 1
+    assert readings["logits.entropy"] == pytest.approx(math.log(8))
+    assert readings["logits.logsumexp"] == pytest.approx(math.log(8))
+    assert readings["logits.margin"] == 0
+
+
+def test_nan_logits_are_counted_and_not_called_dead() -> None:
+    readings = Logits().compute(LogitsPass.from_host(reduce_logits(torch.full((1, 2, 4), math.nan), None).numpy()))
+    assert readings["logits.nonfinite"] == 8
+    assert readings["logits.dead"] == 0
+
+
+def test_a_mask_shorter_than_the_logits_is_aligned_to_their_end() -> None:
+    logits = torch.arange(5.0).reshape(1, 5, 1).expand(1, 5, 3)
+    mask = torch.tensor([[1, 1, 0]])  # three text tokens behind two image tokens; the last one is padding
+    assert last_token_logits(logits, mask)[0, 0] == 3
+
+
+@given(seed=seeds, batch=st.integers(1, 5), vocabulary=st.integers(2, 20))
+def test_canary(seed: int, batch: int, vocabulary: int) -> None:
+    original, now = random(seed, batch, vocabulary), random(seed + 1, batch, vocabulary)
+    seen = CanaryPass.from_host(reduce_canary(now[:, None], None, original).numpy())
+    readings = Canary().compute(seen)
+    p, q = (np.exp(numpy64(z)) / np.exp(numpy64(z)).sum(axis=1, keepdims=True) for z in (original, now))
+    assert readings["canary.kl"] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-6, abs=1e-9)
+    agree = np.mean(numpy64(original).argmax(axis=1) == numpy64(now).argmax(axis=1))
+    assert readings["canary.agreement"] == pytest.approx(agree)
+    same = Canary().compute(CanaryPass.from_host(reduce_canary(original[:, None], None, original).numpy()))
+    assert (same["canary.agreement"], same["canary.kl"]) == (1.0, pytest.approx(0.0, abs=1e-12))
+
+
+def test_a_nonfinite_row_never_agrees_with_the_original() -> None:
+    original = torch.tensor([[5.0, 0.0], [5.0, 0.0]])  # argmax 0, which is also what argmax says of all NaN
+    now = torch.tensor([[[math.nan, math.nan]], [[5.0, 0.0]]])
+    readings = Canary().compute(CanaryPass.from_host(reduce_canary(now, None, original).numpy()))
+    assert readings["canary.agreement"] == 0.5
+    assert math.isnan(readings["canary.kl"])
+
+
+# -- editor state and feedback ---------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, tokens=st.integers(1, 12), units=st.integers(1, 20), dead=st.integers(0, 3))
+def test_normaliser(seed: int, tokens: int, units: int, dead: int) -> None:
+    rng = np.random.default_rng(seed)
+    mean, std, entered = rng.normal(size=units), rng.uniform(0.1, 2, size=units), rng.normal(size=(tokens, units))
+    std[:dead] = 0
+    packed = reduce_normaliser(torch.tensor(mean), torch.tensor(std), [torch.tensor(entered)])
+    seen = NormaliserPass.from_host(packed.numpy())
+    assert Normaliser().compute(seen) == {"editor.std_min": std.min(), "editor.std_zeros": float((std == 0).sum())}
+    normalised = np.abs((entered - mean) / (std + 1e-7))
+    readings = NormalisedInput().compute(seen)
+    unit = int(np.unravel_index(normalised.argmax(), normalised.shape)[1])
+    assert readings["editor.input_max"] == pytest.approx(normalised.max(), rel=1e-12)
+    assert (readings["editor.input_unit"], readings["editor.input_unit_std"]) == (unit, std[unit])
+
+
+def test_padding_rows_do_not_count_and_nan_wins() -> None:
+    mean, std = torch.tensor([10.0, 0.0]), torch.tensor([0.1, 1.0])
+    padded = NormaliserPass.from_host(reduce_normaliser(mean, std, [torch.tensor([[0.0, 0.0], [10.0, 3.0]])]).numpy())
+    assert padded.input_max == pytest.approx(3.0, rel=1e-6)
+    broken = NormaliserPass.from_host(reduce_normaliser(mean, std, [torch.tensor([[9.0, math.nan]])]).numpy())
+    assert broken.input_max is not None
+    assert math.isnan(broken.input_max)
+    assert broken.input_unit == 1
+    nothing = NormaliserPass.from_host(reduce_normaliser(mean, std, []).numpy())
+    assert NormalisedInput().compute(nothing) == {}
+
+
+def test_learning_rates() -> None:
+    rates = np.linspace(0.1, 1.0, 80)
+    assert EditLearningRates().compute(LearningRates(rates))["editor.learning_rate"].tolist() == rates[:64].tolist()
+
+
+@given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=12))
+def test_gain(values: list[float]) -> None:
+    readings = Gain().compute(History(np.array(values)))
+    if len(values) == 1:
+        assert readings == {}
+        return
+    recent = np.log(values[-6:])
+    assert readings["feedback.gain"] == pytest.approx(np.mean(np.diff(recent)), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("broken", [0.0, math.nan, math.inf])
+def test_gain_is_absent_where_a_logarithm_is_not_finite(broken: float) -> None:
+    assert Gain().compute(History(np.array([1.0, broken]))) == {}
