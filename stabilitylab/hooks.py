@@ -65,6 +65,49 @@ class EditorBuffer:
     calls: list[tuple[Tensor, ...]] = field(default_factory=list)
 
 
+class Hook:
+    """What we put on a module: acts while its edit is open, and is nothing afterwards, wherever it was copied to.
+
+    A layer that is deep-copied inside an edit takes its hooks along, and no handle owns the copies. They share this
+    object, so they fall silent with the edit, and `sweep` finds them by their type.
+    """
+
+    def __init__(self, action: Callable[..., None]) -> None:
+        self._action: Callable[..., None] | None = action
+
+    @property
+    def alive(self) -> bool:
+        """Whether its edit is still open."""
+        return self._action is not None
+
+    def __call__(self, *args: Any) -> None:
+        if self._action is not None:
+            self._action(*args)
+
+    def remove(self) -> None:
+        """Fall silent for good."""
+        self._action = None
+
+    def __deepcopy__(self, memo: object) -> Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Hook, (_nothing,))  # a model that is saved inside an edit holds no capture buffer
+
+
+def _nothing(*_: Any) -> None:
+    """The action of a hook that was saved with a model."""
+
+
+def sweep(model: nn.Module) -> None:
+    """Take the silent hooks of ours off every module of `model`."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
+                del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+
 OnOutput = Callable[[str, Tensor], None]
 OnModelOutput = Callable[[Mapping[str, Any], Any], None]
 
@@ -96,7 +139,7 @@ class Capture:
     """
 
     def __init__(self, on_output: OnOutput, on_model_output: OnModelOutput) -> None:
-        self.layers: dict[str, LayerBuffer] = {}
+        self._watched: dict[str, dict[int, LayerBuffer]] = {}
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
         self._on_output = on_output
@@ -114,22 +157,39 @@ class Capture:
     def _own(self, handle: RemovableHandle) -> None:
         self._stack.callback(handle.remove)
 
+    def _hook(self, action: Callable[..., None]) -> Hook:
+        hook = Hook(action)
+        self._stack.callback(hook.remove)
+        return hook
+
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
         """Hook one layer; with `factors`, its input and δ too."""
-        buffer = self.layers[site] = LayerBuffer()
+        self._watched[site] = {}
 
-        def after_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             y = _first_tensor(output)
             if y is None or not y.is_floating_point() or y.numel() == 0:
                 return
-            buffer.forwards += 1
-            if buffer.forwards == 1:
+            # One buffer per module: an edit may copy the layer, and original and copy must not be mixed.
+            buffers = self._watched[site]
+            if not buffers:
                 self._on_output(site, y)
+            buffer = buffers.setdefault(id(fired), LayerBuffer())
+            buffer.forwards += 1
             x = _first_tensor(args)
             if factors and x is not None and y.requires_grad:
                 self._await_delta(buffer, x, y)
 
-        self._own(module.register_forward_hook(after_forward))
+        self._own(module.register_forward_hook(self._hook(after_forward)))
+
+    @property
+    def layers(self) -> dict[str, LayerBuffer]:
+        """By site, what the layer showed; of several copies of it, the first that a backward went through."""
+        found = {}
+        for site, buffers in self._watched.items():
+            complete = [buffer for buffer in buffers.values() if buffer.complete is not None]
+            found[site] = next(iter([*complete, *buffers.values()]), LayerBuffer())
+        return found
 
     def _await_delta(self, buffer: LayerBuffer, x: Tensor, y: Tensor) -> None:
         node = _node_of(y)
@@ -157,7 +217,7 @@ class Capture:
                 self.model_call = ModelCall(args, kwargs)
                 self._on_model_output(kwargs, output)
 
-        self._own(model.register_forward_hook(after_forward, with_kwargs=True))
+        self._own(model.register_forward_hook(self._hook(after_forward), with_kwargs=True))
 
     def watch_editor(self, name: str, module: nn.Module) -> None:
         """Hook one module of the editor: the tensors it is called with."""
@@ -167,11 +227,11 @@ class Capture:
             if len(buffer.calls) < EDITOR_CALL_LIMIT:
                 buffer.calls.append(tuple(value.detach() for value in args if isinstance(value, Tensor)))
 
-        self._own(module.register_forward_pre_hook(before_forward))
+        self._own(module.register_forward_pre_hook(self._hook(before_forward)))
 
     def clear(self) -> None:
         """Let go of everything captured."""
-        self.layers.clear()
+        self._watched.clear()
         self.editors.clear()
         self.model_call = None
 

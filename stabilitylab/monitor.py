@@ -17,7 +17,7 @@ from stabilitylab import canary as canaries
 from stabilitylab import manifest
 from stabilitylab.analysis import Analyzer, Diagnosis, severity
 from stabilitylab.errors import SiteError, UsageError
-from stabilitylab.hooks import Capture
+from stabilitylab.hooks import Capture, sweep
 from stabilitylab.measure import Instruments, logger
 from stabilitylab.probes import default_probes
 from stabilitylab.probes.base import Probe
@@ -359,6 +359,7 @@ class Edit:
     def __init__(self, monitor: Monitor, label: str) -> None:
         self.label = label
         self.capture: Capture
+        self._entered: nn.Module
         self.started = 0.0
         self.clock = 0.0
         self._monitor = monitor
@@ -374,6 +375,7 @@ class Edit:
         if self._monitor._open is not None:
             raise UsageError("an edit is open already; expected one `with monitor.edit()` at a time")
         self.started, self.clock = time.time(), time.perf_counter()
+        self._entered = self._monitor._model
         self.capture = self._monitor._begin()
         self._monitor._open = self
         return self
@@ -382,5 +384,7 @@ class Edit:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.capture.__exit__(kind, error, traceback)
+        for model in {self._entered, self._monitor._model}:
+            sweep(model)
         self._monitor._open = None
         self._monitor._guard("the record of an edit", lambda: self._monitor._end(self, error))

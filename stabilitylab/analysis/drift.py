@@ -121,6 +121,11 @@ class _Claim:
     trends: tuple[str, ...] | None = None
 
 
+def _rate(slope: float) -> str:
+    """Growth per edit from a slope of natural logs: a percentage, or a factor from 2 on."""
+    return f"{math.expm1(slope):.0%}" if slope < math.log(2.0) else f"a factor of {number(math.exp(min(slope, 700.0)))}"
+
+
 class DriftBank:
     """Watches every tracked series at once.
 
@@ -228,16 +233,14 @@ class DriftBank:
         lowest = rise.min(axis=1)
         climbs = (np.diff(rise, axis=1) > 0).all(axis=1) & (rise > far[:, None] * (0.25, 0.5, 1.0)).all(axis=1)
         growth, drift, fallen = (lowest > far) | climbs, lowest > left, rise.max(axis=1) < -fall
-        quiet = ~growth & ~self._once.said("growth", state["place"][series])
-        drift &= quiet
-        tested = (np.median(rise, axis=1) > near) & quiet & state["trend"][series]
-        claims = [
-            _Claim("growth", series[growth], far[growth]),
-            *self._trends(series[tested], near[tested]),
-            _Claim("drift", series[drift], left[drift]),
-            _Claim("shrink", series[fallen], -fall[fallen], DOWN),
-        ]
-        return [hit for claim in claims if claim.series.size for hit in self._hits(claim, edit)]
+        silent = ~growth & ~self._once.said("growth", state["place"][series])
+        tested = (np.median(rise, axis=1) > near) & silent & state["trend"][series]
+        hits = self._hits(_Claim("growth", series[growth], far[growth]), edit)
+        for claim in self._trends(series[tested], near[tested]):
+            hits += self._hits(claim, edit)
+        drift &= ~self._once.said("growth", state["place"][series])  # which says more
+        hits += self._hits(_Claim("drift", series[drift], left[drift]), edit)
+        return hits + self._hits(_Claim("shrink", series[fallen], -fall[fallen], DOWN), edit)
 
     def _trends(self, series: Places, limits: Array) -> list[_Claim]:
         """Growth that is faster than edits of one size can add up to."""
@@ -255,8 +258,7 @@ class DriftBank:
                 lower * (edits[:, -1] - edits[:, 0]) >= TREND_LEAST
             )
             says = tuple(
-                f"grows by {math.expm1(here):.0%} per edit (at least {math.expm1(least):.0%}, over {length} edits),"
-                " faster than edits add up"
+                f"grows by {_rate(here)} per edit (at least {_rate(least)}, over {length} edits), faster than edits add up"
                 for here, least in zip(slope[fast], lower[fast], strict=True)
             )
             claims.append(_Claim("growth", series[chosen][fast], limits[chosen][fast], trends=says))

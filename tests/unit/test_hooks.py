@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from stabilitylab.hooks import Capture, run_silently
+from stabilitylab.hooks import Capture, run_silently, sweep
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
 
 
@@ -159,3 +160,20 @@ def test_run_silently_puts_rng_and_modes_back() -> None:
         run_silently(model, lambda: 1 / 0)
     assert model[1].training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_layer_copied_inside_the_edit_is_kept_apart_and_left_clean() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    with capture() as seen:
+        seen.watch_layer("layer", model[0], factors=True)
+        model(torch.randn(3, 6))  # no backward
+        clone = copy.deepcopy(model)
+        clone(torch.randn(3, 6)).pow(2).sum().backward()
+        saved = pickle.loads(pickle.dumps(model))
+    assert_spectrum(spectrum(seen), clone[0].weight.grad)
+    forwards = seen.layers["layer"].forwards
+    clone(torch.randn(3, 6))  # the copied hook is silent now …
+    assert seen.layers["layer"].forwards == forwards
+    sweep(clone)  # … and is taken off
+    assert hooks_on(model) == hooks_on(clone) == 0
+    saved(torch.randn(3, 6))

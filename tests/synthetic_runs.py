@@ -1,6 +1,6 @@
 """Seeded synthetic runs, healthy and failing, to measure how often the drift rules cry wolf and how early they speak.
 
-`python tests/unit/synthetic_runs.py --runs 500` prints the table.
+`python tests/synthetic_runs.py --runs 500` prints the table.
 """
 
 from __future__ import annotations

@@ -1,0 +1,215 @@
+"""MEND: model editor networks with gradient decomposition (Mitchell et al., ICLR 2022, arXiv 2110.11309).
+
+The gradient of the loss of the wanted answer is, at each edited layer, a sum over tokens of δ uᵀ. A small hypernetwork
+turns u and δ into other factors, and the layer's weight moves by minus a learned rate times their product. There are no
+guards here: whatever comes out is added to the weights, as in the editors that people use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.editors.factors import gradient_factors, linear_layers, used_tokens
+from stabilitylab.editors.transform import GradientTransform
+from stabilitylab.errors import SiteError, UsageError
+
+FILE = "mend.safetensors"
+RANK = 64
+EDIT_LR = 1e-3
+"""What the learned edit rates start from."""
+Batch = Mapping[str, Any]
+_LAYER = re.compile(r"(?P<stack>.*layers)\.(?P<number>\d+)\.(?P<name>fc1|fc2)")
+_STATISTICS = ("u_mean", "u_std", "v_mean", "v_std")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One step of training: an edit, what should follow from it, and what should stay as it was."""
+
+    edit: Batch
+    """Arguments of ``model(**edit)``, with labels."""
+    asked: Batch
+    """Arguments, without labels, for rows whose last position predicts the answer: `wanted` first, then the kept."""
+    wanted: Tensor
+    """Token numbers [W] that the first W rows of `asked` should give after the edit."""
+
+
+def default_sites(model: nn.Module, last: int = 2) -> tuple[str, ...]:
+    """Names of fc1 and fc2 of the `last` layers of the OPT decoder in `model`.
+
+    Raises:
+        SiteError: the model has no such layers.
+    """
+    decoder = [name for name, _ in model.named_modules() if _LAYER.fullmatch(name) and "decoder" in name]
+    numbers = sorted({int(match["number"]) for name in decoder if (match := _LAYER.fullmatch(name))})[-last:]
+    found = tuple(name for name in decoder if (match := _LAYER.fullmatch(name)) and int(match["number"]) in numbers)
+    if not found:
+        raise SiteError(f"{type(model).__name__} has no decoder layers with fc1 and fc2; MEND here edits OPT decoders")
+    return found
+
+
+class Mend(nn.Module):
+    """A trained (or, from the constructor, an untrained) MEND editor. It does not hold the model that it edits."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        batch_of: Callable[[Any], Batch],
+        rank: int = RANK,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            shapes: name of each edited layer, with its (outputs, inputs).
+            batch_of: makes the model's arguments, with labels, from a request.
+            rank: rank of the hypernetworks' layers.
+            seed: of the hypernetworks' first weights.
+        """
+        super().__init__()
+        self.sites: tuple[str, ...] = tuple(shapes)
+        self.batch_of = batch_of
+        kinds: dict[tuple[int, int], list[str]] = {}
+        for site, shape in shapes.items():
+            kinds.setdefault(shape, []).append(site)
+        self._place = {site: (_key(shape), kinds[shape].index(site)) for site, shape in shapes.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transforms = nn.ModuleDict(
+                {_key((m, n)): GradientTransform(n, m, rank, len(sites)) for (m, n), sites in kinds.items()}
+            )
+        self.edit_lrs = nn.Parameter(torch.full((len(self.sites),), EDIT_LR))
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        sites: Sequence[str] | None = None,
+        *,
+        batch_of: Callable[[Any], Batch] | None = None,
+        rank: int = RANK,
+        seed: int = 0,
+    ) -> Mend:
+        """An untrained editor of `sites` of `model`, by default fc1 and fc2 of the decoder's last two layers."""
+        sites = default_sites(model) if sites is None else tuple(sites)
+        layers = linear_layers(model, sites)
+        shapes = {site: (layer.out_features, layer.in_features) for site, layer in zip(sites, layers, strict=True)}
+        return cls(shapes, batch_of=batch_of or _testbed_batch(), rank=rank, seed=seed)
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        folder: str | PathLike[str] | None = None,
+        *,
+        batch_of: Callable[[Any], Batch] | None = None,
+    ) -> Mend:
+        """The editor saved in `folder`, for `model`; the testbed's, shipped with the package, if not given.
+
+        Raises:
+            UsageError: no checkpoint in `folder`, or it was made for other layers.
+        """
+        from safetensors import safe_open
+
+        path = Path(folder or _shipped()) / FILE
+        if not path.is_file():
+            raise UsageError(f"no checkpoint {path}; make one with: python -m stabilitylab.testbed.train --out {path.parent}")
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        if "sites" not in about or "rank" not in about:
+            raise UsageError(f"{path} is no MEND checkpoint of stabilitylab")
+        found = cls.for_model(model, about["sites"].split(","), batch_of=batch_of, rank=int(about["rank"]))
+        try:
+            found.load_state_dict(state)
+        except RuntimeError:
+            raise UsageError(f"{path} was made for a model with other shapes than this {type(model).__name__}") from None
+        return found.requires_grad_(False).eval()
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write ``folder/mend.safetensors``: the hypernetworks in float16; statistics and edit rates in float32.
+
+        The statistics of δ are too small for float16.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            name: (value if name.endswith((*_STATISTICS, "edit_lrs")) else value.half()).detach().contiguous()
+            for name, value in self.state_dict().items()
+        }
+        rank = next(iter(self.transforms.values())).hidden.u.shape[1]  # type: ignore[union-attr]
+        save_file(state, path, metadata={"sites": ",".join(self.sites), "rank": str(rank)})
+        return path
+
+    def round_to_stored(self) -> None:
+        """Round the hypernetworks to the float16 that `save` writes, in place."""
+        with torch.no_grad():
+            for name, value in self.state_dict().items():
+                if not name.endswith((*_STATISTICS, "edit_lrs")):
+                    value.copy_(value.half())
+
+    def placed(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[GradientTransform, int, Tensor, Tensor]]:
+        """For each site: its transform, its index there, and the float32 factors of the tokens that count."""
+        for site, (u, v) in zip(self.sites, factors, strict=True):
+            key, index = self._place[site]
+            transform = self.transforms[key]
+            assert isinstance(transform, GradientTransform)
+            used = used_tokens(u, v)
+            yield transform, index, u[used].float(), v[used].float()
+
+    def updates(self, factors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """What is added to each site's weight, float32 [outputs, inputs], from its raw factors (u, δ)."""
+        found = []
+        for rate, (transform, index, raw_u, raw_v) in zip(self.edit_lrs, self.placed(factors), strict=True):
+            u, v = transform(raw_u, raw_v, index)
+            found.append(-rate * (v.T @ u))
+        return found
+
+    def edit(self, model: nn.Module, request: Any) -> nn.Module:
+        """Carry out `request` on `model` in place, by one forward and one backward; nothing is checked or undone.
+
+        Args:
+            model: the model with this editor's sites.
+            request: what `batch_of` takes; an `EditRecord` for the testbed's.
+
+        Returns:
+            The same model.
+        """
+        factors, _ = gradient_factors(model, self.sites, self.batch_of(request))
+        with torch.no_grad():
+            updates = self.updates(factors)
+            for layer, update in zip(linear_layers(model, self.sites), updates, strict=True):
+                layer.weight.add_(update.to(layer.weight.dtype))
+        return model
+
+    def train_on(self, model: nn.Module, examples: Iterator[Example], **settings: Any) -> float:
+        """Train on `examples`; see `stabilitylab.editors.mend_training.train`, whose arguments these are."""
+        from stabilitylab.editors.mend_training import train
+
+        return train(self, model, examples, **settings)
+
+
+def _key(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _shipped() -> Path:
+    from stabilitylab.testbed.blip2_digits import CHECKPOINTS
+
+    return CHECKPOINTS
+
+
+def _testbed_batch() -> Callable[[Any], Batch]:
+    from stabilitylab.testbed.mend_data import edit_batch
+
+    return edit_batch

@@ -1,0 +1,137 @@
+"""The EasyEdit adapter on editors of EasyEdit's shape: `apply_algo`, `restore_after_edit`, hyperparameters."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import stabilitylab as sl
+from stabilitylab.errors import UsageError
+from stabilitylab.integrations.easyedit import edited_layers, watch
+
+
+def make_model() -> nn.Module:
+    model = nn.Module()
+    model.h = nn.ModuleList([nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)}) for _ in range(3)])
+    model.forward = lambda x: x
+    return model
+
+
+class Executor:
+    """As EasyEdit's MEND executor: the algorithm appears in the first call; weights are kept only when asked."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+
+    def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object, **_: object) -> tuple:
+        weight = model.h[1]["c_fc"].weight
+        old = {"h.1.c_fc.weight": weight.detach().clone()} if self.keep else {}
+        with torch.no_grad():
+            weight.add_(0.1)
+        return model, old
+
+
+@pytest.fixture
+def editors_module() -> types.ModuleType:
+    """A module that imported `restore_after_edit` by name, as EasyEdit's editor modules do."""
+    module = types.ModuleType("fake_easyeditor_editor")
+    source = """
+def restore_after_edit(editor, edited_model, weights_copy):
+    import torch
+    for name, value in weights_copy.items():
+        with torch.no_grad():
+            editor.model.get_parameter(name)[...] = value
+    return edited_model
+
+class BaseEditor:
+    def __init__(self, model, hparams, executor):
+        self.model, self.tok, self.hparams = model, None, hparams
+        self.apply_algo = executor.apply_to_model
+
+    def edit(self, prompts, sequential_edit=False, fail=False):
+        for prompt in prompts:
+            model, weights = self.apply_algo(self.model, self.tok, [{"prompt": prompt}], self.hparams)
+            if fail:
+                raise RuntimeError("the user's own")
+            if not sequential_edit:
+                restore_after_edit(self, model, weights)
+        return model
+"""
+    exec(source, vars(module))
+    module.BaseEditor.__module__ = module.__name__
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+MEND = SimpleNamespace(inner_params=["h.1.c_fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "sequential", "outcome", "warned"),
+    [(True, False, "restored", False), (False, False, "committed", True), (False, True, "committed", False)],
+)
+def test_each_edit_and_what_became_of_it(
+    tmp_path: Path, editors_module: types.ModuleType, keep: bool, sequential: bool, outcome: str, warned: bool
+) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Executor(keep))
+    apply, restore = editor.apply_algo, editors_module.restore_after_edit
+    with watch(editor, run=tmp_path / "run") as monitor:
+        assert editor.edit(["a", "b"], sequential_edit=sequential) is editor.model
+        assert monitor.sites == ("h.1.c_fc",)
+    assert editor.apply_algo == apply
+    assert editors_module.restore_after_edit is restore
+    run = sl.load(tmp_path / "run")
+    assert [(edit.label, edit.outcome) for edit in run.edits[1:]] == [("a", outcome), ("b", outcome)]
+    said = [note for note in run.notes if note.kind == "restore"]
+    assert bool(said) == warned
+    if warned:
+        assert "keep_original_weight=True" in said[0].says
+
+
+def test_everything_is_put_back_after_an_exception(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Executor(True))
+    apply, restore = editor.apply_algo, editors_module.restore_after_edit
+    with pytest.raises(RuntimeError, match="the user's own"), watch(editor, run=tmp_path / "run"):
+        editor.edit(["a"], fail=True)
+    assert editor.apply_algo == apply
+    assert editors_module.restore_after_edit is restore
+    assert sl.load(tmp_path / "run").complete
+
+
+@pytest.mark.parametrize(
+    ("hparams", "expected"),
+    [
+        (MEND, ["h.1.c_fc"]),
+        (SimpleNamespace(inner_params=["h[2].c_fc.weight"]), ["h.2.c_fc"]),
+        (SimpleNamespace(layers=[0, 2], rewrite_module_tmp="h.{}.c_proj"), ["h.0.c_proj", "h.2.c_proj"]),
+        (SimpleNamespace(inner_params=["elsewhere.weight"]), None),
+        (SimpleNamespace(), None),
+        (None, None),
+    ],
+)
+def test_layers_from_hyperparameters(hparams: object, expected: list[str] | None) -> None:
+    assert edited_layers(hparams, make_model()) == expected
+
+
+def test_an_editor_that_does_not_say_is_watched_by_what_moves(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    editor = editors_module.BaseEditor(make_model(), SimpleNamespace(), Executor(False))
+    with watch(editor, run=tmp_path / "run") as monitor:
+        editor.edit(["a", "b"], sequential_edit=True)
+        assert monitor.sites == ("h.1.c_fc",)
+
+
+def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Linear has no 'apply_algo'; expected an EasyEdit editor"), watch(
+        nn.Linear(1, 1), run=tmp_path / "run"
+    ):
+        pass
+    assert not (tmp_path / "run").exists()

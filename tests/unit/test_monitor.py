@@ -1,0 +1,312 @@
+"""Attaching: it changes nothing, leaves nothing behind, stands in nobody's way and loses nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabilitylab as sl
+from stabilitylab.errors import RunError, SiteError, UsageError
+from stabilitylab.probes import default_probes
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.readings import Metric
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(16, 4))
+
+
+def edit_once(model: nn.Module, rate: float = 0.1) -> Tensor:
+    """One gradient step on random data, in place, as FT does; returns the logits before it."""
+    logits = model(torch.randn(2, 5, 8))
+    gradients = torch.autograd.grad(logits.pow(2).mean(), list(model.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter -= rate * gradient
+    return logits.detach()
+
+
+def hooks_on(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+CANARY = torch.linspace(-1, 1, 24).reshape(3, 8)
+
+
+@pytest.mark.parametrize("sites", ["[03]", "*", None], ids=str)
+def test_a_watched_loop_is_bit_identical_to_an_unwatched_one(tmp_path: Path, sites: str | None) -> None:
+    plain, watched = make_model(), make_model()
+    torch.manual_seed(5)
+    expected = [edit_once(plain) for _ in range(6)]
+    torch.manual_seed(5)
+    found = []
+    with sl.attach(watched, sites, tmp_path / "run", canary=CANARY) as monitor:
+        for _ in range(6):
+            with monitor.edit():
+                found.append(edit_once(watched))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert torch.equal(torch.rand(3), (torch.manual_seed(5), [edit_once(plain) for _ in range(6)], torch.rand(3))[2])
+    assert [p.requires_grad for p in watched.parameters()] == [True] * 4
+    assert all(p.grad is None for p in watched.parameters())
+    assert all(module.training for module in watched.modules())
+    assert hooks_on(watched) == 0
+
+
+def test_the_row_of_an_edit_holds_what_a_naive_reader_sees(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", canary=CANARY) as monitor:
+        before = [model[3].weight.detach().clone()]
+        for edit in range(3):
+            with monitor.edit(label=f"edit {edit}"):
+                edit_once(model)
+            before.append(model[3].weight.detach().clone())
+    run = sl.load(tmp_path / "run")
+    norms = [0.0] + [(b - a).double().norm().item() for a, b in zip(before, before[1:], strict=False)]
+    np.testing.assert_allclose(run.series("update.norm", "3"), norms, rtol=1e-5)
+    drifts = [(w - before[0]).double().norm().item() for w in before]
+    np.testing.assert_allclose(run.series("drift.norm", "3"), drifts, rtol=1e-5)
+    assert [edit.label for edit in run.edits] == ["", "edit 0", "edit 1", "edit 2"]
+    assert [edit.status for edit in run.edits] == ["start", "applied", "applied", "applied"]
+    assert [edit.outcome for edit in run.edits] == [None, "committed", "committed", "committed"]
+    assert run.present("gradient.norm", "3").tolist() == [False, True, True, True]
+    assert run.present("logits.max").tolist() == [False, True, True, True]
+    assert run.present("canary.kl").tolist() == [True] * 4
+    assert run.series("canary.kl")[0] == 0
+    assert run.complete
+    assert 0 < run.probe_time_share < 1
+    assert run.manifest["sites"] == ["3"]
+
+
+def test_online_and_offline_diagnoses_are_the_same(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "[03]", tmp_path / "run", canary=CANARY) as monitor:
+        for edit in range(30):
+            with monitor.edit():
+                edit_once(model, rate=0.01 * 2.0**edit)
+            assert monitor.diagnosis() == sl.load(tmp_path / "run").diagnosis()
+    assert monitor.diagnosis().verdict != "stable"
+    run = sl.load(tmp_path / "run")
+    assert run.alarms[-1].verdict == run.diagnosis().verdict
+
+
+def test_what_became_of_each_edit_is_observed(tmp_path: Path) -> None:
+    model = make_model()
+    saved = [copy.deepcopy(model.state_dict())]
+    with sl.attach(model, "[03]", tmp_path / "run") as monitor:
+        with monitor.edit():  # 1: restored to the originals
+            edit_once(model)
+        model.load_state_dict(saved[0])
+        with monitor.edit():  # 2: stays
+            edit_once(model)
+        saved.append(copy.deepcopy(model.state_dict()))
+        with monitor.edit():  # 3: rolled back to what 2 left
+            edit_once(model)
+        model.load_state_dict(saved[1])
+        with monitor.edit():  # 4: followed by a change that no edit made
+            edit_once(model)
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+        with monitor.edit():  # 5: starts from there
+            pass
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == ["restored", "committed", "rolled_back", "committed", "committed"]
+    assert run.series("update.norm", "0")[5] == 0
+    drift = (saved[1]["3.weight"] - saved[0]["3.weight"]).norm().item()
+    assert run.series("drift.norm", "3")[2] == pytest.approx(drift, rel=1e-5)
+    assert [note.kind for note in run.notes if note.kind == "restore"] == ["restore"]
+
+
+def test_the_users_exception_passes_and_the_edit_is_failed(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "*", tmp_path / "run", canary=CANARY) as monitor:
+        with pytest.raises(KeyError, match="mine"), monitor.edit(label="bad"):
+            model(torch.randn(1, 2, 8))
+            raise KeyError("mine")
+        assert hooks_on(model) == 0
+        with monitor.edit(label="good"):
+            edit_once(model)
+    first, second = sl.load(tmp_path / "run").edits[1:]
+    assert (first.status, first.row.error, first.outcome) == ("failed", "KeyError: 'mine'", None)
+    assert (second.status, second.outcome) == ("applied", "committed")
+
+
+def test_a_probe_that_breaks_is_switched_off_and_recorded(tmp_path: Path) -> None:
+    class Broken(Probe[WeightPass]):
+        needs = WeightPass
+        metrics: ClassVar = (Metric("broken.value", "1", "linear", "after", "", "", ""),)
+
+        def compute(self, seen: WeightPass) -> Readings:
+            raise ArithmeticError("bug of ours")
+
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", probes=[Broken(), *default_probes()]) as monitor:
+        for _ in range(3):
+            with monitor.edit():
+                edit_once(model)
+    run = sl.load(tmp_path / "run")
+    notes = [note.says for note in run.notes if note.kind == "probe-off"]
+    assert notes == ["probe Broken switched off: ArithmeticError: bug of ours"]
+    assert run.present("update.norm", "3").all()
+
+
+def test_a_canary_that_breaks_is_switched_off(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", canary=torch.randn(2, 99)) as monitor, monitor.edit():
+        edit_once(model)
+    run = sl.load(tmp_path / "run")
+    assert [note.kind for note in run.notes] == ["probe-off"]
+    assert run.present("update.norm", "3").all()
+
+
+@pytest.mark.parametrize(
+    "canary", [CANARY, lambda model: model(CANARY), {"input": CANARY}, "replay"], ids=["ids", "call", "dict", "replay"]
+)
+def test_each_form_of_canary(tmp_path: Path, canary: object) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", canary=canary) as monitor:
+        for _ in range(2):
+            with monitor.edit():
+                edit_once(model)
+    run = sl.load(tmp_path / "run")
+    replay = canary == "replay" if isinstance(canary, str) else False
+    assert run.present("canary.max").tolist() == [not replay, True, True]
+    if not replay:
+        assert run.present("canary.agreement").all()
+
+
+def test_without_sites_the_first_edit_shows_what_to_watch(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, run=tmp_path / "run") as monitor:
+        with monitor.edit():
+            model(torch.randn(1, 2, 8))
+        assert monitor.sites == ()
+        for _ in range(2):
+            with monitor.edit(), torch.no_grad():
+                model[3].weight += 0.5
+    run = sl.load(tmp_path / "run")
+    assert run.manifest["sites"] == ["3"]
+    np.testing.assert_allclose(run.series("update.norm", "3")[2:], [4.0, 4.0], rtol=1e-6)
+    np.testing.assert_allclose(run.series("drift.norm", "3")[2:], [4.0, 8.0], rtol=1e-6)
+    assert [note.says for note in run.notes if note.kind == "sites-discovered"] == [
+        "edit 1 moved no parameter of the model",
+        "edit 2 moved 3; hooks are on them from the next edit on",
+    ]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize("replace", [Wrapper, copy.deepcopy], ids=["wrapper", "clone"])
+def test_a_model_that_came_back_is_watched_from_then_on(tmp_path: Path, replace: type) -> None:
+    model: nn.Module = make_model()
+    originals = model
+    with sl.attach(model, "3", tmp_path / "run", canary=CANARY) as monitor:
+        for _ in range(3):
+            with monitor.edit() as edit:
+                model = edit.returns(replace(model))
+                edit_once(model)
+    run = sl.load(tmp_path / "run")
+    assert (run.series("update.norm", "3")[1:] > 0).all()
+    assert (run.series("gradient.norm", "3")[2:] > 0).all()
+    assert hooks_on(model) == hooks_on(originals) == 0
+
+
+def test_wrap_records_each_call_and_passes_everything_through(tmp_path: Path) -> None:
+    model = make_model()
+
+    def apply(model: nn.Module, requests: list[dict], *, rate: float) -> tuple[nn.Module, dict]:
+        """Docs."""
+        edit_once(model, rate)
+        return model, {"requests": requests}
+
+    with sl.attach(model, "3", tmp_path / "run") as monitor:
+        watched = monitor.wrap(apply, label=lambda model, requests, rate: requests[0]["prompt"])
+        assert watched.__doc__ == "Docs."
+        for prompt in ("a", "b"):
+            returned, extra = watched(model, [{"prompt": prompt}], rate=0.1)
+            assert returned is model
+            assert extra == {"requests": [{"prompt": prompt}]}
+    assert [edit.label for edit in sl.load(tmp_path / "run").edits] == ["", "a", "b"]
+
+
+def test_two_monitors_on_one_model_see_the_same(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "a") as a, sl.attach(model, "3", tmp_path / "b") as b:
+        for _ in range(2):
+            with a.edit(), b.edit():
+                edit_once(model)
+    first, second = sl.load(tmp_path / "a"), sl.load(tmp_path / "b")
+    for metric in ("update.norm", "gradient.norm", "activation.rms"):
+        np.testing.assert_array_equal(first.series(metric, "3"), second.series(metric, "3"))
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    with sl.attach(model, "[03]", tmp_path / "run") as monitor, monitor.edit():
+        gradients = torch.autograd.grad(model(torch.randn(2, 3, 8, dtype=dtype)).sum(), list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= gradient
+    run = sl.load(tmp_path / "run")
+    assert run.present("gradient.norm", "3")[1]
+    assert run.series("weight.headroom_bits", "3")[1] < np.log2(torch.finfo(dtype).max) + 8
+    assert not run.notes or {note.kind for note in run.notes} == {"logits-lag"}
+
+
+def test_bad_arguments_are_named_and_write_nothing(tmp_path: Path) -> None:
+    model = make_model()
+    run = tmp_path / "run"
+    with pytest.raises(SiteError, match="matches no layer"):
+        sl.attach(model, "decoder.*", run)
+    with pytest.raises(UsageError, match="expected a dict of model arguments"):
+        sl.attach(model, "3", run, canary="reply")
+    with pytest.raises(UsageError, match=r"expected a torch\.nn\.Module"):
+        sl.attach("model", "3", run)
+    with pytest.raises(UsageError, match="expected 'default' or a list"):
+        sl.attach(model, "3", run, probes="lite")
+    assert not run.exists()
+    with sl.attach(model, "3", run):
+        pass
+    with pytest.raises(RunError, match="exists; expected a new one"):
+        sl.attach(model, "3", run)
+
+
+def test_edits_do_not_nest_and_end_with_the_run(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run") as monitor:
+        with pytest.raises(UsageError, match="an edit is open already"), monitor.edit(), monitor.edit():
+            pass
+        with monitor.edit() as edit, pytest.raises(UsageError, match=r"expected the torch\.nn\.Module"):
+            edit.returns((model, {}))
+    with pytest.raises(UsageError, match="closed"):
+        monitor.edit()
+    monitor.close()
+
+
+def test_a_site_that_disappears_is_named(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "[03]", tmp_path / "run") as monitor:
+        for _ in range(2):
+            with monitor.edit():
+                model[3] = nn.Identity()
+    run = sl.load(tmp_path / "run")
+    assert [note.says for note in run.notes if note.kind == "skipped-site"] == ["3: no longer found in Sequential"]
+    assert run.present("update.norm", "3").tolist() == [True, False, False]
