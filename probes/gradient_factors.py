@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.weight_pass import count_nonfinite
 from torch import Tensor
 
 
@@ -34,7 +35,8 @@ class GradientSpectrum:
         rank = min(len(r_x), len(r_delta))
         if nonfinite or not (np.isfinite(r_x).all() and np.isfinite(r_delta).all()):
             return cls(np.full(rank, np.nan), nonfinite)
-        core = np.linalg.svd(r_delta @ r_x.T, compute_uv=False)
+        # torch, not NumPy: it keeps to the thread count that the user set, and a second pool would fight with theirs.
+        core: Host = torch.linalg.svdvals(torch.from_numpy(r_delta) @ torch.from_numpy(r_x).T).numpy()
         # The scales are applied one after the other: their product alone may overflow where the result does not.
         return cls((core * scale_x) * scale_delta, nonfinite)
 
@@ -42,10 +44,14 @@ class GradientSpectrum:
 def _triangle(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(R of the QR of factorᵀ after scaling to largest entry 1, the scale, the count of non-finite entries)."""
     wide = factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
-    scale = wide.abs().amax()
-    nonfinite = torch.isfinite(wide).logical_not().sum().double()
-    scaled = wide / torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.linalg.qr(torch.nan_to_num(scaled).T, mode="r").R, scale.double(), nonfinite
+    low, high = torch.aminmax(wide)
+    scale = torch.maximum(low.abs(), high.abs())
+    nonfinite = count_nonfinite(wide, low, high)
+    usable = (scale > 0) & torch.isfinite(scale)
+    scaled = wide / torch.where(usable, scale, torch.ones_like(scale))
+    # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
+    scaled = torch.where(usable, scaled, torch.zeros_like(scaled))
+    return torch.linalg.qr(scaled.T, mode="r").R, scale.double(), nonfinite
 
 
 @torch.no_grad()

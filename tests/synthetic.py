@@ -1,7 +1,7 @@
 """Makes run files with plausible readings for every metric, without a model: `make_run(folder, ...)`.
 
-A dying run follows the case of FINDINGS.md, section 1: an editor whose frozen normaliser has units of zero spread, whose
-inputs and updates grow from edit to edit, until fp16 weights overflow at one layer and NaN spreads from there.
+A dying run follows the case that this project started with: an editor whose frozen normaliser has units of zero spread,
+whose inputs and updates grow from edit to edit, until fp16 weights overflow at one layer and NaN spreads from there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+from stabilitylab.probes import catalogue
 
 from stabilitylab.analysis import Analyzer, severity
-from stabilitylab.probes import catalogue
 from stabilitylab.readings import Alarm, Array, EditRow, Key, Note
 from stabilitylab.store import RunWriter
 
@@ -52,11 +52,11 @@ def site_names(sites: int, hostile: bool = False) -> tuple[str, ...]:
 def _spectrum(norm: float) -> Array:
     """32 falling singular values whose root sum of squares is `norm`."""
     values = np.exp(-0.25 * np.arange(32))
-    return values * norm / float(np.linalg.norm(values))
+    return np.asarray(values * (norm / float(np.linalg.norm(values))), dtype=np.float64)
 
 
-def _layer(rng: np.random.Generator, edit: int, site: str, rise: float, bad: bool, drift: Array) -> dict[Key, Array]:
-    """Readings of one layer. rise: log growth so far. bad: whether its weights were finite up to the edit before."""
+def _layer(rng: np.random.Generator, edit: int, site: str, *, rise: float, bad: bool, drift: Array) -> dict[Key, Array]:
+    """Readings of one layer. rise: log growth so far. bad: whether all is NaN. drift: what it has moved, [1]."""
     wobble = float(np.exp(0.2 * rng.standard_normal()))
     readings: dict[str, float | Array] = {}
     update = 0.0 if edit == 0 else 0.4 * wobble * math.exp(rise)
@@ -170,7 +170,7 @@ def make_run(
         if edit > 0:
             readings |= _range(rng, "logits", 0.1 * rise, bad=since > 0)
         for name in names:
-            readings |= _layer(rng, edit, name, rise, since > 0, drifts[name])
+            readings |= _layer(rng, edit, name, rise=rise, bad=since > 0, drift=drifts[name])
         if since == 0 and names:
             _overflowed(readings, culprit)
         if not failed:

@@ -9,6 +9,7 @@ from typing import Final
 from stabilitylab.analysis.causes import Cause
 from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
+from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.words import place_name
 
 CHAIN: Final = 10
@@ -49,12 +50,13 @@ def diagnose(
     """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
+    by_drift = first_bad is not None and first_bad.rule in DRIFT_RULES
     diagnosis = Diagnosis(
         verdict=verdict,
         edits=edits,
         onset_edit=began,
         alarm_edit=alarm,
-        first_bad_edit=first_bad.start if first_bad else None,
+        first_bad_edit=None if first_bad is None else first_bad.edit if by_drift else first_bad.start,
         first_bad_site=first_bad.site if first_bad else None,
         first_bad_metric=first_bad.metric if first_bad else None,
         cause=cause.cause,

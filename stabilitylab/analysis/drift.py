@@ -258,7 +258,8 @@ class DriftBank:
                 lower * (edits[:, -1] - edits[:, 0]) >= TREND_LEAST
             )
             says = tuple(
-                f"grows by {_rate(here)} per edit (at least {_rate(least)}, over {length} edits), faster than edits add up"
+                f"grows by {_rate(here)} per edit (at least {_rate(least)}, over {length} edits), faster than edits"
+                " add up"
                 for here, least in zip(slope[fast], lower[fast], strict=True)
             )
             claims.append(_Claim("growth", series[chosen][fast], limits[chosen][fast], trends=says))

@@ -35,8 +35,10 @@ def gradient_factors(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Factors of the gradient of ``model(**batch).loss`` by one forward and one backward.
 
-    The gradient of a layer's weight is ``δ.T @ u``, as a sum over tokens (Mitchell et al., arXiv 2110.11309, section 3).
-    No ``.grad`` is filled; hooks come off and ``requires_grad`` flags go back also when something raises.
+    A layer's weight gradient is ``δ.T @ u``, summed over tokens (Mitchell et al., arXiv 2110.11309, section 3).
+    The backward goes as far as ``loss.backward()`` would, so that a stranger's backward hooks on the model fire as they
+    would there, but no ``.grad`` is filled. Hooks come off and ``requires_grad`` flags go back even when something
+    raises.
 
     Returns:
         For each site (u [tokens, inputs], δ [tokens, outputs]) in the layer's own dtype, and the loss, detached.
@@ -53,7 +55,9 @@ def gradient_factors(
             handles.append(layer.register_forward_hook(_capture(inputs, deltas, handles, index)))
         with torch.enable_grad():
             loss = model(**batch).loss
-            torch.autograd.grad(loss, weights)
+            # For the edited weights alone autograd stops short of the first layer's full backward hook.
+            reached = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, reached, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -75,7 +79,7 @@ def _capture(
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         inputs[index] = args[0].detach()
-        handles.append(output.register_hook(keep_delta))
+        handles.append(output.register_hook(keep_delta))  # type: ignore[no-untyped-call]
 
     return keep_input
 

@@ -27,7 +27,8 @@ EDIT_LR = 1e-3
 """What the learned edit rates start from."""
 Batch = Mapping[str, Any]
 _LAYER = re.compile(r"(?P<stack>.*layers)\.(?P<number>\d+)\.(?P<name>fc1|fc2)")
-_STATISTICS = ("u_mean", "u_std", "v_mean", "v_std")
+_AS_IT_IS = ("rows", "u_mean", "u_std", "v_mean", "v_std", "edit_lrs")
+"""Ends of the names of what is saved in its own dtype; the rest, the hypernetworks' weights, in float16."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Mend(nn.Module):
         super().__init__()
         self.sites: tuple[str, ...] = tuple(shapes)
         self.batch_of = batch_of
+        self.rank = rank
         kinds: dict[tuple[int, int], list[str]] = {}
         for site, shape in shapes.items():
             kinds.setdefault(shape, []).append(site)
@@ -108,57 +110,65 @@ class Mend(nn.Module):
     def load(
         cls,
         model: nn.Module,
-        folder: str | PathLike[str] | None = None,
+        path: str | PathLike[str] | None = None,
         *,
         batch_of: Callable[[Any], Batch] | None = None,
     ) -> Mend:
-        """The editor saved in `folder`, for `model`; the testbed's, shipped with the package, if not given.
+        """The editor saved in the folder `path`, for `model`; the testbed's, shipped with the package, if not given.
 
         Raises:
-            UsageError: no checkpoint in `folder`, or it was made for other layers.
+            UsageError: no checkpoint in `path`, one that can't be read, or one of layers of another shape.
+            SiteError: the model lacks a layer that the checkpoint edits.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        path = Path(folder or _shipped()) / FILE
-        if not path.is_file():
-            raise UsageError(f"no checkpoint {path}; make one with: python -m stabilitylab.testbed.train --out {path.parent}")
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        file = Path(path or _shipped()) / FILE
+        if not file.is_file():
+            made_by = f"python -m stabilitylab.testbed.train --out {file.parent}"
+            raise UsageError(f"no checkpoint {file}; make one with: {made_by}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = opened.metadata() or {}
+                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UsageError(f"{file} can't be read as safetensors: {error}") from None
         if "sites" not in about or "rank" not in about:
-            raise UsageError(f"{path} is no MEND checkpoint of stabilitylab")
+            raise UsageError(
+                f"{file} is no MEND checkpoint of stabilitylab; expected 'sites' and 'rank' in its metadata"
+            )
         found = cls.for_model(model, about["sites"].split(","), batch_of=batch_of, rank=int(about["rank"]))
         try:
             found.load_state_dict(state)
         except RuntimeError:
-            raise UsageError(f"{path} was made for a model with other shapes than this {type(model).__name__}") from None
+            raise UsageError(f"{file} was made for layers of other shapes than this {type(model).__name__}") from None
         return found.requires_grad_(False).eval()
 
-    def save(self, folder: str | PathLike[str]) -> Path:
-        """Write ``folder/mend.safetensors``: the hypernetworks in float16; statistics and edit rates in float32.
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write ``mend.safetensors`` into the folder `path`; the hypernetworks in float16, the rest as it is.
 
         The statistics of δ are too small for float16.
         """
         from safetensors.torch import save_file
 
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        file = Path(path) / FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            name: (value if name.endswith((*_STATISTICS, "edit_lrs")) else value.half()).detach().contiguous()
+            name: (value if name.endswith(_AS_IT_IS) else value.half()).detach().contiguous()
             for name, value in self.state_dict().items()
         }
-        rank = next(iter(self.transforms.values())).hidden.u.shape[1]  # type: ignore[union-attr]
-        save_file(state, path, metadata={"sites": ",".join(self.sites), "rank": str(rank)})
-        return path
+        save_file(state, file, metadata={"sites": ",".join(self.sites), "rank": str(self.rank)})
+        return file
 
     def round_to_stored(self) -> None:
         """Round the hypernetworks to the float16 that `save` writes, in place."""
         with torch.no_grad():
             for name, value in self.state_dict().items():
-                if not name.endswith((*_STATISTICS, "edit_lrs")):
+                if not name.endswith(_AS_IT_IS):
                     value.copy_(value.half())
 
-    def placed(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[GradientTransform, int, Tensor, Tensor]]:
+    def placed(
+        self, factors: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[GradientTransform, int, Tensor, Tensor]]:
         """For each site: its transform, its index there, and the float32 factors of the tokens that count."""
         for site, (u, v) in zip(self.sites, factors, strict=True):
             key, index = self._place[site]
@@ -180,7 +190,7 @@ class Mend(nn.Module):
 
         Args:
             model: the model with this editor's sites.
-            request: what `batch_of` takes; an `EditRecord` for the testbed's.
+            request: what `batch_of` takes; for the testbed's an `EditRecord` or a mapping of its fields.
 
         Returns:
             The same model.
@@ -193,7 +203,10 @@ class Mend(nn.Module):
         return model
 
     def train_on(self, model: nn.Module, examples: Iterator[Example], **settings: Any) -> float:
-        """Train on `examples`; see `stabilitylab.editors.mend_training.train`, whose arguments these are."""
+        """Train on `examples`; see `stabilitylab.editors.mend_training.train`, whose arguments these are.
+
+        (`train` itself is torch's name for switching a module to training mode.)
+        """
         from stabilitylab.editors.mend_training import train
 
         return train(self, model, examples, **settings)

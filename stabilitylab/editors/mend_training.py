@@ -34,8 +34,8 @@ def train(
 ) -> float:
     """Train `mend` for `model`, whose weights stay as they are, and leave it at its best validated state.
 
-    The loss is ``edit_weight · mean(-log p_edited(wanted)) + keep_weight · mean KL(p_before ‖ p_edited)``. The normaliser
-    sees the factors of `first_look` edits before the first step and of every edit after.
+    The loss is ``edit_weight · mean(-log p_edited(wanted)) + keep_weight · mean KL(p_before ‖ p_edited)``. The
+    normaliser sees the factors of `first_look` edits before the first step and of every edit after.
 
     Args:
         mend: the editor, changed in place.
@@ -68,11 +68,11 @@ def train(
             observe(mend, gradient_factors(model, mend.sites, example.edit)[0])
         for step in range(1, steps + 1):
             optimizer.zero_grad()
-            worst = 0.0
+            total = 0.0
             for example in islice(examples, per_step):
                 loss = edit_loss(mend, model, example, edit_weight, keep_weight) / per_step
                 loss.backward()  # type: ignore[no-untyped-call]
-                worst += loss.item()
+                total += loss.item()
             torch.nn.utils.clip_grad_norm_(mend.parameters(), 1.0)
             optimizer.step()
             if validate is not None and (step % every == 0 or step == steps):
@@ -80,7 +80,7 @@ def train(
                 if not math.isnan(figure) and (math.isnan(best) or figure > best):
                     best, best_state = figure, copy.deepcopy(mend.state_dict())
             if progress is not None:
-                progress(step, steps, f"MEND: loss {worst:.2f}, best {best:.3f}")
+                progress(step, steps, f"MEND: loss {total:.2f}, best {best:.3f}")
         if validate is not None:
             mend.load_state_dict(best_state)
     finally:

@@ -12,7 +12,7 @@ EPSILON = 1e-7
 class LowRankLayer(nn.Module):
     """``x + s_l * (U V x + b) + o_l``, with a ReLU on what is added in a hidden layer; U is zero at first.
 
-    The rectifier passes gradient at exactly zero (a clamp), or nothing would ever be learned from the start at identity.
+    The rectifier is a clamp, which passes gradient at exactly zero; else nothing would be learned from the identity.
     """
 
     def __init__(self, dim: int, rank: int, layers: int, *, rectified: bool) -> None:
@@ -34,10 +34,12 @@ class LowRankLayer(nn.Module):
 class GradientTransform(nn.Module):
     """The hypernetwork of all edited layers of one shape: normalise both factors, concatenate, a residual low-rank MLP.
 
-    ``u_mean``, ``u_std`` [inputs] and ``v_mean``, ``v_std`` [outputs] are statistics of the raw factors over all tokens
-    seen in training. `forward` never changes them.
+    ``u_mean``, ``u_std`` [inputs] and ``v_mean``, ``v_std`` [outputs] are statistics, in float64, of the raw factors
+    over the ``rows`` tokens seen in training. `forward` never changes them. All are saved with the weights, so that
+    training which is taken up again goes on from them instead of starting anew.
     """
 
+    rows: Tensor
     u_mean: Tensor
     u_std: Tensor
     v_mean: Tensor
@@ -46,14 +48,13 @@ class GradientTransform(nn.Module):
     def __init__(self, inputs: int, outputs: int, rank: int, layers: int) -> None:
         super().__init__()
         self.inputs = inputs
+        self.register_buffer("rows", torch.zeros((), dtype=torch.long))
         for name, dim in (("u", inputs), ("v", outputs)):
-            self.register_buffer(f"{name}_mean", torch.zeros(dim))
-            self.register_buffer(f"{name}_std", torch.ones(dim))
+            self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.double))
+            self.register_buffer(f"{name}_std", torch.ones(dim, dtype=torch.double))
         dim = inputs + outputs
         self.hidden = LowRankLayer(dim, rank, layers, rectified=True)
         self.output = LowRankLayer(dim, rank, layers, rectified=False)
-        self._count = 0
-        self._moments = {"u": torch.zeros(2, inputs).double(), "v": torch.zeros(2, outputs).double()}
 
     @torch.no_grad()
     def observe(self, u: Tensor, v: Tensor) -> None:
@@ -62,19 +63,19 @@ class GradientTransform(nn.Module):
         Means and sums of squares are merged in float64 by Chan, Golub and LeVeque's formula (1979); the deviations are
         those of a sample (n - 1). The hypernetwork learns nothing by it.
         """
-        rows, before = len(u), self._count
-        if rows == 0:
+        more, before = len(u), int(self.rows)
+        if more == 0:
             return
-        self._count = before + rows
-        for name, values in (("u", u.double()), ("v", v.double())):
-            mean, squares = self._moments[name]
+        after = before + more
+        for mean, std, values in ((self.u_mean, self.u_std, u.double()), (self.v_mean, self.v_std, v.double())):
             away = values.mean(0) - mean
-            squares = squares + (values - values.mean(0)).square().sum(0) + away.square() * (before * rows / self._count)
-            mean = mean + away * (rows / self._count)
-            self._moments[name] = torch.stack([mean, squares])
-            getattr(self, f"{name}_mean").copy_(mean)
-            if self._count > 1:
-                getattr(self, f"{name}_std").copy_((squares / (self._count - 1)).sqrt())
+            # One row has no deviation: until there are two, the buffer holds the 1 it began with.
+            squares = std.square() * (before - 1) if before > 1 else torch.zeros_like(std)
+            squares += (values - values.mean(0)).square().sum(0) + away.square() * (before * more / after)
+            mean.add_(away * (more / after))
+            if after > 1:
+                std.copy_((squares / (after - 1)).sqrt())
+        self.rows.fill_(after)
 
     def forward(self, u: Tensor, v: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
         """Factors of the edit from RAW factors u [tokens, inputs], v [tokens, outputs] of edited layer `layer_index`.
@@ -82,8 +83,8 @@ class GradientTransform(nn.Module):
         The index counts the edited layers of this shape. At the start of training what comes out is what went in,
         normalised.
         """
-        u = (u - self.u_mean) / (self.u_std + EPSILON)
-        v = (v - self.v_mean) / (self.v_std + EPSILON)
+        u = (u - self.u_mean.to(u.dtype)) / (self.u_std.to(u.dtype) + EPSILON)
+        v = (v - self.v_mean.to(v.dtype)) / (self.v_std.to(v.dtype) + EPSILON)
         x = torch.cat([u, v], dim=-1)
         x = self.output(self.hidden(x, layer_index), layer_index)
         return x[:, : self.inputs], x[:, self.inputs :]

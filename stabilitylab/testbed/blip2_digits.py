@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=inner,
         bos_token="<s>",
         pad_token="<pad>",
@@ -57,22 +57,49 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config(vocabulary: int) -> Blip2Config:
     """The model's shape: ViT 1 layer (32 px, patch 8), Q-Former 1 layer (4 queries), OPT 3 layers, hidden 64."""
     vision = Blip2VisionConfig(
-        hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        image_size=digits.SIZE, patch_size=8, initializer_range=0.02,
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=digits.SIZE,
+        patch_size=8,
+        initializer_range=0.02,
     )
     qformer = Blip2QFormerConfig(
-        vocab_size=8, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
-        cross_attention_frequency=1, encoder_hidden_size=HIDDEN,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16,
+        vocab_size=8,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=128,
+        cross_attention_frequency=1,
+        encoder_hidden_size=HIDDEN,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=16,
     )
     text = OPTConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, num_hidden_layers=3, ffn_dim=4 * HIDDEN,
-        num_attention_heads=4, max_position_embeddings=40, dropout=0.0, attention_dropout=0.0, init_std=0.08,
-        do_layer_norm_before=True, _remove_final_layer_norm=True,
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, use_cache=False,
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        num_hidden_layers=3,
+        ffn_dim=4 * HIDDEN,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        dropout=0.0,
+        attention_dropout=0.0,
+        init_std=0.08,
+        do_layer_norm_before=True,
+        _remove_final_layer_norm=True,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        use_cache=False,
     )
     return Blip2Config(
-        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=QUERIES,
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text,
+        num_query_tokens=QUERIES,
         image_token_index=len(_SPECIAL) - 1,
     )
 
@@ -90,13 +117,14 @@ def build(seed: int) -> Blip2ForConditionalGeneration:
             model.query_tokens.normal_(std=0.5)
             model.vision_model.embeddings.position_embedding.normal_(std=0.5)
             model.vision_model.embeddings.class_embedding.normal_(std=0.5)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def batch(
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[str],
-    images: Sequence[Tensor | None],
+    images: Sequence[Tensor | None] | Tensor,
     answers: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``model(**batch)``; the answer is read off the logits at the last position.
@@ -107,30 +135,39 @@ def batch(
     Args:
         tokenizer: `tokenizer()`.
         questions: B questions.
-        images: B images [3, 32, 32], or None for a question without image.
+        images: B images [3, 32, 32], or None for a question without image; or one tensor [B, 3, 32, 32].
         answers: B answers of one word each.
 
     Returns:
         ``input_ids`` and ``attention_mask`` [B, T]; ``pixel_values`` [I, 3, 32, 32], only of the I rows that have an
         image (one blank image when none has); with answers ``labels`` [B, T], -100 but at the answer.
+
+    Raises:
+        UsageError: no question, not one image or answer for each, an unknown word, or an answer of several words.
     """
+    counts = {"images": len(images)} | ({} if answers is None else {"answers": len(answers)})
+    if not questions or any(count != len(questions) for count in counts.values()):
+        had = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise UsageError(
+            f"{len(questions)} questions with {had}; expected at least one question, and one of each for each"
+        )
     pictures = [image for image in images if image is not None]
     placeholder, pad = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
     rows: list[list[int]] = []
-    for row, (question, image) in enumerate(zip(questions, images, strict=True)):
-        ids = [placeholder] * (QUERIES if image is not None else 0) + _ids(tokenizer, question)
+    for index, (question, image) in enumerate(zip(questions, images, strict=True)):
+        words: list[Any] = [placeholder] * (QUERIES if image is not None else 0) + _ids(tokenizer, question)
         if answers is not None:
-            answer = _ids(tokenizer, answers[row])
+            answer = _ids(tokenizer, answers[index])
             if len(answer) != 1:
-                raise UsageError(f"the answer {answers[row]!r} is not one word")
-            ids += answer
-        rows.append(ids)
-    width = max(len(ids) for ids in rows)
-    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows])
+                raise UsageError(f"the answer {answers[index]!r} is not one word")
+            words += answer
+        rows.append(words)
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     found = {
         "pixel_values": torch.stack(pictures) if pictures else torch.zeros(1, 3, digits.SIZE, digits.SIZE),
         "input_ids": ids,
-        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
     }
     if answers is not None:
         labels = torch.full_like(ids, _IGNORED)
@@ -167,15 +204,27 @@ def load(
         folder: where ``blip2_digits.safetensors`` lies; the one shipped with the package if not given.
 
     Raises:
-        UsageError: an unknown precision, or no checkpoint in `folder`.
+        UsageError: an unknown precision, no checkpoint in `folder`, or one that is not of this model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(folder or CHECKPOINTS) / FILE
     if not path.is_file():
-        raise UsageError(f"no checkpoint {path}; make one with: python -m stabilitylab.testbed.train --out {path.parent}")
+        made_by = f"python -m stabilitylab.testbed.train --out {path.parent}"
+        raise UsageError(f"no checkpoint {path}; make one with: {made_by}")
     model = build(seed=0)
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()}, strict=False)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"{path} can't be read as safetensors: {error}") from None
+    expected = {name: value.shape for name, value in model.state_dict().items() if _kept(name, value)}
+    wrong = sorted(name for name in {*expected, *state} if name not in state or expected.get(name) != state[name].shape)
+    if wrong:
+        raise UsageError(
+            f"{path} is not of this model: {len(wrong)} tensors differ in name or shape, first {wrong[0]!r}"
+        )
+    model.load_state_dict(state, strict=False)
     model.tie_weights()
     return set_precision(model, precision), tokenizer()
 

@@ -95,10 +95,12 @@ def image(name: str) -> Tensor:
     angle, size = math.radians(rng.uniform(-12, 12)), rng.uniform(0.9, 1.12)
     across, down = rng.uniform(-0.08, 0.08, size=2)
     turned = torch.tensor(
-        [[
-            [math.cos(angle) / size, -math.sin(angle) / size, across],
-            [math.sin(angle) / size, math.cos(angle) / size, down],
-        ]],
+        [
+            [
+                [math.cos(angle) / size, -math.sin(angle) / size, across],
+                [math.sin(angle) / size, math.cos(angle) / size, down],
+            ]
+        ],
         dtype=torch.float32,
     )
     grid = functional.affine_grid(turned, [1, 1, SIZE, SIZE], align_corners=False)

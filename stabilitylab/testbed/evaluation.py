@@ -95,9 +95,7 @@ class Originals:
     """[records, 2]: token numbers of the answers to `loc` and `m_loc_q`."""
 
     @classmethod
-    def of(
-        cls, model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Iterable[EditRecord]
-    ) -> Originals:
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Iterable[EditRecord]) -> Originals:
         """Ask the still unedited `model`."""
         chosen = tuple(records)
         asked = [ask for record in chosen for ask in asks(record)[3:]]

@@ -14,7 +14,7 @@ from stabilitylab.editors.mend import Example
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.evaluation import asks
 from stabilitylab.testbed.questions import KINDS
-from stabilitylab.testbed.records import EditRecord
+from stabilitylab.testbed.records import EditRecord, as_record
 
 
 @lru_cache(maxsize=1)
@@ -22,13 +22,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return blip2_digits.tokenizer()
 
 
-def edit_batch(record: EditRecord) -> Mapping[str, Any]:
+def edit_batch(request: EditRecord | Mapping[str, Any]) -> Mapping[str, Any]:
     """The model's arguments for the edited question with the answer `alt` as label: one row."""
+    record = as_record(request)
     return blip2_digits.batch(_tokenizer(), [record.src], [digits.image(record.image)], [record.alt])
 
 
 def examples(seed: int) -> Iterator[Example]:
-    """Endless random edits about training images. Three rows are wanted; kept are four images' and three texts' rows."""
+    """Endless random edits about training images: three rows wanted, up to seven kept (images and texts)."""
     rng = np.random.default_rng([seed, 2])
     tokens = _tokenizer()
     numbers, texts = digits.split("train"), digits.facts("train")
@@ -36,12 +37,13 @@ def examples(seed: int) -> Iterator[Example]:
         record = digits.record(rng, numbers, texts)
         asked = asks(record)
         shown = digits.digit_of(record.image)
-        others = [n for n in rng.choice(np.asarray(numbers), size=6, replace=False)]
-        others = [n for n in map(int, others) if digits.digit_of(digits.image_name(n)) != shown][:3]
+        drawn = [int(number) for number in rng.choice(np.asarray(numbers), size=6, replace=False)]
+        others = [number for number in drawn if digits.digit_of(digits.image_name(number)) != shown][:3]
         for number in others:
             kind = KINDS[int(rng.integers(len(KINDS)))]
             asked.append((kind.phrasings[int(rng.integers(len(kind.phrasings)))], digits.image_name(number)))
         asked += [(texts[int(number)][0], None) for number in rng.integers(len(texts), size=2)]
         images = [None if name is None else digits.image(name) for _, name in asked]
         wanted = torch.tensor([tokens.convert_tokens_to_ids(record.alt)] * 3)
-        yield Example(edit_batch(record), blip2_digits.batch(tokens, [question for question, _ in asked], images), wanted)
+        rows = blip2_digits.batch(tokens, [question for question, _ in asked], images)
+        yield Example(edit_batch(record), rows, wanted)

@@ -47,6 +47,15 @@ class EditRecord:
 _NAMES = tuple(field.name for field in fields(EditRecord))
 
 
+def as_record(request: EditRecord | Mapping[str, Any]) -> EditRecord:
+    """`request` itself, or the record made of a mapping of the same fields; further fields are ignored.
+
+    Raises:
+        RecordError: a field is missing or not a string.
+    """
+    return request if isinstance(request, EditRecord) else _record(request, "the request")
+
+
 def load_records(path: str | PathLike[str]) -> list[EditRecord]:
     """Read a json file in MMEdit's layout: a list of objects with the fields of `EditRecord`, all strings.
 
@@ -72,18 +81,18 @@ def load_records(path: str | PathLike[str]) -> list[EditRecord]:
         raise RecordError(f"{path}: not usable JSON ({error})") from None
     if not isinstance(found, list):
         raise RecordError(f"{path}: expected a list of records, found {_kind(found)}")
-    return [_record(entry, index, path) for index, entry in enumerate(found)]
+    return [_record(entry, f"{path}: record {index}") for index, entry in enumerate(found)]
 
 
-def _record(entry: Any, index: int, path: Path) -> EditRecord:
+def _record(entry: Any, which: str) -> EditRecord:
     if not isinstance(entry, Mapping):
-        raise RecordError(f"{path}: record {index} is {_kind(entry)}, expected an object with the field 'src' and others")
+        raise RecordError(f"{which} is {_kind(entry)}, expected an object with the field 'src' and more")
     for name in _NAMES:
         if name not in entry:
-            near = did_you_mean(name, (key for key in entry if key not in _NAMES))
-            raise RecordError(f"{path}: record {index} has no field {name!r}{near}")
+            near = did_you_mean(name, (key for key in entry if isinstance(key, str) and key not in _NAMES))
+            raise RecordError(f"{which} has no field {name!r}{near}")
         if not isinstance(entry[name], str):
-            raise RecordError(f"{path}: record {index}, field {name!r}: expected a string, found {_kind(entry[name])}")
+            raise RecordError(f"{which}, field {name!r}: expected a string, found {_kind(entry[name])}")
     return EditRecord(**{name: entry[name] for name in _NAMES})
 
 
@@ -92,7 +101,7 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     for types, word in ((dict, "an object"), (list, "a list"), (str, "a string"), ((int, float), "a number")):
-        if isinstance(value, types):  # type: ignore[arg-type]
+        if isinstance(value, types):
             return word
     return type(value).__name__
 

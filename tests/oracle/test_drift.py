@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -49,7 +50,7 @@ def _naive(metric: str, history: list[tuple[int, float]], number: int) -> tuple[
         return None, None
     first = [log for _, log in history[:8]]
     middle = float(np.median(first))
-    steps = [abs(after - before) for before, after in zip(first, first[1:], strict=False)]
+    steps = [abs(after - before) for before, after in itertools.pairwise(first)]
     spread = math.sqrt(
         (4 * TRACKED[metric].spread ** 2 + 8 * (1.4826 / math.sqrt(2) * float(np.median(steps))) ** 2) / 12
     )

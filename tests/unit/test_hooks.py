@@ -14,15 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from stabilitylab.hooks import Capture, run_silently, sweep
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from tests.loops import hooks_on
 
 
 def capture() -> Capture:
     return Capture(lambda site, output: None, lambda kwargs, output: None)
-
-
-def hooks_on(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def spectrum(seen: Capture, site: str = "layer") -> np.ndarray:

@@ -17,29 +17,7 @@ from stabilitylab.probes import default_probes
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.readings import Metric
-
-
-def make_model() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(16, 4))
-
-
-def edit_once(model: nn.Module, rate: float = 0.1) -> Tensor:
-    """One gradient step on random data, in place, as FT does; returns the logits before it."""
-    logits = model(torch.randn(2, 5, 8))
-    gradients = torch.autograd.grad(logits.pow(2).mean(), list(model.parameters()))
-    with torch.no_grad():
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter -= rate * gradient
-    return logits.detach()
-
-
-def hooks_on(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-CANARY = torch.linspace(-1, 1, 24).reshape(3, 8)
+from tests.loops import CANARY, edit_once, hooks_on, make_model
 
 
 @pytest.mark.parametrize("sites", ["[03]", "*", None], ids=str)

@@ -1,0 +1,164 @@
+"""What a person sees in a terminal: a progress bar while the loop runs, and a short page when it is over.
+
+Text from the run is always a `rich.text.Text` of cleaned characters, never markup. Rich leaves colours out where the
+output is piped or ``NO_COLOR`` is set.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from stabilitylab.reports.text import clean, number, percent, shorten
+from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
+
+from stabilitylab.analysis import Diagnosis, Finding, severity
+from stabilitylab.readings import EditRow
+from stabilitylab.run import Run
+
+FINDINGS_SHOWN: Final = 8
+NOTES_SHOWN: Final = 4
+
+
+def verdict_text(verdict: str) -> Text:
+    """A verdict as a sign and a word, in its colour."""
+    look = next(look for name, look in LOOKS.items() if name == verdict)
+    return Text(f"{look.sign} {look.word.lower()}", style=f"bold {look.style}")
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("– edits/s" if task.speed is None else f"{number(task.speed, 2)} edits/s", style="cyan")
+
+
+class _Verdict(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return verdict_text(task.fields["verdict"])
+
+
+class ProgressSink:
+    """A progress bar with edits per second and the verdict so far. Shown only where a person watches."""
+
+    def __init__(self, total: int | None = None, console: Console | None = None) -> None:
+        """total: how many edits there will be, if known. console: where to; by default the terminal."""
+        self._console = console or Console(stderr=True)
+        self._verdict = "stable"
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                _Label(), BarColumn(bar_width=24), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(), _Verdict(),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._progress.add_task("edits", total=total, verdict=self._verdict)
+            self._progress.start()
+
+    def on_row(self, row: EditRow, diagnosis: Diagnosis | None) -> None:
+        """Move the bar; say it above the bar when the verdict changes or an edit fails."""
+        if self._progress is None:
+            return
+        if diagnosis is not None and diagnosis.verdict != self._verdict:
+            self._verdict = diagnosis.verdict
+            line = Text.assemble(f"edit {row.edit}: ", verdict_text(self._verdict), f"  {clean(diagnosis.says, 300)}")
+            self._progress.console.print(line)
+        if row.error is not None:
+            self._progress.console.print(Text(f"edit {row.edit} failed: {clean(row.error, 160)}", style="yellow"))
+        self._progress.update(self._task, completed=row.edit, verdict=self._verdict)
+
+    def close(self) -> None:
+        """Leave the bar as it is, and give the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class _Label(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("editing")
+
+
+def diagnosis_text(run: Run) -> RenderableType:
+    """The verdict in a sentence, why, and what to do."""
+    diagnosis = run.diagnosis()
+    lines: list[RenderableType] = [
+        verdict_text(diagnosis.verdict),
+        Text(clean(diagnosis.says, 700), style="bold"),
+    ]
+    if not run.complete:
+        lines.append(Text("The run was not closed: it goes on, or it ended without a word.", style="yellow"))
+    if diagnosis.cause_says and diagnosis.cause_says not in diagnosis.says:
+        lines.append(Text(f"Why: {clean(diagnosis.cause_says, 700)}"))
+    if diagnosis.advice:
+        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
+    return Group(*lines)
+
+
+def closing_table(run: Run) -> RenderableType:
+    """The run in numbers, one per line."""
+    diagnosis = run.diagnosis()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    bad = diagnosis.first_bad_edit
+    where = f"edit {bad}" if bad is not None else "–"
+    if diagnosis.first_bad_site is not None:
+        where += f", {shorten(diagnosis.first_bad_site, 60)}, {clean(diagnosis.first_bad_metric, 60)}"
+    rows: list[tuple[str, str | Text]] = [
+        ("verdict", verdict_text(diagnosis.verdict)),
+        ("edits", number(diagnosis.edits)),
+        ("onset, in hindsight", _edit(diagnosis.onset_edit)),
+        ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
+        ("first bad", where),
+        ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
+        ("cause", clean(diagnosis.cause, 80)),
+        ("time in probes", percent(run.probe_time_share)),
+        ("time in the canary", percent(run.canary_time_share)),
+        ("run", clean(run.path, 300)),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
+    return table
+
+
+def _edit(edit: int | None) -> str:
+    return "–" if edit is None else f"edit {edit}"
+
+
+def findings_table(run: Run) -> RenderableType:
+    """The first finding of each kind in order of edit; of too many: the first bad, the alarm's, the gravest."""
+    diagnosis = run.diagnosis()
+    first = first_of_each_kind(diagnosis.findings)
+    bad = (diagnosis.first_bad_edit, diagnosis.first_bad_metric)
+
+    def rank(finding: Finding) -> tuple[bool, bool, int]:
+        alarm = finding.edit == diagnosis.alarm_edit and severity(finding.verdict) >= severity("diverging")
+        return (finding.start, finding.metric) != bad, not alarm, -severity(finding.verdict)
+
+    grave = sorted(first, key=rank)
+    kept = grave[:FINDINGS_SHOWN]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in first:
+        if finding in kept:
+            name = Text("worth knowing", style="dim") if finding.verdict == "stable" else verdict_text(finding.verdict)
+            table.add_row(Text(f"edit {finding.edit}"), name, Text(clean(finding.says, 400)))
+    left = len(diagnosis.findings) - len(kept)
+    more = [Text(f"and {left} more: see the page that `stabilitylab report` writes", style="dim")] if left else []
+    return Group(table, *more)
+
+
+def diagnosis_page(run: Run) -> RenderableType:
+    """All of it as a short page: the sentence, the numbers, the findings, and what was not measured."""
+    parts: list[RenderableType] = [diagnosis_text(run), Text(), closing_table(run)]
+    if run.diagnosis().findings:
+        parts += [Text(), Text("Findings", style="bold"), findings_table(run)]
+    if run.notes:
+        notes = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in run.notes[:NOTES_SHOWN]]
+        if len(run.notes) > NOTES_SHOWN:
+            notes.append(Text(f"and {len(run.notes) - NOTES_SHOWN} more", style="dim"))
+        parts += [Text(), Text("Not measured, or not as asked", style="bold"), Padding(Group(*notes), (0, 0, 0, 2))]
+    return Group(*parts)

@@ -1,0 +1,87 @@
+"""How a verdict looks and what it means in plain words; which findings come first; a run at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from stabilitylab.analysis import Finding, Verdict
+from stabilitylab.run import Run
+
+
+@dataclass(frozen=True)
+class Look:
+    """sign: a shape, so that colour is never alone. style: the terminal's colour. css: the page's class."""
+
+    word: str
+    sign: str
+    style: str
+    css: str
+    means: str
+
+
+LOOKS: Final[dict[Verdict, Look]] = {
+    "stable": Look(
+        "Stable", "●", "green", "v-stable",
+        "No reading is bad in itself, and none left the range that it began in.",
+    ),
+    "drifting": Look(
+        "Drifting", "◐", "yellow", "v-drifting",
+        "Values are leaving the range that they began in. The model still works; what comes next is worth watching.",
+    ),
+    "diverging": Look(
+        "Diverging", "▲", "dark_orange3", "v-diverging",
+        "Values grow (or shrink) from edit to edit and do not come back by themselves. Go back to before the onset.",
+    ),
+    "collapsed": Look(
+        "Collapsed", "■", "magenta", "v-collapsed",
+        "All numbers are finite, but the model no longer does what it did. A check for NaN alone would not see this.",
+    ),
+    "non-finite": Look(
+        "Non-finite", "✖", "red", "v-nonfinite",
+        "Some values are no longer numbers (NaN or infinite). Nothing computed from them can be trusted.",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Edits `first` to `last` (both included) of one kind, with their place on a strip that is 1,000 wide."""
+
+    kind: str
+    words: str
+    first: int
+    last: int
+    left: float
+    width: float
+
+
+def strip(run: Run) -> list[Stretch]:
+    """The run from its first to its last edit: quiet, then trouble from the onset, then bad from the first bad edit."""
+    if not run.edits:
+        return []
+    diagnosis, start, end = run.diagnosis(), run.edits[0].edit, run.edits[-1].edit
+    bad = diagnosis.first_bad_edit
+    onset = diagnosis.onset_edit if diagnosis.onset_edit is not None else bad
+    cuts = [
+        ("quiet", "nothing flagged", start),
+        ("onset", "trouble building", onset),
+        ("bad", "past the first bad value", bad),
+    ]
+    known = [(kind, words, max(at, start)) for kind, words, at in cuts if at is not None]
+    stretches = []
+    for place, (kind, words, first) in enumerate(known):
+        last = known[place + 1][2] - 1 if place + 1 < len(known) else end
+        if last >= first:
+            scale = 1000.0 / (end - start + 1)
+            stretches.append(Stretch(kind, words, first, last, (first - start) * scale, (last - first + 1) * scale))
+    return stretches
+
+
+def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:
+    """What is seen at once: what a rule says of a metric for the first time, wherever that is. In their order."""
+    first: dict[tuple[str, str], Finding] = {}
+    for finding in findings:
+        first.setdefault((finding.rule, finding.metric), finding)
+    return list(first.values())

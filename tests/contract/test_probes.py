@@ -1,0 +1,95 @@
+"""What every probe promises, found through the registry."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stabilitylab.probes import ALL, catalogue
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.feedback import History
+from stabilitylab.probes.gradient_factors import GradientSpectrum
+from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
+from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
+from stabilitylab.probes.output_pass import OutputPass
+from stabilitylab.probes.weight_pass import WeightPass
+
+SCALES, PHASES = {"log", "linear", "count", "flag"}, {"before", "during", "after"}
+NAN = float("nan")
+EXAMPLES: dict[type[Any], list[Any]] = {
+    WeightPass: [
+        WeightPass(3.0, 2.0, 1.0, 0.5, -1.0, 2.0, 0.0, 65504.0),
+        WeightPass(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 65504.0),
+        WeightPass(NAN, 2.0, NAN, NAN, NAN, NAN, 4.0, 65504.0),
+    ],
+    GradientSpectrum: [
+        GradientSpectrum(np.array([3.0, 1.0]), 0.0),
+        GradientSpectrum(np.zeros(3), 0.0),
+        GradientSpectrum(np.full(50, NAN), 2.0),
+        GradientSpectrum(np.linspace(9, 1, 200), 0.0),
+    ],
+    OutputPass: [
+        OutputPass(1.0, 2.0, 1.0, 2.0, 0.0, 65504.0),
+        OutputPass(0.0, 0.0, None, None, 0.0, 65504.0),
+        OutputPass(NAN, float("inf"), NAN, NAN, 3.0, 65504.0),
+    ],
+    LogitsPass: [LogitsPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.0), LogitsPass(NAN, NAN, NAN, NAN, NAN, 5.0)],
+    CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.0, 1.0, 0.0), CanaryPass(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)],
+    NormaliserPass: [NormaliserPass(0.0, 3.0, 3e5, 117.0, 0.0), NormaliserPass(0.1, 0.0, None, None, None)],
+    LearningRates: [LearningRates(np.linspace(0, 1, 100))],
+    History: [History(np.array([1.0])), History(np.array([1.0, 2.0, 4.0])), History(np.array([0.0, NAN]))],
+}
+
+
+@pytest.mark.parametrize("probe", ALL, ids=lambda probe: probe.__name__)
+class TestEveryProbe:
+    def test_describes_itself(self, probe: type[Probe[Any]]) -> None:
+        assert inspect.getdoc(probe)
+        assert probe.metrics
+        for metric in probe.metrics:
+            assert re.fullmatch(r"[a-z]+\.[a-z_]+", metric.name), metric.name
+            assert metric.scale in SCALES
+            assert metric.phase in PHASES
+            assert metric.length >= 1
+            assert all([metric.unit, metric.meaning, metric.formula, metric.source])
+
+    def test_computes_only_what_it_describes_and_no_more_values(self, probe: type[Probe[Any]]) -> None:
+        described = {metric.name: metric for metric in probe.metrics}
+        for seen in EXAMPLES[probe.needs]:
+            for name, value in probe().compute(seen).items():
+                assert 1 <= np.atleast_1d(value).size <= described[name].length
+                assert np.asarray(value).dtype == np.float64
+
+    def test_is_repeatable_and_leaves_what_it_sees_alone(self, probe: type[Probe[Any]]) -> None:
+        for seen in EXAMPLES[probe.needs]:
+            before = repr(seen)
+            first, second = probe().compute(seen), probe().compute(seen)
+            assert repr(first) == repr(second)
+            assert repr(seen) == before
+
+    def test_holds_no_state(self, probe: type[Probe[Any]]) -> None:
+        instance = probe()
+        for seen in EXAMPLES[probe.needs]:
+            instance.compute(seen)
+        assert not vars(instance)
+
+    def test_touches_no_tensor(self, probe: type[Probe[Any]]) -> None:
+        state = torch.get_rng_state()
+        for seen in EXAMPLES[probe.needs]:
+            assert not any(isinstance(value, torch.Tensor) for value in probe().compute(seen).values())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_metric_is_named_twice() -> None:
+    names = [metric.name for metric in catalogue()]
+    assert len(names) == len(set(names))
+
+
+def test_what_a_probe_follows_is_a_metric() -> None:
+    names = {metric.name for metric in catalogue()}
+    assert {followed for probe in ALL for followed in probe.follows} <= names

@@ -1,0 +1,131 @@
+"""Drift: baselines, false alarms and lead on synthetic runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from synthetic_runs import diagnose, false_alarms, lead, row
+
+from stabilitylab.analysis import Diagnosis, severity
+
+A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
+
+
+def series(values: list[float], metric: str = "update.norm", first: int = 1, gap: int | None = None) -> Diagnosis:
+    rows = [row(0, {})]
+    rows += [
+        row(first + at, {} if gap is not None and at % gap == 0 else {(metric, A): value})
+        for at, value in enumerate(values)
+    ]
+    return diagnose(rows)
+
+
+def test_healthy_runs_are_seldom_called_diverging() -> None:
+    alarms = false_alarms(range(5_000, 5_100))
+    assert len(alarms) <= 2, [(seed, diagnosis.says) for seed, diagnosis in alarms]
+
+
+@pytest.mark.parametrize(("how", "ahead"), [("exponential", 0.7), ("super-exponential", 0.45)])
+def test_growth_is_caught_with_most_of_its_way_ahead(how: str, ahead: float) -> None:
+    measured = lead(range(5_000, 5_040), how)
+    assert measured.recall == 1.0
+    assert measured.ahead >= ahead
+    assert measured.early <= 0.05
+    assert abs(measured.onset_error) <= 0.3
+
+
+def noisy(edits: int, spread: float = 0.1) -> np.ndarray:
+    return np.exp(spread * np.random.default_rng(3).normal(size=edits))
+
+
+def test_spikes_that_recover_are_no_divergence() -> None:
+    values = noisy(80)
+    values[[20, 40, 41, 60]] *= 1e5
+    assert series(values.tolist()).verdict == "stable"
+
+
+def test_one_huge_step_that_stays_is_diverging() -> None:
+    values = noisy(40)
+    values[20:] *= 1e4
+    diagnosis = series(values.tolist())
+    assert (diagnosis.verdict, diagnosis.onset_edit, diagnosis.alarm_edit) == ("diverging", 21, 23)
+    assert (diagnosis.first_bad_edit, diagnosis.first_bad_site) == (23, A)  # no hard fact: the alarm is named
+
+
+def test_a_small_step_that_stays_is_drifting() -> None:
+    values = noisy(40)
+    values[20:] *= 10
+    diagnosis = series(values.tolist())
+    assert (diagnosis.verdict, diagnosis.onset_edit, diagnosis.alarm_edit) == ("drifting", 21, None)
+    assert diagnosis.says.startswith("Drifting since edit 21")
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_adding_up_is_not_acceleration(power: float) -> None:
+    time = np.arange(1, 300)
+    values = noisy(299, 0.03) * (1 + 0.1 * time) ** power
+    assert severity(series(values.tolist(), "activation.rms").verdict) <= severity("drifting")
+
+
+def test_growth_that_begins_at_the_first_edit_is_seen() -> None:
+    diagnosis = series([math.exp(0.5 * edit) for edit in range(14)])
+    assert diagnosis.verdict == "diverging"
+    assert diagnosis.alarm_edit is not None
+    assert diagnosis.alarm_edit <= 10
+
+
+def test_a_series_that_begins_late_or_has_gaps_has_its_own_baseline() -> None:
+    values = noisy(60)
+    values[40:] *= 1e4
+    assert series(values.tolist(), first=100).onset_edit == 140
+    assert series(values.tolist(), gap=3).verdict == "diverging"
+
+
+def test_drift_norm_grows_in_any_healthy_run() -> None:
+    assert series(np.cumsum(noisy(200)).tolist(), "drift.norm").verdict == "stable"
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(0.5, "stable"), (1e-3, "diverging")])
+def test_logits_that_draw_together(factor: float, verdict: str) -> None:
+    rows = [
+        row(edit, {("logits.min", "model"): 3.0 - 2 * scale, ("logits.max", "model"): 3.0 + 2 * scale})
+        for edit, scale in enumerate([1.0] * 20 + [factor] * 10)
+    ]
+    diagnosis = diagnose(rows)
+    assert diagnosis.verdict == verdict
+    if verdict != "stable":
+        assert "range of logits" in diagnosis.findings[0].says
+
+
+def test_a_gradient_that_is_small_because_the_edit_was_right_is_fine_and_one_that_vanished_is_not() -> None:
+    values = noisy(40)
+    values[20:] *= 1e-3
+    assert series(values.tolist(), "gradient.norm").verdict == "stable"
+    values[20:] = 0.0
+    diagnosis = series(values.tolist(), "gradient.norm")
+    assert (diagnosis.verdict, diagnosis.findings[0].rule, diagnosis.findings[0].value) == ("drifting", "shrink", 0.0)
+
+
+def test_failed_edits_do_not_make_the_baseline() -> None:
+    rows = [row(edit, {("update.norm", A): 1e6}, "failed") for edit in range(1, 8)]
+    rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(8, 14)]
+    assert "baseline to compare with exists" in diagnose(rows).says
+    rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(14, 20)]
+    assert diagnose(rows).says == "Stable over 19 edits: nothing out of the ordinary."
+
+
+def test_values_at_the_ends_of_float64_raise_nothing() -> None:
+    extremes = [1e-308, 1e308, 0.0, math.inf, -1.0, math.nan, 5e-324] * 8
+    assert series([1.0] * 9 + extremes).verdict == "non-finite"
+    assert series([1e-308] * 9 + [1e308] * 30).verdict == "diverging"
+
+
+def test_many_growing_sites_make_few_findings() -> None:
+    rows = [
+        row(edit, {("update.norm", f"layer.{site}"): math.exp(0.3 * edit) for site in range(60)}) for edit in range(40)
+    ]
+    diagnosis = diagnose(rows)
+    assert len(diagnosis.findings) <= 6
+    assert any("57 more sites" in finding.says for finding in diagnosis.findings)

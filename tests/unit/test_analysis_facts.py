@@ -1,0 +1,198 @@
+"""Hard facts: what one reading proves, from edit 0 on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from synthetic_runs import METRICS, diagnose, row
+
+from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.readings import Key
+
+A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
+U, V = "editor.mlp.0.u", "editor.mlp.0.v"
+Reading = dict[Key, float]
+
+
+def run(*edits: Reading) -> Diagnosis:
+    return diagnose(row(edit, readings) for edit, readings in enumerate(edits))
+
+
+def rules(diagnosis: Diagnosis) -> list[tuple[str, str, int]]:
+    return [(finding.rule, finding.site, finding.edit) for finding in diagnosis.findings]
+
+
+def test_nothing_recorded() -> None:
+    diagnosis = Analyzer(METRICS).diagnosis()
+    assert (diagnosis.verdict, diagnosis.edits, diagnosis.findings) == ("stable", 0, ())
+    assert diagnosis.says == "Nothing recorded yet."
+
+
+def test_edit_zero_alone_is_no_edit() -> None:
+    diagnosis = run({("weight.max_abs", A): 0.3})
+    assert (diagnosis.verdict, diagnosis.edits, diagnosis.onset_edit) == ("stable", 0, None)
+    assert "No edit yet" in diagnosis.says
+
+
+def test_few_edits_have_no_baseline_and_many_have() -> None:
+    quiet = [{("weight.max_abs", A): 0.3, ("update.norm", A): 1.0 if edit else 0.0} for edit in range(13)]
+    assert "baseline to compare with exists after 8" in run(*quiet[:4]).says
+    assert run(*quiet).says == "Stable over 12 edits: nothing out of the ordinary."
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("metric", ["weight.max_abs", "activation.rms", "canary.kl", "logits.max", "editor.std_min"])
+def test_a_value_that_is_not_finite(metric: str, bad: float) -> None:
+    diagnosis = run({(metric, A): 1.0}, {(metric, A): bad})
+    assert diagnosis.verdict == "non-finite"
+    assert (diagnosis.first_nonfinite_edit, diagnosis.first_bad_edit, diagnosis.onset_edit) == (1, 1, 1)
+    assert (diagnosis.alarm_edit, diagnosis.first_bad_site, diagnosis.first_bad_metric) == (1, A, metric)
+    json.dumps(diagnosis.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("metric", ["drift.ratio", "gradient.stable_rank", "feedback.gain"])
+def test_nan_in_a_derived_reading_proves_nothing(metric: str) -> None:
+    assert run({}, {(metric, A): math.nan}).verdict == "stable"
+
+
+def test_one_bad_tensor_is_one_finding_with_its_count() -> None:
+    bad = {
+        ("update.norm", A): math.inf,
+        ("weight.max_abs", A): math.inf,
+        ("weight.nonfinite", A): 300.0,
+        ("weight.headroom_bits", A): -math.inf,
+    }
+    diagnosis = run({("weight.nonfinite", A): 0.0}, bad)
+    assert [(finding.metric, finding.value) for finding in diagnosis.findings] == [("weight.nonfinite", 300.0)]
+    assert "300 weights" in diagnosis.findings[0].says
+
+
+def test_fifty_bad_sites_are_three_findings_and_a_count() -> None:
+    bad = {("weight.nonfinite", f"layer.{number}"): 5.0 for number in range(50)}
+    diagnosis = run({}, bad, bad, bad)
+    assert [finding.site for finding in diagnosis.findings] == ["layer.0", "layer.1", "layer.2"]
+    assert "47 more sites" in diagnosis.findings[-1].says
+
+
+def test_within_one_edit_the_dataflow_orders() -> None:
+    start = dict.fromkeys([("weight.max_abs", A), ("weight.max_abs", B), ("canary.kl", "model")], 1.0)
+    bad = {
+        ("canary.nonfinite", "model"): 9.0,
+        ("weight.nonfinite", B): 9.0,
+        ("weight.nonfinite", A): 9.0,
+        ("editor.input_max", U): 5e4,
+        ("gradient.nonfinite", A): 9.0,
+        ("gradient.nonfinite", B): 9.0,
+        ("activation.nonfinite", B): 9.0,
+    }
+    found = [(finding.metric, finding.site) for finding in run(start, bad).findings]
+    assert found == [
+        ("activation.nonfinite", B),
+        ("gradient.nonfinite", B),  # gradients flow backwards
+        ("gradient.nonfinite", A),
+        ("editor.input_max", U),
+        ("weight.nonfinite", A),
+        ("weight.nonfinite", B),
+        ("canary.nonfinite", "model"),
+    ]
+
+
+def test_the_editors_input_is_the_first_bad_and_the_first_nan_stays_visible() -> None:
+    diagnosis = run(
+        {}, {("editor.input_max", U): 95.0}, {("editor.input_max", U): 3.2e5}, {("weight.nonfinite", A): 3.0}
+    )
+    assert (diagnosis.first_bad_edit, diagnosis.first_bad_metric) == (2, "editor.input_max")
+    assert (diagnosis.first_nonfinite_edit, diagnosis.alarm_edit, diagnosis.onset_edit) == (3, 2, 2)
+    assert rules(diagnosis) == [("input-limit", U, 2), ("non-finite", A, 3)]
+    assert diagnosis.says.startswith("Non-finite since edit 3, diverging since edit 2: first in editor.mlp.0.u")
+
+
+def test_a_large_input_of_the_editor_is_drifting_first() -> None:
+    assert rules(run({}, {("editor.input_max", U): 101.0}, {("editor.input_max", U): 1001.0})) == [
+        ("input-large", U, 1),
+        ("input-limit", U, 2),
+    ]
+
+
+@pytest.mark.parametrize("metric", ["logits.dead", "canary.dead"])
+def test_dead_logits_are_a_collapse(metric: str) -> None:
+    diagnosis = run({(metric, "model"): 0.0}, {(metric, "model"): 1.0})
+    assert (diagnosis.verdict, diagnosis.cause, diagnosis.first_bad_edit) == ("collapsed", "dead-logits", 1)
+
+
+@pytest.mark.parametrize("metric", ["weight.headroom_bits", "activation.headroom_bits"])
+def test_headroom_that_runs_out(metric: str) -> None:
+    diagnosis = run({(metric, A): 9.0}, {(metric, A): 5.0}, {(metric, A): 1.9})
+    assert (diagnosis.verdict, diagnosis.first_bad_edit) == ("diverging", 2)
+
+
+def test_headroom_that_was_never_there_is_a_note_until_it_falls() -> None:
+    little = {("activation.headroom_bits", A): 1.5}
+    diagnosis = run({}, little, little)
+    assert (diagnosis.verdict, rules(diagnosis)) == ("stable", [("headroom-before", A, 1)])
+    assert run({}, little, little, {("activation.headroom_bits", A): 0.4}).verdict == "diverging"
+
+
+def test_weights_that_never_move_are_a_note() -> None:
+    still = {("update.norm", A): 0.0, ("update.norm", B): 0.0}
+    diagnosis = run(still, still, still, still, still)
+    assert (diagnosis.verdict, diagnosis.cause) == ("stable", "weights-unchanged")
+    assert rules(diagnosis) == [("never-moved", A, 1)]
+    assert "is it these layers that the editor edits?" in diagnosis.says
+
+
+def test_weights_that_stop_moving_are_drift() -> None:
+    still, moved = (
+        {("update.norm", A): 0.0, ("update.norm", B): 0.0},
+        {("update.norm", A): 0.0, ("update.norm", B): 2.0},
+    )
+    assert run(still, moved, still, still, moved, still, still).verdict == "stable"
+    diagnosis = run(still, moved, still, still, still)
+    assert (diagnosis.verdict, diagnosis.cause, diagnosis.onset_edit) == ("drifting", "weights-unchanged", 2)
+    assert diagnosis.alarm_edit is None
+
+
+def test_a_frozen_normaliser_with_zero_std_is_a_note() -> None:
+    diagnosis = run({}, {("editor.std_zeros", U): 7.0, ("editor.std_min", V): 1e-9, ("editor.std_min", U): 1e-8})
+    assert diagnosis.verdict == "stable"
+    assert rules(diagnosis) == [("zero-std", U, 1), ("tiny-std", U, 1)]  # gradients (v) are small by nature
+    assert "7 units" in diagnosis.findings[0].says
+
+
+def test_a_lost_canary_counts_when_it_stays_lost() -> None:
+    def canary(agreement: float) -> Reading:
+        return {("canary.agreement", "model"): agreement}
+
+    assert run(*map(canary, [1.0, 0.9, 0.0, 0.0, 0.5, 0.05, 0.0])).verdict == "stable"
+    diagnosis = run(*map(canary, [1.0, 0.9, 0.4, 0.1, 0.0, 0.05, 0.0]))
+    assert (diagnosis.verdict, diagnosis.first_bad_edit, diagnosis.alarm_edit) == ("collapsed", 3, 5)
+
+
+def test_the_canarys_divergence() -> None:
+    def canary(kl: float) -> Reading:
+        return {("canary.kl", "model"): kl}
+
+    assert run(*map(canary, [0.0, 0.1, 0.4, 0.6, 0.9])).verdict == "stable"
+    assert run(*map(canary, [0.0, 1.1, 1.2, 1.4])).verdict == "drifting"
+    assert run(*map(canary, [0.0, 5.0, 6.0, 7.0])).verdict == "collapsed"
+
+
+def test_a_verdict_never_recovers() -> None:
+    diagnosis = run({}, {("gradient.nonfinite", A): 1.0}, *[{("gradient.nonfinite", A): 0.0}] * 30)
+    assert (diagnosis.verdict, diagnosis.alarm_edit, diagnosis.edits) == ("non-finite", 1, 31)
+
+
+def test_a_vector_that_is_bad_further_on() -> None:
+    spectrum = row(1, {("gradient.spectrum", A): [3.0, math.nan]})  # type: ignore[dict-item]
+    finding = diagnose([spectrum]).findings[0]
+    assert (finding.rule, finding.metric) == ("non-finite", "gradient.spectrum")
+    assert math.isnan(finding.value)
+
+
+def test_a_failed_edit_counts_as_evidence_but_not_as_still() -> None:
+    rows = [row(0, {}), row(1, {("update.norm", A): 1.0})]
+    rows += [row(edit, {("update.norm", A): 0.0}, "failed") for edit in range(2, 9)]
+    assert diagnose(rows).verdict == "stable"
+    assert diagnose([*rows, row(9, {("activation.nonfinite", A): 4.0}, "failed")]).verdict == "non-finite"

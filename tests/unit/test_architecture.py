@@ -1,0 +1,104 @@
+"""Data flows one way: what each station must never import, read from the source (shared/DESIGN.md's table)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "stabilitylab"
+ROOTS = {"stabilitylab": PACKAGE, "probes": f"{PACKAGE}.probes", "reports": f"{PACKAGE}.reports"}
+
+
+def module_name(path: Path) -> str:
+    first, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([ROOTS[first], *(part for part in rest if part != "__init__")])
+
+
+def sources() -> dict[str, Path]:
+    return {module_name(path): path for root in ROOTS for path in sorted((ROOT / root).rglob("*.py"))}
+
+
+def imports(path: Path, *, everywhere: bool) -> set[str]:
+    """The modules that a file imports: at its top level, or with `everywhere` inside functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in typing_only for inner in ast.walk(node)}
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(inner) for function in functions for inner in ast.walk(function)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped or (id(node) in inside and not everywhere):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def under(module: str, *parents: str) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def station(name: str) -> str:
+    return f"{PACKAGE}.{name}"
+
+
+MODEL_SIDE = tuple(map(station, ("sites", "hooks", "measure", "monitor", "references", "transfer", "canary", "probes")))
+TESTBED = (station("testbed"), station("editors"))
+NEVER = {
+    station("sites"): (station("hooks"), station("probes"), station("monitor"), station("store"), station("analysis")),
+    station("hooks"): (station("probes"), station("monitor"), station("store"), station("analysis"), station("measure")),
+    station("probes"): (
+        *map(station, ("hooks", "monitor", "measure", "store", "run", "analysis", "reports")),
+        "sqlite3",
+    ),
+    station("measure"): (station("store"), station("analysis"), station("monitor"), station("reports")),
+    station("store"): ("torch", *MODEL_SIDE, station("analysis"), station("reports")),
+    station("run"): ("torch", *MODEL_SIDE, station("reports")),
+    station("readings"): ("torch", PACKAGE),
+    station("errors"): ("torch", PACKAGE),
+    station("analysis"): ("torch", *MODEL_SIDE, station("store"), station("run"), station("reports"), "rich", "jinja2"),
+    station("reports"): ("torch", *MODEL_SIDE, station("store")),
+}
+
+
+@pytest.mark.parametrize("who", sorted(NEVER))
+def test_a_station_does_not_import_what_it_must_never(who: str) -> None:
+    allowed_itself = [
+        (module, wrong)
+        for module, path in sources().items()
+        if under(module, who)
+        for wrong in imports(path, everywhere=True)
+        if under(wrong, *NEVER[who]) and not under(wrong, who)
+    ]
+    assert not allowed_itself
+    assert any(under(module, who) for module in sources()), f"no module {who}: is the rule out of date?"
+
+
+def test_nothing_but_the_testbed_and_the_command_line_knows_the_testbed() -> None:
+    for module, path in sources().items():
+        if not under(module, *TESTBED):
+            lazily = module == station("cli")
+            found = imports(path, everywhere=not lazily)
+            assert not [wrong for wrong in found if under(wrong, *TESTBED)], module
+
+
+def test_a_probe_never_reads_a_tensor_back_by_item_but_where_it_is_free() -> None:
+    """`.item()` waits for an accelerator; on a CPU it is free, and only `weight_pass` branches on being there."""
+    for module, path in sources().items():
+        if under(module, station("probes")) and module != station("probes.weight_pass"):
+            assert ".item()" not in path.read_text(encoding="utf-8"), module
+
+
+@pytest.mark.parametrize("statement", ["import stabilitylab", "import stabilitylab.reports.html, stabilitylab.cli"])
+def test_importing_needs_no_torch(statement: str) -> None:
+    code = f"import sys; {statement}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

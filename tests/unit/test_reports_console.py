@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_page
+from synthetic import HOSTILE, make_run
+
+from stabilitylab.analysis import Analyzer, severity
+from stabilitylab.run import Run, load
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load(make_run(tmp_path_factory.mktemp("runs") / "run", edits=20, dies_at=14))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "[red]\x1b[31m"
+    return load(make_run(folder, edits=14, dies_at=9, sites=len(HOSTILE), hostile_labels=True, closed=False))
+
+
+def printed(what: object, *, terminal: bool = False, width: int = 80) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=terminal, color_system="standard" if terminal else None).print(what)
+    return out.getvalue()
+
+
+def flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def play(run: Run, sink: ProgressSink) -> None:
+    analyzer = Analyzer(run.metrics)
+    for edit in run.edits:
+        analyzer.observe(edit.row)
+        sink.on_row(edit.row, analyzer.diagnosis())
+    sink.close()
+
+
+def test_the_page_says_all_that_counts_within_80_columns(dying: Run) -> None:
+    diagnosis, page = dying.diagnosis(), printed(diagnosis_page(dying))
+    assert max(map(len, page.splitlines())) <= 80
+    assert "\x1b" not in page
+    words = flat(page)
+    assert diagnosis.says in words
+    assert diagnosis.advice in words
+    assert f"onset, in hindsight edit {diagnosis.onset_edit}" in words
+    assert f"alarm, as it ran edit {diagnosis.alarm_edit}" in words
+    assert f"edit {diagnosis.first_bad_edit}, {diagnosis.first_bad_site}, {diagnosis.first_bad_metric}" in words
+    assert "time in probes 2.1 %" in words
+    assert str(dying.path) in words.replace(" ", "") or dying.path.name in words
+    for note in dying.notes:
+        assert note.says in words
+
+
+def test_the_first_bad_finding_is_always_among_those_shown(dying: Run) -> None:
+    diagnosis, words = dying.diagnosis(), flat(printed(diagnosis_page(dying), width=200))
+    bad = (diagnosis.first_bad_edit, diagnosis.first_bad_site, diagnosis.first_bad_metric)
+    (first, *_) = (finding for finding in diagnosis.findings if (finding.start, finding.site, finding.metric) == bad)
+    assert first.says in words
+
+
+def test_what_raised_the_alarm_is_among_those_shown(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=40, dies_at=30))
+    diagnosis, words = run.diagnosis(), flat(printed(diagnosis_page(run), width=300))
+    raised = [finding for finding in diagnosis.findings if finding.edit == diagnosis.alarm_edit]
+    grave = next(finding for finding in raised if severity(finding.verdict) >= severity("diverging"))
+    assert "more: see the page" in words
+    assert grave.says in words
+
+
+def test_colour_only_where_a_person_watches(
+    dying: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "\x1b[" in printed(closing_table(dying), terminal=True)
+    assert "\x1b" not in printed(closing_table(dying))
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    Console(file=out, force_terminal=True).print(closing_table(dying))
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", out.getvalue())
+
+
+def test_a_piped_progress_bar_says_nothing(dying: Run) -> None:
+    out = io.StringIO()
+    play(dying, ProgressSink(20, Console(file=out)))
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("total", [20, None])
+def test_a_watched_progress_bar_shows_edits_and_verdict(dying: Run, total: int | None) -> None:
+    out = io.StringIO()
+    play(dying, ProgressSink(total, Console(file=out, force_terminal=True, width=100, color_system=None)))
+    shown = out.getvalue()
+    last = shown.replace("\x1b[?25h", "").rstrip().splitlines()[-1]
+    assert f"20/{total or '?'}" in shown
+    assert "edits/s" in shown
+    assert "✖ non-finite" in last
+    assert "edit 7 failed: RuntimeError: no answer token" in shown
+    assert shown.count("edit 14: ✖ non-finite") == 1
+
+
+def test_hostile_text_neither_marks_up_nor_steers(hostile: Run) -> None:
+    page = printed(diagnosis_page(hostile), width=200)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
+    assert r"[red]\x1b[31m" in page
+    assert max(map(len, page.splitlines())) <= 200
+    assert len(page) < 20_000
+    out = io.StringIO()
+    play(hostile, ProgressSink(14, Console(file=out, force_terminal=True, width=100, color_system=None)))
+    assert "\x07" not in out.getvalue()
+    assert "\x1b[31m" not in out.getvalue()
+
+
+def test_a_run_with_no_edit_has_a_page(tmp_path: Path) -> None:
+    page = printed(diagnosis_page(load(make_run(tmp_path / "run", edits=0, dies_at=None))))
+    assert "● stable" in page
+    assert "time in probes –" in flat(page)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stabilitylab.reports import html
+from stabilitylab.reports.text import number
+from synthetic import HOSTILE, make_run
+
+from stabilitylab.errors import RunError
+from stabilitylab.readings import EDITOR_SITE, EditRow, Metric
+from stabilitylab.run import Run, load
+from stabilitylab.store import RunWriter
+
+HARMLESS = frozenset(
+    "html head meta title style body header main section nav footer a h1 h2 h3 p strong span ul li dl dt dd div svg"  # noqa: SIM905
+    " rect figure figcaption img details summary table thead tbody tr th td pre".split()
+)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.said: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.said))
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load(make_run(tmp_path_factory.mktemp("runs") / "mend-vqa", edits=60, dies_at=44))
+
+
+@pytest.fixture(scope="module")
+def page(dying: Run) -> str:
+    return html.render(dying)
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
+    made = make_run(folder, edits=14, dies_at=9, sites=len(HOSTILE), hostile_labels=True, closed=False)
+    return html.render(load(made))
+
+
+def test_the_verdict_comes_first_with_what_it_rests_on(dying: Run, page: str) -> None:
+    diagnosis, said = dying.diagnosis(), Page(page).text
+    first = said[: said.index("What was not measured")]
+    assert diagnosis.says in first
+    assert diagnosis.advice in first
+    assert diagnosis.cause in first
+    for words in (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.alarm_edit}", f"edit {diagnosis.first_bad_edit}"):
+        assert words in first
+    assert f"{diagnosis.first_bad_site}" in first
+
+
+def test_every_finding_note_and_metric_is_on_the_page(dying: Run, page: str) -> None:
+    said = Page(page).text
+    for finding in dying.diagnosis().findings:
+        assert f"{finding.says} {finding.metric} {finding.site} {number(finding.value)}" in re.sub(r"\s+", " ", said)
+    for note in dying.notes:
+        assert note.says in said
+    for metric in dying.metrics:
+        assert metric.meaning in said
+    assert said.count("What digit is on picture") == 60
+    assert "RuntimeError: no answer token" in said
+    assert "restored" in said
+
+
+def test_size_of_a_page_for_sixty_edits_at_four_layers(page: str) -> None:
+    assert len(page.encode("utf-8")) < 1_500_000
+
+
+def test_every_picture_has_words_in_its_place(dying: Run, page: str) -> None:
+    images = [(name, value) for tag, name, value in Page(page).attributes if tag == "img"]
+    alts = [value for name, value in images if name == "alt"]
+    assert len(alts) == len([name for name, _ in images if name == "src"]) > 20
+    assert all(f"first bad at edit {dying.diagnosis().first_bad_edit}" in alt for alt in alts)
+
+
+@pytest.mark.parametrize("which", ["page", "hostile_page"])
+def test_nothing_can_be_loaded_run_or_sent(which: str, request: pytest.FixtureRequest) -> None:
+    text = request.getfixturevalue(which)
+    page = Page(text)
+    assert set(page.tags) <= HARMLESS
+    assert page.tags.count("style") == 1
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        assert name not in {"style", "srcset", "action"}, (tag, name)
+        if name == "src":
+            assert value.startswith("data:image/svg+xml;base64,")
+        if name == "href":
+            assert value.startswith("#")
+    (policy,) = (value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src"))
+    sheet = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert sheet is not None
+    digest = base64.b64encode(hashlib.sha256(sheet[1].encode("utf-8")).digest()).decode("ascii")
+    assert (
+        policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def test_hostile_text_is_shown_as_text_and_cut(hostile_page: str) -> None:
+    said = Page(hostile_page).text
+    assert "<script>document.title='owned'</script>" in said
+    assert "{{7*7}}" in said
+    assert r"abc\u202edcba" in said
+    assert r"nul\x00 bell\x07" in said
+    assert "\u202e" not in hostile_page
+    assert "\x1b" not in hostile_page
+    assert "mega" * 300 not in hostile_page
+    assert max(len(word) for word in said.split()) < 1_000
+    assert "This run was not closed" in said
+
+
+def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {"closed": True}, [Metric("weight.max_abs", "1", "log", "after", "", "", "")])
+    for edit, value in enumerate([0.3, np.inf, np.nan]):
+        readings = {("weight.max_abs", "layer"): np.array([value])}
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    said = Page(html.render(load(tmp_path / "run"))).text
+    assert "∞" in said
+    assert "Non-finite" in said
+
+
+@pytest.mark.parametrize("edits", [None, 0])
+def test_a_run_with_nothing_in_it_has_a_page(tmp_path: Path, edits: int | None) -> None:
+    if edits is None:
+        RunWriter(tmp_path / "run", {}, []).close()
+    else:
+        make_run(tmp_path / "run", edits=edits, dies_at=None)
+    assert "Stable" in Page(html.render(load(tmp_path / "run"))).text
+
+
+def test_a_single_row_is_a_table_of_its_readings_and_no_charts(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=0, dies_at=None, sites=2))
+    page = Page(html.render(run))
+    assert "img" not in page.tags
+    assert f"editor.learning_rate {EDITOR_SITE} 1.1e−4, 9e−5, 1.3e−4, 8e−5 –" in page.text
+    for site in run.sites_of("weight.headroom_bits"):
+        assert f"weight.headroom_bits {site} 17.7 bits" in page.text
+
+
+def test_a_family_that_we_do_not_know_gets_a_chapter(tmp_path: Path) -> None:
+    metric = Metric("mine.size", "1", "linear", "after", "Something of my own.", "x", "—")
+    writer = RunWriter(tmp_path / "run", {}, [metric])
+    for edit in range(3):
+        row = EditRow(
+            edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings={("mine.size", "layer"): np.array([1.0 + edit])}
+        )
+        writer.append(row)
+    writer.close()
+    (chapter,) = html.chapters(load(tmp_path / "run"))
+    assert (chapter.title, [chart.title for chart in chapter.shown]) == ("mine", ["mine.size"])
+
+
+def test_flagged_edits_are_never_thinned_away(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=500, dies_at=333, sites=1))
+    listed, left_out = html.listed_edits(run)
+    numbers = {edit.edit for edit in listed}
+    diagnosis = run.diagnosis()
+    needed = {finding.edit for finding in diagnosis.findings} | {0, 3, 7, 332, 500}
+    needed |= {diagnosis.onset_edit, diagnosis.alarm_edit, diagnosis.first_bad_edit}  # type: ignore[arg-type]
+    assert needed <= numbers
+    assert len(listed) <= html.LISTED_EDITS
+    assert left_out == 501 - len(listed)
+    assert f"{left_out} quiet ones are left out" in Page(html.render(run)).text
+
+
+def test_a_report_is_written_whole_or_not_at_all(dying: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "render", lambda run: "new")
+    out = tmp_path / "deep" / "er" / "report.html"
+    assert html.write_report(dying, out) == out
+    assert out.read_text() == "new"
+    assert out.stat().st_mode & 0o044
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(html, "render", lambda run: "newer")
+    monkeypatch.setattr(html.os, "replace", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        html.write_report(dying, out)
+    assert out.read_text() == "new"
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_a_place_that_can_not_be_written_is_one_clear_line(dying: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can't write a report") as caught:
+        html.write_report(dying, tmp_path / "file" / "report.html")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=r"a folder; expected a file such as .*report\.html"):
+        html.write_report(dying, tmp_path)

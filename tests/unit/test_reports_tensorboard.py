@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stabilitylab.reports.tensorboard import TensorBoardSink, site_tag
+from synthetic import HOSTILE, make_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stabilitylab.analysis import Analyzer, severity
+from stabilitylab.readings import EditRow, Metric
+from stabilitylab.run import Run, load
+
+METRICS = (
+    Metric("update.norm", "1", "log", "after", "How far.", "‖ΔW‖", "—"),
+    Metric("logits.max", "logit", "linear", "during", "The largest.", "max z", "—"),
+    Metric("gradient.spectrum", "1", "log", "during", "σ", "σ", "—", 32),
+    Metric("editor.learning_rate", "1", "linear", "before", "α", "α", "—", 64),
+)
+
+
+def row(edit: int, **readings: float | list[float]) -> EditRow:
+    named = {
+        (name.replace("__", "."), "layer"): np.atleast_1d(np.array(value, dtype=float))
+        for name, value in readings.items()
+    }
+    return EditRow(edit, "", "applied", 1.7e9, 1.0, 0.1, 0.05, readings=named)
+
+
+def read_back(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in read_back(folder).Scalars(tag)}
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Iterator[TensorBoardSink]:
+    made = TensorBoardSink(tmp_path, METRICS)
+    yield made
+    made.close()
+
+
+def test_values_are_on_disk_when_the_edit_is_over(sink: TensorBoardSink, tmp_path: Path) -> None:
+    for edit in (3, 4):  # the writer's thread flushes the first event by itself
+        sink.on_row(row(edit, update__norm=100.0, logits__max=12.5), None)
+    assert scalars(tmp_path, "update.norm (log10)/layer") == {3: pytest.approx(2.0), 4: pytest.approx(2.0)}
+    assert scalars(tmp_path, "logits.max/layer") == {3: 12.5, 4: 12.5}
+    assert scalars(tmp_path, "seconds/probes") == {3: pytest.approx(0.1), 4: pytest.approx(0.1)}
+
+
+def test_an_edit_is_one_event(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(row(1, update__norm=1.0, logits__max=2.0), None)
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_size
+    sink.on_row(row(2, update__norm=1.0, logits__max=2.0), None)
+    assert file.stat().st_size - before < 600
+    assert {event.wall_time for event in read_back(tmp_path).Scalars("logits.max/layer")} == {1.7e9}
+
+
+def test_what_is_no_number_is_counted_and_never_written(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(row(1, update__norm=2.0, logits__max=3.0, gradient__spectrum=[4.0, 2.0]), None)
+    sink.on_row(row(2, update__norm=math.inf, logits__max=1e39, gradient__spectrum=[math.nan, math.nan]), None)
+    sink.on_row(row(3, update__norm=-1.0, logits__max=1e38), None)
+    assert scalars(tmp_path, "update.norm (log10)/layer").keys() == {1}
+    assert scalars(tmp_path, "logits.max/layer").keys() == {1, 3}
+    assert scalars(tmp_path, "nonfinite/update") == {1: 0, 2: 1, 3: 1}
+    assert scalars(tmp_path, "nonfinite/logits") == {1: 0, 2: 1, 3: 0}
+    assert scalars(tmp_path, "nonfinite/gradient") == {1: 0, 2: 2}
+    assert scalars(tmp_path, "nonfinite/total") == {1: 0, 2: 4, 3: 1}
+
+
+def test_values_beyond_float32_have_a_logarithm_and_zero_is_left_out(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(row(1, update__norm=0.0), None)
+    sink.on_row(row(2, update__norm=1e300), None)
+    assert scalars(tmp_path, "update.norm (log10)/layer") == {2: pytest.approx(300.0)}
+    assert scalars(tmp_path, "nonfinite/total") == {1: 0, 2: 0}
+
+
+def test_of_many_values_the_powers_of_two_are_kept(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(
+        row(1, gradient__spectrum=[10.0**-place for place in range(32)], editor__learning_rate=[1.0, 2.0, 3.0]), None
+    )
+    tags = read_back(tmp_path).Tags()["scalars"]
+    spectrum = [tag.rpartition("/")[2] for tag in tags if tag.startswith("gradient.spectrum")]
+    assert spectrum == ["01", "02", "04", "08", "16", "32"]
+    assert scalars(tmp_path, "gradient.spectrum (log10)/layer/04") == {1: pytest.approx(-3.0)}
+    assert scalars(tmp_path, "editor.learning_rate/layer/03") == {1: 3.0}
+
+
+def test_bad_values_are_counted_where_none_would_be_written(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(row(1, gradient__spectrum=[1.0] * 10 + [math.nan] * 22), None)
+    assert scalars(tmp_path, "nonfinite/gradient") == {1: 22}
+
+
+@pytest.mark.parametrize(
+    ("site", "tag"),
+    [
+        ("language_model.model.decoder.layers.1.fc1", "layers.1.fc1 of language_model.model.decoder"),
+        ("h.0.mlp", "h.0.mlp"),
+        ("model", "model"),
+    ],
+)
+def test_the_end_of_a_name_comes_first_since_titles_are_cut(site: str, tag: str) -> None:
+    assert site_tag(site) == tag
+
+
+def write(run: Run, folder: Path) -> EventAccumulator:
+    sink, analyzer = TensorBoardSink(folder, run.metrics), Analyzer(run.metrics)
+    for edit in run.edits:
+        analyzer.observe(edit.row)
+        sink.on_row(edit.row, analyzer.diagnosis())
+    sink.close()
+    return read_back(folder)
+
+
+def test_a_whole_run_reads_back_as_it_was(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=20, dies_at=14))
+    events = write(run, tmp_path / "events")
+    for metric in run.metrics:
+        for site in run.sites_of(metric.name) if metric.length == 1 else ():
+            tag = f"{metric.name}{' (log10)' if metric.scale == 'log' else ''}/{site_tag(site)}"
+            series = run.series(metric.name, site)
+            with np.errstate(divide="ignore"):
+                shown = np.log10(series) if metric.scale == "log" else series
+            written = {
+                int(edit): value for edit, value in zip(run.edit_numbers, shown, strict=True) if np.isfinite(value)
+            }
+            found = {event.step: event.value for event in events.Scalars(tag)} if written else {}
+            assert found == pytest.approx(written, rel=1e-6, abs=1e-7), tag
+    verdicts = [event.value for event in events.Scalars("verdict/severity")]
+    assert (verdicts[0], verdicts[-1]) == (0.0, severity(run.diagnosis().verdict))
+    said = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("verdict/says")]
+    assert all(line.startswith("    ") for text in said for line in text.splitlines())
+    assert "unit 117" in " ".join(said[-1].split())
+    assert len(said) == len(set(verdicts))
+
+
+def test_hostile_names_make_harmless_tags(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=4, dies_at=2, sites=len(HOSTILE), hostile_labels=True))
+    tags = write(run, tmp_path / "events").Tags()["scalars"]
+    assert max(map(len, tags)) < 400
+    assert not [tag for tag in tags if any(char in tag for char in "\x00\x1b\u202e\n")]
+    assert len([tag for tag in tags if tag.startswith("update.norm")]) == len(HOSTILE)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stabilitylab.reports import SINKS, sink_class
+from stabilitylab.reports.manifest import environment, reproduce
+from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten
+
+from stabilitylab.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (float("nan"), "NaN"),
+        (float("inf"), "∞"),
+        (float("-inf"), "−∞"),
+        (0.0, "0"),
+        (300.0, "300"),
+        (98_304.0, "98,304"),
+        (-12.345, "−12.3"),
+        (0.0324, "0.0324"),
+        (3.21e-7, "3.21e−7"),
+        (3.2e7, "3.2e7"),
+        (1234.5, "1,234"),
+        (1e308, "1e308"),
+    ],
+)
+def test_numbers_have_few_digits_and_names_for_what_is_none(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("unit 117 fired", "Unit 117 fired"), ("fc2 grows", "fc2 grows"), ("a.b grows", "a.b grows"), ("", "")],
+)
+def test_a_sentence_begins_with_a_capital_but_a_name_stays(text: str, said: str) -> None:
+    assert sentence(text) == said
+
+
+@given(st.text(), st.integers(1, 60))
+def test_clean_text_is_short_and_has_nothing_hidden(text: str, limit: int) -> None:
+    cleaned = clean(text, limit)
+    assert len(cleaned) <= limit
+    hidden = {char for char in cleaned if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}}
+    assert hidden <= {"\u200c", "\u200d"}
+
+
+def test_clean_spells_out_what_would_reorder_or_steer() -> None:
+    assert clean("a\u202eb\x1b[31mc\ud800") == r"a\u202eb\x1b[31mc\ud800"
+    assert clean("two\r\nlines\u2028three") == "two lines three"
+    assert clean("x" * 1_000_000, 20) == "x" * 19 + "…"
+
+
+def test_both_ends_of_a_long_name_stay() -> None:
+    name = shorten("language_model.model.decoder.layers.11.fc2", 20)
+    assert name.startswith("langua")
+    assert name.endswith("layers.11.fc2")
+    assert len(name) == 20
+    assert len(shorten("mega" * 250_000, 30)) == 30
+
+
+@pytest.mark.parametrize(
+    ("sites", "short"),
+    [
+        (("m.layers.1.fc1", "m.layers.1.fc2", "m.layers.2.fc1"), ("1.fc1", "1.fc2", "2.fc1")),
+        (("m.layers.1.fc1", "m.layers.1"), ("fc1", "m.layers.1")),
+        (("only.one",), ("only.one",)),
+        (("editor.t.4x2.u", "editor.t.4x2.v", "m.h.1.fc1", "m.h.2.fc1"), ("u", "v", "1.fc1", "2.fc1")),
+        (("editor.t.u", "editor.t.v", "h.u", "h.w"), ("editor.t.u", "editor.t.v", "h.u", "h.w")),
+        (("a", "b"), ("a", "b")),
+        ((), ()),
+    ],
+)
+def test_names_lose_the_prefix_that_all_share(sites: tuple[str, ...], short: tuple[str, ...]) -> None:
+    assert tuple(short_names(sites).values()) == short
+
+
+def test_shares_of_time() -> None:
+    assert percent(0.0213) == "2.1 %"
+    assert percent(None) == "–"
+
+
+def test_environment_shows_every_entry_and_cuts_what_is_long() -> None:
+    shown = dict(environment({"closed": True, "own": "x" * 5_000, "dtypes": {"float16": 4}, "git": None}))
+    assert shown["closed by the monitor"] == "yes"
+    assert shown["parameters by dtype"] == "float16 4"
+    assert shown["git"] == "–"
+    assert len(shown["own"]) == 600
+
+
+def test_reproduction_is_quoted_for_the_shell() -> None:
+    lines = reproduce({"command": ["stabilitylab", "demo", "; rm -rf ~"], "git": {"commit": "abc", "dirty": True}})
+    assert lines[0].startswith("git checkout abc")
+    assert lines[1] == "stabilitylab demo '; rm -rf ~'"
+    assert reproduce({}) == []
+
+
+def test_sinks_are_found_by_name() -> None:
+    assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink"}
+    with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
+        sink_class("tensorbord")
