@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--pairs 15] [--json FILE]
 
-The workload is one fine-tuning edit (forward, backward, SGD step in place) of a model of GPT-2-small's shape with random
-weights, editing c_fc and c_proj of its last three blocks, on one thread. Plain and watched edits alternate pair by pair
-within one process, and each pair has a third, plain edit: plain against plain (A/A) shows what the machine's noise alone
-makes of the ratio.
+The workload is one fine-tuning edit (forward, backward, SGD step in place) of a model of GPT-2-small's shape with
+random weights, editing c_fc and c_proj of its last three blocks, on one thread. Plain and watched edits alternate pair
+by pair within one process, and each pair has a third, plain edit: plain against plain (A/A) shows what the machine's
+noise alone makes of the ratio. As the plain edits move the same weights, each watched edit also pays for noticing that.
 """
 
 from __future__ import annotations

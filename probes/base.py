@@ -1,8 +1,9 @@
 """What a probe is: one kind of quantity, computed in float64 from a measurement that probes share.
 
 Two steps keep probes cheap and simple. A *measurement* (``weight_pass``, ``gradient_factors``, ``output_pass``,
-``logits_pass``, ``normaliser_pass``) reduces big tensors to a few small ones on their device, once per site. The monitor
-copies all of them to the host in one go. A *probe* then is a plain formula on those numbers: it never sees the model.
+``logits_pass``, ``normaliser_pass``) reduces big tensors to a few small ones on their device, once per site. The
+monitor copies all of them to the host in one go. A *probe* then is a plain formula on those numbers: it never sees the
+model.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class NormalisedInput(Probe[NormaliserPass]):
             "standard deviations",
             "log",
             "during",
-            "The largest normalised input to the hypernetwork. It was trained on values of a few; it leads the failure.",
+            "The largest normalised input to the hypernetwork. It was trained on values of a few; it leads failures.",
             "max |(u − mean) / (std + 10⁻⁷)|",
             _SOURCE,
         ),

@@ -1,8 +1,8 @@
 """The gradient of a linear layer from its two factors, without forming it.
 
 For T tokens the gradient is δᵀX, so its rank is at most T. With Xᵀ = Q₁R₁ and δᵀ = Q₂R₂ its singular values are those
-of the small R₂R₁ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2; the MEND paper, arXiv 2110.11309, §3, uses the
-same rank-T form). An fp32 Gram matrix would lose half of them.
+of the small R₂R₁ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2; the MEND paper, arXiv 2110.11309, §3, uses
+the same rank-T form). An fp32 Gram matrix would lose half of them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Spectrum(Probe[GradientSpectrum]):
             "loss per weight",
             "log",
             "during",
-            "The leading singular values of the layer's gradient, exact. All of them shrinking is a vanishing gradient.",
+            "The leading singular values of the layer's gradient, exact. All of them shrinking: a vanishing gradient.",
             "σ_1 … σ_32 of δᵀX",
             "Golub and Van Loan, Matrix Computations, 4th ed., §2.4 and §5.2",
             SPECTRUM_LENGTH,

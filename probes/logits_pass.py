@@ -32,8 +32,8 @@ class LogitsPass:
 @dataclass(frozen=True)
 class CanaryPass(LogitsPass):
     """`LogitsPass` of the canary, with its distance to the stored original: agreement is the share of rows whose most
-    likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are None
-    for a canary that has no original, such as the replayed input of an edit.
+    likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are
+    None for a canary that has no original, such as the replayed input of an edit.
     """
 
     agreement: float | None = None

@@ -123,7 +123,7 @@ def norm_of(weight: Tensor) -> Tensor:
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bits; NaN equals the same NaN.
 
-    Synchronises an accelerator. On a CPU NumPy compares the memory as 64-bit words, three times faster than torch.equal.
+    Synchronises an accelerator. On a CPU, NumPy compares 64-bit words of memory: three times faster than torch.equal.
     """
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     a, b = _flat(left).view(ints), _flat(right).view(ints)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 
 from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError
 from stabilitylab.hooks import ModelCall, run_silently
 
-Canary = Union[Mapping[str, Any], Tensor, Callable[[nn.Module], Any], str]
-"""Keyword arguments or input ids for the model, a function of the model, or ``"replay"``: the edit's own input again."""
+Canary = Mapping[str, Any] | Tensor | Callable[[nn.Module], Any] | str
+"""Keyword arguments or input ids for the model, a function of it, or ``"replay"``: the edit's own input again."""
 
 REPLAY = "replay"
 _LOGITS_DIMENSIONS = 2

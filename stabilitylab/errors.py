@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Each message is one line: what is wrong, what was expected, the nearest valid choice."""
+"""Errors that a user can act on. Each is one line: what is wrong, what was expected, the nearest valid choice."""
 
 from __future__ import annotations
 

@@ -81,11 +81,12 @@ class Hook:
         return self._action is not None
 
     def __call__(self, *args: Any) -> None:
+        """Act, unless silent."""
         if self._action is not None:
             self._action(*args)
 
-    def remove(self) -> None:
-        """Fall silent for good."""
+    def fall_silent(self) -> None:
+        """Do nothing from now on."""
         self._action = None
 
     def __deepcopy__(self, memo: object) -> Hook:
@@ -159,7 +160,7 @@ class Capture:
 
     def _hook(self, action: Callable[..., None]) -> Hook:
         hook = Hook(action)
-        self._stack.callback(hook.remove)
+        self._stack.callback(hook.fall_silent)
         return hook
 
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:

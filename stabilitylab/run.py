@@ -175,10 +175,17 @@ class Run:
         order = {site: place for place, site in enumerate(self.manifest.get("sites", []))}
         return tuple(sorted(seen, key=lambda site: order.get(site, -1)))
 
+    @cached_property
+    def _sites_by_metric(self) -> dict[str, tuple[str, ...]]:
+        read: dict[str, set[str]] = {}
+        for edit in self.edits:
+            for metric, site in edit.row.readings:
+                read.setdefault(metric, set()).add(site)
+        return {metric: tuple(site for site in self.sites if site in found) for metric, found in read.items()}
+
     def sites_of(self, metric: str) -> tuple[str, ...]:
         """The sites at which `metric` was read at least once."""
-        read = {site for edit in self.edits for name, site in edit.row.readings if name == metric}
-        return tuple(site for site in self.sites if site in read)
+        return self._sites_by_metric.get(metric, ())
 
     def metric(self, name: str) -> Metric:
         """The description of a metric. Raises UsageError with the nearest names for an unknown one."""

@@ -11,6 +11,7 @@ from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
 from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.words import place_name
+from stabilitylab.readings import MODEL_SITE
 
 CHAIN: Final = 10
 """Findings at most this many edits apart are taken to belong to one development."""
@@ -36,6 +37,18 @@ def onset(findings: Sequence[Finding], alarm: int | None) -> int | None:
     return begin
 
 
+def place_of(first_bad: Finding, findings: Sequence[Finding]) -> Finding:
+    """The finding that says where: `first_bad` itself, unless it is about the model as a whole.
+
+    The canary's logits show that the model is bad, not which layer made it so. Then the layer (or the editor's part)
+    whose readings left their usual range first is named; of several at one edit, the first in dataflow.
+    """
+    if first_bad.site != MODEL_SITE:
+        return first_bad
+    placed = [finding for finding in findings if finding.site != MODEL_SITE and severity(finding.verdict) > 0]
+    return min(placed, key=lambda finding: finding.start, default=first_bad)
+
+
 def diagnose(
     verdict: Verdict,
     *,
@@ -51,14 +64,15 @@ def diagnose(
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
     by_drift = first_bad is not None and first_bad.rule in DRIFT_RULES
+    where = None if first_bad is None else place_of(first_bad, findings)
     diagnosis = Diagnosis(
         verdict=verdict,
         edits=edits,
         onset_edit=began,
         alarm_edit=alarm,
         first_bad_edit=None if first_bad is None else first_bad.edit if by_drift else first_bad.start,
-        first_bad_site=first_bad.site if first_bad else None,
-        first_bad_metric=first_bad.metric if first_bad else None,
+        first_bad_site=where.site if where else None,
+        first_bad_metric=where.metric if where else None,
         cause=cause.cause,
         cause_says=cause.says,
         advice=cause.advice,
@@ -90,7 +104,8 @@ def _bad(diagnosis: Diagnosis, first_bad: Finding) -> str:
     if began is not None and began < since:
         lead = f", {'diverging' if verdict == 'non-finite' else 'drifting'} since edit {began}"
     return (
-        f"{verdict.capitalize()} since edit {since}{lead}: first in {place_name(first_bad.site)} ({first_bad.metric}) —"
+        f"{verdict.capitalize()} since edit {since}{lead}:"
+        f" first in {place_name(diagnosis.first_bad_site or MODEL_SITE)} ({diagnosis.first_bad_metric}) —"
         f" {_clause(diagnosis, first_bad)}"
     )
 

@@ -46,13 +46,14 @@ class Finding:
 class Diagnosis:
     """What is known of a run so far.
 
-    verdict: the worst of the findings. It never gets better: it is about the run's history, not its last edit.
-    edits: how many were tried, failed ones included. onset_edit: the edit at which values begin to drift or diverge,
-    in hindsight. alarm_edit: the edit after which the verdict was first ``diverging`` or worse. first_bad_edit,
-    first_bad_site, first_bad_metric: the first reading that is non-finite, dead or past an absolute limit, by edit and
-    then by dataflow; where a run diverges without one, the drift alarm that says so. first_nonfinite_edit: the first
-    NaN or infinity; later than first_bad_edit when a limit was passed before. findings: in order of edit, then of
-    dataflow. None: not the case.
+    verdict: the worst of the findings. It never gets better: it is about the run's history, not its last edit. edits:
+    how many were tried, failed ones included. onset_edit: the edit at which values begin to drift or diverge, in
+    hindsight. alarm_edit: the edit after which the verdict was first ``diverging`` or worse. first_bad_edit,
+    first_bad_site, first_bad_metric: the first reading that is non-finite, dead or past an absolute limit, by edit
+    and then by dataflow; where a run diverges without one, the drift alarm that says so. Where that reading is the
+    whole model's (the canary), site and metric are those of the first layer that left its usual range.
+    first_nonfinite_edit: the first NaN or infinity; later than first_bad_edit when a limit was passed before.
+    findings: in order of edit, then of dataflow. None: not the case.
     """
 
     verdict: Verdict

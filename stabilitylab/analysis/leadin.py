@@ -71,7 +71,9 @@ class LeadIn:
             kind, largest = kind_of(metric), float(row.values[position])
             bits = self._value(row, f"{kind}.headroom_bits", site)
             if metric == f"{kind}.max_abs" and bits is not None and math.isfinite(bits) and 0 < largest < math.inf:
-                self._largest_finite.setdefault((kind, site), float(np.exp2(np.log2(largest) + bits)))
+                # fp64 itself ends at 2^1024, where rounding would tip this over into infinity.
+                exponent = min(math.log2(largest) + bits, 1024 - 1e-9)
+                self._largest_finite.setdefault((kind, site), 2.0**exponent)
 
     def _value(self, row: Flat, metric: str, site: str) -> float | None:
         at = self._at.get((metric, site))

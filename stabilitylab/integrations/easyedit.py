@@ -1,8 +1,8 @@
 """EasyEdit in one line: ``with stabilitylab.integrations.easyedit.watch(editor, run="runs/mend"): editor.edit(...)``.
 
-Every EasyEdit editor calls its ``apply_algo`` once per edit, and undoes an edit through ``restore_after_edit``, which its
-module imported by name. Both are wrapped while the context lasts, and put back when it is left, whatever was raised.
-EasyEdit itself is not imported.
+Every EasyEdit editor calls its ``apply_algo`` once per edit, and undoes an edit through ``restore_after_edit``, which
+its module imported by name. Both are wrapped while the context lasts, and put back when it is left, whatever was
+raised. EasyEdit itself is not imported.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist")]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (built,) = (source / "dist").glob("*.whl")
     return built
@@ -76,7 +76,8 @@ def test_every_module_imports_from_the_wheel(installed: Path) -> None:
 import importlib, pkgutil, stabilitylab
 from pathlib import Path
 assert Path(stabilitylab.__file__).is_relative_to({str(installed)!r}), stabilitylab.__file__
-names = [m.name for m in pkgutil.walk_packages(stabilitylab.__path__, "stabilitylab.") if not m.name.endswith("__main__")]
+modules = pkgutil.walk_packages(stabilitylab.__path__, "stabilitylab.")
+names = [module.name for module in modules if not module.name.endswith("__main__")]
 for name in names:
     found = importlib.import_module(name).__file__
     assert Path(found).is_relative_to({str(installed)!r}), found
@@ -104,7 +105,8 @@ def test_package_data_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_console_script_answers(installed: Path) -> None:
-    done = run_installed(installed, "import sys\nsys.argv = ['stabilitylab', '--help']\nfrom stabilitylab.cli import main\nmain()")
+    code = "sys.argv = ['stabilitylab', '--help']\nfrom stabilitylab.cli import main\nmain()"
+    done = run_installed(installed, code)
     assert done.returncode == 0, done.stderr
     for command in ("demo", "check", "report"):
         assert command in done.stdout

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
 from stabilitylab.probes.activations import ActivationRange, ActivationScale
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
 from stabilitylab.probes.feedback import Gain, History
@@ -22,6 +20,7 @@ from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, r
 from stabilitylab.probes.output_pass import OutputPass, reduce_output
 from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
 from stabilitylab.probes.weights import Drift, Update, WeightRange
+from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 seeds = st.integers(0, 2**32 - 1)
@@ -215,7 +214,8 @@ def test_activations_past_the_square_root_of_the_range_have_a_finite_rms() -> No
     output = torch.full((1, 2, 3), 1e30)
     seen = OutputPass.from_host(reduce_output(output).numpy(), torch.float32)
     assert seen.rms == pytest.approx(1e30)
-    assert ActivationRange().compute(seen)["activation.headroom_bits"] == pytest.approx(math.log2(3.4028e38 / 1e30), 1e-4)
+    bits = ActivationRange().compute(seen)["activation.headroom_bits"]
+    assert bits == pytest.approx(math.log2(3.4028e38 / 1e30), 1e-4)
 
 
 def test_nonfinite_activations() -> None:
@@ -241,9 +241,7 @@ def test_logits(side: str, dtype: torch.dtype, seed: int, batch: int, positions:
     lengths = np.random.default_rng(seed).integers(1, positions + 1, size=batch)
     mask = np.arange(positions) < lengths[:, None]
     mask = mask[:, ::-1].copy() if side == "left" else mask
-    readings = Logits().compute(
-        LogitsPass.from_host(reduce_logits(logits, torch.from_numpy(mask).long()).numpy())
-    )
+    readings = Logits().compute(LogitsPass.from_host(reduce_logits(logits, torch.from_numpy(mask).long()).numpy()))
     z = numpy64(logits)
     last = naive_last(z, mask)
     shifted = np.exp(last - last.max(axis=1, keepdims=True))

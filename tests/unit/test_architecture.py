@@ -26,7 +26,8 @@ def sources() -> dict[str, Path]:
 def imports(path: Path, *, everywhere: bool) -> set[str]:
     """The modules that a file imports: at its top level, or with `everywhere` inside functions too."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    typing_only = [node for node in conditions if "TYPE_CHECKING" in ast.dump(node.test)]
     skipped = {id(inner) for node in typing_only for inner in ast.walk(node)}
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {id(inner) for function in functions for inner in ast.walk(function)}
@@ -54,7 +55,7 @@ MODEL_SIDE = tuple(map(station, ("sites", "hooks", "measure", "monitor", "refere
 TESTBED = (station("testbed"), station("editors"))
 NEVER = {
     station("sites"): (station("hooks"), station("probes"), station("monitor"), station("store"), station("analysis")),
-    station("hooks"): (station("probes"), station("monitor"), station("store"), station("analysis"), station("measure")),
+    station("hooks"): tuple(map(station, ("probes", "monitor", "store", "analysis", "measure"))),
     station("probes"): (
         *map(station, ("hooks", "monitor", "measure", "store", "run", "analysis", "reports")),
         "sqlite3",

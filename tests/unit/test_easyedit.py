@@ -120,9 +120,7 @@ def test_layers_from_hyperparameters(hparams: object, expected: list[str] | None
     assert edited_layers(hparams, make_model()) == expected
 
 
-def test_an_editor_that_does_not_say_is_watched_by_what_moves(
-    tmp_path: Path, editors_module: types.ModuleType
-) -> None:
+def test_an_editor_that_does_not_say_is_watched_by_what_moves(tmp_path: Path, editors_module: types.ModuleType) -> None:
     editor = editors_module.BaseEditor(make_model(), SimpleNamespace(), Executor(False))
     with watch(editor, run=tmp_path / "run") as monitor:
         editor.edit(["a", "b"], sequential_edit=True)
@@ -130,8 +128,9 @@ def test_an_editor_that_does_not_say_is_watched_by_what_moves(
 
 
 def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Linear has no 'apply_algo'; expected an EasyEdit editor"), watch(
-        nn.Linear(1, 1), run=tmp_path / "run"
+    with (
+        pytest.raises(UsageError, match="Linear has no 'apply_algo'; expected an EasyEdit editor"),
+        watch(nn.Linear(1, 1), run=tmp_path / "run"),
     ):
         pass
     assert not (tmp_path / "run").exists()

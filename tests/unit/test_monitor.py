@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from stabilitylab.probes import default_probes
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.weight_pass import WeightPass
 from torch import Tensor, nn
 
 import stabilitylab as sl
 from stabilitylab.errors import RunError, SiteError, UsageError
-from stabilitylab.probes import default_probes
-from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.readings import Metric
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 
@@ -49,7 +50,7 @@ def test_the_row_of_an_edit_holds_what_a_naive_reader_sees(tmp_path: Path) -> No
                 edit_once(model)
             before.append(model[3].weight.detach().clone())
     run = sl.load(tmp_path / "run")
-    norms = [0.0] + [(b - a).double().norm().item() for a, b in zip(before, before[1:], strict=False)]
+    norms = [0.0] + [(b - a).double().norm().item() for a, b in pairwise(before)]
     np.testing.assert_allclose(run.series("update.norm", "3"), norms, rtol=1e-5)
     drifts = [(w - before[0]).double().norm().item() for w in before]
     np.testing.assert_allclose(run.series("drift.norm", "3"), drifts, rtol=1e-5)
@@ -97,7 +98,8 @@ def test_what_became_of_each_edit_is_observed(tmp_path: Path) -> None:
         with monitor.edit():  # 5: starts from there
             pass
     run = sl.load(tmp_path / "run")
-    assert [edit.outcome for edit in run.edits[1:]] == ["restored", "committed", "rolled_back", "committed", "committed"]
+    outcomes = [edit.outcome for edit in run.edits[1:]]
+    assert outcomes == ["restored", "committed", "rolled_back", "committed", "committed"]
     assert run.series("update.norm", "0")[5] == 0
     drift = (saved[1]["3.weight"] - saved[0]["3.weight"]).norm().item()
     assert run.series("drift.norm", "3")[2] == pytest.approx(drift, rel=1e-5)

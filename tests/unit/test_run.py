@@ -62,7 +62,7 @@ def test_a_truncated_run_is_called_damaged(tmp_path: Path) -> None:
     make(tmp_path / "run", edits=200)
     file = tmp_path / "run" / FILE_NAME
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(RunError, match="damaged|not a run file"):
+    with pytest.raises(RunError, match=r"damaged|not a run file"):
         load(tmp_path / "run")
 
 

@@ -43,7 +43,8 @@ def test_a_parameter_name_is_its_layer() -> None:
 
 
 def test_patterns_add_up_in_model_order() -> None:
-    assert names(["*.1.fc2", "*.0.fc1", "*.fc1"]) == ["decoder.layers.0.fc1", "decoder.layers.1.fc1", "decoder.layers.1.fc2"]
+    expected = ["decoder.layers.0.fc1", "decoder.layers.1.fc1", "decoder.layers.1.fc2"]
+    assert names(["*.1.fc2", "*.0.fc1", "*.fc1"]) == expected
 
 
 def test_orientation() -> None:

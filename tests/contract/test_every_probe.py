@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from stabilitylab.probes import ALL, catalogue
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.feedback import History
