@@ -65,6 +65,19 @@ def test_gradient_factors_leave_nothing_behind(model: Any) -> None:
     model.requires_grad_(True)
 
 
+def test_rows_without_gradient_do_not_reach_the_hypernetwork() -> None:
+    u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 3.0], [float("nan"), 0.0]])
+    delta = torch.tensor([[0.5], [1.0], [0.0], [1.0]])
+    assert used_tokens(u, delta).tolist() == [True, False, False, True]
+    mend = Mend({"a": (1, 2)}, batch_of=dict)
+    entered: list[Tensor] = []
+    handle = mend.transforms["1x2"].register_forward_pre_hook(lambda _, args: entered.extend(args[:2]))
+    mend.updates([(u[:3].half(), delta[:3].half())])
+    handle.remove()
+    assert [tensor.tolist() for tensor in entered] == [[[1.0, 0.0]], [[0.5]]]
+    assert all(tensor.dtype == torch.float32 for tensor in entered)
+
+
 def test_an_edit_is_one_forward_and_one_backward_that_strangers_hooks_see(model: Any) -> None:
     sites = default_sites(model)
     seen: list[tuple[str, str]] = []
@@ -139,7 +152,7 @@ def test_a_unit_that_never_fired_divides_by_epsilon_and_statistics_stay_frozen()
     before = {name: value.clone() for name, value in transform.named_buffers()}
     with torch.no_grad():
         new_u, _ = transform(torch.tensor([[0.03, 1.0]]), torch.zeros(1, 2), 0)
-    assert float(new_u[0, 0]) == pytest.approx(0.03 / EPSILON, rel=1e-5)
+    assert float(new_u[0, 0]) == pytest.approx(0.03 / 1e-7, rel=1e-5)
     assert all(torch.equal(before[name], value) for name, value in transform.named_buffers())
 
 
