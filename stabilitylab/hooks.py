@@ -10,6 +10,7 @@ silently never fire where the output is a view that is then changed in place (a 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger("stabilitylab")
 
 PENDING_LIMIT = 8
 """Forwards of one layer that may wait for their backward; further ones are counted, not kept."""
@@ -81,9 +84,13 @@ class Hook:
         return self._action is not None
 
     def __call__(self, *args: Any) -> None:
-        """Act, unless silent."""
+        """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
         if self._action is not None:
-            self._action(*args)
+            try:
+                self._action(*args)
+            except Exception as error:
+                self.fall_silent()
+                logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
 
     def fall_silent(self) -> None:
         """Do nothing from now on."""
@@ -107,6 +114,7 @@ def sweep(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 OnOutput = Callable[[str, Tensor], None]
@@ -122,6 +130,14 @@ def _first_tensor(values: Any) -> Tensor | None:
         return values
     if isinstance(values, tuple | list) and values and isinstance(values[0], Tensor):
         return values[0]
+    return None
+
+
+def _token_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(batch, positions) of a call of the whole model, from its mask or its token ids."""
+    for found in (kwargs.get("attention_mask"), kwargs.get("input_ids"), _first_tensor(args)):
+        if isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point():
+            return found.shape[0], found.shape[1]
     return None
 
 
@@ -143,6 +159,7 @@ class Capture:
         self._watched: dict[str, dict[int, LayerBuffer]] = {}
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
+        self._tokens: tuple[int, int] | None = None
         self._on_output = on_output
         self._on_model_output = on_model_output
         self._stack = contextlib.ExitStack()
@@ -174,7 +191,7 @@ class Capture:
             # One buffer per module: an edit may copy the layer, and original and copy must not be mixed.
             buffers = self._watched[site]
             if not buffers:
-                self._on_output(site, y)
+                self._on_output(site, self._as_sequence(y))
             buffer = buffers.setdefault(id(fired), LayerBuffer())
             buffer.forwards += 1
             x = _first_tensor(args)
@@ -210,8 +227,19 @@ class Capture:
 
         self._own(node.register_prehook(before_backward))
 
+    def _as_sequence(self, y: Tensor) -> Tensor:
+        """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1)."""
+        if y.dim() == 2 and self._tokens is not None and y.shape[0] == self._tokens[0] * self._tokens[1]:
+            return y.reshape(*self._tokens, -1)
+        return y
+
     def watch_model(self, model: nn.Module) -> None:
         """Hook the whole model: its first call's arguments and output."""
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._tokens = _token_shape(args, kwargs)
+
+        self._own(model.register_forward_pre_hook(self._hook(before_forward), with_kwargs=True))
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from stabilitylab import canary as canaries
-from stabilitylab.hooks import Capture, ModelCall
+from stabilitylab.hooks import Capture, ModelCall, logger
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.feedback import WINDOW, History
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
@@ -29,8 +28,6 @@ from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Array, Key
 from stabilitylab.references import References
 from stabilitylab.sites import Site, find_learning_rates, find_normalisers, locate
 from stabilitylab.transfer import Stack
-
-logger = logging.getLogger("stabilitylab")
 
 NoteTaker = Callable[[str, str], None]
 """(kind, what was not measured and why)."""

@@ -17,8 +17,8 @@ from stabilitylab import canary as canaries
 from stabilitylab import manifest
 from stabilitylab.analysis import Analyzer, Diagnosis, severity
 from stabilitylab.errors import SiteError, UsageError
-from stabilitylab.hooks import Capture, sweep
-from stabilitylab.measure import Instruments, logger
+from stabilitylab.hooks import Capture, logger, sweep
+from stabilitylab.measure import Instruments
 from stabilitylab.probes import default_probes
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass, same_bits

@@ -140,7 +140,7 @@ def test_hooks_are_gone_after_an_exception() -> None:
         seen.watch_layer("layer", model[0], factors=True)
         seen.watch_model(model)
         seen.watch_editor("editor", model[1])
-        assert hooks_on(model) == 3
+        assert hooks_on(model) == 4  # the whole model has two: before and after its forward
         raise RuntimeError("mine")
     assert hooks_on(model) == 0
 
@@ -173,3 +173,32 @@ def test_a_layer_copied_inside_the_edit_is_kept_apart_and_left_clean() -> None:
     sweep(clone)  # … and is taken off
     assert hooks_on(model) == hooks_on(clone) == 0
     saved(torch.randn(3, 6))
+
+
+def test_an_output_with_flat_tokens_is_seen_as_a_sequence() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.layer(nn.functional.one_hot(input_ids, 6).float().flatten(0, 1))
+
+    shapes = []
+    model = Flat()
+    with Capture(lambda site, output: shapes.append(output.shape), lambda kwargs, output: None) as seen:
+        seen.watch_layer("layer", model.layer, factors=True)
+        seen.watch_model(model)
+        model(input_ids=torch.tensor([[1, 2, 3], [3, 2, 1]]))
+    assert shapes == [(2, 3, 5)]
+
+
+def test_a_hook_that_fails_ends_itself_and_not_the_users_forward() -> None:
+    def broken(site: str, output: Tensor) -> None:
+        raise ArithmeticError("bug of ours")
+
+    layer = nn.Linear(6, 5)
+    with Capture(broken, lambda kwargs, output: None) as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        assert layer(torch.randn(2, 6)).shape == (2, 5)
+        assert layer(torch.randn(2, 6)).shape == (2, 5)
