@@ -5,7 +5,8 @@
 The workload is one fine-tuning edit (forward, backward, SGD step in place) of a model of GPT-2-small's shape with
 random weights, editing c_fc and c_proj of its last three blocks, on one thread. Plain and watched edits alternate pair
 by pair within one process, and each pair has a third, plain edit: plain against plain (A/A) shows what the machine's
-noise alone makes of the ratio. As the plain edits move the same weights, each watched edit also pays for noticing that.
+noise alone makes of the ratio. Plain and watched edits have a model each, of the same weights: a watched loop whose
+weights something else moves between edits would pay for noticing it.
 """
 
 from __future__ import annotations
@@ -61,14 +62,14 @@ def cpu_seconds(action: Callable[[], None]) -> float:
 def measure(batch: int, tokens: int, pairs: int, folder: Path, console: Console) -> dict[str, list[float]]:
     """Ratios per pair: ``default`` (watched to plain) and ``a_a`` (plain to plain)."""
     model = make_model()
-    edit = make_edit(model, batch, tokens)
+    edit, same_edit = make_edit(make_model(), batch, tokens), make_edit(model, batch, tokens)
     ratios: dict[str, list[float]] = {"default": [], "a_a": []}
     names = [f"transformer.h.{block}.mlp.{layer}" for block in (9, 10, 11) for layer in ("c_fc", "c_proj")]
     with sl.attach(model, names, folder) as monitor:
 
         def watched() -> None:
             with monitor.edit():
-                edit()
+                same_edit()
 
         for action in (edit, watched, edit, watched):
             action()  # warm-up

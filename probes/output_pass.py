@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite
+from stabilitylab.probes.weight_pass import count_nonfinite, safe_norm
 from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
@@ -38,8 +38,8 @@ def _rms_and_max(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = torch.aminmax(wide)
     low, high = low.double(), high.double()
     largest = torch.maximum(low.abs(), high.abs())
-    # fp64 accumulation: the squares of fp32 activations past 1e19 overflow, and such models still run.
-    rms = torch.linalg.vector_norm(wide, dtype=torch.float64) / wide.numel() ** 0.5
+    # A norm that is safe: the squares of fp32 activations past 1e19 overflow, and such models still run.
+    rms = safe_norm(wide) / wide.numel() ** 0.5
     return rms, largest, count_nonfinite(wide, low, high)
 
 

@@ -42,7 +42,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def _norm(chunk: Tensor) -> Tensor:
+def safe_norm(chunk: Tensor) -> Tensor:
     """‖chunk‖ as a float64 scalar that neither overflows nor underflows where the result does not.
 
     fp32 reduction is three times faster on a CPU and safe in the middle of its range; on an accelerator the check would
@@ -71,9 +71,9 @@ def _parts(weight: Tensor, reference: Tensor, previous: Tensor) -> Tensor:
     low, high = low.double(), high.double()
     parts = torch.stack(
         [
-            _norm(live),
-            _norm(live - reference.to(wide)),
-            _norm(live - previous.to(wide)),
+            safe_norm(live),
+            safe_norm(live - reference.to(wide)),
+            safe_norm(live - previous.to(wide)),
             low,
             high,
             count_nonfinite(live, low, high),
@@ -115,7 +115,7 @@ def norm_of(weight: Tensor) -> Tensor:
     """‖W‖ as a float64 scalar on the weight's device."""
     flat = _flat(weight)
     chunks = [flat[start : start + _CHUNK] for start in range(0, flat.numel(), _CHUNK)]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([_norm(chunk) for chunk in chunks]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([safe_norm(chunk) for chunk in chunks]))
     return norm
 
 

@@ -1,11 +1,15 @@
 """The command ``stabilitylab``: arguments in, exit code out. Does no work of its own.
 
-Exit codes: 0, 1 when the verdict reaches ``--fail-on``, 2 for a usage error, 3 when there is nothing to judge yet.
+Exit codes: 0, 1 when the verdict reaches ``--fail-on``, 2 when the command can't be carried out, 3 when the run holds
+nothing to judge yet, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141 in a shell), never
+by 1: that is a verdict's alone.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -101,7 +105,10 @@ def check(
     as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this verdict on.")] = FailOn.diverging,
 ) -> None:
-    """Say what became of a run, and exit with 1 when it is diverging or worse."""
+    """Say what became of a run, and exit with 1 when it is diverging or worse.
+
+    A run that goes on, or whose writer was killed, is judged by the edits that it holds.
+    """
     found = load(run)
     if as_object:
         typer.echo(json.dumps(as_json(found), indent=2, allow_nan=False))
@@ -109,11 +116,11 @@ def check(
         from stabilitylab.reports.console import diagnosis_page
 
         Console().print(diagnosis_page(found))
+    if severity(found.diagnosis().verdict) >= severity(fail_on.value):
+        raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
         print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)
         raise typer.Exit(EXIT_INCOMPLETE)
-    if severity(found.diagnosis().verdict) >= severity(fail_on.value):
-        raise typer.Exit(EXIT_BAD_VERDICT)
 
 
 @app.command()
@@ -131,12 +138,13 @@ def report(
 
 
 def main() -> None:
-    """Run the command line; every error of ours is one line on stderr and exit code 2."""
+    """Run the command line; every error of ours, and of the disk, is one line on stderr and exit code 2."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show ‖W‖ still gets its verdict
     try:
         app(prog_name="stabilitylab")
-    except StabilityLabError as error:
-        print(f"stabilitylab: {error}", file=sys.stderr)
+    except (StabilityLabError, OSError) as error:
+        print("stabilitylab:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
-import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,70 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.errors import RunError, UsageError, did_you_mean, nearest
+from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.readings import Alarm, Array, EditRow, Metric, Note, OutcomeKind
-from stabilitylab.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION, Layout, unpack
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The run folders directly under `folder`, by name."""
-    try:
-        return sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
-    except OSError:
-        return []
-
-
-def _run_file(path: Path) -> Path:
-    file = path / FILE_NAME if path.is_dir() else path
-    if file.is_file():
-        return file
-    if path.is_dir() and (inside := find_runs(path)):
-        raise RunError(f"'{path}' is a folder of runs; expected one of them: {', '.join(map(str, inside[:5]))}")
-    runs = [str(run) for run in find_runs(path.parent)]
-    alike = nearest(str(path), runs) or runs[:3]
-    hint = f"; runs beside it: {', '.join(map(repr, alike))}" if alike else ""
-    what = f"holds no {FILE_NAME}" if path.is_dir() else "does not exist"
-    raise RunError(f"'{path}' {what}; expected a run folder{hint}")
-
-
-def _check(db: sqlite3.Connection, file: Path) -> None:
-    try:
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
-    if application != APPLICATION_ID:
-        raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
-    if version > SCHEMA_VERSION:
-        raise RunError(
-            f"'{file}' has run schema {version}, this stabilitylab reads up to {SCHEMA_VERSION}; upgrade stabilitylab"
-        )
-
-
-@contextlib.contextmanager
-def _connect(file: Path) -> Iterator[sqlite3.Connection]:
-    """A read-only connection. Where the folder can't take the log's shared memory, a temporary copy is read."""
-    with contextlib.ExitStack() as stack:
-        db = stack.enter_context(contextlib.closing(_open(file)))
-        try:
-            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError:
-            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stabilitylab-")))
-            for part in (file, file.with_name(file.name + "-wal")):
-                if part.exists():
-                    shutil.copy(part, copy / part.name)
-            db = stack.enter_context(contextlib.closing(_open(copy / file.name)))
-        except sqlite3.DatabaseError:
-            pass  # `_check` says what is wrong with it
-        _check(db, file)
-        yield db
-
-
-def _open(file: Path) -> sqlite3.Connection:
-    try:
-        return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=10.0)
-    except sqlite3.Error as error:
-        raise RunError(f"can't open '{file}': {error}") from error
+from stabilitylab.runfile import connect, find_file
+from stabilitylab.store import Layout, unpack
 
 
 @dataclass(frozen=True)
@@ -128,17 +65,15 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         """Raises RunError for a path that is no run, or a run of a newer schema."""
-        self._file = _run_file(Path(path))
+        self._file = find_file(Path(path))
         self.path: Path = self._file.parent
-        with _connect(self._file) as db:
+        with connect(self._file) as db:
             try:
                 self._read(db)
-            except (sqlite3.DatabaseError, ValueError) as error:
+            except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
                 raise RunError(f"'{self._file}' is damaged: {error}") from error
 
     def _read(self, db: sqlite3.Connection) -> None:
-        """Read everything in one transaction, so that a run that is being written is seen at one moment."""
-        db.execute("BEGIN")
         self.manifest: dict[str, Any] = {
             key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")
         }

@@ -134,7 +134,7 @@ class RunWriter:
         except (OSError, sqlite3.Error) as error:
             raise RunError(f"can't write a run file in '{folder}': {error}") from error
         self._layout: Layout = ()
-        self._layout_id = 0
+        self._layout_id: int | None = None
         self._metrics: dict[str, Metric] = {}
         self._closed = False
         self.set_manifest(manifest)
@@ -156,27 +156,31 @@ class RunWriter:
             )
         self._metrics.update({metric.name: metric for metric in metrics})
 
-    def _fit_layout(self, readings: Mapping[Key, Array]) -> None:
-        """Start a new layout when a reading has no place in the present one, or more values than its place holds."""
+    def _fits(self, readings: Mapping[Key, Array]) -> bool:
         places = {(metric, site): length for metric, site, length in self._layout}
-        if self._layout and all(places.get(key, 0) >= reading.size for key, reading in readings.items()):
-            return
+        return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
+
+    def _grown(self, readings: Mapping[Key, Array]) -> Layout:
+        """The present layout, with a place for each of these readings."""
+        places = {(metric, site): length for metric, site, length in self._layout}
         for (metric, site), reading in readings.items():
             described = self._metrics.get(metric)
             declared = described.length if described else 1
             places[(metric, site)] = max(places.get((metric, site), declared), reading.size)
-        self._layout = tuple((metric, site, length) for (metric, site), length in places.items())
-        entries = json.dumps(self._layout, ensure_ascii=True)
-        self._layout_id = int(self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid or 0)
+        return tuple((metric, site, length) for (metric, site), length in places.items())
 
     def append(self, row: EditRow) -> None:
-        """Commit one edit's row."""
+        """Commit one edit's row.
+
+        Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
+        """
+        layout, number = self._layout, self._layout_id
         with self._db:
-            self._fit_layout(row.readings)
-            if not self._layout_id:
-                cursor = self._db.execute("INSERT INTO layout (entries) VALUES ('[]')")
-                self._layout_id = int(cursor.lastrowid or 0)
-            present, data = _pack(row.readings, self._layout)
+            if number is None or not self._fits(row.readings):
+                layout = self._grown(row.readings)
+                entries = json.dumps(layout, ensure_ascii=True)
+                number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
+            present, data = _pack(row.readings, layout)
             self._db.execute(
                 "INSERT INTO edit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -188,11 +192,13 @@ class RunWriter:
                     row.probe_seconds,
                     row.canary_seconds,
                     None if row.error is None else plain_text(row.error),
-                    self._layout_id,
+                    number,
                     present,
                     data,
                 ),
             )
+        # Only now: where the row was rolled back, its new layout is not in the file either.
+        self._layout, self._layout_id = layout, number
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
         """Append what became of an edit."""
