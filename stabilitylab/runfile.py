@@ -48,7 +48,7 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
     if application != APPLICATION_ID:
         raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
@@ -108,6 +108,6 @@ def _open(file: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     except sqlite3.OperationalError:
         db.close()
         raise
-    except sqlite3.DatabaseError:
-        pass  # `_check` says what is wrong with it
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
+        pass  # `_check` says what is wrong with it; SQLite's own message may quote damaged bytes
     return db

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stabilitylab as sl
+from stabilitylab.readings import EditRow, Key, Metric
 from stabilitylab.store import FILE_NAME, RunWriter
 from tests.loops import dying_run, healthy_run
 
@@ -61,6 +65,36 @@ def test_fail_on(dying: Path, fail_on: str, code: int) -> None:
     assert run_cli("check", dying, "--fail-on", fail_on).returncode == code
 
 
+def rows(folder: Path, readings: list[dict[Key, float]]) -> Path:
+    """A run that was never closed: its writer is still there, or was killed."""
+    norms = [Metric("weight.nonfinite", "1", "count", "after", "", "", "")]
+    run = RunWriter(folder, {"sites": ["fc"]}, norms)
+    for edit, found in enumerate(readings):
+        arrays = {key: np.array([value]) for key, value in found.items()}
+        run.append(EditRow(edit, "", "applied" if edit else "start", 0.0, 1.0, 0.0, 0.0, None, arrays))
+    return folder
+
+
+WHOLE = {("weight.nonfinite", "fc"): 0.0}
+BROKEN = {("weight.nonfinite", "fc"): 3.0}
+
+
+@pytest.mark.parametrize(
+    ("readings", "code"),
+    [
+        pytest.param([WHOLE], 3, id="edit 0 alone says nothing"),
+        pytest.param([WHOLE, {}], 3, id="an edit without readings neither"),
+        pytest.param([BROKEN], 1, id="a model that is broken before the first edit is"),
+        pytest.param([WHOLE, WHOLE], 0, id="a run that goes on is judged"),
+        pytest.param([WHOLE, WHOLE, BROKEN], 1, id="and fails"),
+    ],
+)
+def test_exit_code_of_a_run_that_was_not_closed(tmp_path: Path, readings: list[dict[Key, float]], code: int) -> None:
+    done = run_cli("check", rows(tmp_path / "run", readings), "--json")
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["complete"] is False
+
+
 def test_a_run_without_edits_is_incomplete(tmp_path: Path) -> None:
     RunWriter(tmp_path / "run", {}, []).close()
     done = run_cli("check", tmp_path / "run")
@@ -80,6 +114,45 @@ def newer(folder: Path) -> Path:
     return folder
 
 
+def test_a_reader_that_goes_away_does_not_look_like_a_verdict(healthy: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "stabilitylab", "check", str(healthy)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_does_not_look_like_a_verdict(dying: Path) -> None:
+    command = [sys.executable, "-m", "stabilitylab", "check", str(dying)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+def test_a_terminal_without_unicode_gets_its_verdict(dying: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_cli("check", dying)
+    assert done.returncode == 1, done.stderr
+    assert "non-finite" in done.stdout
+
+
+def test_ctrl_c_exits_with_130_and_no_traceback(tmp_path: Path) -> None:
+    code = """
+        import os, signal, stabilitylab.cli as cli
+        cli.load = lambda run: os.kill(os.getpid(), signal.SIGINT)
+        cli.sys.argv = ["stabilitylab", "check", "x"]
+        cli.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["check", "report"])
 def test_every_error_is_one_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "text.db").write_text("hello")
@@ -88,6 +161,8 @@ def test_every_error_is_one_line(tmp_path: Path, command: str) -> None:
     newer(tmp_path / "newer")
     for target, says in [
         ("nowhere", "does not exist; expected a run folder"),
+        ("no\nwhere", "does not exist; expected a run folder"),
+        ("x" * 300, "can't look for a run in"),
         ("empty", "holds no run.db"),
         ("text.db", "is not a run file"),
         ("newer", "has run schema 99"),
@@ -101,6 +176,7 @@ def test_every_error_is_one_line(tmp_path: Path, command: str) -> None:
 
 
 def test_report_writes_the_page_where_it_is_told(healthy: Path, tmp_path: Path) -> None:
+    assert run_cli("report", healthy, "-o", tmp_path).returncode == 2  # a folder
     done = run_cli("report", healthy, "-o", tmp_path / "sub" / "page.html")
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "sub" / "page.html")), done.stderr
     assert "<html" in (tmp_path / "sub" / "page.html").read_text(encoding="utf-8")

@@ -66,6 +66,29 @@ def test_a_truncated_run_is_called_damaged(tmp_path: Path) -> None:
         load(tmp_path / "run")
 
 
+@pytest.mark.parametrize("path", ["x" * 5_000, "a\0b"])
+def test_a_path_that_can_not_be_is_no_run(path: str) -> None:
+    with pytest.raises(RunError):
+        load(path)
+
+
+def test_a_damaged_run_is_read_or_called_damaged_and_nothing_else(tmp_path: Path) -> None:
+    good = (make(tmp_path / "run", edits=12) / FILE_NAME).read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    (tmp_path / "bad").mkdir()
+    for _ in range(150):
+        bad = bytearray(good)
+        for place in random.integers(100, len(bad), size=40):
+            bad[place] = random.integers(256)
+        (tmp_path / "bad" / FILE_NAME).write_bytes(bad)
+        try:
+            load(tmp_path / "bad")
+        except RunError:
+            refused += 1
+    assert refused > 50
+
+
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     make(tmp_path / "run")
     with sqlite3.connect(tmp_path / "run" / FILE_NAME) as db:

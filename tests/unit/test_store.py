@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabilitylab import store
+from stabilitylab import runfile, store
 from stabilitylab.errors import RunError
 from stabilitylab.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.run import load
@@ -34,7 +36,9 @@ def writer(folder: Path) -> RunWriter:
     return RunWriter(folder, {"sites": ["a", "b"]}, [NORM, SPECTRUM])
 
 
-any_float = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True, width=64)
+# Any bit pattern: every NaN with its payload, both infinities and zeros, subnormals.
+any_bits = st.integers(0, 2**64 - 1).map(lambda bits: np.array([bits], dtype="<u8").view("<f8")[0])
+any_float = any_bits | st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 5e-324, -5e-324])
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(any_float, min_size=1, max_size=4), max_size=6))
@@ -45,6 +49,32 @@ def test_values_come_back_bit_for_bit_and_absent_ones_stay_absent(values: dict[s
     assert {key: value.tobytes() for key, value in found.items()} == {
         key: value.tobytes() for key, value in readings.items()
     }
+
+
+@settings(max_examples=15)
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.lists(any_float, min_size=1, max_size=4)), max_size=4))
+def test_bits_survive_the_file_and_its_growing_layouts(edits: list[dict[str, list[float]]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = writer(Path(folder) / "run")
+        rows = [row(edit, {("m", site): values for site, values in found.items()}) for edit, found in enumerate(edits)]
+        for each in rows:
+            run.append(each)
+        run.close()
+        found = load(Path(folder) / "run").edits
+    for wrote, read in zip(rows, found, strict=True):
+        assert {key: value.tobytes() for key, value in read.row.readings.items()} == {
+            key: value.tobytes() for key, value in wrote.readings.items()
+        }
+
+
+def test_a_row_that_is_refused_takes_its_new_layout_with_it(tmp_path: Path) -> None:
+    run = writer(tmp_path / "run")
+    run.append(row(1, {("update.norm", "a"): 1.0}))
+    with pytest.raises(sqlite3.IntegrityError):
+        run.append(row(1, {("update.norm", "b"): 7.0}))
+    run.append(row(2, {("update.norm", "b"): 2.0}))
+    run.close()
+    np.testing.assert_array_equal(load(tmp_path / "run").series("update.norm", "b"), [np.nan, 2.0])
 
 
 def test_round_trip_through_the_file(tmp_path: Path) -> None:
@@ -89,11 +119,14 @@ def test_a_layout_is_shared_until_something_new_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.series("gradient.spectrum")[7], range(9))
 
 
-def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool) -> None:
     code = f"""
         import numpy as np, sys
         from pathlib import Path
+        from stabilitylab import store
         from stabilitylab.store import RunWriter
+        store._wal_works = lambda folder: {wal}
         from stabilitylab.readings import EditRow, Metric
         run = RunWriter(Path({str(tmp_path / "run")!r}), {{}}, [Metric("m", "1", "log", "after", "", "", "")])
         edit = 0
@@ -106,14 +139,80 @@ def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         last = [int(next(process.stdout)) for _ in range(50)][-1]
-        live = load(tmp_path / "run")  # read while it is being written
-        assert len(live.edits) >= last
+        for _ in range(10):  # read while it is being written: always whole, and never behind what was acknowledged
+            live = load(tmp_path / "run")
+            assert len(live.edits) > last
+            np.testing.assert_array_equal(live.series("m"), np.arange(len(live.edits)))
+            last = len(live.edits) - 1
         os.kill(process.pid, signal.SIGKILL)
         acknowledged = [int(line) for line in process.stdout.read().split()]
     found = load(tmp_path / "run")
     assert not found.complete
     np.testing.assert_array_equal(found.series("m"), np.arange(len(found.edits)))
     assert len(found.edits) >= max([last, *acknowledged]) + 1
+
+
+def test_a_transaction_that_was_cut_off_without_write_ahead_logging_is_rolled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_wal_works", lambda folder: False)
+    run = writer(tmp_path / "run")
+    for edit in range(20):
+        run.append(row(edit, {("update.norm", f"site {n}"): edit for n in range(200)}))
+    run._db.execute("PRAGMA cache_size=2")  # so that pages reach the file before the commit
+    run._db.execute("BEGIN")
+    run._db.execute("UPDATE edit SET label = 'never committed', data = zeroblob(1600)")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut off")  # as kill -9 or a power cut leaves it
+    run._db.rollback()
+    run.close()
+    assert (tmp_path / "cut off" / f"{FILE_NAME}-journal").stat().st_size > 0
+    before = (tmp_path / "cut off" / FILE_NAME).read_bytes()
+    assert b"never committed" in before
+    found = load(tmp_path / "cut off")
+    assert {edit.label for edit in found.edits} == {""}
+    np.testing.assert_array_equal(found.series("update.norm", "site 3"), np.arange(20))
+    assert (tmp_path / "cut off" / FILE_NAME).read_bytes() == before  # reading changes nothing
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="needs POSIX users and permissions")
+def test_someone_who_may_only_read_the_folder_reads_what_is_in_the_log() -> None:
+    """In a process that is not root, since root may write everywhere. pytest's own folders are closed to others."""
+    code = """
+        import os, sys
+        from stabilitylab.errors import RunError
+        from stabilitylab.run import load
+        if os.getuid() == 0:
+            os.setuid(65534)
+        folder = sys.argv[1]
+        try:
+            open(folder + "/run/probe", "w")
+        except PermissionError:
+            print(load(folder + "/run").series("update.norm").tolist())
+        try:
+            load(folder + "/secret")
+        except RunError as error:
+            print(error)
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        run = writer(folder / "run")
+        run.append(row(1, {("update.norm", "a"): 1.0}))  # in the log only
+        shutil.copytree(folder / "run", folder / "copy")
+        run.close()
+        shutil.rmtree(folder / "run")
+        (folder / "copy").rename(folder / "run")
+        (folder / "run" / f"{FILE_NAME}-shm").unlink()
+        (folder / "secret").mkdir()
+        shutil.copy(folder / "run" / FILE_NAME, folder / "secret")
+        (folder / "secret" / FILE_NAME).chmod(0)
+        (folder / "run").chmod(0o555)
+        command = [sys.executable, "-c", textwrap.dedent(code), name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        (folder / "run").chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "[1.0]"
+    assert "can't read" in done.stdout.splitlines()[1]
 
 
 def test_an_unwritable_folder_with_a_log_is_read_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +230,42 @@ def test_an_unwritable_folder_with_a_log_is_read_from_a_copy(tmp_path: Path, mon
         factory = Refused if len(opened) == 1 else sqlite3.Connection
         return original(target, *args, factory=factory, **kwargs)
 
-    monkeypatch.setattr("stabilitylab.run.sqlite3.connect", connect)
+    monkeypatch.setattr("stabilitylab.runfile.sqlite3.connect", connect)
     assert load(tmp_path / "run").series("update.norm").tolist() == [1.0]
     assert len(opened) == 2
     assert str(tmp_path) not in opened[1]
+    run.close()
+
+
+def test_a_copy_that_is_torn_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"first")
+    (tmp_path / "copy").mkdir()
+    copied: list[str] = []
+    plain = shutil.copyfile
+
+    def copyfile(source: Path, target: Path) -> None:
+        plain(source, target)
+        copied.append(source.name)
+        if len(copied) < rewrites:
+            source.write_bytes(b"x" * len(copied))  # the writer goes on
+
+    monkeypatch.setattr("stabilitylab.runfile.shutil.copyfile", copyfile)
+    rewrites = 3
+    assert runfile._copy(tmp_path / FILE_NAME, tmp_path / "copy").read_bytes() == b"xx"
+    copied.clear()
+    rewrites = 1_000
+    with pytest.raises(RunError, match="changes faster than it can be copied"):
+        runfile._copy(tmp_path / FILE_NAME, tmp_path / "copy")
+
+
+def test_a_run_that_another_program_has_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfile, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(store, "_wal_works", lambda folder: False)
+    run = writer(tmp_path / "run")
+    run._db.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(RunError, match="is locked by another program"):
+        load(tmp_path / "run")
+    run._db.rollback()
     run.close()
 
 
