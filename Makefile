@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Twice quiet: errors only.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # Each stamp is remade when what it was installed from changes.
 CORE := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-test
@@ -15,6 +16,8 @@ CHECKED := $(ROOTS) tests benchmarks
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
+# Two installations into one environment must not run side by side under `make -j`.
+.NOTPARALLEL:
 .PHONY: help install demo test test-browser lint format wheel checkpoints clean
 
 help: ## Show what each target does
@@ -23,7 +26,7 @@ help: ## Show what each target does
 install: $(CORE) ## Make .venv and install stabilitylab with what the demo needs
 
 demo: $(CORE) ## Edit a small BLIP2-OPT with MEND until it says NaN; the report is runs/demo/report.html
-	$(BIN)/stabilitylab demo --out runs/demo
+	$(BIN)/python -m stabilitylab demo --out runs/demo
 
 test: $(FULL) ## Run the whole test suite that this machine can run
 	$(BIN)/python -m pytest
@@ -50,10 +53,12 @@ checkpoints: $(CORE) ## Train the demo's model and its MEND editor anew from not
 clean: ## Remove everything that was made here, but for runs/
 	rm -rf $(VENV) .typings build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
+# A failed `venv` (Debian without python3-venv) leaves a python without pip behind: it must not pass for done.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "stabilitylab needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -f $@; echo "can't make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(CORE): $(VENV)/bin/python $(PINNED)
 	@echo "installing stabilitylab (some minutes the first time) …"
