@@ -10,7 +10,7 @@ from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput,
 from stabilitylab.probes.feedback import Gain
 from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
 from stabilitylab.probes.logits import Canary, Logits
-from stabilitylab.probes.weights import Drift, Update, WeightRange
+from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
 
 from stabilitylab.readings import Metric
 
@@ -27,6 +27,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     NormalisedInput,
     Update,
     Drift,
+    WeightNorm,
     WeightRange,
     Canary,
     Gain,

