@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stabilitylab.probes.activations import ActivationRange, ActivationScale
-from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.base import TIERS, Probe, Readings, Tier
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
 from stabilitylab.probes.feedback import Gain
 from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
@@ -35,9 +35,10 @@ ALL: tuple[type[Probe[Any]], ...] = (
 """Every probe, in the order in which an edit makes their quantities."""
 
 
-def default_probes() -> tuple[Probe[Any], ...]:
-    """One of each probe."""
-    return tuple(probe() for probe in ALL)
+def probes_of(tier: Tier) -> tuple[Probe[Any], ...]:
+    """One of each probe of a tier and of the cheaper ones, with their own settings."""
+    held = TIERS[: TIERS.index(tier) + 1]
+    return tuple(probe() for probe in ALL if probe.tier in held)
 
 
 def catalogue() -> tuple[Metric, ...]:
@@ -45,4 +46,4 @@ def catalogue() -> tuple[Metric, ...]:
     return tuple(metric for probe in ALL for metric in probe.metrics)
 
 
-__all__ = ["ALL", "Metric", "Probe", "Readings", "catalogue", "default_probes"]
+__all__ = ["ALL", "TIERS", "Metric", "Probe", "Readings", "Tier", "catalogue", "probes_of"]

@@ -9,17 +9,25 @@ model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.errors import UsageError
 from stabilitylab.readings import Metric
 
 Host = NDArray[np.float64]
 Readings = Mapping[str, float | Host]
 Seen = TypeVar("Seen")
+Tier = Literal["light", "default", "deep"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
+"""By cost; each holds the ones before it."""
+
+DEEP_EVERY = 10
+"""Edits between two measurements of a deep probe, unless it is told otherwise."""
 
 
 class Probe(ABC, Generic[Seen]):
@@ -36,6 +44,26 @@ class Probe(ABC, Generic[Seen]):
     """What `compute` emits; `follows` below names what a probe of earlier readings is fed with."""
 
     follows: ClassVar[tuple[str, ...]] = ()
+
+    tier: ClassVar[Tier] = "default"
+    """The cheapest tier that the probe belongs to: its cost, mostly that of what it needs."""
+
+    def __init__(self, *, every: int | None = None, sites: str | Sequence[str] | None = None) -> None:
+        """every: measure at edit 0 and at each n-th edit (each edit; a deep probe each tenth). sites: only at sites
+        whose names match these patterns (``*`` crosses dots). Raises UsageError when `every` is not 1 or more.
+        """
+        self.every = every if every is not None else DEEP_EVERY if self.tier == "deep" else 1
+        if self.every < 1:
+            raise UsageError(f"{type(self).__name__}(every={every}): expected a number of edits, 1 or more")
+        self.sites = None if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+
+    def is_due(self, edit: int) -> bool:
+        """Whether it measures at this edit."""
+        return edit % self.every == 0
+
+    def is_for(self, site: str) -> bool:
+        """Whether it measures at this site."""
+        return self.sites is None or any(fnmatchcase(site, pattern) for pattern in self.sites)
 
     @abstractmethod
     def compute(self, seen: Seen) -> Readings:

@@ -13,6 +13,7 @@ _SOURCE = "MEND (arXiv 2110.11309), §3"
 class Normaliser(Probe[NormaliserPass]):
     """The spread that the normaliser learned, frozen at edit time."""
 
+    tier = "light"
     needs = NormaliserPass
     metrics = (
         Metric(
@@ -43,6 +44,7 @@ class Normaliser(Probe[NormaliserPass]):
 class NormalisedInput(Probe[NormaliserPass]):
     """What enters the hypernetwork."""
 
+    tier = "light"
     needs = NormaliserPass
     metrics = (
         Metric(
@@ -80,6 +82,7 @@ class NormalisedInput(Probe[NormaliserPass]):
 class EditLearningRates(Probe[LearningRates]):
     """The learning rates that the editor learned, one per edited layer."""
 
+    tier = "light"
     needs = LearningRates
     metrics = (
         Metric(

@@ -24,6 +24,7 @@ class History:
 class Gain(Probe[History]):
     """The log growth per edit of a quantity that one edit hands on to the next."""
 
+    tier = "light"
     needs = History
     follows = ("update.norm", "editor.input_max")
     metrics = (

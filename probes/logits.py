@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
+from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, LogitsStatistics
 
 from stabilitylab.readings import Metric, Phase
 
@@ -65,7 +65,7 @@ def _range_metrics(family: str, phase: Phase, whose: str) -> tuple[Metric, ...]:
     )
 
 
-def _range_readings(family: str, seen: LogitsPass) -> dict[str, float]:
+def _range_readings(family: str, seen: LogitsStatistics) -> dict[str, float]:
     return {
         f"{family}.min": seen.low,
         f"{family}.max": seen.high,
@@ -80,6 +80,7 @@ def _range_readings(family: str, seen: LogitsPass) -> dict[str, float]:
 class Logits(Probe[LogitsPass]):
     """The logits of the edit's own forward pass: the model as it was before this edit took effect."""
 
+    tier = "light"
     needs = LogitsPass
     metrics = _range_metrics("logits", "during", "the edit's")
 
@@ -91,6 +92,7 @@ class Logits(Probe[LogitsPass]):
 class Canary(Probe[CanaryPass]):
     """The logits of a small fixed batch after each edit, against those of the unedited model."""
 
+    tier = "light"
     needs = CanaryPass
     metrics = (
         *_range_metrics("canary", "after", "the canary's"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.weight_pass import count_nonfinite
 from torch import Tensor
 
+Statistics = TypeVar("Statistics", bound="LogitsStatistics")
+
 
 @dataclass(frozen=True)
-class LogitsPass:
+class LogitsStatistics:
     """Of logits [batch, positions, vocabulary]. low, high: extremes over all. logsumexp, entropy (nats), margin
     (largest minus second largest): of the last real token, mean over the batch. nonfinite: NaN and infinite entries.
     """
@@ -24,14 +27,19 @@ class LogitsPass:
     nonfinite: float
 
     @classmethod
-    def from_host(cls, values: Host) -> LogitsPass:
-        """From the six numbers that `reduce_logits` packed."""
+    def from_host(cls: type[Statistics], values: Host) -> Statistics:
+        """From the numbers that `reduce_logits` or `reduce_canary` packed."""
         return cls(*(float(value) for value in values))
 
 
 @dataclass(frozen=True)
-class CanaryPass(LogitsPass):
-    """`LogitsPass` of the canary, with its distance to the stored original: agreement is the share of rows whose most
+class LogitsPass(LogitsStatistics):
+    """Of the edit's own forward pass."""
+
+
+@dataclass(frozen=True)
+class CanaryPass(LogitsStatistics):
+    """Of the canary's, with its distance to the stored original: agreement is the share of rows whose most
     likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are
     None for a canary that has no original, such as the replayed input of an edit.
     """

@@ -13,28 +13,53 @@ _CHUNK = 262_144  # entries: 1 MiB of fp32, which fits a core's L2 cache with it
 _SAFE = (1e-12, 1e15)  # a chunk's fp32 norm outside this range may have over- or underflowed: redo it in fp64
 
 
-@dataclass(frozen=True)
-class WeightPass:
-    """Of one weight W with its references W₀ (before any edit) and W₋ (before this edit). All float64.
+@dataclass(frozen=True, kw_only=True)
+class WeightScan:
+    """Of one weight W alone. All float64.
 
-    norm ‖W‖, reference_norm ‖W₀‖, drift ‖W−W₀‖, update ‖W−W₋‖: Frobenius. low, high: extremes of W (NaN when W has
-    one). nonfinite: entries of W that are NaN or infinite. largest_finite: of the live dtype.
+    norm: ‖W‖, Frobenius. low, high: its extremes (NaN when W has one). nonfinite: entries that are NaN or infinite.
+    largest_finite: of the live dtype.
     """
 
     norm: float
-    reference_norm: float
-    drift: float
-    update: float
     low: float
     high: float
     nonfinite: float
     largest_finite: float
 
     @classmethod
+    def from_scan(cls, values: Host, dtype: torch.dtype) -> WeightScan:
+        """From the four numbers that `scan_weight` packed."""
+        norm, low, high, nonfinite = (float(value) for value in values)
+        largest = torch.finfo(dtype).max
+        return WeightScan(norm=norm, low=low, high=high, nonfinite=nonfinite, largest_finite=largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPass(WeightScan):
+    """The same with the references W₀ (before any edit) and W₋ (before this edit).
+
+    reference_norm ‖W₀‖, drift ‖W−W₀‖, update ‖W−W₋‖: Frobenius.
+    """
+
+    reference_norm: float
+    drift: float
+    update: float
+
+    @classmethod
     def from_host(cls, values: Host, dtype: torch.dtype) -> WeightPass:
         """From the seven numbers that `reduce_weight` packed."""
         norm, reference_norm, drift, update, low, high, nonfinite = (float(value) for value in values)
-        return cls(norm, reference_norm, drift, update, low, high, nonfinite, torch.finfo(dtype).max)
+        return cls(
+            norm=norm,
+            low=low,
+            high=high,
+            nonfinite=nonfinite,
+            largest_finite=torch.finfo(dtype).max,
+            reference_norm=reference_norm,
+            drift=drift,
+            update=update,
+        )
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -106,6 +131,19 @@ def reduce_weight(weight: Tensor, reference: Tensor, previous: Tensor, reference
             rows[:, 5].sum().reshape(1),
         ]
     )
+
+
+@torch.no_grad()
+def scan_weight(weight: Tensor) -> Tensor:
+    """The numbers of `WeightScan` as one float64 tensor of shape [4] on the weight's device. Keeps no copy of it."""
+    parts = []
+    for chunk in torch.split(_flat(weight), _CHUNK):
+        live = chunk.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        low, high = torch.aminmax(live)
+        low, high = low.double(), high.double()
+        parts.append(torch.stack([safe_norm(live), low, high, count_nonfinite(live, low, high)]))
+    rows = torch.stack(parts)
+    return torch.stack([torch.linalg.vector_norm(rows[:, 0]), rows[:, 1].amin(), rows[:, 2].amax(), rows[:, 3].sum()])
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 
 from stabilitylab.readings import Metric
 
@@ -19,7 +19,7 @@ def headroom_bits(largest_finite: float, magnitude: float) -> float:
     return math.log2(largest_finite) - math.log2(magnitude) if math.isfinite(magnitude) else -math.inf
 
 
-def _max_abs(seen: WeightPass) -> float:
+def _max_abs(seen: WeightScan) -> float:
     return math.nan if math.isnan(seen.low) or math.isnan(seen.high) else max(abs(seen.low), abs(seen.high))
 
 
@@ -85,10 +85,11 @@ class Drift(Probe[WeightPass]):
         return {"drift.norm": seen.drift, **ratio}
 
 
-class WeightNorm(Probe[WeightPass]):
+class WeightNorm(Probe[WeightScan]):
     """The size of the weight itself."""
 
-    needs = WeightPass
+    tier = "light"
+    needs = WeightScan
     metrics = (
         Metric(
             "weight.norm",
@@ -101,15 +102,16 @@ class WeightNorm(Probe[WeightPass]):
         ),
     )
 
-    def compute(self, seen: WeightPass) -> Readings:
-        """From one weight pass."""
+    def compute(self, seen: WeightScan) -> Readings:
+        """From one look at the weight."""
         return {"weight.norm": seen.norm}
 
 
-class WeightRange(Probe[WeightPass]):
+class WeightRange(Probe[WeightScan]):
     """The extremes of the weight against the range of its dtype."""
 
-    needs = WeightPass
+    tier = "light"
+    needs = WeightScan
     metrics = (
         Metric(
             "weight.max_abs",
@@ -140,8 +142,8 @@ class WeightRange(Probe[WeightPass]):
         ),
     )
 
-    def compute(self, seen: WeightPass) -> Readings:
-        """From one weight pass."""
+    def compute(self, seen: WeightScan) -> Readings:
+        """From one look at the weight."""
         largest = _max_abs(seen)
         return {
             "weight.max_abs": largest,

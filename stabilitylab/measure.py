@@ -23,7 +23,7 @@ from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factor
 from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, last_token_logits, reduce_canary, reduce_logits
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, reduce_normaliser
 from stabilitylab.probes.output_pass import OutputPass, reduce_output
-from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan, scan_weight
 from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Array, Key
 from stabilitylab.references import References
 from stabilitylab.sites import Site, find_learning_rates, find_normalisers, locate
@@ -68,7 +68,8 @@ class Instruments:
         self.probe_time = Stopwatch()
         self.canary_time = Stopwatch()
         self._probes = tuple(probes)
-        self._needs = {probe.needs for probe in probes}
+        self._due = self._probes
+        self.keeps_references = any(probe.needs is WeightPass for probe in probes)
         self._editor = editor
         self._note = note
         self._off: set[str] = set()
@@ -76,6 +77,14 @@ class Instruments:
         self._stack = Stack()
         self._original_logits: Tensor | None = None
         self._history: dict[Key, deque[float]] = {}
+
+    def begin(self, edit: int) -> None:
+        """From now on measure what the probes that are due at this edit need."""
+        self._due = tuple(probe for probe in self._probes if probe.is_due(edit))
+
+    def _needed(self, need: type[Any], site: str | None = None) -> bool:
+        """Whether a probe that is due needs this measurement, here or at all."""
+        return any(probe.needs is need and (site is None or probe.is_for(site)) for probe in self._due)
 
     def _safely(self, what: str, action: Callable[[], Any]) -> Any:
         """`action()`, or None when it raised; `what` is then off for the rest of the run."""
@@ -98,11 +107,11 @@ class Instruments:
             capture = stack.enter_context(self.no_capture())
             for site in sites:
                 found = locate(model, site) if site.is_layer else None
-                if found is not None and {GradientSpectrum, OutputPass} & self._needs:
-                    factors = GradientSpectrum in self._needs and site.orientation != "none"
+                factors = self._needed(GradientSpectrum, site.name) and site.orientation != "none"
+                if found is not None and (factors or self._needed(OutputPass, site.name)):
                     capture.watch_layer(site.name, found[0], factors)
             capture.watch_model(model)
-            if self._editor is not None and NormaliserPass in self._needs:
+            if self._editor is not None and self._needed(NormaliserPass):
                 for name, module in find_normalisers(self._editor).items():
                     capture.watch_editor(name, module)
             stack.pop_all()  # every hook is in place: they stay until the edit ends
@@ -113,7 +122,7 @@ class Instruments:
         return Capture(self._on_output, self._on_model_output)
 
     def _on_output(self, site: str, output: Tensor) -> None:
-        if OutputPass not in self._needs:
+        if not self._needed(OutputPass, site):
             return
 
         def reduce() -> None:
@@ -124,7 +133,7 @@ class Instruments:
             self._safely(f"output of {site}", reduce)
 
     def _on_model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        if LogitsPass not in self._needs:
+        if not self._needed(LogitsPass):
             return
 
         def reduce() -> None:
@@ -140,7 +149,7 @@ class Instruments:
 
     def gradients(self, capture: Capture) -> None:
         """Reduce the factors that the hooks caught."""
-        if GradientSpectrum not in self._needs:
+        if not self._needed(GradientSpectrum):
             return
         for site, buffer in capture.layers.items():
             forward = buffer.complete
@@ -162,7 +171,7 @@ class Instruments:
         self._safely("editor state", lambda: self._editor_state(capture))
 
     def _editor_state(self, capture: Capture | None) -> None:
-        if NormaliserPass in self._needs:
+        if self._needed(NormaliserPass):
             for name, module in find_normalisers(self._editor).items():
                 calls = capture.editors[name].calls if capture is not None and name in capture.editors else []
                 for place, kind in enumerate(("u", "v")):
@@ -170,13 +179,13 @@ class Instruments:
                     mean, std = getattr(module, f"{kind}_mean"), getattr(module, f"{kind}_std")
                     site = ".".join(part for part in (EDITOR_SITE, name, kind) if part)
                     self._stack.add(site, reduce_normaliser(mean, std, inputs), NormaliserPass.from_host)
-        rates = find_learning_rates(self._editor) if LearningRates in self._needs else None
+        rates = find_learning_rates(self._editor) if self._needed(LearningRates) else None
         if rates is not None:
             self._stack.add(EDITOR_SITE, rates.double(), LearningRates)
 
     def weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """One pass over each watched weight."""
-        if WeightPass not in self._needs:
+        """One look at each watched weight; at every edit where references are kept, since they must follow it."""
+        if not (self.keeps_references or self._needed(WeightScan)):
             return
         for site in sites:
             found = locate(model, site)
@@ -187,12 +196,16 @@ class Instruments:
                 self._note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
 
     def _weight(self, site: Site, weight: Tensor) -> None:
-        packed = self.references.measure(site.name, weight)
-        self._stack.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
+        if self.keeps_references:
+            packed = self.references.measure(site.name, weight)
+            self._stack.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
+        else:
+            rebuild = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
+            self._stack.add(site.name, scan_weight(weight), rebuild)
 
     def canary(self, model: nn.Module, canary: canaries.Canary | None, last_call: ModelCall | None) -> None:
         """Forward the canary and reduce its logits, against those of its first forward unless it replays."""
-        if canary is None or CanaryPass not in self._needs:
+        if canary is None or not self._needed(CanaryPass):
             return
         with self.canary_time:
             self._safely("canary", lambda: self._canary(model, canary, last_call))
@@ -219,7 +232,7 @@ class Instruments:
             if isinstance(seen, WeightPass):
                 passes[site] = seen
             self._apply(site, seen, readings)
-        for probe in self._probes:
+        for probe in self._due:
             for metric in probe.follows:
                 for (name, site), values in list(readings.items()):
                     if name == metric:
@@ -237,8 +250,8 @@ class Instruments:
         return History(np.array(recent))
 
     def _apply(self, site: str, seen: Any, readings: dict[Key, Array], only: Probe[Any] | None = None) -> None:
-        for probe in (only,) if only is not None else self._probes:
-            if type(seen) is not probe.needs:
+        for probe in (only,) if only is not None else self._due:
+            if not isinstance(seen, probe.needs) or not probe.is_for(site):
                 continue
             values = self._safely(f"probe {type(probe).__name__}", functools.partial(probe.compute, seen))
             for metric, value in (values or {}).items():

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,8 +19,8 @@ from stabilitylab.analysis import Analyzer, Diagnosis, severity
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.hooks import Capture, logger, sweep
 from stabilitylab.measure import Instruments
-from stabilitylab.probes import default_probes
-from stabilitylab.probes.base import Probe
+from stabilitylab.probes import probes_of
+from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.weight_pass import WeightPass, same_bits
 from stabilitylab.readings import Alarm, Array, EditRow, Key, Note, OutcomeKind, Status
 from stabilitylab.reports.sinks import Sink
@@ -40,7 +40,7 @@ def attach(
     *,
     editor: object | None = None,
     canary: canaries.Canary | None = None,
-    probes: Literal["default"] | Sequence[Probe[Any]] = "default",
+    probes: Tier | Sequence[Probe[Any]] = "default",
     tensorboard: bool = False,
     sinks: Sequence[Sink] = (),
     config: Mapping[str, Any] | None = None,
@@ -50,8 +50,9 @@ def attach(
     sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
     move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
     state is to be read (MEND: its normaliser). canary: what to forward after each edit, see `stabilitylab.canary`.
-    probes: ``"default"`` or instances. tensorboard: also write TensorBoard events into the run's folder. sinks: further
-    receivers of each row. config: plain JSON values for the manifest.
+    probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
+    with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
+    folder. sinks: further receivers of each row. config: plain JSON values for the manifest.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -60,9 +61,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     canaries.check(canary)
-    if isinstance(probes, str) and probes != "default":
-        raise UsageError(f"probes={probes!r} is unknown; expected 'default' or a list of probes")
-    chosen = default_probes() if isinstance(probes, str) else tuple(probes)
+    chosen = _chosen(probes)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
     folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     options = {"patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)}
@@ -78,6 +77,23 @@ def attach(
     for name, reason in skipped.items():
         monitor.note("skipped-site", f"{name}: {reason}")
     return monitor
+
+
+def _chosen(probes: str | Sequence[Probe[Any]]) -> tuple[Probe[Any], ...]:
+    """The probes that a tier's name or a list means. Raises UsageError for anything else."""
+    for tier in TIERS:
+        if probes == tier:
+            return probes_of(tier)
+    if isinstance(probes, str):
+        raise UsageError(f"probes={probes!r} is unknown; expected {', '.join(map(repr, TIERS))} or a list of probes")
+    for probe in probes:
+        if not isinstance(probe, Probe):
+            raise UsageError(f"probes holds {probe!r}; expected instances of Probe, such as Drift(every=5)")
+    names = [metric.name for probe in probes for metric in probe.metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two probes emit {twice!r}; expected each metric once")
+    return tuple(probes)
 
 
 def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], dict[str, str]]:
@@ -129,6 +145,8 @@ class Monitor:
             self._remember_everything()
         else:
             self._watch(sites, {})
+        if not self._instruments.keeps_references:
+            self.note("no-references", "no copies of the weights are kept: no update, drift or outcome is measured")
         if canary is None:
             self.note("logits-lag", "no canary: the logits are those of each edit's own input before it took effect")
         self._first_row()
@@ -187,7 +205,7 @@ class Monitor:
         as they are now are what the next edit starts from.
         """
         edit, self._outcome_due = self._outcome_due, None
-        if edit is None or not self._sites:
+        if edit is None or not self._sites or not self._instruments.keeps_references:
             return None
         outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._record_outcome(edit))
         return outcome
@@ -223,7 +241,7 @@ class Monitor:
         """Begin to watch the sites that can be measured, and note why the others can't."""
         for site in sites:
             found = locate(self._model, site)
-            if found is not None:
+            if found is not None and self._instruments.keeps_references:
                 self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
         self._sites = tuple(sites)
         self._writer.set_manifest(manifest.of_sites(self._sites))
@@ -281,6 +299,7 @@ class Monitor:
     def _begin(self) -> Capture:
         with self._instruments.probe_time:
             self.observe_outcome()
+            self._instruments.begin(self._edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self._model, self._sites))
             return capture or self._instruments.no_capture()
 

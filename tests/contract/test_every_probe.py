@@ -9,22 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes import ALL, catalogue
+from stabilitylab.probes import ALL, TIERS, catalogue
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.feedback import History
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
 from stabilitylab.probes.output_pass import OutputPass
-from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan
+
+from stabilitylab.errors import UsageError
 
 SCALES, PHASES = {"log", "linear", "count", "flag"}, {"before", "during", "after"}
 NAN = float("nan")
 EXAMPLES: dict[type[Any], list[Any]] = {
     WeightPass: [
-        WeightPass(3.0, 2.0, 1.0, 0.5, -1.0, 2.0, 0.0, 65504.0),
-        WeightPass(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 65504.0),
-        WeightPass(NAN, 2.0, NAN, NAN, NAN, NAN, 4.0, 65504.0),
+        WeightPass.from_host(np.array(values), torch.float16)
+        for values in ([3.0, 2.0, 1.0, 0.5, -1.0, 2.0, 0.0], [0.0] * 7, [NAN, 2.0, NAN, NAN, NAN, NAN, 4.0])
+    ],
+    WeightScan: [
+        WeightScan.from_scan(np.array(values), torch.float16)
+        for values in ([3.0, -1.0, 2.0, 0.0], [0.0] * 4, [NAN, NAN, NAN, 4.0])
     ],
     GradientSpectrum: [
         GradientSpectrum(np.array([3.0, 1.0]), 0.0),
@@ -71,11 +76,21 @@ class TestEveryProbe:
             assert repr(first) == repr(second)
             assert repr(seen) == before
 
-    def test_holds_no_state(self, probe: type[Probe[Any]]) -> None:
+    def test_holds_no_state_but_its_settings(self, probe: type[Probe[Any]]) -> None:
         instance = probe()
+        before = dict(vars(instance))
         for seen in EXAMPLES[probe.needs]:
             instance.compute(seen)
-        assert not vars(instance)
+        assert vars(instance) == before
+
+    def test_takes_a_cadence_and_sites(self, probe: type[Probe[Any]]) -> None:
+        assert probe.tier in TIERS
+        assert probe().every == (10 if probe.tier == "deep" else 1)
+        instance = probe(every=3, sites="*.fc[12]")
+        assert [edit for edit in range(8) if instance.is_due(edit)] == [0, 3, 6]
+        assert (instance.is_for("decoder.0.fc1"), instance.is_for("decoder.0.q")) == (True, False)
+        with pytest.raises(UsageError, match="1 or more"):
+            probe(every=0)
 
     def test_touches_no_tensor(self, probe: type[Probe[Any]]) -> None:
         state = torch.get_rng_state()

@@ -10,9 +10,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes import default_probes
+from stabilitylab.probes import probes_of
 from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.gradients import Spectrum
 from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weights import Update
 from torch import Tensor, nn
 
 import stabilitylab as sl
@@ -129,7 +131,7 @@ def test_a_probe_that_breaks_is_switched_off_and_recorded(tmp_path: Path) -> Non
             raise ArithmeticError("bug of ours")
 
     model = make_model()
-    with sl.attach(model, "3", tmp_path / "run", probes=[Broken(), *default_probes()]) as monitor:
+    with sl.attach(model, "3", tmp_path / "run", probes=[Broken(), *probes_of("default")]) as monitor:
         for _ in range(3):
             with monitor.edit():
                 edit_once(model)
@@ -260,7 +262,7 @@ def test_bad_arguments_are_named_and_write_nothing(tmp_path: Path) -> None:
         sl.attach(model, "3", run, canary="reply")
     with pytest.raises(UsageError, match=r"expected a torch\.nn\.Module"):
         sl.attach("model", "3", run)
-    with pytest.raises(UsageError, match="expected 'default' or a list"):
+    with pytest.raises(UsageError, match="expected 'light', 'default', 'deep' or a list"):
         sl.attach(model, "3", run, probes="lite")
     assert not run.exists()
     with sl.attach(model, "3", run):
@@ -290,3 +292,40 @@ def test_a_site_that_disappears_is_named(tmp_path: Path) -> None:
     run = sl.load(tmp_path / "run")
     assert [note.says for note in run.notes if note.kind == "skipped-site"] == ["3: no longer found in Sequential"]
     assert run.present("update.norm", "3").tolist() == [True, False, False]
+
+
+def test_light_keeps_no_copies_and_says_what_that_costs(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "[03]", tmp_path / "run", probes="light") as monitor:
+        for _ in range(3):
+            with monitor.edit():
+                edit_once(model)
+    run = sl.load(tmp_path / "run")
+    assert run.series("weight.norm", "3")[-1] == pytest.approx(model[3].weight.double().norm().item(), rel=1e-6)
+    assert not run.sites_of("update.norm")
+    assert "no-references" in {note.kind for note in run.notes}
+    assert all(edit.outcome is None for edit in run.edits)
+
+
+def test_a_probe_measures_at_its_cadence_and_its_sites_only(tmp_path: Path) -> None:
+    model = make_model()
+    probes = [Update(every=2), Spectrum(sites="3", every=3)]
+    with sl.attach(model, "[03]", tmp_path / "run", probes=probes) as monitor:
+        for _ in range(4):
+            before = model[0].weight.detach().clone()
+            with monitor.edit():
+                edit_once(model)
+            moved = (model[0].weight.detach() - before).double().norm().item()
+    run = sl.load(tmp_path / "run")
+    assert run.present("update.norm", "0").tolist() == [True, False, True, False, True]
+    assert run.series("update.norm", "0")[-1] == pytest.approx(moved, rel=1e-5)  # of this edit, not of the last two
+    assert run.sites_of("gradient.spectrum") == ("3",)
+    assert run.present("gradient.spectrum").tolist() == [False, False, False, True, False]
+
+
+def test_a_list_of_probes_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected instances of Probe"):
+        sl.attach(make_model(), "3", tmp_path / "run", probes=[Update])
+    with pytest.raises(UsageError, match=r"two probes emit 'update\.norm'"):
+        sl.attach(make_model(), "3", tmp_path / "run", probes=[Update(), Update(every=3)])
+    assert not (tmp_path / "run").exists()
