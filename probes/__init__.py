@@ -10,6 +10,7 @@ from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput,
 from stabilitylab.probes.feedback import Gain
 from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
 from stabilitylab.probes.logits import Canary, Logits
+from stabilitylab.probes.weight_spectrum import ConditionNumber, SpectralNorm
 from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
 
 from stabilitylab.readings import Metric
@@ -29,6 +30,8 @@ ALL: tuple[type[Probe[Any]], ...] = (
     Drift,
     WeightNorm,
     WeightRange,
+    SpectralNorm,
+    ConditionNumber,
     Canary,
     Gain,
 )

@@ -16,7 +16,8 @@ Statistics = TypeVar("Statistics", bound="LogitsStatistics")
 @dataclass(frozen=True)
 class LogitsStatistics:
     """Of logits [batch, positions, vocabulary]. low, high: extremes over all. logsumexp, entropy (nats), margin
-    (largest minus second largest): of the last real token, mean over the batch. nonfinite: NaN and infinite entries.
+    (largest minus second largest), top1_share (its probability): of the last real token,
+    mean over the batch. nonfinite: NaN and infinite entries.
     """
 
     low: float
@@ -24,6 +25,7 @@ class LogitsStatistics:
     logsumexp: float
     entropy: float
     margin: float
+    top1_share: float
     nonfinite: float
 
     @classmethod
@@ -73,7 +75,7 @@ def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The numbers of `LogitsPass` as a float64 tensor of shape [6] on the logits' device."""
+    """The numbers of `LogitsPass` as a float64 tensor of shape [7] on the logits' device."""
     wide = logits.detach()
     low, high = torch.aminmax(wide)
     low, high = low.double(), high.double()
@@ -90,6 +92,7 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
             torch.logsumexp(last, dim=-1).mean(),
             entropy.mean(),
             margin.mean(),
+            log_probability.amax(dim=-1).exp().mean(),
             count_nonfinite(wide, low, high),
         ]
     )
@@ -97,7 +100,7 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def reduce_canary(logits: Tensor, attention_mask: Tensor | None, original: Tensor) -> Tensor:
-    """The numbers of `CanaryPass` as a float64 tensor of shape [8]. original: last-token logits [batch, vocabulary]."""
+    """The numbers of `CanaryPass` as a float64 tensor of shape [9]. original: last-token logits [batch, vocabulary]."""
     last = last_token_logits(logits, attention_mask).double()
     before, now = torch.log_softmax(original.double(), dim=-1), torch.log_softmax(last, dim=-1)
     usable = torch.isfinite(last).all(dim=-1)

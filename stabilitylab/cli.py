@@ -52,6 +52,14 @@ class Precision(str, Enum):
     fp32 = "fp32"
 
 
+class Tier(str, Enum):
+    """The sets of probes, by cost."""
+
+    light = "light"
+    default = "default"
+    deep = "deep"
+
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its run.db.", show_default=False)]
 
 
@@ -135,6 +143,22 @@ def report(
 
     found = load(run)
     typer.echo(write_report(found, out or found.path / "report.html"))
+
+
+@app.command()
+def probes(
+    tier: Annotated[Tier, typer.Option(help="The tier to list; each holds the cheaper ones.")] = Tier.deep,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page that docs/metrics.md holds.")] = False,
+) -> None:
+    """List what is measured: each metric with its unit, meaning, formula and source."""
+    from stabilitylab.probes import probes_of
+    from stabilitylab.reports.catalogue import catalogue_page, catalogue_table
+
+    held = [(probe.tier, metric) for probe in probes_of(tier.value) for metric in probe.metrics]
+    if markdown:
+        typer.echo(catalogue_page(held), nl=False)
+    else:
+        Console().print(catalogue_table(held))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, last_token_l
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, reduce_normaliser
 from stabilitylab.probes.output_pass import OutputPass, reduce_output
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan, scan_weight
+from stabilitylab.probes.weight_spectrum import WeightSpectrum, spectrum_of_weight
 from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Array, Key
 from stabilitylab.references import References
 from stabilitylab.sites import Site, find_learning_rates, find_normalisers, locate
@@ -185,12 +186,13 @@ class Instruments:
 
     def weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """One look at each watched weight; at every edit where references are kept, since they must follow it."""
-        if not (self.keeps_references or self._needed(WeightScan)):
+        if not (self.keeps_references or self._needed(WeightScan) or self._needed(WeightSpectrum)):
             return
         for site in sites:
             found = locate(model, site)
             if found is not None:
                 self._safely(f"weight pass of {site.name}", functools.partial(self._weight, site, found[1]))
+                self._safely(f"spectrum of {site.name}", functools.partial(self._spectrum, site, found[1]))
             elif site.name not in self._missing:
                 self._missing.add(site.name)
                 self._note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
@@ -199,9 +201,13 @@ class Instruments:
         if self.keeps_references:
             packed = self.references.measure(site.name, weight)
             self._stack.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
-        else:
+        elif self._needed(WeightScan, site.name):
             rebuild = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
             self._stack.add(site.name, scan_weight(weight), rebuild)
+
+    def _spectrum(self, site: Site, weight: Tensor) -> None:
+        if weight.dim() == 2 and self._needed(WeightSpectrum, site.name):
+            self._stack.add(site.name, spectrum_of_weight(weight), WeightSpectrum)
 
     def canary(self, model: nn.Module, canary: canaries.Canary | None, last_call: ModelCall | None) -> None:
         """Forward the canary and reduce its logits, against those of its first forward unless it replays."""

@@ -17,6 +17,7 @@ from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
 from stabilitylab.probes.output_pass import OutputPass
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
+from stabilitylab.probes.weight_spectrum import WeightSpectrum
 
 from stabilitylab.errors import UsageError
 
@@ -27,6 +28,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         WeightPass.from_host(np.array(values), torch.float16)
         for values in ([3.0, 2.0, 1.0, 0.5, -1.0, 2.0, 0.0], [0.0] * 7, [NAN, 2.0, NAN, NAN, NAN, NAN, 4.0])
     ],
+    WeightSpectrum: [WeightSpectrum(np.array(values)) for values in ([3.0, 1.0], [0.0], [2.0, 0.0], [NAN, NAN])],
     WeightScan: [
         WeightScan.from_scan(np.array(values), torch.float16)
         for values in ([3.0, -1.0, 2.0, 0.0], [0.0] * 4, [NAN, NAN, NAN, 4.0])
@@ -42,8 +44,8 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         OutputPass(0.0, 0.0, None, None, 0.0, 65504.0),
         OutputPass(NAN, float("inf"), NAN, NAN, 3.0, 65504.0),
     ],
-    LogitsPass: [LogitsPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.0), LogitsPass(NAN, NAN, NAN, NAN, NAN, 5.0)],
-    CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.0, 1.0, 0.0), CanaryPass(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)],
+    LogitsPass: [LogitsPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0), LogitsPass(*[NAN] * 6, 5.0)],
+    CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0, 1.0, 0.0), CanaryPass(*[0.0] * 7)],
     NormaliserPass: [NormaliserPass(0.0, 3.0, 3e5, 117.0, 0.0), NormaliserPass(0.1, 0.0, None, None, None)],
     LearningRates: [LearningRates(np.linspace(0, 1, 100))],
     History: [History(np.array([1.0])), History(np.array([1.0, 2.0, 4.0])), History(np.array([0.0, NAN]))],

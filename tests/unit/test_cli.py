@@ -186,3 +186,22 @@ def test_version_and_usage() -> None:
     assert run_cli("--version").stdout.strip() == f"stabilitylab {sl.__version__}"
     assert run_cli("chekc", "x").returncode == 2
     assert run_cli("check").returncode == 2
+
+
+def test_probes_lists_every_metric_of_a_tier() -> None:
+    from stabilitylab.probes import probes_of
+
+    for tier in ("light", "deep"):
+        done = run_cli("probes", "--tier", tier)
+        assert done.returncode == 0, done.stderr
+        expected = {metric.name for probe in probes_of(tier) for metric in probe.metrics}
+        words = set(done.stdout.split())
+        assert expected <= words
+        assert tier == "deep" or "weight.condition_number" not in words
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    assert run_cli("probes", "--tier", "lite").returncode == 2
+
+
+def test_the_documented_metrics_are_those_of_the_code() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert run_cli("probes", "--markdown").stdout == page.read_text(encoding="utf-8")

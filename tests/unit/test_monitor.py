@@ -329,3 +329,17 @@ def test_a_list_of_probes_is_checked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"two probes emit 'update\.norm'"):
         sl.attach(make_model(), "3", tmp_path / "run", probes=[Update(), Update(every=3)])
     assert not (tmp_path / "run").exists()
+
+
+def test_deep_probes_measure_each_tenth_edit(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", probes="deep") as monitor:
+        for _ in range(11):
+            with monitor.edit():
+                edit_once(model)
+            if monitor.edits == 10:
+                tenth = torch.linalg.matrix_norm(model[3].weight.detach().double(), 2).item()
+    run = sl.load(tmp_path / "run")
+    assert run.edit_numbers[run.present("weight.spectral_norm")].tolist() == [0, 10]
+    assert run.series("weight.spectral_norm")[10] == pytest.approx(tenth, rel=1e-9)
+    assert run.present("update.norm").all()
