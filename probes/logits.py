@@ -45,11 +45,11 @@ def _range_metrics(family: str, phase: Phase, whose: str) -> tuple[Metric, ...]:
             "—",
         ),
         Metric(
-            f"{family}.top1_share",
+            f"{family}.top_share",
             "share",
             "linear",
             phase,
-            f"The probability of the most likely token at {whose} last real token. Stuck at 1: the model only ever says "
+            f"The probability of the most likely token at {whose} last real token. Stuck at 1: it only ever says "
             "one thing; near 0: it says anything.",
             "mean max p",
             "Guo et al., calibration (arXiv 1706.04599)",
@@ -82,7 +82,7 @@ def _range_readings(family: str, seen: LogitsStatistics) -> dict[str, float]:
         f"{family}.logsumexp": seen.logsumexp,
         f"{family}.entropy": seen.entropy,
         f"{family}.margin": seen.margin,
-        f"{family}.top1_share": seen.top1_share,
+        f"{family}.top_share": seen.top_share,
         f"{family}.nonfinite": seen.nonfinite,
         f"{family}.dead": float(seen.low == seen.high),
     }

@@ -16,7 +16,7 @@ Statistics = TypeVar("Statistics", bound="LogitsStatistics")
 @dataclass(frozen=True)
 class LogitsStatistics:
     """Of logits [batch, positions, vocabulary]. low, high: extremes over all. logsumexp, entropy (nats), margin
-    (largest minus second largest), top1_share (its probability): of the last real token,
+    (largest minus second largest), top_share (its probability): of the last real token,
     mean over the batch. nonfinite: NaN and infinite entries.
     """
 
@@ -25,7 +25,7 @@ class LogitsStatistics:
     logsumexp: float
     entropy: float
     margin: float
-    top1_share: float
+    top_share: float
     nonfinite: float
 
     @classmethod

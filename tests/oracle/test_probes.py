@@ -256,7 +256,7 @@ def test_logits(side: str, dtype: torch.dtype, seed: int, batch: int, positions:
     assert readings["logits.logsumexp"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert readings["logits.entropy"] == pytest.approx(np.mean(-np.sum(p * np.log(p), axis=1)), rel=1e-6, abs=1e-9)
     assert readings["logits.margin"] == pytest.approx(np.mean(ordered[:, -1] - ordered[:, -2]), rel=1e-6, abs=1e-9)
-    assert readings["logits.top1_share"] == pytest.approx(np.mean(p.max(axis=1)), rel=1e-6)
+    assert readings["logits.top_share"] == pytest.approx(np.mean(p.max(axis=1)), rel=1e-6)
     assert readings["logits.nonfinite"] == 0
     assert readings["logits.dead"] == float(z.min() == z.max())
 
