@@ -49,4 +49,31 @@ def catalogue() -> tuple[Metric, ...]:
     return tuple(metric for probe in ALL for metric in probe.metrics)
 
 
-__all__ = ["ALL", "TIERS", "Metric", "Probe", "Readings", "Tier", "catalogue", "probes_of"]
+__all__ = [
+    "ALL",
+    "TIERS",
+    "ActivationRange",
+    "ActivationScale",
+    "Canary",
+    "ConditionNumber",
+    "Drift",
+    "EditLearningRates",
+    "Gain",
+    "GradientNonfinite",
+    "GradientNorm",
+    "Logits",
+    "Metric",
+    "NormalisedInput",
+    "Normaliser",
+    "Probe",
+    "Readings",
+    "SpectralNorm",
+    "Spectrum",
+    "StableRank",
+    "Tier",
+    "Update",
+    "WeightNorm",
+    "WeightRange",
+    "catalogue",
+    "probes_of",
+]
