@@ -11,14 +11,18 @@ from stabilitylab.probes.base import Host, Probe, Readings
 from stabilitylab.readings import Metric
 
 WINDOW = 5
-"""Edits over which the growth is averaged."""
+"""Steps between readings over which the growth is averaged: edits, where each edit is read."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The last readings of a followed metric at one site, oldest first, this edit's last: float64 of shape [≤ 6]."""
+    """The last readings of a followed metric at one site, oldest first, this edit's last: float64 of shape [≤ 6].
+
+    edits: the edits they were taken at, of the same shape; not every edit need have one.
+    """
 
     values: Host
+    edits: Host
 
 
 class Gain(Probe[History]):
@@ -35,15 +39,15 @@ class Gain(Probe[History]):
             "after",
             "Log growth per edit: of the update's norm at a layer, of the largest normalised input at the editor. "
             "Staying above 0 means that each edit makes the next one larger.",
-            "(log x_t − log x_{t−k}) / k, k ≤ 5",
+            "(log x_t − log x_s) / (t − s), s: five readings back or the first",
             "loop gain: Åström and Murray, Feedback Systems, 2nd ed., §10.1",
         ),
     )
 
     def compute(self, seen: History) -> Readings:
         """Left out while there is no earlier reading, or where either end is zero, NaN or infinite."""
-        values = seen.values[-(WINDOW + 1) :]
+        values, edits = seen.values[-(WINDOW + 1) :], seen.edits[-(WINDOW + 1) :]
         first, last = float(values[0]), float(values[-1])
         if values.size == 1 or not np.isfinite([first, last]).all() or min(first, last) <= 0:
             return {}
-        return {"feedback.gain": (math.log(last) - math.log(first)) / (values.size - 1)}
+        return {"feedback.gain": (math.log(last) - math.log(first)) / float(edits[-1] - edits[0])}

@@ -30,6 +30,8 @@ from stabilitylab.references import References
 from stabilitylab.sites import Site, find_learning_rates, find_normalisers, locate
 from stabilitylab.transfer import Stack
 
+_MATRIX = 2  # dimensions
+
 NoteTaker = Callable[[str, str], None]
 """(kind, what was not measured and why)."""
 
@@ -77,10 +79,12 @@ class Instruments:
         self._missing: set[str] = set()
         self._stack = Stack()
         self._original_logits: Tensor | None = None
-        self._history: dict[Key, deque[float]] = {}
+        self._history: dict[Key, deque[tuple[float, float]]] = {}
+        self._edit = 0
 
     def begin(self, edit: int) -> None:
         """From now on measure what the probes that are due at this edit need."""
+        self._edit = edit
         self._due = tuple(probe for probe in self._probes if probe.is_due(edit))
 
     def _needed(self, need: type[Any], site: str | None = None) -> bool:
@@ -186,13 +190,12 @@ class Instruments:
 
     def weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """One look at each watched weight; at every edit where references are kept, since they must follow it."""
-        if not (self.keeps_references or self._needed(WeightScan) or self._needed(WeightSpectrum)):
+        if not (self.keeps_references or self._needed(WeightScan)):
             return
         for site in sites:
             found = locate(model, site)
             if found is not None:
                 self._safely(f"weight pass of {site.name}", functools.partial(self._weight, site, found[1]))
-                self._safely(f"spectrum of {site.name}", functools.partial(self._spectrum, site, found[1]))
             elif site.name not in self._missing:
                 self._missing.add(site.name)
                 self._note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
@@ -205,9 +208,15 @@ class Instruments:
             rebuild = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
             self._stack.add(site.name, scan_weight(weight), rebuild)
 
+    def weight_spectra(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """All singular values of each watched matrix, where a probe that is due needs them."""
+        for site in sites:
+            found = locate(model, site) if self._needed(WeightSpectrum, site.name) else None
+            if found is not None and found[1].dim() == _MATRIX:
+                self._safely(f"spectrum of {site.name}", functools.partial(self._spectrum, site, found[1]))
+
     def _spectrum(self, site: Site, weight: Tensor) -> None:
-        if weight.dim() == 2 and self._needed(WeightSpectrum, site.name):
-            self._stack.add(site.name, spectrum_of_weight(weight), WeightSpectrum)
+        self._stack.add(site.name, spectrum_of_weight(weight), WeightSpectrum)
 
     def canary(self, model: nn.Module, canary: canaries.Canary | None, last_call: ModelCall | None) -> None:
         """Forward the canary and reduce its logits, against those of its first forward unless it replays."""
@@ -238,11 +247,13 @@ class Instruments:
             if isinstance(seen, WeightPass):
                 passes[site] = seen
             self._apply(site, seen, readings)
-        for probe in self._due:
-            for metric in probe.follows:
-                for (name, site), values in list(readings.items()):
-                    if name == metric:
-                        self._apply(site, self._remember((name, site), values), readings, probe)
+        followed = {metric for probe in self._probes for metric in probe.follows}
+        for (metric, site), values in list(readings.items()):
+            if metric in followed:
+                history = self._remember((metric, site), values)
+                for probe in self._due:
+                    if metric in probe.follows:
+                        self._apply(site, history, readings, probe)
         return readings, passes
 
     def read_weights(self) -> dict[str, WeightPass]:
@@ -252,8 +263,8 @@ class Instruments:
 
     def _remember(self, key: Key, values: Array) -> History:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
-        recent.append(float(values[0]))
-        return History(np.array(recent))
+        recent.append((float(values[0]), float(self._edit)))
+        return History(*np.array(recent).T)
 
     def _apply(self, site: str, seen: Any, readings: dict[Key, Array], only: Probe[Any] | None = None) -> None:
         for probe in (only,) if only is not None else self._due:

@@ -195,7 +195,7 @@ class Monitor:
 
     @property
     def last_edit_moved(self) -> bool:
-        """Whether the last edit changed any watched weight."""
+        """Whether the last edit was seen to change a watched weight; never, where no copies of the weights are kept."""
         return self._last_moved
 
     def observe_outcome(self) -> OutcomeKind | None:
@@ -293,6 +293,7 @@ class Monitor:
         with self._instruments.probe_time:
             self._instruments.editor_state(None)
             self._instruments.weights(self._model, self._sites)
+            self._instruments.weight_spectra(self._model, self._sites)
         self._instruments.canary(self._model, self._canary, None)
         self._finish("", "start", started, clock, None)
 
@@ -311,6 +312,7 @@ class Monitor:
             instruments.editor_state(capture)
             instruments.gradients(capture)
             instruments.weights(self._model, self._sites)
+            instruments.weight_spectra(self._model, self._sites)
         if error is None:
             instruments.canary(self._model, self._canary, capture.model_call)
         says = None if error is None else f"{type(error).__name__}: {error}"

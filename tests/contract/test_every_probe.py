@@ -48,7 +48,10 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0, 1.0, 0.0), CanaryPass(*[0.0] * 7)],
     NormaliserPass: [NormaliserPass(0.0, 3.0, 3e5, 117.0, 0.0), NormaliserPass(0.1, 0.0, None, None, None)],
     LearningRates: [LearningRates(np.linspace(0, 1, 100))],
-    History: [History(np.array([1.0])), History(np.array([1.0, 2.0, 4.0])), History(np.array([0.0, NAN]))],
+    History: [
+        History(np.array(values), np.arange(len(values), dtype=np.float64))
+        for values in ([1.0], [1.0, 2.0, 4.0], [0.0, NAN])
+    ],
 }
 
 

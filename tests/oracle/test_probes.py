@@ -337,9 +337,13 @@ def test_learning_rates() -> None:
     assert EditLearningRates().compute(LearningRates(rates))["editor.learning_rate"].tolist() == rates[:64].tolist()
 
 
+def history(values: list[float], every: int = 1) -> History:
+    return History(np.array(values), np.arange(len(values), dtype=np.float64) * every)
+
+
 @given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=12))
 def test_gain(values: list[float]) -> None:
-    readings = Gain().compute(History(np.array(values)))
+    readings = Gain().compute(history(values))
     if len(values) == 1:
         assert readings == {}
         return
@@ -349,4 +353,10 @@ def test_gain(values: list[float]) -> None:
 
 @pytest.mark.parametrize("broken", [0.0, math.nan, math.inf])
 def test_gain_is_absent_where_a_logarithm_is_not_finite(broken: float) -> None:
-    assert Gain().compute(History(np.array([1.0, broken]))) == {}
+    assert Gain().compute(history([1.0, broken])) == {}
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_gain_is_per_edit_also_where_not_every_edit_is_read(every: int) -> None:
+    gain = Gain().compute(history([2.0 ** (every * k) for k in range(6)], every))["feedback.gain"]
+    assert gain == pytest.approx(math.log(2))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from stabilitylab.probes import probes_of
 from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.feedback import Gain
 from stabilitylab.probes.gradients import Spectrum
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.probes.weights import Update
@@ -343,3 +344,15 @@ def test_deep_probes_measure_each_tenth_edit(tmp_path: Path) -> None:
     assert run.edit_numbers[run.present("weight.spectral_norm")].tolist() == [0, 10]
     assert run.series("weight.spectral_norm")[10] == pytest.approx(tenth, rel=1e-9)
     assert run.present("update.norm").all()
+
+
+def test_gain_counts_edits_and_not_readings(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", probes=[Update(every=2), Gain()]) as monitor:
+        for edit in range(1, 15):
+            with monitor.edit(), torch.no_grad():
+                model[3].weight += 2.0**edit
+    run = sl.load(tmp_path / "run")
+    # Edit 0 moves nothing: its zero has no logarithm, so there is no gain until it has left the window of six readings.
+    assert run.edit_numbers[run.present("feedback.gain")].tolist() == [12, 14]
+    np.testing.assert_allclose(run.series("feedback.gain")[[12, 14]], np.log(2), rtol=1e-3)
