@@ -1,0 +1,194 @@
+"""What an edit is compared with: our tiers, the floor of any exact method, and other tools on the same edit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from stabilitylab.probes.base import DEEP_EVERY, Tier
+from workloads import Subject
+
+import stabilitylab as sl
+
+Action = Callable[[], object]
+"""One edit, watched in some way."""
+
+_CHUNK = 262_144  # entries: 1 MiB of float32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """make: from a subject of its own and a new folder, the watched edit; what it opens is closed by the stack.
+
+    rounds: it takes part in the first so many, and needs no more: where the ratio is 2, nobody asks for 1%.
+    cycle: edits that make one pair. label: its name in tables. ours: a failure is the workload's, not a peer's.
+    """
+
+    name: str
+    make: Callable[[Subject, Path, ExitStack], Action]
+    rounds: int = 1_000_000
+    cycle: int = 1
+    label: str = ""
+    ours: bool = True
+
+
+def _plain(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    return subject.edit
+
+
+def _watched(tier: Tier, with_canary: bool, subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    canary = subject.canary if with_canary else None
+    monitor = stack.enter_context(
+        sl.attach(subject.model, subject.sites, folder, probes=tier, editor=subject.editor, canary=canary)
+    )
+
+    def edit() -> None:
+        with monitor.edit():
+            subject.edit()
+
+    return edit
+
+
+def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    """‖W − W_before‖ and a new W_before of each edited weight: the memory traffic that no exact method can avoid."""
+    weights = [weight.detach().view(-1) for weight in subject.weights.values()]
+    before = [weight.clone() for weight in weights]
+    scratch = torch.empty(_CHUNK, dtype=weights[0].dtype)
+    parts = [
+        (live, last, scratch[: live.numel()])
+        for weight, kept in zip(weights, before, strict=True)
+        for live, last in zip(torch.split(weight, _CHUNK), torch.split(kept, _CHUNK), strict=True)
+    ]
+
+    def edit() -> None:
+        subject.edit()
+        norms = []
+        for live, last, moved in parts:
+            norms.append(torch.linalg.vector_norm(torch.sub(live, last, out=moved)))
+            last.copy_(live)
+        torch.linalg.vector_norm(torch.stack(norms))
+
+    return edit
+
+
+def _set_detect_anomaly(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    def edit() -> None:
+        with torch.autograd.set_detect_anomaly(True):
+            subject.edit()
+
+    return edit
+
+
+def _debug_underflow_overflow(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    """transformers' debugger, silenced. Its hooks never come off: the subject is of no other use afterwards."""
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        DebugUnderflowOverflow(subject.model)  # type: ignore[no-untyped-call]
+
+    def edit() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            subject.edit()
+
+    return edit
+
+
+def _tensorboard_histograms(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+    stack.callback(writer.close)
+
+    def edit() -> None:
+        gradients = subject.edit()
+        for (name, weight), gradient in zip(subject.weights.items(), gradients, strict=True):
+            writer.add_histogram(f"{name}.weight", weight)
+            writer.add_histogram(f"{name}.gradient", gradient)
+        writer.flush()  # its thread would write while the next, plain edit is timed
+
+    return edit
+
+
+def _svdvals_loop(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    """What people write by hand: a clone before, `.item()` of ‖ΔW‖ and the singular values of each gradient after."""
+    weights = [weight.detach() for weight in subject.weights.values()]
+
+    def edit() -> None:
+        before = [weight.clone() for weight in weights]
+        gradients = subject.edit()
+        for weight, last, gradient in zip(weights, before, gradients, strict=True):
+            (weight - last).norm().item()
+            torch.linalg.svdvals(gradient).max().item()
+
+    return edit
+
+
+def _wandb_watch(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    """Weights & Biases, offline, on the edited layers. Its writer is another process, whose time is not counted."""
+    import wandb  # type: ignore[import-not-found,unused-ignore]
+
+    folder.mkdir()
+    run = wandb.init(mode="offline", dir=str(folder), settings=wandb.Settings(console="off", silent=True))
+    stack.callback(run.finish)
+    layers = [subject.model.get_submodule(site) for site in subject.sites]
+    run.watch(layers, log="all", log_freq=1)
+
+    def edit() -> None:
+        subject.edit()
+        run.log({"edited": 1})
+
+    return edit
+
+
+def _weightwatcher(subject: Subject, folder: Path, stack: ExitStack) -> Action:
+    """WeightWatcher's analysis of the edited layers alone, after each edit; its chatter is silenced."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import weightwatcher  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        watcher = weightwatcher.WeightWatcher(model=subject.model)
+        found = watcher.describe()
+        layers = [int(row.layer_id) for row in found.itertuples() if row.longname in subject.sites]
+    if len(layers) != len(subject.sites):
+        raise LookupError(f"it found {len(layers)} of the {len(subject.sites)} edited layers")
+
+    def edit() -> None:
+        subject.edit()
+        with contextlib.redirect_stdout(io.StringIO()):
+            watcher.analyze(layers=layers)
+
+    return edit
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("a_a", _plain, label="a_a (plain to plain)"),
+        Variant("light", partial(_watched, "light", False)),
+        Variant("default", partial(_watched, "default", False)),
+        # Its own probes run at each tenth edit: only a whole cycle holds their cost, a median of single edits never.
+        Variant(
+            "deep",
+            partial(_watched, "deep", False),
+            rounds=3 * DEEP_EVERY,
+            cycle=DEEP_EVERY,
+            label=f"deep ({DEEP_EVERY} edits a pair)",
+        ),
+        Variant("canary", partial(_watched, "default", True), rounds=12, label="default + canary"),
+        Variant("floor", _floor, rounds=12, label="floor (‖ΔW‖ and copy)"),
+        Variant("set_detect_anomaly", _set_detect_anomaly, rounds=12, ours=False),
+        # Six pairs are the fewest whose extremes are a 95% interval of the median.
+        Variant(
+            "debug_underflow_overflow", _debug_underflow_overflow, rounds=6, label="DebugUnderflowOverflow", ours=False
+        ),
+        Variant("tensorboard_histograms", _tensorboard_histograms, rounds=6, ours=False),
+        Variant("svdvals_loop", _svdvals_loop, rounds=6, ours=False),
+        Variant("wandb_watch", _wandb_watch, rounds=6, ours=False),
+        Variant("weightwatcher", _weightwatcher, rounds=6, ours=False),
+    )
+}
