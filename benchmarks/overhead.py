@@ -312,6 +312,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.pairs < 1 or not options.time_factor > 0:
         parser.error("expected --pairs of 1 or more and a --time-factor above 0")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     options.workload = [known[name] for name in options.workload or known]
     return options
 
