@@ -4,34 +4,73 @@ from __future__ import annotations
 
 from typing import Any
 
-from stabilitylab.probes.activations import ActivationRange, ActivationScale
+from stabilitylab.probes.activations import (
+    ActivationPasses,
+    ActivationRange,
+    ActivationScale,
+    DeadUnits,
+    NormHeadroom,
+)
 from stabilitylab.probes.base import TIERS, Probe, Readings, Tier
-from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
-from stabilitylab.probes.feedback import Gain
-from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
-from stabilitylab.probes.logits import Canary, Logits
-from stabilitylab.probes.weight_spectrum import ConditionNumber, SpectralNorm
+from stabilitylab.probes.codebook import Codebook, HitShare
+from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser, NormaliserNonfinite
+from stabilitylab.probes.feedback import FeedbackShare, Gain
+from stabilitylab.probes.gradients import (
+    GradientAlignment,
+    GradientNonfinite,
+    GradientNorm,
+    GradientPasses,
+    GradientRank,
+    Spectrum,
+)
+from stabilitylab.probes.linear_solve import CovarianceCondition, SystemCondition, SystemResidual
+from stabilitylab.probes.logits import Canary, Logits, LogitsPasses, Loss, Perplexity
+from stabilitylab.probes.null_space import KeyCache, NullSpace
+from stabilitylab.probes.rank_one import UpdateDenominator, ValueClamp, ValueRatio
+from stabilitylab.probes.side_memory import SideMemory
+from stabilitylab.probes.top_singular import SpectralNorm
+from stabilitylab.probes.weight_spectrum import ConditionNumber
+from stabilitylab.probes.weight_subspace import SubspaceOverlap
 from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
 
 from stabilitylab.readings import Metric
 
 ALL: tuple[type[Probe[Any]], ...] = (
     Normaliser,
+    NormaliserNonfinite,
     EditLearningRates,
+    NullSpace,
+    CovarianceCondition,
     Logits,
+    LogitsPasses,
+    Loss,
     ActivationScale,
     ActivationRange,
+    NormHeadroom,
+    ActivationPasses,
+    DeadUnits,
     Spectrum,
     GradientNorm,
-    StableRank,
+    GradientRank,
     GradientNonfinite,
+    GradientPasses,
+    GradientAlignment,
     NormalisedInput,
+    HitShare,
+    ValueRatio,
+    ValueClamp,
+    UpdateDenominator,
+    SystemCondition,
+    SystemResidual,
     Update,
     Drift,
     WeightNorm,
     WeightRange,
     SpectralNorm,
     ConditionNumber,
+    Codebook,
+    SideMemory,
+    KeyCache,
     Canary,
     Gain,
 )
@@ -52,26 +91,48 @@ def catalogue() -> tuple[Metric, ...]:
 __all__ = [
     "ALL",
     "TIERS",
+    "ActivationPasses",
     "ActivationRange",
     "ActivationScale",
     "Canary",
+    "Codebook",
     "ConditionNumber",
+    "CovarianceCondition",
+    "DeadUnits",
     "Drift",
     "EditLearningRates",
+    "FeedbackShare",
     "Gain",
+    "GradientAlignment",
     "GradientNonfinite",
     "GradientNorm",
+    "GradientPasses",
+    "GradientRank",
+    "HitShare",
+    "KeyCache",
     "Logits",
+    "LogitsPasses",
+    "Loss",
     "Metric",
+    "NormHeadroom",
     "NormalisedInput",
     "Normaliser",
+    "NormaliserNonfinite",
+    "NullSpace",
+    "Perplexity",
     "Probe",
     "Readings",
+    "SideMemory",
     "SpectralNorm",
     "Spectrum",
-    "StableRank",
+    "SubspaceOverlap",
+    "SystemCondition",
+    "SystemResidual",
     "Tier",
     "Update",
+    "UpdateDenominator",
+    "ValueClamp",
+    "ValueRatio",
     "WeightNorm",
     "WeightRange",
     "catalogue",

@@ -41,6 +41,29 @@ class Normaliser(Probe[NormaliserPass]):
         return {"editor.std_min": seen.std_min, "editor.std_zeros": seen.std_zeros}
 
 
+class NormaliserNonfinite(Probe[NormaliserPass]):
+    """A normaliser that was never loaded, or that one bad batch has spoilt for good."""
+
+    tier = "light"
+    needs = NormaliserPass
+    metrics = (
+        Metric(
+            "editor.nonfinite",
+            "entries",
+            "count",
+            "before",
+            "NaN or infinite entries of the normaliser's mean and std: never loaded from the checkpoint, or a running "
+            "std that was updated with a single row, which is NaN for good.",
+            "#{mean or std not finite}",
+            "MALMEN (arXiv 2311.04661) and MEND (arXiv 2110.11309), the authors' code",
+        ),
+    )
+
+    def compute(self, seen: NormaliserPass) -> Readings:
+        """From the normaliser's buffers."""
+        return {"editor.nonfinite": seen.nonfinite}
+
+
 class NormalisedInput(Probe[NormaliserPass]):
     """What enters the hypernetwork."""
 
@@ -53,7 +76,7 @@ class NormalisedInput(Probe[NormaliserPass]):
             "log",
             "during",
             "The largest normalised input to the hypernetwork. It was trained on values of a few; it leads failures.",
-            "max |(u − mean) / (std + 10⁻⁷)|",
+            "max |(u − mean) / (std + ε)|, ε = 10⁻⁷ (MEND) or the dtype's epsilon (MALMEN)",
             _SOURCE,
         ),
         Metric("editor.input_unit", "unit", "linear", "during", "The unit where it occurred.", "argmax", _SOURCE),

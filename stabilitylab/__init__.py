@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabilitylab import integrations
+    from stabilitylab.canary import Canary
     from stabilitylab.analysis import Diagnosis, Finding
+    from stabilitylab.editor_report import EditorReport
     from stabilitylab.errors import StabilityLabError
     from stabilitylab.monitor import Monitor, attach
     from stabilitylab.run import Run, load
@@ -25,16 +27,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Canary": "stabilitylab.canary",
     "attach": "stabilitylab.monitor",
     "Monitor": "stabilitylab.monitor",
     "load": "stabilitylab.run",
     "Run": "stabilitylab.run",
     "Diagnosis": "stabilitylab.analysis",
     "Finding": "stabilitylab.analysis",
+    "EditorReport": "stabilitylab.editor_report",
     "StabilityLabError": "stabilitylab.errors",
 }
 
-__all__ = ["Diagnosis", "Finding", "Monitor", "Run", "StabilityLabError", "attach", "integrations", "load"]
+__all__ = [
+    "Canary",
+    "Diagnosis",
+    "EditorReport",
+    "Finding",
+    "Monitor",
+    "Run",
+    "StabilityLabError",
+    "attach",
+    "integrations",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def git_state() -> dict[str, Any] | None:
 
 
 def _class_name(thing: object) -> str:
+    if isinstance(thing, ModuleType):
+        return thing.__name__
     kind = type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"
 

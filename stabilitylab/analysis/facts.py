@@ -41,8 +41,17 @@ KL_COLLAPSED: Final = math.log(100.0)
 SUSTAINED: Final = 3
 STILL: Final = 3
 
-NO_PROOF: Final = frozenset({"drift.ratio", "gradient.stable_rank", "feedback.gain", "editor.input_unit"})
-"""Derived readings: NaN there may come from 0/0 or a log of zero, with every measured value finite."""
+NO_PROOF: Final = frozenset(
+    {
+        "drift.ratio",
+        "gradient.stable_rank",
+        "feedback.gain",
+        "editor.input_unit",
+        "editor.covariance_condition",
+        "editor.system_condition",
+    }
+)
+"""Derived readings: NaN or infinity there may come from x/0 or a log of zero, with every measured value finite."""
 
 _CANARY_RULES: Final[tuple[tuple[str, str, float, Verdict], ...]] = (
     ("canary.agreement", "canary-lost", AGREEMENT, "collapsed"),
@@ -55,6 +64,7 @@ _MANY: Final = {
     "gradient": "gradient entries",
     "logits": "logits",
     "canary": "canary logits",
+    "editor": "statistics",
 }
 
 

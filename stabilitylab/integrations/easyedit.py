@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from stabilitylab.canary import Canary
+from stabilitylab.canary import Batch, Canary
 from stabilitylab.errors import UsageError
 from stabilitylab.monitor import Monitor, attach
 from stabilitylab.sites import Patterns, all_sites
@@ -50,6 +50,15 @@ def _label(*args: Any, **kwargs: Any) -> object:
     return "" if first is None else first
 
 
+def _holder_of_state(apply: Callable[..., Any]) -> object | None:
+    """Who keeps the state of an ``apply_algo``: its executor, or for a plain function the Python module it is from.
+
+    AlphaEdit and MEMIT keep projections, key caches and covariances as globals of that module.
+    """
+    executor = getattr(apply, "__self__", None)
+    return executor if executor is not None else sys.modules.get(getattr(apply, "__module__", ""))
+
+
 def _modules_with_restore(editor: object) -> list[Any]:
     modules = {kind.__module__ for kind in type(editor).__mro__}
     return [sys.modules[name] for name in modules if hasattr(sys.modules.get(name), _RESTORE)]
@@ -76,14 +85,15 @@ def watch(
     run: str | Path | None = None,
     *,
     sites: Patterns | None = None,
-    canary: Canary | None = None,
+    canary: Canary | Batch | None = None,
     tensorboard: bool = False,
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
     editor: any EasyEdit editor (``BaseEditor``, ``MultimodalEditor``, …). sites: by default the layers that its
     hyperparameters name, else what the first edit moves. The other arguments are those of `stabilitylab.attach`. A MEND
-    executor builds its hypernetwork in its first call, so its inputs are seen from the second edit on.
+    executor builds its hypernetwork in its first call, so its inputs are seen from the second edit on. ROME's u, k and
+    v* live inside its functions and are not seen; a loop that has them can report them, see `EditorReport`.
     Raises UsageError for an object that has no ``apply_algo`` and ``model``, and what `attach` raises.
     """
     for attribute in ("apply_algo", "model"):
@@ -94,11 +104,10 @@ def watch(
     if sites is None:
         sites = edited_layers(getattr(editor, "hparams", None), editor.model)
     apply = editor.apply_algo
-    executor = getattr(apply, "__self__", None)
     own = "apply_algo" in vars(editor)
     with contextlib.ExitStack() as stack:
         monitor = stack.enter_context(
-            attach(editor.model, sites, run, editor=executor, canary=canary, tensorboard=tensorboard)
+            attach(editor.model, sites, run, editor=_holder_of_state(apply), canary=canary, tensorboard=tensorboard)
         )
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")

@@ -11,11 +11,16 @@ import pytest
 import torch
 from stabilitylab.probes import ALL, TIERS, catalogue
 from stabilitylab.probes.base import Probe
+from stabilitylab.probes.codebook import CodebookHits, CodebookPass
 from stabilitylab.probes.feedback import History
 from stabilitylab.probes.gradient_factors import GradientSpectrum
+from stabilitylab.probes.linear_solve import CovarianceExtremes, SolveResidual, SystemExtremes
 from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
+from stabilitylab.probes.null_space import KeyCachePass, NullSpacePass
 from stabilitylab.probes.output_pass import OutputPass
+from stabilitylab.probes.rank_one import ClampHits, Denominator, TargetValue
+from stabilitylab.probes.side_memory import SideMemoryPass
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.probes.weight_spectrum import WeightSpectrum
 
@@ -46,12 +51,23 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     ],
     LogitsPass: [LogitsPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0), LogitsPass(*[NAN] * 6, 5.0)],
     CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0, 1.0, 0.0), CanaryPass(*[0.0] * 7)],
-    NormaliserPass: [NormaliserPass(0.0, 3.0, 3e5, 117.0, 0.0), NormaliserPass(0.1, 0.0, None, None, None)],
+    NormaliserPass: [NormaliserPass(0.0, 3.0, 0.0, 3e5, 117.0, 0.0), NormaliserPass(NAN, 0.0, 9.0, None, None, None)],
     LearningRates: [LearningRates(np.linspace(0, 1, 100))],
     History: [
         History(np.array(values), np.arange(len(values), dtype=np.float64))
         for values in ([1.0], [1.0, 2.0, 4.0], [0.0, NAN])
     ],
+    Denominator: [Denominator(-2.0, 4.0), Denominator(0.0, 0.0), Denominator(NAN, NAN)],
+    TargetValue: [TargetValue(8.0, 2.0), TargetValue(1.0, 0.0), TargetValue(NAN, float("inf"))],
+    ClampHits: [ClampHits(0.0), ClampHits(25.0)],
+    CovarianceExtremes: [CovarianceExtremes(4.0, 2.0), CovarianceExtremes(0.0, 0.0), CovarianceExtremes(NAN, NAN)],
+    SystemExtremes: [SystemExtremes(4.0, 2.0), SystemExtremes(1.0, 0.0), SystemExtremes(NAN, NAN)],
+    SolveResidual: [SolveResidual(1e-7, 1.0), SolveResidual(1.0, 0.0), SolveResidual(NAN, float("inf"))],
+    CodebookPass: [CodebookPass(2.0, 0.5, 1.0, 1.5, 9.0, NAN), CodebookPass(0.0, None, None, None, None, None)],
+    CodebookHits: [CodebookHits(1.0, 2.0), CodebookHits(0.0, 0.0)],
+    SideMemoryPass: [SideMemoryPass(4.0, 5.0, 1.0, 2.0), SideMemoryPass(0.0, 0.0, 0.0, 0.0)],
+    NullSpacePass: [NullSpacePass(0.25), NullSpacePass(NAN)],
+    KeyCachePass: [KeyCachePass(0.0), KeyCachePass(1e6)],
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import stabilitylab as sl
 from stabilitylab.errors import UsageError
-from stabilitylab.integrations.easyedit import edited_layers, watch
+from stabilitylab.integrations.easyedit import _holder_of_state, edited_layers, watch
 
 
 def make_model() -> nn.Module:
@@ -134,3 +134,12 @@ def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
     ):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_state_is_in_the_executor_or_in_the_module_of_a_plain_function(editors_module: types.ModuleType) -> None:
+    """AlphaEdit keeps P and cache_c as globals of the module of its `apply_algo`."""
+    executor = Executor(True)
+    assert _holder_of_state(executor.apply_to_model) is executor
+    assert _holder_of_state(editors_module.restore_after_edit) is editors_module
+    editors_module.restore_after_edit.__module__ = "nowhere"
+    assert _holder_of_state(editors_module.restore_after_edit) is None
