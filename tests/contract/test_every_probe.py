@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from stabilitylab.probes import ALL, TIERS, catalogue
+from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.codebook import CodebookHits, CodebookPass
 from stabilitylab.probes.feedback import History
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.linear_solve import CovarianceExtremes, SolveResidual, SystemExtremes
 from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
+from stabilitylab.probes.mask_pass import MaskPass
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
 from stabilitylab.probes.null_space import KeyCachePass, NullSpacePass
 from stabilitylab.probes.output_pass import OutputPass
@@ -68,6 +70,10 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     SideMemoryPass: [SideMemoryPass(4.0, 5.0, 1.0, 2.0), SideMemoryPass(0.0, 0.0, 0.0, 0.0)],
     NullSpacePass: [NullSpacePass(0.25), NullSpacePass(NAN)],
     KeyCachePass: [KeyCachePass(0.0), KeyCachePass(1e6)],
+    AttentionPass: [
+        AttentionPass(*values) for values in ([3.0, 1.2, 8.0, 0.0, 0.0], [0.0, 0.0, 0.0, 8.0, 0.0], [NAN] * 5)
+    ],
+    MaskPass: [MaskPass(3.0, 0.0), MaskPass(0.0, 0.0)],
 }
 
 
