@@ -11,6 +11,7 @@ from torch import Tensor
 MASKED_BELOW = -1e4
 """An additive mask at or below this hides a key: e^-10000 is 0 in every dtype, and older code masks with -10000."""
 
+_DIMENSIONS = 4  # batch, heads, queries or keys, width
 _PAIRS = 32  # (batch, head) pairs: all heads of most models, one head alone often grows first
 _ROWS = 32  # queries of each pair
 _KEYS = 1 << 16  # pairs · keys: bounds the scratch to 16 MiB of logits and 64 MiB of keys of width 128, in fp64
@@ -59,10 +60,12 @@ def reduce_attention(
     width]; key: [batch, key heads, keys, width], where the query's heads are a multiple of the key heads (grouped-query
     attention) or equal; both of 2 to 4 dimensions. mask: boolean (True: the key is seen) or additive, broadcast to
     [batch, heads, queries, keys]. is_causal: query i sees the keys up to i. scale: width^-½ unless given. fp64 keeps
-    clear of autocast and TF32, and the sample is small.
+    clear of autocast and TF32, and the sample is small. Raises ValueError for tensors of more than 4 dimensions.
     """
     parts = [query, key] if mask is None else [query, key, mask]
-    parts = [part.detach().reshape((1,) * (4 - part.dim()) + part.shape) for part in parts]
+    if max(part.dim() for part in parts) > _DIMENSIONS:
+        raise ValueError(f"attention of {query.dim()} dimensions; expected [batch, heads, queries, width]")
+    parts = [part.detach().reshape((1,) * (_DIMENSIONS - part.dim()) + part.shape) for part in parts]
     batch, heads = (max(part.shape[place] for part in parts) for place in (0, 1))
     queries, keys = query.shape[-2], key.shape[-2]
     pairs, rows = sample(batch, heads, queries, keys)
@@ -79,7 +82,7 @@ def reduce_attention(
         places = torch.arange(max(queries, keys), device=query.device)
         allowed &= places[:keys] <= places[:queries][rows, None]
     if mask is not None:
-        part = take(parts[2], rows if mask.dim() > 1 and mask.shape[-2] > 1 else slice(None))
+        part = take(parts[2], rows if parts[2].shape[2] > 1 else slice(None))
         if part.dtype == torch.bool:
             allowed &= part
         else:
@@ -94,7 +97,7 @@ def reduce_attention_logits(logits: Tensor) -> Tensor:
 
     logits: [batch, heads, queries, keys], scaled and with the mask added. A key counts as masked where its logit is
     below half of the dtype's lowest value (the mask is that value plus the logit) or -inf, so that a logit which has
-    itself overflowed to -inf can't be told from a masked one.
+    itself overflowed to -inf can't be told from a masked one, nor a mask of -10000 from a logit.
     """
     pairs, rows = sample(*logits.shape)
     taken = torch.stack([logits.detach()[b, h, rows] for b, h in pairs])

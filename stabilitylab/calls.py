@@ -113,11 +113,8 @@ class CallWatch(TorchFunctionMode):
         if on_attention is not None:
             self._actions[nn.functional.scaled_dot_product_attention] = self._attention
         if on_logits is not None:
-            self._actions.update(
-                dict.fromkeys(
-                    (nn.functional.softmax, torch.softmax, torch.special.softmax, Tensor.softmax), self._logits
-                )
-            )
+            softmaxes = (nn.functional.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
+            self._actions.update(dict.fromkeys(softmaxes, self._logits))
         if on_solve is not None:
             inverses = (torch.inverse, torch.linalg.inv, Tensor.inverse)
             self._actions.update(dict.fromkeys(inverses, self._inverse))
@@ -285,8 +282,8 @@ def watch_attention(
         watch = stack.enter_context(CallWatch(on_attention, on_logits))
         for name, module in model.named_modules():
             if _ATTENTION.search(type(module).__name__):
-                before = Hook(functools.partial(watch.module_entered, name))
-                after = Hook(functools.partial(watch.module_left, name))
+                before = Hook(functools.partial(watch.module_entered, name or MODEL_SITE))
+                after = Hook(functools.partial(watch.module_left, name or MODEL_SITE))
                 stack.callback(module.register_forward_pre_hook(before).remove)
                 stack.callback(module.register_forward_hook(after).remove)
                 # Of a layer that is deep-copied inside the edit the copies share these: they fall silent with it.

@@ -171,6 +171,11 @@ def test_fewer_dimensions(shape: tuple[int, ...]) -> None:
     assert_same(attention_pass(query, key, mask), naive(query.reshape(full), key.reshape(full), mask))
 
 
+def test_more_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 dimensions; expected"):
+        reduce_attention(*(torch.ones(1, 1, 1, 2, 2) for _ in range(2)))
+
+
 @pytest.mark.parametrize("keys", [1, 2, 7, 100])
 def test_closed_form_of_identical_keys(keys: int) -> None:
     seen = attention_pass(random(1, 2, 3, 5, 8), torch.ones(2, 3, keys, 8))

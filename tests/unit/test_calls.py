@@ -270,6 +270,9 @@ def test_a_site_is_the_innermost_attention_module_that_runs() -> None:
         functional.scaled_dot_product_attention(x, x, x)
         model(x)
     assert list(heard.fused) == ["model", "0", "0.inner"]
+    with Heard().watch(model[0]) as heard:
+        model(x)
+    assert list(heard.fused) == ["model", "inner"]
 
 
 def test_after_a_forward_that_raised_the_next_site_is_right() -> None:
