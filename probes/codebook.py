@@ -104,14 +104,14 @@ class Codebook(Probe[CodebookPass]):
         Metric(
             "editor.radius_min",
             "1",
-            "log",
+            "linear",
             "after",
             "The smallest radius. It is halved when keys with different answers collide: near zero, the key answers to "
-            "nothing but itself.",
+            "nothing but itself, and below zero (EasyEdit, when two keys are the same) to nothing at all.",
             "min ε_i",
             _SOURCE,
         ),
-        Metric("editor.radius_mean", "1", "log", "after", "The mean radius.", "mean ε_i", _SOURCE),
+        Metric("editor.radius_mean", "1", "linear", "after", "The mean radius.", "mean ε_i", _SOURCE),
         Metric(
             "editor.radius_max",
             "1",

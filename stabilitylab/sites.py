@@ -179,35 +179,3 @@ def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:
         }
         for site in sites
     }
-
-
-def _modules_of(editor: object) -> dict[str, nn.Module]:
-    """The modules of an editor: its own, or those in the attributes of an editor that is no module itself."""
-    if isinstance(editor, nn.Module):
-        return dict(editor.named_modules())
-    held = {name: value for name, value in getattr(editor, "__dict__", {}).items() if isinstance(value, nn.Module)}
-    return {f"{name}.{inner}" if inner else name: m for name, top in held.items() for inner, m in top.named_modules()}
-
-
-def find_normalisers(editor: object) -> dict[str, nn.Module]:
-    """The modules of an editor that normalise a hypernetwork's inputs, by name.
-
-    Known by the buffers that MEND and its descendants give them: ``u_mean``, ``u_std``, ``v_mean``, ``v_std``.
-    """
-    buffers = ("u_mean", "u_std", "v_mean", "v_std")
-    return {
-        name: module
-        for name, module in _modules_of(editor).items()
-        if all(isinstance(getattr(module, buffer, None), torch.Tensor) for buffer in buffers)
-    }
-
-
-def find_learning_rates(editor: object) -> torch.Tensor | None:
-    """The learned edit learning rates, ``edit_lrs``, of an editor or of a module in its attributes: shape [layers]."""
-    for holder in (editor, *_modules_of(editor).values()):
-        rates = getattr(holder, "edit_lrs", None)
-        if isinstance(rates, torch.Tensor):
-            return rates.detach().reshape(-1)
-        if isinstance(rates, nn.ParameterList | list | tuple) and len(rates):
-            return torch.stack([torch.as_tensor(rate).detach().reshape(()) for rate in rates])
-    return None

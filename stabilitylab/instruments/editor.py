@@ -49,12 +49,16 @@ class EditorInstrument:
     def __init__(self, bench: Bench, editor: object | None) -> None:
         self._bench = bench
         self._editor = editor
-        self._layers: list[str] = []
+        self._names: frozenset[str] = frozenset()
         self._skipped: set[str] = set()
         self._read: weakref.WeakSet[EditorReport] = weakref.WeakSet()
 
     def watch(self, capture: Capture, model: nn.Module) -> None:
         """Hook what enters the editor's normalisers and the model's codebooks during the edit."""
+        self._see(model)
+        self._bench.safely("hooks on the editor", functools.partial(self._hook, capture, model))
+
+    def _hook(self, capture: Capture, model: nn.Module) -> None:
         if self._bench.needed(NormaliserPass):
             for name, normaliser in parts.find_normalisers(self._editor).items():
                 capture.watch_editor(name, normaliser.module)
@@ -67,9 +71,13 @@ class EditorInstrument:
 
         capture: what entered the normalisers, or None before the first edit. reports: those of this edit, by layer.
         """
+        self._see(model)
         self._bench.safely("editor state", functools.partial(self._editor_state, capture))
         self._bench.safely("adapters in the model", functools.partial(self._adapters, model))
         self._bench.safely("the editor's reports", functools.partial(self._all_reports, reports))
+
+    def _see(self, model: nn.Module) -> None:
+        self._names = self._names or frozenset(name for name, _ in model.named_modules())
 
     def _take(self, need: type[Any], site: str, reduce: Callable[[], Tensor], rebuild: Rebuild[Any]) -> None:
         """Add a measurement if a probe that is due needs it."""
@@ -115,12 +123,12 @@ class EditorInstrument:
     # -- in the model ---------------------------------------------------------------------------------------------
 
     def _layer(self, name: str) -> str:
-        """The name by which a layer was first seen: an editor may wrap the model, and later unwrap it."""
-        for known in self._layers:
-            if name == known or name.endswith(f".{known}") or known.endswith(f".{name}"):
-                return known
-        self._layers.append(name)
-        return name
+        """The name that a layer had in the model as it was first seen: an editor may wrap the model, or unwrap it."""
+        steps = name.split(".")
+        for start in range(len(steps)):
+            if (inner := ".".join(steps[start:])) in self._names:
+                return inner
+        return next((known for known in self._names if known.endswith(f".{name}")), name)
 
     def _adapters(self, model: nn.Module) -> None:
         if self._bench.needed(CodebookPass):

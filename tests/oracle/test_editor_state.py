@@ -23,10 +23,10 @@ from stabilitylab.probes.editor_state import NormalisedInput, NormaliserNonfinit
 from stabilitylab.probes.linear_solve import (
     CovarianceCondition,
     CovarianceExtremes,
-    SystemResidual,
     SolveResidual,
     SystemCondition,
     SystemExtremes,
+    SystemResidual,
     reduce_extremes,
     reduce_residual,
 )
@@ -358,6 +358,9 @@ def test_closed_forms_of_hits() -> None:
     query = torch.tensor([[0.0, 1.0], [4.0, 0.0], [6.0, 0.0], [math.nan, 0.0]])
     # On the rim; nearest to a ball that is too small, though not inside the other either; inside; nowhere.
     assert reduce_hits(query, keys, radii).tolist() == [2.0, 4.0]
+    # EasyEdit splits the radii of two equal keys into 0 and a little less than 0: a key that not even itself hits.
+    assert reduce_hits(keys[:1], keys[:1], torch.tensor([-1e-5])).tolist() == [0.0, 1.0]
+    assert reduce_hits(keys[:1], keys[:1], torch.tensor([0.0])).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("token", "expected"), [(-1, 3), (0, 0), (2, 2), (3, 3), (9, 3)])

@@ -143,3 +143,26 @@ def test_state_is_in_the_executor_or_in_the_module_of_a_plain_function(editors_m
     assert _holder_of_state(editors_module.restore_after_edit) is editors_module
     editors_module.restore_after_edit.__module__ = "nowhere"
     assert _holder_of_state(editors_module.restore_after_edit) is None
+
+
+def test_the_globals_of_a_methods_module_are_read_from_the_first_edit_on(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    source = """
+def apply_to_model(model, tok, requests, hparams, **_):
+    global P, cache_c
+    import torch
+    P, cache_c = torch.eye(4)[None] / 2, torch.eye(4)[None]
+    with torch.no_grad():
+        model.h[1]["c_fc"].weight.add_(0.1)
+    return model, {}
+"""
+    exec(source, vars(editors_module))
+    editor = editors_module.BaseEditor(make_model(), MEND, types.SimpleNamespace(apply_to_model=None))
+    editor.apply_algo = editors_module.apply_to_model
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a"], sequential_edit=True)
+    run = sl.load(tmp_path / "run")
+    assert run.manifest["editor_class"] == editors_module.__name__
+    assert run.series("editor.cache_energy", "editor.cache_c.0").tolist()[-1] == 4.0
+    assert run.series("editor.null_space_share", "editor.P.0").tolist()[-1] == 0.5

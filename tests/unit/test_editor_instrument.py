@@ -15,10 +15,10 @@ from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput
 from stabilitylab.probes.linear_solve import (
     CovarianceCondition,
     CovarianceExtremes,
-    SystemResidual,
     SolveResidual,
     SystemCondition,
     SystemExtremes,
+    SystemResidual,
 )
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
 from stabilitylab.probes.null_space import KeyCache, KeyCachePass, NullSpace, NullSpacePass
@@ -31,13 +31,14 @@ from stabilitylab.probes.rank_one import (
     ValueRatio,
 )
 from stabilitylab.probes.side_memory import SideMemory, SideMemoryPass
-from torch import nn
+from torch import Tensor, nn
 
 from stabilitylab.editor_report import EditorReport
 from stabilitylab.hooks import Capture
 from stabilitylab.instruments import editor as editor_instrument
-from stabilitylab.instruments.bench import Bench
+from stabilitylab.instruments.bench import Bench, NoteTaker
 from stabilitylab.instruments.editor import EditorInstrument
+from stabilitylab.readings import Rebuild
 from tests.editor_fakes import Executor, GRACEAdapter, Malmen, WISEAdapter, Wrapper, model
 
 PROBES: tuple[Probe[Any], ...] = tuple(
@@ -60,12 +61,25 @@ PROBES: tuple[Probe[Any], ...] = tuple(
 )
 
 
+class RecordingBench(Bench):
+    """A bench that rebuilds at once what is handed over."""
+
+    def __init__(self, probes: tuple[Probe[Any], ...], note: NoteTaker) -> None:
+        super().__init__(probes, note)
+        self.seen: dict[tuple[type[Any], str], Any] = {}
+
+    def add(self, site: str, packed: Tensor, rebuild: Rebuild[Any]) -> None:
+        assert (packed.dim(), packed.dtype) == (1, torch.float64)
+        seen = rebuild(packed.numpy())
+        self.seen[type(seen), site] = seen
+
+
 class Workplace:
     """A bench, an instrument on it, and the notes that it made."""
 
     def __init__(self, editor: object = None, probes: tuple[Probe[Any], ...] = PROBES) -> None:
         self.notes: list[tuple[str, str]] = []
-        self.bench = Bench(probes, lambda kind, says: self.notes.append((kind, says)))
+        self.bench = RecordingBench(probes, lambda kind, says: self.notes.append((kind, says)))
         self.instrument = EditorInstrument(self.bench, editor)
 
     def read(
@@ -75,7 +89,8 @@ class Workplace:
         return self.taken()
 
     def taken(self) -> dict[tuple[type[Any], str], Any]:
-        return {(type(seen), site): seen for site, seen in self.bench.stack.send().arrive()}
+        seen, self.bench.seen = self.bench.seen, {}
+        return seen
 
 
 def test_malmen() -> None:
@@ -123,14 +138,16 @@ def test_a_codebook_is_asked_once_and_before_the_edit_changes_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [GRACEAdapter, WISEAdapter])
-def test_a_layer_keeps_its_name_when_the_model_is_wrapped(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_a_layer_keeps_its_name_when_the_model_is_wrapped(kind: type[nn.Module], wrapped_first: bool) -> None:
     whole, place = model(), Workplace()
+    assert place.read(Wrapper(whole) if wrapped_first else whole) == {}
     adapter = whole["h"][0]["fc"] = kind(whole["h"][0]["fc"])
     if isinstance(adapter, GRACEAdapter):
         adapter.add_key(torch.zeros(1, 4))
-    first = set(place.read(Wrapper(whole)))
-    assert first == set(place.read(whole)) == set(place.read(Wrapper(Wrapper(whole))))
-    assert {site for _, site in first} == {"model.h.0.fc"}
+    expected = {"model.h.0.fc" if wrapped_first else "h.0.fc"}
+    for now in (Wrapper(whole), whole, Wrapper(Wrapper(whole))):
+        assert {site for _, site in place.read(now)} == expected
 
 
 def test_a_side_memory() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stabilitylab.errors import SiteError
-from stabilitylab.sites import all_sites, find_learning_rates, find_normalisers, find_sites, locate, why_unmeasurable
+from stabilitylab.sites import all_sites, find_sites, locate, why_unmeasurable
 
 
 class Block(nn.Module):
@@ -103,22 +103,3 @@ def test_what_can_not_be_measured_says_why() -> None:
     with torch.device("meta"):
         meta = nn.Sequential(nn.Linear(2, 2))
     assert "meta device" in why_unmeasurable(all_sites(meta)["0"], meta[0].weight)
-
-
-def test_normalisers_and_learning_rates_of_an_editor() -> None:
-    transform = nn.Module()
-    for buffer in ("u_mean", "u_std", "v_mean", "v_std"):
-        transform.register_buffer(buffer, torch.ones(3))
-    algorithm = nn.Module()
-    algorithm.mend = nn.ModuleDict({"(4, 8)": transform})
-    algorithm.edit_lrs = nn.Parameter(torch.tensor([0.1, 0.2]))
-
-    class Executor:
-        def __init__(self) -> None:
-            self.alg, self.is_init = algorithm, True
-
-    assert find_normalisers(algorithm) == {"mend.(4, 8)": transform}
-    assert find_normalisers(Executor()) == {"alg.mend.(4, 8)": transform}
-    assert find_learning_rates(Executor()).tolist() == pytest.approx([0.1, 0.2])
-    assert find_normalisers(object()) == {}
-    assert find_learning_rates(nn.Linear(2, 2)) is None
