@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stabilitylab.probes.absorption import Absorption
 from stabilitylab.probes.activations import (
     ActivationPasses,
     ActivationRange,
@@ -11,6 +12,7 @@ from stabilitylab.probes.activations import (
     DeadUnits,
     NormHeadroom,
 )
+from stabilitylab.probes.attention import AttentionEntropy, AttentionLogits, MaskedRows
 from stabilitylab.probes.base import TIERS, Probe, Readings, Tier
 from stabilitylab.probes.codebook import Codebook, HitShare
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser, NormaliserNonfinite
@@ -46,6 +48,9 @@ ALL: tuple[type[Probe[Any]], ...] = (
     Loss,
     ActivationScale,
     ActivationRange,
+    MaskedRows,
+    AttentionLogits,
+    AttentionEntropy,
     NormHeadroom,
     ActivationPasses,
     DeadUnits,
@@ -63,16 +68,20 @@ ALL: tuple[type[Probe[Any]], ...] = (
     SystemCondition,
     SystemResidual,
     Update,
+    Absorption,
     Drift,
     WeightNorm,
     WeightRange,
     SpectralNorm,
     ConditionNumber,
+    SubspaceOverlap,
     Codebook,
     SideMemory,
     KeyCache,
     Canary,
+    Perplexity,
     Gain,
+    FeedbackShare,
 )
 """Every probe, in the order in which an edit makes their quantities."""
 
@@ -91,9 +100,12 @@ def catalogue() -> tuple[Metric, ...]:
 __all__ = [
     "ALL",
     "TIERS",
+    "Absorption",
     "ActivationPasses",
     "ActivationRange",
     "ActivationScale",
+    "AttentionEntropy",
+    "AttentionLogits",
     "Canary",
     "Codebook",
     "ConditionNumber",
@@ -113,6 +125,7 @@ __all__ = [
     "Logits",
     "LogitsPasses",
     "Loss",
+    "MaskedRows",
     "Metric",
     "NormHeadroom",
     "NormalisedInput",

@@ -11,17 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import Metric
+from stabilitylab.readings import Metric, Seen
 
 Host = NDArray[np.float64]
 Readings = Mapping[str, float | Host]
-Seen = TypeVar("Seen")
 Tier = Literal["light", "default", "deep"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 """By cost; each holds the ones before it."""

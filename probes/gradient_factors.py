@@ -1,72 +1,223 @@
 """The gradient of a linear layer from its two factors, without forming it.
 
-For T tokens the gradient is δᵀX, so its rank is at most T. With Xᵀ = Q₁R₁ and δᵀ = Q₂R₂ its singular values are those
-of the small R₂R₁ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2; the MEND paper, arXiv 2110.11309, §3, uses
-the same rank-T form). An fp32 Gram matrix would lose half of them.
+For T tokens the gradient is G = δᵀX, so its rank is at most min(T, in, out).
+
+- Up to rank 256 all singular values are found, in float64. With C_x C_xᵀ = X Xᵀ and likewise for δ they are those of
+  the small C_δᵀC_x (Golub and Van Loan, Matrix Computations, 4th ed., §5.2; the MEND paper, arXiv 2110.11309, §3, uses
+  the same rank-T form). C is the Cholesky factor of the Gram matrix where that is well enough conditioned, else the
+  triangle of a QR factorisation, which is slower and always accurate.
+- Beyond, a block Krylov space of 64 directions gives the leading ones (Musco and Musco, arXiv 1504.05477, algorithm 2),
+  of which those are kept that its last block no longer changed; and the norm, exact within that space and estimated
+  from 16 random directions outside of it (Hutch++: Meyer et al., arXiv 2010.09649).
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite
+from stabilitylab.probes.weight_pass import count_nonfinite, on_cpu
 from torch import Tensor
 
+from stabilitylab.readings import Rebuild
 
-@dataclass(frozen=True)
+EXACT_RANK = 256
+"""The highest possible rank of a gradient whose singular values are all found."""
+
+_BLOCK, _STEPS = 16, 4
+_CONVERGED = 1e-5  # relative change by the last block; the error that is left is far below it
+_LEAST_PIVOT = (
+    3e-5  # of a Cholesky factor, against its largest: the Gram matrix then keeps ten of fp64's digits or more
+)
+_SPARSE = 0.75  # share of tokens with a δ: below it, dropping the others is worth a copy
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradientSpectrum:
-    """singular_values: all of them, float64, descending, shape [min(T, in, out)]; NaN when a factor is not finite.
+    """Of one gradient G [out, in], all float64.
 
+    singular_values: descending, all min(T, in, out) of them where `exact`, else the leading ones that converged, at
+    least one; NaN when a factor is not finite. norm: ‖G‖_F. zero_share: share of entries that are exactly 0 since their
+    input or their output unit has only zeros; dead_share: share of input units that are 0 at every token.
     nonfinite: NaN or infinite entries of the two factors together.
     """
 
     singular_values: Host
+    norm: float
+    exact: bool
+    zero_share: float
+    dead_share: float
     nonfinite: float
 
-    @classmethod
-    def from_host(cls, values: Host, shapes: tuple[tuple[int, int], tuple[int, int]]) -> GradientSpectrum:
-        """From the packed triangles of `reduce_factors`; `shapes` are theirs."""
-        scale_x, scale_delta, nonfinite = float(values[0]), float(values[1]), float(values[2])
-        split = 3 + shapes[0][0] * shapes[0][1]
-        r_x, r_delta = values[3:split].reshape(shapes[0]), values[split:].reshape(shapes[1])
-        rank = min(len(r_x), len(r_delta))
-        if nonfinite or not (np.isfinite(r_x).all() and np.isfinite(r_delta).all()):
-            return cls(np.full(rank, np.nan), nonfinite)
-        # torch, not NumPy: it keeps to the thread count that the user set, and a second pool would fight with theirs.
-        core: Host = torch.linalg.svdvals(torch.from_numpy(r_delta) @ torch.from_numpy(r_x).T).numpy()
-        # The scales are applied one after the other: their product alone may overflow where the result does not.
-        return cls((core * scale_x) * scale_delta, nonfinite)
+    @property
+    def top(self) -> float:
+        """The largest singular value."""
+        return float(self.singular_values[0])
 
 
-def _triangle(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R of the QR of factorᵀ after scaling to largest entry 1, the scale, the count of non-finite entries)."""
+_HEAD = 5
+
+
+def _unpack(values: Host, shape: tuple[int, int], rank: int, known: int | None) -> GradientSpectrum:
+    """From what `reduce_factors` packed: a head of five numbers, and a matrix with G's singular values up to scale.
+
+    rank: how many values there are; those beyond the matrix are 0. known: None where the matrix has all of them, else
+    how many of its columns were there before the last block.
+    """
+    nonfinite, scale_x, scale_delta, zero_share, dead_share = (float(value) for value in values[:_HEAD])
+    core = values[_HEAD : _HEAD + shape[0] * shape[1]].reshape(shape)
+    if nonfinite or not np.isfinite(values[_HEAD:]).all():
+        lost = np.full(rank if known is None else 1, np.nan)
+        return GradientSpectrum(
+            singular_values=lost,
+            norm=float("nan"),
+            exact=known is None,
+            zero_share=zero_share,
+            dead_share=dead_share,
+            nonfinite=nonfinite,
+        )
+    found = _singular_values(core)
+    squares, residual = float(np.sum(found**2)), 0.0
+    if known is None:
+        found = np.pad(found, (0, rank - found.size))
+    else:
+        residual = float(values[-1])
+        before = _singular_values(core[:, :known])
+        same = np.abs(found[:_BLOCK] - before[:_BLOCK]) <= _CONVERGED * found[:_BLOCK]
+        found = found[: max(int(np.argmin(same)) if not same.all() else same.size, 1)]
+    # The scales are applied one after the other: their product alone may overflow where the result does not.
+    return GradientSpectrum(
+        singular_values=(found * scale_x) * scale_delta,
+        norm=float((np.sqrt(squares + residual) * scale_x) * scale_delta),
+        exact=known is None,
+        zero_share=zero_share,
+        dead_share=dead_share,
+        nonfinite=nonfinite,
+    )
+
+
+def _singular_values(matrix: Host) -> Host:
+    # torch, not NumPy: it keeps to the thread count that the user set, and a second pool would fight with theirs.
+    found: Host = torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(matrix))).numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A factor [T, units] scaled to entries below 1, in fp32 or above, and what was seen of it on the way."""
+
+    scaled: Tensor
+    scale: Tensor
+    nonfinite: Tensor
+    silent_share: Tensor
+    """Share of units that are 0 at every token."""
+
+
+def _prepare(factor: Tensor) -> _Factor:
     wide = factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
     low, high = torch.aminmax(wide)
     scale = torch.maximum(low.abs(), high.abs())
-    nonfinite = count_nonfinite(wide, low, high)
     usable = (scale > 0) & torch.isfinite(scale)
-    scaled = wide / torch.where(usable, scale, torch.ones_like(scale))
+    # A power of two: scaling rounds nothing, so that the smallest singular values stay those of the factor.
+    power = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent)
+    divisor = torch.where(usable & torch.isfinite(power), power, torch.ones_like(scale))
     # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
-    scaled = torch.where(usable, scaled, torch.zeros_like(scaled))
-    return torch.linalg.qr(scaled.T, mode="r").R, scale.double(), nonfinite
+    if on_cpu(wide):
+        scaled = wide / divisor if bool(usable) else torch.zeros_like(wide)
+        speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
+    else:
+        scaled = torch.where(usable, wide / divisor, torch.zeros_like(wide))
+        speaks = (wide != 0).any(dim=0)
+    silent = 1 - speaks.double().mean()
+    return _Factor(scaled, divisor.double(), count_nonfinite(wide, low, high), silent)
+
+
+def _compressed(factor: Tensor) -> Tensor:
+    """C in float64 with C Cᵀ = F Fᵀ and at most T columns, for F [T, units]."""
+    wide = factor.double()
+    if wide.shape[1] <= wide.shape[0]:
+        return wide
+    if on_cpu(wide):
+        lower, failed = torch.linalg.cholesky_ex(wide @ wide.T)
+        pivots = lower.diagonal()
+        if not failed and bool(pivots.min() > _LEAST_PIVOT * pivots.max()):
+            factor_of_gram: Tensor = lower
+            return factor_of_gram
+    triangle: Tensor = torch.linalg.qr(wide.T, mode="r").R
+    return triangle.T
+
+
+def _core(x: Tensor, delta: Tensor) -> Tensor:
+    """A small float64 matrix with the singular values of δᵀX, at most 256 of them."""
+    tokens = x.shape[0]
+    core = _compressed(delta).T @ _compressed(x) if tokens <= EXACT_RANK else delta.double().T @ x.double()
+    if max(core.shape) > 2 * min(core.shape):
+        tall = core if core.shape[0] > core.shape[1] else core.T
+        core = torch.linalg.qr(tall, mode="r").R
+    return core
+
+
+@functools.lru_cache(maxsize=16)
+def _directions(units: int, count: int, device: torch.device) -> Tensor:
+    """Fixed random directions [units, count], the same on every machine."""
+    generator = torch.Generator().manual_seed(units)
+    return torch.randn(units, count, generator=generator).to(device)
+
+
+def _leading(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(R [64, 64] with the singular values of QᵀG for a block Krylov basis Q; the squared norm of G outside of Q)."""
+    probes = _directions(x.shape[1], 2 * _BLOCK, x.device).to(x.dtype)
+    image = delta.T @ (x @ probes)
+    block, outside = image[:, :_BLOCK], image[:, _BLOCK:]
+    basis = torch.linalg.qr(block).Q
+    rows = [x.T @ (delta @ basis)]
+    for _ in range(_STEPS - 1):
+        block = delta.T @ (x @ rows[-1])
+        for _ in range(2):  # twice is enough: Parlett, The Symmetric Eigenvalue Problem, §6.9
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        rows.append(x.T @ (delta @ block))
+        basis = torch.cat([basis, block], dim=1)
+    outside = outside - basis @ (basis.T @ outside)
+    triangle = torch.linalg.qr(torch.cat(rows, dim=1).double(), mode="r").R
+    return triangle, outside.double().square().sum() / _BLOCK
 
 
 @torch.no_grad()
-def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int]]]:
-    """The triangles of both factors as one float64 tensor on their device, with the triangles' shapes.
+def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+    """What `GradientSpectrum` is made from as one float64 tensor on the factors' device, and how to make it.
 
     x: [..., in], the layer's input. delta: [..., out], the loss's gradient at its output. All leading dimensions are
-    tokens and agree in number. Raises ValueError when they do not.
+    tokens and agree in number. Raises ValueError when they do not, or when there is none.
     """
     x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
     if x.shape[0] != delta.shape[0]:
         raise ValueError(f"the factors have {x.shape[0]} and {delta.shape[0]} tokens; expected as many in both")
-    r_x, scale_x, bad_x = _triangle(x)
-    r_delta, scale_delta, bad_delta = _triangle(delta)
-    head = torch.stack([scale_x, scale_delta, bad_x + bad_delta])
-    packed = torch.cat([head, r_x.double().reshape(-1), r_delta.double().reshape(-1)])
-    shape_x, shape_delta = (r_x.shape[0], r_x.shape[1]), (r_delta.shape[0], r_delta.shape[1])
-    return packed, (shape_x, shape_delta)
+    if x.shape[0] == 0:
+        raise ValueError("the factors have no tokens; expected at least one")
+    a, d = _prepare(x), _prepare(delta)
+    zero_share = 1 - (1 - a.silent_share) * (1 - d.silent_share)
+    head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share])
+    left, right = d.scaled, a.scaled
+    rank = min(left.shape[0], left.shape[1], right.shape[1])
+    if on_cpu(left):
+        left, right = _with_delta(left, right)
+    if min(rank, left.shape[0]) <= EXACT_RANK:
+        core = _core(right, left)
+        shape = (core.shape[0], core.shape[1])
+        return torch.cat([head, core.reshape(-1)]), functools.partial(_unpack, shape=shape, rank=rank, known=None)
+    triangle, outside = _leading(right, left)
+    shape = (triangle.shape[0], triangle.shape[1])
+    packed = torch.cat([head, triangle.reshape(-1), outside.reshape(1)])
+    return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
+
+
+def _with_delta(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Only the tokens that have a δ, where few have: the others add nothing to the gradient."""
+    rows = torch.from_numpy((delta.numpy() != 0).any(axis=1))
+    count = int(rows.sum())
+    if 0 < count <= _SPARSE * rows.numel():
+        return delta[rows], x[rows]
+    return delta, x

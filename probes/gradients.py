@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
+from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
 
 from stabilitylab.readings import Metric
 
 SPECTRUM_LENGTH = 32
-"""Leading singular values that are kept; norm and stable rank use all of them."""
+"""Leading singular values that are kept; norm and ranks use all that are known."""
 
 
 class Spectrum(Probe[GradientSpectrum]):
@@ -22,16 +25,26 @@ class Spectrum(Probe[GradientSpectrum]):
             "loss per weight",
             "log",
             "during",
-            "The leading singular values of the layer's gradient, exact. All of them shrinking: a vanishing gradient.",
+            "The leading singular values of the layer's gradient. All of them shrinking: a vanishing gradient.",
             "σ_1 … σ_32 of δᵀX",
             "Golub and Van Loan, Matrix Computations, 4th ed., §2.4 and §5.2",
             SPECTRUM_LENGTH,
         ),
+        Metric(
+            "gradient.exact",
+            "flag",
+            "flag",
+            "during",
+            "1 when all singular values were found, in float64. 0: the gradient's rank may exceed 256, only leading "
+            "values that converged are given, and the norm outside of them is an estimate.",
+            "min(T, in, out) ≤ 256",
+            "block Krylov: Musco and Musco (arXiv 1504.05477)",
+        ),
     )
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """The first 32 of them, or as many as there are."""
-        return {"gradient.spectrum": seen.singular_values[:SPECTRUM_LENGTH]}
+        """The first 32 of them, or as many as are known."""
+        return {"gradient.spectrum": seen.singular_values[:SPECTRUM_LENGTH], "gradient.exact": float(seen.exact)}
 
 
 class GradientNorm(Probe[GradientSpectrum]):
@@ -48,17 +61,24 @@ class GradientNorm(Probe[GradientSpectrum]):
             "‖δᵀX‖_F = (Σ σ²)^½",
             "Pascanu et al. (arXiv 1211.5063)",
         ),
+        Metric(
+            "gradient.zero_share",
+            "share",
+            "linear",
+            "during",
+            "Share of the gradient's entries that are exactly 0, since their input or output unit is 0 at every token. "
+            "Rising to 1: units die, or the loss no longer reaches the layer.",
+            "1 − (1 − zero rows)(1 − zero columns)",
+            "dying ReLU: Lu et al. (arXiv 1903.06733)",
+        ),
     )
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """Scaled by the largest value first, so that squares neither overflow nor underflow."""
-        top = seen.singular_values[0]
-        if not np.isfinite(top) or top == 0:
-            return {"gradient.norm": float(top)}
-        return {"gradient.norm": float(top * np.linalg.norm(seen.singular_values / top))}
+        """Both from the factors."""
+        return {"gradient.norm": seen.norm, "gradient.zero_share": seen.zero_share}
 
 
-class StableRank(Probe[GradientSpectrum]):
+class GradientRank(Probe[GradientSpectrum]):
     """How many directions the gradient really has."""
 
     needs = GradientSpectrum
@@ -72,12 +92,37 @@ class StableRank(Probe[GradientSpectrum]):
             "‖G‖_F² / σ_1²",
             "Rudelson and Vershynin (arXiv math/0503442)",
         ),
+        Metric(
+            "gradient.effective_rank",
+            "directions",
+            "linear",
+            "during",
+            "The same, less ruled by the largest direction. Absent where not all singular values are known.",
+            "exp(−Σ p log p), p = σ / Σ σ",
+            "Roy and Vetterli, EUSIPCO 2007",
+        ),
+        Metric(
+            "gradient.top_share",
+            "share of ‖G‖_F²",
+            "linear",
+            "during",
+            "Share of the energy in the top direction. At 1 every token pushes the weight the same way.",
+            "σ_1² / ‖G‖_F²",
+            "Golub and Van Loan, Matrix Computations, 4th ed., §2.4",
+        ),
     )
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """Left out for a zero gradient, which has no direction."""
-        top = seen.singular_values[0]
-        return {} if top == 0 else {"gradient.stable_rank": float(np.sum((seen.singular_values / top) ** 2))}
+        """All are left out for a zero gradient, which has no direction, and for one that is not finite."""
+        if not np.isfinite(seen.top) or not np.isfinite(seen.norm) or seen.top == 0:
+            return {}
+        stable_rank = max((seen.norm / seen.top) ** 2, 1.0)
+        readings = {"gradient.stable_rank": stable_rank, "gradient.top_share": 1 / stable_rank}
+        if seen.exact:
+            share = seen.singular_values / np.sum(seen.singular_values)
+            share = share[share > 0]
+            readings["gradient.effective_rank"] = float(np.exp(-np.sum(share * np.log(share))))
+        return readings
 
 
 class GradientNonfinite(Probe[GradientSpectrum]):
@@ -99,3 +144,114 @@ class GradientNonfinite(Probe[GradientSpectrum]):
     def compute(self, seen: GradientSpectrum) -> Readings:
         """A count over both factors."""
         return {"gradient.nonfinite": seen.nonfinite}
+
+
+class GradientPasses(Probe[LaterPasses]):
+    """The later passes of an edit that passes a layer several times, such as 25 steps of fine-tuning."""
+
+    needs = LaterPasses
+    metrics = (
+        Metric(
+            "gradient.passes",
+            "passes",
+            "count",
+            "during",
+            "Forwards through the layer that a backward answered. All gradient readings without a suffix are of the "
+            "first; of several, the last and the worst are kept as well, the others are counted.",
+            "#",
+            "—",
+        ),
+        Metric(
+            "gradient.nonfinite_passes",
+            "passes",
+            "count",
+            "during",
+            "How many of them had a NaN or an infinity in the layer's input or in the gradient at its output.",
+            "#{passes: X ∉ ℝ or δ ∉ ℝ}",
+            "IEEE 754-2019, §6",
+        ),
+        Metric(
+            "gradient.norm_last",
+            "loss per weight",
+            "log",
+            "during",
+            "The gradient's norm in the last pass: against the first, whether the edit has converged.",
+            "‖δᵀX‖_F, last pass",
+            "Pascanu et al. (arXiv 1211.5063)",
+        ),
+        Metric(
+            "gradient.norm_worst",
+            "loss per weight",
+            "log",
+            "during",
+            "The gradient's norm in the worst pass: the first that is not finite, else that of the largest factors.",
+            "‖δᵀX‖_F where ‖δ‖ ‖X‖ is largest",
+            "Pascanu et al. (arXiv 1211.5063)",
+        ),
+        Metric(
+            "gradient.spectrum_last",
+            "loss per weight",
+            "log",
+            "during",
+            "The leading singular values in the last pass.",
+            "σ_1 … σ_32, last pass",
+            "Golub and Van Loan, Matrix Computations, 4th ed., §2.4 and §5.2",
+            SPECTRUM_LENGTH,
+        ),
+        Metric(
+            "gradient.spectrum_worst",
+            "loss per weight",
+            "log",
+            "during",
+            "The leading singular values in the worst pass.",
+            "σ_1 … σ_32, worst pass",
+            "Golub and Van Loan, Matrix Computations, 4th ed., §2.4 and §5.2",
+            SPECTRUM_LENGTH,
+        ),
+    )
+
+    def compute(self, seen: LaterPasses) -> Readings:
+        """The last and the worst pass are left out where there was one pass only."""
+        readings: dict[str, Any] = {
+            "gradient.passes": seen.passes,
+            "gradient.nonfinite_passes": seen.nonfinite_passes,
+        }
+        for name, one in (("last", seen.last), ("worst", seen.worst)):
+            if one is not None:
+                readings[f"gradient.norm_{name}"] = one.norm
+                readings[f"gradient.spectrum_{name}"] = one.singular_values[:SPECTRUM_LENGTH]
+        return readings
+
+
+class GradientAlignment(Probe[Alignment]):
+    """Where the gradient points."""
+
+    tier = "deep"
+    needs = Alignment
+    metrics = (
+        Metric(
+            "gradient.cosine_previous",
+            "cosine",
+            "linear",
+            "during",
+            "How alike the gradient is to that of the edit before. Near 1 edit after edit: they all push the same way, "
+            "and their updates add up.",
+            "⟨G_t, G_{t−1}⟩ / (‖G_t‖ ‖G_{t−1}‖)",
+            "gradient confusion: Sankararaman et al. (arXiv 1904.06963)",
+        ),
+        Metric(
+            "gradient.cosine_update",
+            "cosine",
+            "linear",
+            "after",
+            "How alike the gradient is to the update that the edit made: −1 is plain descent; near 0, the editor goes "
+            "its own way; above 0 it climbs.",
+            "⟨G_t, W_t − W_{t−1}⟩ / (‖G_t‖ ‖W_t − W_{t−1}‖)",
+            "MEND (arXiv 2110.11309), §3",
+        ),
+    )
+
+    def compute(self, seen: Alignment) -> Readings:
+        """Each is left out where one of its two sides is zero or missing."""
+        found = {"gradient.cosine_previous": seen.previous, "gradient.cosine_update": seen.update}
+        return {name: value for name, value in found.items() if value is not None}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, LogitsStatistics
+from stabilitylab.probes.logits_pass import CanaryPass, LaterLogits, LogitsPass, LogitsStatistics, LossPass, TextPass
 
 from stabilitylab.readings import Metric, Phase
 
@@ -133,3 +135,119 @@ class Canary(Probe[CanaryPass]):
         if seen.agreement is not None and seen.kl is not None:
             readings |= {"canary.agreement": seen.agreement, "canary.kl": seen.kl}
         return readings
+
+
+class Loss(Probe[LossPass]):
+    """The loss as the edit finds it."""
+
+    tier = "light"
+    needs = LossPass
+    metrics = (
+        Metric(
+            "logits.loss",
+            "nats",
+            "log",
+            "during",
+            "The loss that the model's first forward with labels gave, before this edit took effect. Growth from edit "
+            "to edit: what was asked gets ever further from what the edited model says.",
+            "−mean log p(label)",
+            "Rebuilding ROME (arXiv 2403.07175)",
+        ),
+    )
+
+    def compute(self, seen: LossPass) -> Readings:
+        """From the model's own output; absent where the loop forms the loss by itself."""
+        return {"logits.loss": seen.loss}
+
+
+class LogitsPasses(Probe[LaterLogits]):
+    """The later forwards of an edit that runs the model several times."""
+
+    tier = "light"
+    needs = LaterLogits
+    metrics = (
+        Metric(
+            "logits.passes",
+            "passes",
+            "count",
+            "during",
+            "Forwards of the whole model inside the edit. All logits readings without a suffix are of the first.",
+            "#",
+            "—",
+        ),
+        Metric(
+            "logits.nonfinite_passes",
+            "passes",
+            "count",
+            "during",
+            "How many of them gave a NaN or an infinity.",
+            "#{passes: z ∉ ℝ}",
+            "IEEE 754-2019, §6",
+        ),
+        Metric(
+            "logits.max_abs_last",
+            "logit",
+            "log",
+            "during",
+            "The largest logit in the last forward.",
+            "max |z|, last",
+            "—",
+        ),
+        Metric(
+            "logits.max_abs_worst",
+            "logit",
+            "log",
+            "during",
+            "The largest logit in any forward; of the first that is not finite, if there is one.",
+            "max |z| over all forwards",
+            "—",
+        ),
+    )
+
+    def compute(self, seen: LaterLogits) -> Readings:
+        """The last and the worst are left out where there was one forward only."""
+        readings = {"logits.passes": seen.passes, "logits.nonfinite_passes": seen.nonfinite_passes}
+        if seen.max_abs_last is not None and seen.max_abs_worst is not None:
+            readings |= {"logits.max_abs_last": seen.max_abs_last, "logits.max_abs_worst": seen.max_abs_worst}
+        return readings
+
+
+_MOST_NATS = 38 * math.log(10)
+
+
+class Perplexity(Probe[TextPass]):
+    """How well the edited model still predicts a fixed text: the canary's own tokens."""
+
+    tier = "light"
+    needs = TextPass
+    metrics = (
+        Metric(
+            "canary.perplexity",
+            "1",
+            "log",
+            "after",
+            "Perplexity of the canary's own text. Tens are usual for a language model; above 1,000 it is lost.",
+            "exp(−mean log p(token | tokens before it))",
+            "The Butterfly Effect of Model Editing (arXiv 2402.09656)",
+        ),
+        Metric(
+            "canary.perplexity_ratio",
+            "1",
+            "log",
+            "after",
+            "The same against the unedited model's, which was stored at edit 0.",
+            "perplexity_t / perplexity_0",
+            "The Butterfly Effect of Model Editing (arXiv 2402.09656)",
+        ),
+    )
+
+    def compute(self, seen: TextPass) -> Readings:
+        """Infinite above 10³⁸, which is past any meaning and what float32 can hold."""
+        return {
+            "canary.perplexity": _exp(seen.nll),
+            "canary.perplexity_ratio": _exp(seen.nll - seen.original_nll),
+        }
+
+
+def _exp(nats: float) -> float:
+    return math.inf if nats > _MOST_NATS else math.exp(nats)

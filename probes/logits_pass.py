@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite
+from stabilitylab.probes.weight_pass import count_nonfinite, wide_dtype
 from torch import Tensor
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
@@ -40,6 +40,35 @@ class LogitsPass(LogitsStatistics):
 
 
 @dataclass(frozen=True)
+class LaterLogits:
+    """Of all forwards of the whole model in one edit: how many, how many not finite, and the largest magnitude among
+    the logits of the last and of the worst of them (None where there was one only); float64.
+    """
+
+    passes: float
+    nonfinite_passes: float
+    max_abs_last: float | None = None
+    max_abs_worst: float | None = None
+
+    @classmethod
+    def from_host(cls, values: Host) -> LaterLogits:
+        """From the numbers that `OutputKeeper.reduce` packed."""
+        return cls(*(float(value) for value in values))
+
+
+@dataclass(frozen=True)
+class LossPass:
+    """loss: of the edit's first forward that came with one, float64."""
+
+    loss: float
+
+    @classmethod
+    def from_host(cls, values: Host) -> LossPass:
+        """From [loss]."""
+        return cls(float(values[0]))
+
+
+@dataclass(frozen=True)
 class CanaryPass(LogitsStatistics):
     """Of the canary's, with its distance to the stored original: agreement is the share of rows whose most
     likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are
@@ -48,6 +77,19 @@ class CanaryPass(LogitsStatistics):
 
     agreement: float | None = None
     kl: float | None = None
+
+
+@dataclass(frozen=True)
+class TextPass:
+    """Mean negative log-likelihood of the canary's own text in nats per token, now and of the unedited model."""
+
+    nll: float
+    original_nll: float
+
+    @classmethod
+    def from_host(cls, values: Host) -> TextPass:
+        """From [now, original]."""
+        return cls(float(values[0]), float(values[1]))
 
 
 def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -70,7 +112,7 @@ def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
             real = torch.where(mask, places, torch.full_like(places, -1)).amax(dim=1)
             at = torch.where(real >= 0, real + positions - mask.shape[1], at)
         last = wide[torch.arange(wide.shape[0], device=wide.device), at]
-    return last.to(torch.float64 if last.dtype == torch.float64 else torch.float32)
+    return last.to(wide_dtype(last))
 
 
 @torch.no_grad()
@@ -109,3 +151,29 @@ def reduce_canary(logits: Tensor, attention_mask: Tensor | None, original: Tenso
     gap = torch.where(probability > 0, before - now, torch.zeros_like(now))
     kl = (probability * gap).sum(dim=-1).mean()
     return torch.cat([reduce_logits(logits, attention_mask), torch.stack([agrees.double().mean(), kl])])
+
+
+@torch.no_grad()
+def text_nll(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """−mean log p(token t | tokens before t) over the real tokens but each row's first: a float64 scalar, in nats.
+
+    logits: [batch, positions, vocabulary]. tokens: [batch, length]; where there are more positions than tokens (image
+    tokens before the text) they are aligned to the end. attention_mask: [batch, length], padding 0 on either side. None
+    where the two don't fit each other, or no row has two real tokens.
+    """
+    fits = logits.dim() == 3 and tokens.dim() == 2 and logits.shape[0] == tokens.shape[0]
+    if not fits or not 1 < tokens.shape[1] <= logits.shape[1] or tokens.is_floating_point():
+        return None
+    here = logits.detach()[:, -tokens.shape[1] : -1]
+    wanted = tokens[:, 1:].to(here.device)
+    usable = attention_mask is not None and attention_mask.shape == tokens.shape
+    mask = (
+        attention_mask.to(here.device) != 0 if attention_mask is not None and usable else torch.ones_like(tokens) != 0
+    )
+    real = mask[:, 1:] & mask[:, :-1]
+    total = torch.zeros((), dtype=torch.float64, device=here.device)
+    for row, target, counts in zip(here, wanted, real, strict=True):  # row by row: a copy of all logits would be large
+        wide = row.to(wide_dtype(row))
+        found = wide.gather(-1, target.clamp_min(0)[:, None])[:, 0].double() - torch.logsumexp(wide, dim=-1).double()
+        total = total - torch.where(counts, found, torch.zeros_like(found)).sum()
+    return total / real.sum()

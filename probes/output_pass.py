@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, safe_norm
+from stabilitylab.probes.weight_pass import count_nonfinite, safe_norm, wide_dtype
 from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
@@ -34,23 +34,100 @@ class OutputPass:
         return cls(rms, max_abs, rms_beyond, max_beyond, nonfinite, torch.finfo(dtype).max)
 
 
-def _rms_and_max(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = torch.aminmax(wide)
+@dataclass(frozen=True)
+class LaterOutputs:
+    """Of all forwards through a layer in one edit: how many, how many not finite, and the largest magnitude in the
+    last and in the worst of them (None where there was one only); float64.
+    """
+
+    passes: float
+    nonfinite_passes: float
+    max_abs_last: float | None = None
+    max_abs_worst: float | None = None
+
+    @classmethod
+    def from_host(cls, values: Host) -> LaterOutputs:
+        """From [passes, non-finite, last, worst], or the first two."""
+        return cls(*(float(value) for value in values))
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """The largest magnitude that enters the normalisation after a layer, and the most that it may be: float64."""
+
+    max_abs: float
+    limit: float
+
+    @classmethod
+    def from_host(cls, values: Host, dtype: torch.dtype) -> NormInput:
+        """From [max |h|]. The squares of half-precision inputs are summed in fp32, as torch and transformers do."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(float(values[0]), min(torch.finfo(dtype).max, torch.finfo(wide).max ** 0.5))
+
+
+def largest_magnitude(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(max |y|, low, high) as float64 scalars; NaN where the tensor has one."""
+    low, high = torch.aminmax(tensor.detach())
     low, high = low.double(), high.double()
-    largest = torch.maximum(low.abs(), high.abs())
+    return torch.maximum(low.abs(), high.abs()), low, high
+
+
+def _norm_and_largest(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    largest, low, high = largest_magnitude(wide)
     # A norm that is safe: the squares of fp32 activations past 1e19 overflow, and such models still run.
-    rms = safe_norm(wide) / wide.numel() ** 0.5
-    return rms, largest, count_nonfinite(wide, low, high)
+    return safe_norm(wide), largest, count_nonfinite(wide, low, high)
 
 
 @torch.no_grad()
 def reduce_output(output: Tensor) -> Tensor:
     """The numbers of `OutputPass` as a float64 tensor on the output's device. output: [..., positions, features]."""
     wide = output.detach()
-    wide = wide.to(torch.float64 if wide.dtype == torch.float64 else torch.float32)
-    rms, largest, nonfinite = _rms_and_max(wide)
-    parts = [rms, largest, nonfinite]
-    if wide.dim() >= _SEQUENCE_DIMENSIONS and wide.shape[-2] > 1:
-        rms, largest, _ = _rms_and_max(wide[..., 1:, :])
-        parts += [rms, largest]
-    return torch.stack(parts)
+    wide = wide.to(wide_dtype(wide))
+    count = wide.numel()
+    if wide.dim() < _SEQUENCE_DIMENSIONS or wide.shape[-2] == 1:
+        norm, largest, nonfinite = _norm_and_largest(wide)
+        return torch.stack([norm / count**0.5, largest, nonfinite])
+    first, rest = wide[..., :1, :], wide[..., 1:, :]
+    (norm, largest, bad), (norm_rest, largest_rest, bad_rest) = _norm_and_largest(first), _norm_and_largest(rest)
+    whole = torch.linalg.vector_norm(torch.stack([norm, norm_rest]))
+    return torch.stack(
+        [
+            whole / count**0.5,
+            torch.maximum(largest, largest_rest),
+            bad + bad_rest,
+            norm_rest / rest.numel() ** 0.5,
+            largest_rest,
+        ]
+    )
+
+
+class OutputKeeper:
+    """Counts the outputs of one site in one edit, and keeps the largest magnitude of the last and of the worst.
+
+    One look at the extremes of each, however many there are. The worst is the first that is not finite, else the
+    largest.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._nonfinite: Tensor | None = None
+        self._last: Tensor | None = None
+        self._worst: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, output: Tensor) -> None:
+        """One more output."""
+        self.passes += 1
+        now, _, _ = largest_magnitude(output)
+        bad = torch.isfinite(now).logical_not().double()
+        worst = now if self._worst is None else self._worst
+        self._worst = torch.where(torch.isfinite(worst) & ~(now <= worst), now, worst)
+        self._nonfinite = bad if self._nonfinite is None else self._nonfinite + bad
+        self._last = now
+
+    def reduce(self) -> Tensor | None:
+        """The numbers of `LaterOutputs` as a float64 tensor; None where there was no output."""
+        if self._nonfinite is None or self._last is None or self._worst is None:
+            return None
+        counted = [torch.full_like(self._nonfinite, float(self.passes)), self._nonfinite]
+        return torch.stack(counted if self.passes == 1 else [*counted, self._last, self._worst])

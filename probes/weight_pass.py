@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from stabilitylab.probes.base import Host
 from torch import Tensor
 
-_CHUNK = 262_144  # entries: 1 MiB of fp32, which fits a core's L2 cache with its two references
-_SAFE = (1e-12, 1e15)  # a chunk's fp32 norm outside this range may have over- or underflowed: redo it in fp64
+_CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
+_DEVICE_CHUNK = 1 << 22  # on an accelerator: fewer kernels, 16 MiB of scratch
+_SAFE = {torch.float32: (1e-24, 1e30), torch.float64: (1e-200, 1e300)}
+"""A sum of squares outside this range may have over- or underflowed: it is taken anew, scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +64,57 @@ class WeightPass(WeightScan):
             update=update,
         )
 
+    @staticmethod
+    def unmoved(packed: Tensor) -> Tensor:
+        """What `reduce_weight` packs of a weight that did not move since it packed this."""
+        return packed.index_fill(0, torch.tensor([3], device=packed.device), 0.0)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether reading a value of it back waits for nothing."""
+    return tensor.device.type == "cpu"
+
 
 def _flat(tensor: Tensor) -> Tensor:
     """`tensor` as one dimension; a view wherever the memory order allows it."""
     return tensor.detach().reshape(-1)
 
 
-def _all_zero(chunk: Tensor) -> bool:
-    """Whether every entry is 0: what no edit moved. Eight times faster on a CPU than `Tensor.any`."""
-    low, high = torch.aminmax(chunk)
-    return low.item() == high.item() == 0
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What its statistics are formed in: fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _norm(chunk: Tensor) -> float:
+    """‖chunk‖ on a CPU, of fp32 or fp64. BLAS takes half the time of torch's reduction."""
+    square: float = torch.dot(chunk, chunk).item()
+    least, most = _SAFE[chunk.dtype]
+    if least < square < most:
+        return math.sqrt(square)
+    values = chunk.numpy()
+    low, high = float(values.min()), float(values.max())
+    largest = math.nan if math.isnan(low) else max(-low, high)
+    if not math.isfinite(largest) or largest == 0:
+        return largest
+    scaled: float = torch.linalg.vector_norm(chunk.double() / largest).item()
+    return largest * scaled
+
+
+def _combined(norms: Host) -> float:
+    """The norm of the whole from those of its parts."""
+    return math.nan if np.isnan(norms).any() else math.hypot(*norms)
 
 
 def safe_norm(chunk: Tensor) -> Tensor:
     """‖chunk‖ as a float64 scalar that neither overflows nor underflows where the result does not.
 
-    fp32 reduction is three times faster on a CPU and safe in the middle of its range; on an accelerator the check would
-    be a synchronisation, so fp64 is used at once.
+    fp32 is faster on a CPU and safe in the middle of its range; on an accelerator the check would be a synchronisation,
+    so fp64 is used at once.
     """
-    if chunk.device.type == "cpu" and chunk.dtype != torch.float64:
+    if on_cpu(chunk) and chunk.dtype == torch.float32:
         norm: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float32)
-        size = norm.item()
-        if _SAFE[0] < size < _SAFE[1] or (size == 0 and _all_zero(chunk)):
+        least, most = _SAFE[chunk.dtype]
+        if least < norm.double().item() ** 2 < most:
             return norm.double()
     wide: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float64)
     return wide
@@ -90,69 +122,104 @@ def safe_norm(chunk: Tensor) -> Tensor:
 
 def count_nonfinite(chunk: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The number of NaN and infinite entries; on a CPU the entries are only looked at when the extremes show some."""
-    if chunk.device.type == "cpu" and math.isfinite(low.item()) and math.isfinite(high.item()):
+    if on_cpu(chunk) and math.isfinite(low.item()) and math.isfinite(high.item()):
         return torch.zeros((), dtype=torch.float64)
     return torch.isfinite(chunk).logical_not().sum().double()
 
 
-def _parts(weight: Tensor, reference: Tensor, previous: Tensor, scratch: Tensor) -> Tensor:
-    """Of one chunk: ‖W‖, ‖W−W₀‖, ‖W−W₋‖, low, high, non-finite; then W₋ takes W's values."""
-    live, moved = weight.to(scratch.dtype), scratch[: weight.numel()]
-    low, high = torch.aminmax(live)
-    low, high = low.double(), high.double()
-    norm = safe_norm(live)
-    drift = safe_norm(torch.sub(live, reference.to(scratch.dtype), out=moved))
-    update = safe_norm(torch.sub(live, previous.to(scratch.dtype), out=moved))
-    previous.copy_(weight)
-    return torch.stack([norm, drift, update, low, high, count_nonfinite(live, low, high)])
+@dataclass(frozen=True)
+class Scanned:
+    """What a pass over one weight found.
 
-
-@torch.no_grad()
-def reduce_weight(weight: Tensor, reference: Tensor, previous: Tensor, reference_norm: Tensor) -> Tensor:
-    """The numbers of `WeightPass` as one float64 tensor of shape [7] on the weight's device; `previous` becomes W.
-
-    weight, reference, previous: same shape, any floating dtype; the references contiguous. Differences are formed in
-    fp32 (fp64 for fp64 weights), norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
+    packed: 1-d float64 on the weight's device. update: ‖W−W₋‖ where reading it waits for nothing, else None.
+    hottest: the rows [start, stop) of W as a matrix that moved most, likewise.
     """
-    flat, base, last = _flat(weight), _flat(reference), _flat(previous)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # One buffer for all differences: a fresh megabyte per chunk costs as much in page faults as the arithmetic.
-    scratch = torch.empty(min(_CHUNK, flat.numel()), dtype=wide, device=flat.device)
-    chunks = zip(*(torch.split(part, _CHUNK) for part in (flat, base, last)), strict=True)
-    rows = torch.stack([_parts(live, first, before, scratch) for live, first, before in chunks])
-    norms = torch.linalg.vector_norm(rows[:, :3], dim=0)
+
+    packed: Tensor
+    update: float | None = None
+    hottest: tuple[int, int] | None = None
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    return max(1, (_CHUNK if on_cpu(matrix) else _DEVICE_CHUNK) // matrix.shape[1])
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """`tensor` [rows, …] as a matrix [rows, columns]; anything below two dimensions is one row."""
+    tensor = tensor.detach()
+    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+def _scan_on_cpu(weight: Tensor, references: tuple[Tensor, ...]) -> tuple[Host, Host]:
+    """([‖W‖, ‖W−R‖ of each reference, low, high, non-finite], the norm of each chunk's last difference)."""
+    rows, dtype = _rows_at_once(weight), wide_dtype(weight)
+    scratch = torch.empty(rows * weight.shape[1], dtype=dtype)
+    live_copy = None if weight.dtype == dtype else torch.empty_like(scratch)
+    parts = []
+    for start in range(0, weight.shape[0], rows):
+        live = weight[start : start + rows].reshape(-1)
+        if live_copy is not None:
+            live = live_copy[: live.numel()].copy_(live)
+        values = live.numpy()
+        low, high = float(values.min()), float(values.max())
+        nonfinite = 0.0 if math.isfinite(low) and math.isfinite(high) else float(np.sum(~np.isfinite(values)))
+        norms = [_norm(live)]
+        for reference in references:
+            past = reference[start : start + rows].reshape(-1)
+            norms.append(_norm(torch.sub(live, past, out=scratch[: live.numel()])))
+        parts.append([*norms, low, high, nonfinite])
+    table = np.array(parts)
+    lows, highs, counts = table[:, -3:].T
+    whole = [_combined(part) for part in table[:, :-3].T]
+    return np.array([*whole, lows.min(), highs.max(), counts.sum()]), table[:, len(references)]
+
+
+def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
+    """The same numbers as a float64 tensor, without waiting for the device."""
+    rows, parts = _rows_at_once(weight), []
+    for start in range(0, weight.shape[0], rows):
+        live = weight[start : start + rows].to(wide_dtype(weight))
+        low, high = torch.aminmax(live)
+        norms = [safe_norm(live)]
+        norms += [safe_norm(live - past[start : start + rows].to(live.dtype)) for past in references]
+        parts.append(torch.stack([*norms, low.double(), high.double(), count_nonfinite(live, low, high)]))
+    table = torch.stack(parts)
     return torch.cat(
         [
-            norms[:1],
-            reference_norm.reshape(1),
-            norms[1:],
-            rows[:, 3].amin().reshape(1),
-            rows[:, 4].amax().reshape(1),
-            rows[:, 5].sum().reshape(1),
+            torch.linalg.vector_norm(table[:, :-3], dim=0),
+            torch.stack([table[:, -3].amin(), table[:, -2].amax(), table[:, -1].sum()]),
         ]
     )
 
 
 @torch.no_grad()
+def reduce_weight(weight: Tensor, reference: Tensor, previous: Tensor, reference_norm: Tensor) -> Scanned:
+    """The numbers of `WeightPass` as one float64 tensor of shape [7] on the weight's device.
+
+    weight, reference, previous: same shape, any floating dtype. Differences are formed in fp32 (fp64 for fp64 weights),
+    norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
+    """
+    live, references = as_matrix(weight), (as_matrix(reference), as_matrix(previous))
+    if not on_cpu(live):
+        found = _scan_on_device(live, references)
+        return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]))
+    values, moves = _scan_on_cpu(live, references)
+    start = int(np.argmax(moves)) * _rows_at_once(live)
+    packed = torch.from_numpy(np.insert(values, 1, reference_norm.item()))
+    return Scanned(packed, float(values[2]), (start, min(start + _rows_at_once(live), live.shape[0])))
+
+
+@torch.no_grad()
 def scan_weight(weight: Tensor) -> Tensor:
     """The numbers of `WeightScan` as one float64 tensor of shape [4] on the weight's device. Keeps no copy of it."""
-    parts = []
-    for chunk in torch.split(_flat(weight), _CHUNK):
-        live = chunk.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        low, high = torch.aminmax(live)
-        low, high = low.double(), high.double()
-        parts.append(torch.stack([safe_norm(live), low, high, count_nonfinite(live, low, high)]))
-    rows = torch.stack(parts)
-    return torch.stack([torch.linalg.vector_norm(rows[:, 0]), rows[:, 1].amin(), rows[:, 2].amax(), rows[:, 3].sum()])
+    live = as_matrix(weight)
+    return torch.from_numpy(_scan_on_cpu(live, ())[0]) if on_cpu(live) else _scan_on_device(live, ())
 
 
 @torch.no_grad()
 def norm_of(weight: Tensor) -> Tensor:
     """‖W‖ as a float64 scalar on the weight's device."""
-    flat = _flat(weight)
-    chunks = [flat[start : start + _CHUNK] for start in range(0, flat.numel(), _CHUNK)]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([safe_norm(chunk) for chunk in chunks]))
-    return norm
+    return scan_weight(weight)[0]
 
 
 @torch.no_grad()
@@ -163,8 +230,27 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     a, b = _flat(left).view(ints), _flat(right).view(ints)
-    if a.device.type != "cpu":
+    if not on_cpu(a):
         return bool(torch.equal(a, b))
     if a.numel() * a.element_size() % 8 == 0:
         a, b = a.view(torch.int64), b.view(torch.int64)
     return bool((a.numpy() == b.numpy()).all())
+
+
+_SAMPLE = 16  # entries: a cache line of fp32
+
+
+def same_sample(left: Tensor, right: Tensor) -> bool:
+    """Whether two contiguous tensors on a CPU agree in 16 entries of each row, further right from row to row.
+
+    Together they touch each row, and each column of a matrix with a sixteenth as many rows or more.
+    """
+    a, b = as_matrix(left), as_matrix(right)
+    rows, columns = a.shape
+    count = (rows * columns - _SAMPLE) // (columns + _SAMPLE) + 1
+    if count < 1 or columns < _SAMPLE:
+        return same_bits(left, right)
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    size, stride = (count, _SAMPLE), (columns + _SAMPLE, 1)
+    views = (m.reshape(-1).view(ints).as_strided(size, stride).numpy() for m in (a, b))
+    return bool(np.equal(*views).all())

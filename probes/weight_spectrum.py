@@ -1,15 +1,16 @@
-"""The singular values of an edited weight itself: exact, in float64, and so one of the deep measurements."""
+"""The singular values of an edited weight itself, in float64, and so one of the deep measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from stabilitylab.probes.base import Host, Probe, Readings
 from torch import Tensor
 
 from stabilitylab.readings import Metric
+
+_RESOLVED = 1e-10  # σ² against σ₁²: above it, the Gram matrix knows σ to five digits or more
 
 
 @dataclass(frozen=True)
@@ -21,46 +22,25 @@ class WeightSpectrum:
 
 @torch.no_grad()
 def spectrum_of_weight(weight: Tensor) -> Tensor:
-    """All singular values of a weight of shape [rows, columns], as float64 on its device; NaN when it is not finite."""
+    """All singular values of a weight of shape [rows, columns], as float64 on its device; NaN when it is not finite.
+
+    From the Gram matrix of the shorter side where it is well enough conditioned, a third of the time that the full
+    decomposition takes, which serves the others.
+    """
     wide = weight.detach().double()
-    usable = torch.isfinite(wide).all()
-    # LAPACK is kept from choking on what is not finite; where it is not, the answer is NaN.
-    values: Tensor = torch.linalg.svdvals(torch.where(usable, wide, torch.zeros_like(wide)))
-    return torch.where(usable, values, torch.full_like(values, torch.nan))
-
-
-class SpectralNorm(Probe[WeightSpectrum]):
-    """How much the weight can stretch one direction, and how many directions carry it."""
-
-    tier = "deep"
-    needs = WeightSpectrum
-    metrics = (
-        Metric(
-            "weight.spectral_norm",
-            "1",
-            "log",
-            "after",
-            "The most that the weight can stretch an input. A jump means that an edit added one strong direction.",
-            "σ_1(W_t)",
-            "spectral normalisation (arXiv 1802.05957)",
-        ),
-        Metric(
-            "weight.stable_rank",
-            "directions",
-            "linear",
-            "after",
-            "How many directions carry the weight: falling towards 1 means that edits have taken it over. Absent for a "
-            "zero weight.",
-            "‖W_t‖_F² / σ_1²",
-            "Rudelson and Vershynin (arXiv math/0503442)",
-        ),
-    )
-
-    def compute(self, seen: WeightSpectrum) -> Readings:
-        """The stable rank is left out for a zero weight."""
-        top = seen.singular_values[0]
-        rank = {} if top == 0 else {"weight.stable_rank": float(np.sum((seen.singular_values / top) ** 2))}
-        return {"weight.spectral_norm": float(top), **rank}
+    size = wide.abs().max()
+    if not torch.isfinite(size):
+        return torch.full((min(wide.shape),), torch.nan, dtype=torch.float64, device=wide.device)
+    if size == 0:
+        return torch.zeros(min(wide.shape), dtype=torch.float64, device=wide.device)
+    wide = wide / size
+    wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
+    squares = torch.linalg.eigvalsh(wide @ wide.T)
+    if squares[0] > _RESOLVED * squares[-1]:
+        roots: Tensor = squares.flip(0).sqrt()
+        return roots * size
+    values: Tensor = torch.linalg.svdvals(wide) * size
+    return values
 
 
 class ConditionNumber(Probe[WeightSpectrum]):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabilitylab import integrations
-    from stabilitylab.canary import Canary
     from stabilitylab.analysis import Diagnosis, Finding
+    from stabilitylab.canary import Canary
     from stabilitylab.editor_report import EditorReport
     from stabilitylab.errors import StabilityLabError
     from stabilitylab.monitor import Monitor, attach

@@ -14,43 +14,42 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger("stabilitylab")
-
-PENDING_LIMIT = 8
-"""Forwards of one layer that may wait for their backward; further ones are counted, not kept."""
 
 EDITOR_CALL_LIMIT = 64
 """Calls of one editor module whose inputs are kept within an edit."""
 
 
-@dataclass
-class Forward:
-    """One forward through a layer: its input, held by reference, and the δ that came back, if any did."""
+class Watcher(Protocol):
+    """What hears of the passes inside an edit, while they happen. Exceptions it raises are its own to catch.
 
-    x: Tensor
-    version: int | None
-    delta: Tensor | None = None
+    fired: which module it was, by `id`: an edit may copy a layer, and original and copy must not be mixed.
+    """
 
-    @property
-    def overwritten(self) -> bool:
-        """Whether the input was changed in place since the forward."""
-        return self.version is not None and self.x._version != self.version
+    def layer_output(self, site: str, fired: int, output: Tensor) -> None:
+        """A layer was run. Its output may be overwritten a moment later."""
 
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+        """A backward answered a forward of a layer: its input and the gradient δ at its output, of the same tokens."""
 
-@dataclass
-class LayerBuffer:
-    """What one layer showed inside the edit: the first forward that a backward answered, and how many there were."""
+    def overwritten(self, site: str) -> None:
+        """A backward answered a forward whose input was changed in place since: its gradient can't be told."""
 
-    forwards: int = 0
-    backwards: int = 0
-    pending: list[Forward] = field(default_factory=list)
-    complete: Forward | None = None
+    def norm_input(self, entering: Tensor) -> None:
+        """A normalisation is about to run on this tensor."""
+
+    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+        """The whole model is about to run."""
+
+    def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """The whole model was run."""
 
 
 @dataclass
@@ -87,7 +86,8 @@ class Hook:
         """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
         if self._action is not None:
             try:
-                self._action(*args)
+                with _outside_of_transforms():
+                    self._action(*args)
             except Exception as error:
                 self.fall_silent()
                 logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
@@ -117,12 +117,24 @@ def sweep(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-OnOutput = Callable[[str, Tensor], None]
-OnModelOutput = Callable[[Mapping[str, Any], Any], None]
-
-
 def _version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def plain(tensor: Tensor) -> Tensor | None:
+    """The values of `tensor` outside of any ``torch.func`` transform; None inside ``vmap``, where it is many in one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if not torch._C._functorch.is_gradtrackingtensor(tensor):
+            return None
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _outside_of_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Where what is computed is no part of a ``torch.func`` transform that is under way, and outlives it."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def _first_tensor(values: Any) -> Tensor | None:
@@ -149,19 +161,18 @@ def _node_of(output: Tensor) -> Any:
 
 
 class Capture:
-    """The hooks of one edit. A context manager; the buffers stay readable after it is left, until `clear`.
+    """The hooks of one edit. A context manager; what it caught stays readable after it is left, until `clear`.
 
-    on_output(site, output) and on_model_output(kwargs, output) are called inside the forward, for the first pass only:
-    an output may be changed in place a moment later. Exceptions they raise are theirs to catch.
+    Each (forward, backward) pair is a pass of its own: two backwards through one forward, or two forwards before one
+    backward, are never added up. A forward's input is held by its own autograd node, and so as long as the graph.
     """
 
-    def __init__(self, on_output: OnOutput, on_model_output: OnModelOutput) -> None:
-        self._watched: dict[str, dict[int, LayerBuffer]] = {}
+    def __init__(self, watcher: Watcher) -> None:
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
         self._tokens: tuple[int, int] | None = None
-        self._on_output = on_output
-        self._on_model_output = on_model_output
+        self._watcher = watcher
+        self._left = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
@@ -170,62 +181,56 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left = True
         self._stack.close()
 
-    def _own(self, handle: RemovableHandle) -> None:
+    @property
+    def stack(self) -> contextlib.ExitStack:
+        """What ends with the edit: whoever enters something inside it leaves it here."""
+        return self._stack
+
+    def own(self, handle: RemovableHandle) -> None:
+        """Remove this handle when the edit ends."""
         self._stack.callback(handle.remove)
 
-    def _hook(self, action: Callable[..., None]) -> Hook:
+    def hook(self, action: Callable[..., None]) -> Hook:
+        """`action` as a hook that falls silent when the edit ends."""
         hook = Hook(action)
         self._stack.callback(hook.fall_silent)
         return hook
 
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
         """Hook one layer; with `factors`, its input and δ too."""
-        self._watched[site] = {}
 
         def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             y = _first_tensor(output)
             if y is None or not y.is_floating_point() or y.numel() == 0:
                 return
-            # One buffer per module: an edit may copy the layer, and original and copy must not be mixed.
-            buffers = self._watched[site]
-            if not buffers:
-                self._on_output(site, self._as_sequence(y))
-            buffer = buffers.setdefault(id(fired), LayerBuffer())
-            buffer.forwards += 1
-            x = _first_tensor(args)
+            x, values = _first_tensor(args), plain(y)
+            if values is not None:
+                self._watcher.layer_output(site, id(fired), self._as_sequence(values.detach()))
             if factors and x is not None and y.requires_grad:
-                self._await_delta(buffer, x, y)
+                self._await_delta(site, id(fired), x, y)
 
-        self._own(module.register_forward_hook(self._hook(after_forward)))
+        self.own(module.register_forward_hook(self.hook(after_forward)))
 
-    @property
-    def layers(self) -> dict[str, LayerBuffer]:
-        """By site, what the layer showed; of several copies of it, the first that a backward went through."""
-        found = {}
-        for site, buffers in self._watched.items():
-            complete = [buffer for buffer in buffers.values() if buffer.complete is not None]
-            found[site] = next(iter([*complete, *buffers.values()]), LayerBuffer())
-        return found
-
-    def _await_delta(self, buffer: LayerBuffer, x: Tensor, y: Tensor) -> None:
-        node = _node_of(y)
-        if node is None or buffer.complete is not None or len(buffer.pending) >= PENDING_LIMIT:
+    def _await_delta(self, site: str, fired: int, x: Tensor, y: Tensor) -> None:
+        node, values = _node_of(y), plain(x)
+        if node is None or values is None:
             return
-        forward = Forward(x.detach(), _version_of(x))
-        buffer.pending.append(forward)
+        held, version = values.detach(), _version_of(values)
 
         def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
-            buffer.backwards += 1
-            # The first forward that a backward answers is the one that is kept; a second backward of it must not be
-            # added to the first one's δ.
-            if buffer.complete is None and gradients and gradients[0] is not None:
-                forward.delta = gradients[0].detach()
-                buffer.complete = forward
-                buffer.pending.clear()
+            delta = plain(gradients[0]) if gradients and gradients[0] is not None else None
+            if self._left or delta is None:
+                return
+            if version is not None and held._version != version:
+                self._watcher.overwritten(site)
+            else:
+                self._watcher.layer_pass(site, fired, held, delta.detach())
 
-        self._own(node.register_prehook(before_backward))
+        # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
+        self.own(node.register_prehook(Hook(before_backward)))
 
     def _as_sequence(self, y: Tensor) -> Tensor:
         """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1)."""
@@ -238,15 +243,30 @@ class Capture:
 
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._tokens = _token_shape(args, kwargs)
+            self._watcher.model_called(kwargs)
 
-        self._own(model.register_forward_pre_hook(self._hook(before_forward), with_kwargs=True))
+        self.own(model.register_forward_pre_hook(self.hook(before_forward), with_kwargs=True))
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:
                 self.model_call = ModelCall(args, kwargs)
-                self._on_model_output(kwargs, output)
+            self._watcher.model_output(kwargs, output)
 
-        self._own(model.register_forward_hook(self._hook(after_forward), with_kwargs=True))
+        self.own(model.register_forward_hook(self.hook(after_forward), with_kwargs=True))
+
+    def watch_norms(self, model: nn.Module) -> None:
+        """Hook each normalisation of the model, known by its class's name: what enters it."""
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
+            entering = _first_tensor(args)
+            values = None if entering is None else plain(entering)
+            if values is not None and values.is_floating_point() and values.numel():
+                self._watcher.norm_input(values.detach())
+
+        hook = self.hook(before_forward)
+        for module in model.modules():
+            if type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
+                self.own(module.register_forward_pre_hook(hook))
 
     def watch_editor(self, name: str, module: nn.Module) -> None:
         """Hook one module of the editor: the tensors it is called with."""
@@ -256,23 +276,22 @@ class Capture:
             if len(buffer.calls) < EDITOR_CALL_LIMIT:
                 buffer.calls.append(tuple(value.detach() for value in args if isinstance(value, Tensor)))
 
-        self._own(module.register_forward_pre_hook(self._hook(before_forward)))
+        self.own(module.register_forward_pre_hook(self.hook(before_forward)))
 
     def clear(self) -> None:
         """Let go of everything captured."""
-        self._watched.clear()
         self.editors.clear()
         self.model_call = None
 
 
-def run_silently(model: nn.Module, call: Callable[[], Any]) -> Any:
-    """`call()` without gradients, in evaluation mode, and with the RNG and every module's mode put back after it."""
+def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool = False) -> Any:
+    """`call()` in evaluation mode, with the RNG and every module's mode put back after it; by default no gradients."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
             return call()
     finally:
         for module in training:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 from stabilitylab import canary as canaries
 from stabilitylab import manifest
 from stabilitylab.analysis import Analyzer, Diagnosis, severity
+from stabilitylab.analysis.pace import Pace
+from stabilitylab.editor_report import EditorReport
 from stabilitylab.errors import SiteError, UsageError
-from stabilitylab.hooks import Capture, logger, sweep
-from stabilitylab.measure import Instruments
+from stabilitylab.hooks import Capture, ModelCall, logger, sweep
+from stabilitylab.instruments import Cargo, Instruments
 from stabilitylab.probes import probes_of
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.weight_pass import WeightPass, same_bits
-from stabilitylab.readings import Alarm, Array, EditRow, Key, Note, OutcomeKind, Status
+from stabilitylab.readings import Alarm, EditRow, Note, OutcomeKind, Status
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.sites import Patterns, Site, all_sites, find_sites, locate, why_unmeasurable
 from stabilitylab.store import RunWriter
@@ -39,7 +43,7 @@ def attach(
     run: str | Path | None = None,
     *,
     editor: object | None = None,
-    canary: canaries.Canary | None = None,
+    canary: canaries.Canary | canaries.Batch | None = None,
     probes: Tier | Sequence[Probe[Any]] = "default",
     tensorboard: bool = False,
     sinks: Sequence[Sink] = (),
@@ -49,7 +53,7 @@ def attach(
 
     sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
     move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
-    state is to be read (MEND: its normaliser). canary: what to forward after each edit, see `stabilitylab.canary`.
+    state is to be read (MEND: its normaliser). canary: what to forward after each edit; a `Canary` has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
     folder. sinks: further receivers of each row. config: plain JSON values for the manifest.
@@ -60,12 +64,14 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    canaries.check(canary)
+    watched = canaries.of(canary)
     chosen = _chosen(probes)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
     folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     options = {"patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)}
-    about = manifest.collect(model, found or (), editor, canaries.describe(canary), dict(config or {}))
+    about = manifest.collect(
+        model, found or (), editor, None if watched is None else watched.describe(), dict(config or {})
+    )
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     writer = RunWriter(folder, about | options, metrics)
     receivers = list(sinks)
@@ -73,7 +79,7 @@ def attach(
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
         receivers.append(TensorBoardSink(folder, metrics))
-    monitor = Monitor(model, found, writer, chosen, editor, canary, receivers)
+    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers)
     for name, reason in skipped.items():
         monitor.note("skipped-site", f"{name}: {reason}")
     return monitor
@@ -112,6 +118,26 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     return kept, skipped
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
+
+    clock: when it began. seconds: how long it took, where that is known already; late: whether it waited for a later
+    edit.
+    """
+
+    edit: int
+    label: str
+    status: Status
+    started: float
+    clock: float
+    error: str | None
+    cargo: Cargo
+    between: Cargo | None = None
+    seconds: float = 0.0
+    late: bool = False
+
+
 class Monitor:
     """Watches one edit loop. Made by `attach`; a context manager that closes the run when it is left."""
 
@@ -130,7 +156,11 @@ class Monitor:
         self._writer = writer
         self._canary = canary
         self._sinks = list(sinks)
-        self._instruments = Instruments(probes, editor, self.note)
+        self._schedule = None if canary is None else canaries.Schedule(canary)
+        self._pace = Pace()
+        self._unread: _Unread | None = None
+        self._attached = time.perf_counter()
+        self._instruments = Instruments(probes, editor, canary, self.note)
         self._analyzer = Analyzer(tuple(metric for probe in probes for metric in probe.metrics))
         self._edits = 0
         self._open: Edit | None = None
@@ -191,11 +221,13 @@ class Monitor:
 
     def diagnosis(self) -> Diagnosis:
         """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far."""
+        self._flush()
         return self._analyzer.diagnosis()
 
     @property
     def last_edit_moved(self) -> bool:
         """Whether the last edit was seen to change a watched weight; never, where no copies of the weights are kept."""
+        self._flush()
         return self._last_moved
 
     def observe_outcome(self) -> OutcomeKind | None:
@@ -204,6 +236,7 @@ class Monitor:
         Called at the next edit's start and at close; call it earlier where a loop undoes an edit by itself. The weights
         as they are now are what the next edit starts from.
         """
+        self._flush()
         edit, self._outcome_due = self._outcome_due, None
         if edit is None or not self._sites or not self._instruments.keeps_references:
             return None
@@ -291,15 +324,18 @@ class Monitor:
         """Edit 0: the state before any edit."""
         started, clock = time.time(), time.perf_counter()
         with self._instruments.probe_time:
-            self._instruments.editor_state(None)
-            self._instruments.weights(self._model, self._sites)
-            self._instruments.weight_spectra(self._model, self._sites)
-        self._instruments.canary(self._model, self._canary, None)
-        self._finish("", "start", started, clock, None)
+            self._instruments.before_any_edit(self._model, self._sites)
+        self._forward_canary(None)
+        with self._instruments.probe_time:
+            cargo = self._instruments.send()
+        self._read(_Unread(0, "", "start", started, clock, None, cargo))
 
     def _begin(self) -> Capture:
         with self._instruments.probe_time:
-            self.observe_outcome()
+            if self._unread is None:
+                self.observe_outcome()
+            else:
+                self._guard("observing the outcome", self._observe_later)
             self._instruments.begin(self._edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self._model, self._sites))
             return capture or self._instruments.no_capture()
@@ -309,31 +345,72 @@ class Monitor:
         instruments, capture = self._instruments, edit.capture
         with instruments.probe_time:
             self._guard("finding the moved parameters", self._discover)
-            instruments.editor_state(capture)
-            instruments.gradients(capture)
-            instruments.weights(self._model, self._sites)
-            instruments.weight_spectra(self._model, self._sites)
-        if error is None:
-            instruments.canary(self._model, self._canary, capture.model_call)
+            instruments.after(self._model, self._sites, capture, edit.reports)
+            cargo = instruments.send()
+        if error is None and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo)):
+            self._forward_canary(capture.model_call)
+            with instruments.probe_time:
+                cargo = instruments.send(more_of=cargo)
         says = None if error is None else f"{type(error).__name__}: {error}"
-        self._finish(edit.label, "applied" if error is None else "failed", edit.started, edit.clock, says)
+        status: Status = "applied" if error is None else "failed"
+        unread = _Unread(self._edits, edit.label, status, edit.started, edit.clock, says, cargo)
+        self._flush()
         capture.clear()
         self._outcome_due = self._edits if error is None else None
+        if error is None and not cargo.is_here:
+            # Read one edit later, so that nothing waits for the accelerator.
+            self._unread = replace(unread, seconds=time.perf_counter() - unread.clock, late=True)
+        else:
+            self._read(unread)
 
-    def _finish(self, label: str, status: Status, started: float, clock: float, error: str | None) -> None:
-        """Read everything, write the row, tell the analyzer and the sinks."""
-        readings: dict[Key, Array] = {}
-        passes: dict[str, WeightPass] = {}
-        with self._instruments.probe_time:
-            readings, passes = self._instruments.read()
+    def _forward_canary(self, last_call: ModelCall | None) -> None:
+        before = self._instruments.canary_time.seconds
+        self._instruments.canary.forward(self._model, last_call)
+        if self._schedule is not None:
+            self._schedule.paid(self._instruments.canary_time.seconds - before)
+
+    def _canary_is_due(self, cargo: Cargo) -> bool:
+        """Whether to forward the canary after this edit, by what the weights do as far as it is known by now."""
+        if self._schedule is None or not self._instruments.canary.wanted:
+            return False
+        if not self._schedule.always and cargo.is_here:
+            self._watch_pace(cargo)
+        elapsed = time.perf_counter() - self._attached
+        return self._schedule.is_due(self._edits, elapsed, self._pace.now.moving, self._pace.now.leaping)
+
+    def _watch_pace(self, cargo: Cargo) -> None:
+        scans = self._instruments.scans(cargo)
+        updates = {site: seen.update for site, seen in scans.items() if isinstance(seen, WeightPass)}
+        lost = {site: math.nan for site, seen in scans.items() if seen.nonfinite}
+        self._pace.observe(updates | lost)
+
+    def _flush(self) -> None:
+        """Read what is still on its way: before anything is said of the last edit, and after an exception."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._read(unread)
+
+    def _read(self, unread: _Unread) -> None:
+        """Wait for an edit's measurements, write its row, tell the analyzer and the sinks."""
+        instruments = self._instruments
+        with instruments.probe_time:
+            readings = instruments.read(unread.cargo)
+            passes = instruments.passes(unread.cargo)
             for site, seen in passes.items():
-                self._instruments.references.edited(site, seen)
+                instruments.references.edited(site, seen)
             self._last_moved = any(seen.update != 0 for seen in passes.values())
-        seconds = time.perf_counter() - clock
-        spent, canary = self._instruments.probe_time.take(), self._instruments.canary_time.take()
-        row = EditRow(self._edits, label, status, started, seconds, spent, canary, error, readings)
+            if self._schedule is not None and not self._schedule.always and unread.late:
+                self._watch_pace(unread.cargo)
+        seconds = unread.seconds or time.perf_counter() - unread.clock
+        spent, canary = instruments.probe_time.take(), instruments.canary_time.take()
+        row = EditRow(
+            unread.edit, unread.label, unread.status, unread.started, seconds, spent, canary, unread.error, readings
+        )
         self._guard("the run file", lambda: self._writer.append(row))
         self._guard("the analyzer", lambda: self._analyze(row))
+        between = unread.between
+        if between is not None:
+            self._guard("observing the outcome", lambda: self._judge(unread.edit, between))
 
     def _analyze(self, row: EditRow) -> None:
         self._analyzer.observe(row)
@@ -346,18 +423,24 @@ class Monitor:
         for sink in self._sinks:
             self._guard(type(sink).__name__, functools.partial(sink.on_row, row, diagnosis))
 
+    def _observe_later(self) -> None:
+        """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
+        if self._unread is not None and self._outcome_due is not None and self._instruments.keeps_references:
+            self._outcome_due = None
+            self._instruments.look_at_weights(self._model, self._sites)
+            self._unread = replace(self._unread, between=self._instruments.send())
+
     def _record_outcome(self, edit: int) -> OutcomeKind:
-        references = self._instruments.references
-        changed = []
-        for site in self._sites:
-            found = locate(self._model, site)
-            if found is not None and references.moved(site.name, found[1]):
-                changed.append(site)
+        changed = self._instruments.changed(self._model, self._sites)
+        self._instruments.look_at_weights(self._model, changed)
+        return self._judge(edit, self._instruments.send())
+
+    def _judge(self, edit: int, cargo: Cargo) -> OutcomeKind:
+        """What became of an edit, from a look at the weights after it."""
+        changed = {site: seen for site, seen in self._instruments.passes(cargo).items() if seen.update != 0}
         outcome: OutcomeKind = "committed"
         if changed:
-            self._instruments.weights(self._model, changed)
-            passes = self._instruments.read_weights()
-            seen = {references.changed_between(site, weight) for site, weight in passes.items()}
+            seen = {self._instruments.references.changed_between(site, scan) for site, scan in changed.items()}
             if len(seen) == 1 and (only := seen.pop()) is not None:
                 outcome = only
             else:
@@ -380,6 +463,7 @@ class Edit:
     def __init__(self, monitor: Monitor, label: str) -> None:
         self.label = label
         self.capture: Capture
+        self.reports: dict[str, EditorReport] = {}
         self._entered: nn.Module
         self.started = 0.0
         self.clock = 0.0
@@ -391,6 +475,11 @@ class Edit:
             raise UsageError(f"edit.returns got a {type(model).__name__}; expected the torch.nn.Module after the edit")
         self._monitor._model = model
         return model
+
+    def report(self, site: str, report: EditorReport) -> None:
+        """Tell what only the editor knows of this edit at a layer. Fields of later reports of one layer win."""
+        known = self.reports.get(site)
+        self.reports[site] = report if known is None else known.with_later(report)
 
     def __enter__(self) -> Edit:
         if self._monitor._open is not None:

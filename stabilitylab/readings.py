@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Seen = TypeVar("Seen")
+Rebuild = Callable[[Array], Seen]
+"""Makes a measurement from its packed values, on the host."""
 Key = tuple[str, str]
 """(metric, site): what was measured, and where."""
 

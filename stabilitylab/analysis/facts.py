@@ -47,6 +47,9 @@ NO_PROOF: Final = frozenset(
         "gradient.stable_rank",
         "feedback.gain",
         "editor.input_unit",
+        "weight.condition_number",
+        "canary.perplexity",
+        "canary.perplexity_ratio",
         "editor.covariance_condition",
         "editor.system_condition",
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab import editor_parts as parts
+from stabilitylab.calls import watch_solves
 from stabilitylab.editor_report import EditorReport
 from stabilitylab.hooks import Capture
 from stabilitylab.instruments.bench import Bench
@@ -51,6 +52,7 @@ class EditorInstrument:
         self._editor = editor
         self._names: frozenset[str] = frozenset()
         self._skipped: set[str] = set()
+        self._updates: dict[str, Tensor] = {}
         self._read: weakref.WeakSet[EditorReport] = weakref.WeakSet()
 
     def watch(self, capture: Capture, model: nn.Module) -> None:
@@ -62,9 +64,16 @@ class EditorInstrument:
         if self._bench.needed(NormaliserPass):
             for name, normaliser in parts.find_normalisers(self._editor).items():
                 capture.watch_editor(name, normaliser.module)
+        if self._bench.needed(SystemExtremes) or self._bench.needed(SolveResidual):
+            self._watch_solves(capture, model)
         if self._bench.needed(CodebookHits):
             for name in parts.find_codebooks(model):
                 self._watch_codebook(capture, model, name)
+
+    @property
+    def updates(self) -> Mapping[str, Tensor]:
+        """What the editor said that it meant to add to the weights in this edit, by layer."""
+        return self._updates
 
     def after(self, model: nn.Module, capture: Capture | None, reports: Mapping[str, EditorReport]) -> None:
         """Reduce everything that is needed of the editor, of the adapters in `model`, and of what was reported.
@@ -155,6 +164,24 @@ class EditorInstrument:
 
         capture.own(model.get_submodule(name).register_forward_pre_hook(capture.hook(before_forward)))
 
+    # -- solved inside the edit -----------------------------------------------------------------------------------
+
+    def _watch_solves(self, capture: Capture, model: nn.Module) -> None:
+        """Hear of the linear systems that are solved during the edit: MALMEN's, MEMIT's, AlphaEdit's."""
+        solved = 0
+
+        def on_solve(kind: str, system: Tensor, right_side: Tensor | None, solution: Tensor) -> None:
+            nonlocal solved
+            solved += 1
+            report = EditorReport(system=system, solution=solution, right_side=right_side)
+            with self._bench.probe_time:
+                self._report(_site(f"solve{solved}"), report)
+
+        reason = watch_solves(capture.stack, model, on_solve)
+        if reason is not None and reason not in self._skipped:
+            self._skipped.add(reason)
+            self._bench.note("capture", f"solves left out: {reason}")
+
     # -- reported -------------------------------------------------------------------------------------------------
 
     def _all_reports(self, reports: Mapping[str, EditorReport]) -> None:
@@ -165,6 +192,7 @@ class EditorInstrument:
             found[name] = found[name].with_later(report) if name in found else report
         for name, report in found.items():
             self._report(name, report)
+        self._updates = {name: report.update for name, report in found.items() if report.update is not None}
 
     def _report(self, site: str, report: EditorReport) -> None:
         key, direction, target, initial = report.key, report.direction, report.target_value, report.initial_value

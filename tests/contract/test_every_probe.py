@@ -10,26 +10,41 @@ import numpy as np
 import pytest
 import torch
 from stabilitylab.probes import ALL, TIERS, catalogue
+from stabilitylab.probes.absorption import AbsorptionPass
 from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.codebook import CodebookHits, CodebookPass
-from stabilitylab.probes.feedback import History
+from stabilitylab.probes.feedback import FeedbackPass, History
 from stabilitylab.probes.gradient_factors import GradientSpectrum
+from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
 from stabilitylab.probes.linear_solve import CovarianceExtremes, SolveResidual, SystemExtremes
-from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass
+from stabilitylab.probes.logits_pass import CanaryPass, LaterLogits, LogitsPass, LossPass, TextPass
 from stabilitylab.probes.mask_pass import MaskPass
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
 from stabilitylab.probes.null_space import KeyCachePass, NullSpacePass
-from stabilitylab.probes.output_pass import OutputPass
+from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
 from stabilitylab.probes.rank_one import ClampHits, Denominator, TargetValue
 from stabilitylab.probes.side_memory import SideMemoryPass
+from stabilitylab.probes.top_singular import TopSingular
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.probes.weight_spectrum import WeightSpectrum
+from stabilitylab.probes.weight_subspace import LeadingSubspace
 
 from stabilitylab.errors import UsageError
 
 SCALES, PHASES = {"log", "linear", "count", "flag"}, {"before", "during", "after"}
 NAN = float("nan")
+SPECTRA = [
+    GradientSpectrum(
+        singular_values=values, norm=norm, exact=exact, zero_share=0.25, dead_share=0.0, nonfinite=float(np.isnan(norm))
+    )
+    for values, norm, exact in (
+        (np.array([3.0, 1.0]), np.sqrt(10.0), True),
+        (np.zeros(3), 0.0, True),
+        (np.full(50, NAN), NAN, True),
+        (np.linspace(9, 1, 16), 100.0, False),
+    )
+]
 EXAMPLES: dict[type[Any], list[Any]] = {
     WeightPass: [
         WeightPass.from_host(np.array(values), torch.float16)
@@ -40,12 +55,18 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         WeightScan.from_scan(np.array(values), torch.float16)
         for values in ([3.0, -1.0, 2.0, 0.0], [0.0] * 4, [NAN, NAN, NAN, 4.0])
     ],
-    GradientSpectrum: [
-        GradientSpectrum(np.array([3.0, 1.0]), 0.0),
-        GradientSpectrum(np.zeros(3), 0.0),
-        GradientSpectrum(np.full(50, NAN), 2.0),
-        GradientSpectrum(np.linspace(9, 1, 200), 0.0),
-    ],
+    GradientSpectrum: SPECTRA,
+    LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SPECTRA[0], SPECTRA[2])],
+    Alignment: [Alignment(0.5, -1.0), Alignment(None, None), Alignment(NAN, 0.0)],
+    AbsorptionPass: [AbsorptionPass(4.0, 1.0), AbsorptionPass(0.0, 0.0)],
+    FeedbackPass: [FeedbackPass(2.0, 1.0), FeedbackPass(0.0, 1.0), FeedbackPass(NAN, 1.0)],
+    TopSingular: [TopSingular(2.0, 3.0), TopSingular(0.0, 0.0), TopSingular(NAN, NAN)],
+    LeadingSubspace: [LeadingSubspace(np.array(values)) for values in ([1.0, 0.5], [0.0], [NAN])],
+    NormInput: [NormInput(2.0, 1e19), NormInput(0.0, 1e19), NormInput(NAN, 1e19)],
+    LaterOutputs: [LaterOutputs(1.0, 0.0), LaterOutputs(25.0, 1.0, 3.0, NAN)],
+    LaterLogits: [LaterLogits(1.0, 0.0), LaterLogits(25.0, 1.0, 3.0, NAN)],
+    LossPass: [LossPass(2.5), LossPass(NAN)],
+    TextPass: [TextPass(3.0, 2.0), TextPass(1e4, 2.0), TextPass(NAN, 2.0)],
     OutputPass: [
         OutputPass(1.0, 2.0, 1.0, 2.0, 0.0, 65504.0),
         OutputPass(0.0, 0.0, None, None, 0.0, 65504.0),

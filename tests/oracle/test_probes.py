@@ -9,16 +9,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stabilitylab.probes.activations import ActivationRange, ActivationScale
+from stabilitylab.probes.activations import ActivationPasses, ActivationRange, ActivationScale, NormHeadroom
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
-from stabilitylab.probes.feedback import Gain, History
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
-from stabilitylab.probes.gradients import GradientNonfinite, GradientNorm, Spectrum, StableRank
-from stabilitylab.probes.logits import Canary, Logits
-from stabilitylab.probes.logits_pass import CanaryPass, LogitsPass, last_token_logits, reduce_canary, reduce_logits
+from stabilitylab.probes.feedback import FeedbackPass, FeedbackShare, Gain, History
+from stabilitylab.probes.logits import Canary, Logits, Perplexity
+from stabilitylab.probes.logits_pass import (
+    CanaryPass,
+    LogitsPass,
+    TextPass,
+    last_token_logits,
+    reduce_canary,
+    reduce_logits,
+    text_nll,
+)
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, reduce_normaliser
-from stabilitylab.probes.output_pass import OutputPass, reduce_output
-from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
+from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputKeeper, OutputPass, reduce_output
+from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits, same_sample, scan_weight
 from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
 from torch import Tensor
 
@@ -32,8 +38,8 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
 
 
 def weight_pass(weight: Tensor, original: Tensor, previous: Tensor) -> WeightPass:
-    packed = reduce_weight(weight, original.clone(), previous.clone(), norm_of(original))
-    return WeightPass.from_host(packed.numpy(), weight.dtype)
+    seen = reduce_weight(weight, original.clone(), previous.clone(), norm_of(original))
+    return WeightPass.from_host(seen.packed.numpy(), weight.dtype)
 
 
 def numpy64(tensor: Tensor) -> np.ndarray:
@@ -116,6 +122,31 @@ def test_closed_form_of_headroom() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, shape=st.lists(st.integers(1, 40), min_size=1, max_size=3))
+def test_a_scan_needs_no_references_and_agrees(dtype: torch.dtype, seed: int, shape: list[int]) -> None:
+    weight = random(seed, *shape, dtype=dtype)
+    norm, low, high, nonfinite = scan_weight(weight).tolist()
+    now = numpy64(weight)
+    assert norm == pytest.approx(np.linalg.norm(now.ravel()), rel=1e-5)
+    assert (low, high, nonfinite) == (now.min(), now.max(), 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, rows=st.integers(1, 60), columns=st.integers(1, 60), data=st.data())
+def test_a_sample_sees_a_row_that_moved(
+    dtype: torch.dtype, seed: int, rows: int, columns: int, data: st.DataObject
+) -> None:
+    weight = random(seed, rows, columns, dtype=dtype)
+    other = weight.clone()
+    assert same_sample(weight, other)
+    other[data.draw(st.integers(0, rows - 1))] += 1
+    # The last rows are only touched where a whole cache line of them fits: a matrix of few rows is compared in full.
+    touched = (rows * columns - 16) // (columns + 16) + 1
+    if columns < 16 or touched >= rows:
+        assert not same_sample(weight, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits(dtype: torch.dtype) -> None:
     left = random(3, 5, 7, dtype=dtype)
     left[0, 0] = math.nan
@@ -124,69 +155,6 @@ def test_same_bits(dtype: torch.dtype) -> None:
     right[4, 6] = right[4, 6] * 2
     assert not same_bits(left, right)
     assert not same_bits(torch.zeros(2, dtype=dtype), -torch.zeros(2, dtype=dtype))
-
-
-# -- gradients ------------------------------------------------------------------------------------------------------
-
-
-def spectrum_of(x: Tensor, delta: Tensor) -> GradientSpectrum:
-    packed, shapes = reduce_factors(x, delta)
-    return GradientSpectrum.from_host(packed.numpy(), shapes)
-
-
-@given(seed=seeds, tokens=st.integers(1, 40), width_in=st.integers(1, 50), width_out=st.integers(1, 50))
-def test_spectrum(seed: int, tokens: int, width_in: int, width_out: int) -> None:
-    x, delta = random(seed, tokens, width_in), random(seed + 1, tokens, width_out, scale=1e-3)
-    gradient = np.zeros((width_out, width_in))
-    for u, d in zip(numpy64(x), numpy64(delta), strict=True):
-        gradient += np.outer(d, u)
-    exact = np.linalg.svd(gradient, compute_uv=False)
-    seen = spectrum_of(x, delta)
-    size = seen.singular_values.size
-    assert size == min(tokens, width_in, width_out)
-    large = exact[:size] > 1e-4 * exact[0]
-    np.testing.assert_allclose(seen.singular_values[large], exact[:size][large], rtol=2e-3)
-    np.testing.assert_allclose(seen.singular_values, exact[:size], atol=2e-6 * exact[0])
-    assert GradientNorm().compute(seen)["gradient.norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
-    stable_rank = np.linalg.norm(gradient) ** 2 / exact[0] ** 2
-    assert StableRank().compute(seen)["gradient.stable_rank"] == pytest.approx(stable_rank, rel=1e-4)
-    assert Spectrum().compute(seen)["gradient.spectrum"].size == min(size, 32)
-    assert GradientNonfinite().compute(seen)["gradient.nonfinite"] == 0
-
-
-def test_closed_form_of_one_token() -> None:
-    x, delta = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0, 0.0]])
-    seen = spectrum_of(x, delta)
-    assert seen.singular_values.tolist() == pytest.approx([10.0])
-    assert StableRank().compute(seen)["gradient.stable_rank"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_factors_of_extreme_size(scale: float) -> None:
-    x, delta = random(1, 6, 8, scale=scale), random(2, 6, 5, scale=scale)
-    exact = np.linalg.svd(numpy64(delta).T @ numpy64(x), compute_uv=False)
-    np.testing.assert_allclose(spectrum_of(x, delta).singular_values, exact, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_nonfinite_factor_gives_nan_and_a_count(dtype: torch.dtype) -> None:
-    x, delta = random(1, 6, 8, dtype=dtype), random(2, 6, 5, dtype=dtype)
-    delta[2, 3] = math.inf
-    seen = spectrum_of(x, delta)
-    assert np.isnan(seen.singular_values).all()
-    assert math.isnan(GradientNorm().compute(seen)["gradient.norm"])
-    assert GradientNonfinite().compute(seen)["gradient.nonfinite"] == 1
-
-
-def test_a_zero_gradient_has_norm_zero_and_no_rank() -> None:
-    seen = spectrum_of(torch.zeros(3, 4), torch.ones(3, 5))
-    assert GradientNorm().compute(seen)["gradient.norm"] == 0
-    assert StableRank().compute(seen) == {}
-
-
-def test_factors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 and 4 tokens"):
-        reduce_factors(torch.ones(3, 2), torch.ones(4, 2))
 
 
 # -- activations ----------------------------------------------------------------------------------------------------
@@ -228,6 +196,36 @@ def test_nonfinite_activations() -> None:
     seen = OutputPass.from_host(reduce_output(output).numpy(), torch.float32)
     assert ActivationRange().compute(seen)["activation.nonfinite"] == 2
     assert math.isnan(ActivationScale().compute(seen)["activation.rms"])
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 3.0, 7.0, math.inf, math.nan]), min_size=1, max_size=8))
+def test_later_outputs(largest: list[float]) -> None:
+    keeper = OutputKeeper()
+    for value in largest:
+        keeper.add(torch.tensor([[0.0, -value]]))
+    packed = keeper.reduce()
+    assert packed is not None
+    readings = ActivationPasses().compute(LaterOutputs.from_host(packed.numpy()))
+    bad = [value for value in largest if not math.isfinite(value)]
+    assert readings["activation.passes"] == len(largest)
+    assert readings["activation.nonfinite_passes"] == len(bad)
+    if len(largest) == 1:
+        assert "activation.max_abs_worst" not in readings
+    else:
+        worst = bad[0] if bad else max(largest)
+        np.testing.assert_equal(readings["activation.max_abs_last"], largest[-1])
+        np.testing.assert_equal(readings["activation.max_abs_worst"], worst)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_headroom_before_a_norm_is_that_of_the_square(dtype: torch.dtype) -> None:
+    x = torch.full((2, 8), 4.0, dtype=dtype)
+    bits = NormHeadroom().compute(NormInput.from_host(np.array([4.0]), dtype))["activation.norm_headroom_bits"]
+    assert isinstance(bits, float)
+    inside = x.double() if dtype == torch.float64 else x.float()  # what LayerNorm and RMSNorm compute in
+    whole = min(math.floor(bits), 1000)
+    assert torch.isfinite((inside * 2.0 ** (whole - 1)).square()).all()
+    assert not torch.isfinite((x * 2.0 ** (whole + 2)).to(inside.dtype).square()).all()
 
 
 # -- logits ---------------------------------------------------------------------------------------------------------
@@ -302,6 +300,43 @@ def test_a_nonfinite_row_never_agrees_with_the_original() -> None:
     assert math.isnan(readings["canary.kl"])
 
 
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@given(seed=seeds, batch=st.integers(1, 3), length=st.integers(2, 6), image=st.integers(0, 2))
+def test_perplexity_of_a_text(side: str, seed: int, batch: int, length: int, image: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, tokens = random(seed, batch, image + length, 11, scale=2.0), rng.integers(0, 11, size=(batch, length))
+    lengths = np.where(side == "none", length, rng.integers(2, length + 1, size=batch))
+    mask = np.arange(length) < lengths[:, None]
+    mask = mask[:, ::-1].copy() if side == "left" else mask
+    nll = text_nll(logits, torch.from_numpy(tokens), None if side == "none" else torch.from_numpy(mask).long())
+    assert nll is not None
+    z, losses = numpy64(logits), []
+    for row in range(batch):
+        for at in range(1, length):
+            if mask[row, at] and mask[row, at - 1]:
+                p = np.exp(z[row, image + at - 1])
+                losses.append(-math.log(p[tokens[row, at]] / p.sum()))
+    readings = Perplexity().compute(TextPass(nll.item(), math.log(2)))
+    assert readings["canary.perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert readings["canary.perplexity_ratio"] == pytest.approx(math.exp(np.mean(losses)) / 2, rel=1e-5)
+
+
+def test_perplexity_of_blank_logits_is_the_vocabulary_and_of_lost_ones_not_a_number() -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    blank, lost = (text_nll(torch.full((1, 3, 50), value), tokens, None) for value in (0.0, math.nan))
+    assert blank is not None
+    assert lost is not None
+    assert Perplexity().compute(TextPass(blank.item(), 0.0))["canary.perplexity"] == pytest.approx(50)
+    assert math.isnan(Perplexity().compute(TextPass(lost.item(), 0.0))["canary.perplexity"])
+    assert Perplexity().compute(TextPass(1e4, 0.0))["canary.perplexity"] == math.inf
+
+
+def test_a_text_that_does_not_fit_the_logits_has_no_perplexity() -> None:
+    assert text_nll(torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
+    assert text_nll(torch.zeros(1, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
+    assert text_nll(torch.zeros(2, 3, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
+
+
 # -- editor state and feedback ---------------------------------------------------------------------------------------
 
 
@@ -360,3 +395,9 @@ def test_gain_is_absent_where_a_logarithm_is_not_finite(broken: float) -> None:
 def test_gain_is_per_edit_also_where_not_every_edit_is_read(every: int) -> None:
     gain = Gain().compute(history([2.0 ** (every * k) for k in range(6)], every))["feedback.gain"]
     assert gain == pytest.approx(math.log(2))
+
+
+def test_share_of_the_feedback() -> None:
+    assert FeedbackShare().compute(FeedbackPass.from_host(np.array([16.0, 1.0])))["feedback.share"] == 0.75
+    assert FeedbackShare().compute(FeedbackPass(0.0, 1.0)) == {}
+    assert FeedbackShare().compute(FeedbackPass(math.nan, 1.0)) == {}

@@ -51,16 +51,21 @@ def station(name: str) -> str:
     return f"{PACKAGE}.{name}"
 
 
-MODEL_SIDE = tuple(map(station, ("sites", "hooks", "measure", "monitor", "references", "transfer", "canary", "probes")))
+MODEL_SIDE = tuple(
+    map(station, ("sites", "hooks", "calls", "editor_parts", "instruments", "monitor", "canary", "probes"))
+)
 TESTBED = (station("testbed"), station("editors"))
 NEVER = {
     station("sites"): (station("hooks"), station("probes"), station("monitor"), station("store"), station("analysis")),
-    station("hooks"): tuple(map(station, ("probes", "monitor", "store", "analysis", "measure"))),
+    station("hooks"): tuple(map(station, ("probes", "monitor", "store", "analysis", "instruments"))),
     station("probes"): (
-        *map(station, ("hooks", "monitor", "measure", "store", "run", "analysis", "reports")),
+        *map(station, ("hooks", "calls", "monitor", "instruments", "store", "run", "analysis", "reports")),
         "sqlite3",
     ),
-    station("measure"): (station("store"), station("analysis"), station("monitor"), station("reports")),
+    station("calls"): tuple(map(station, ("probes", "monitor", "store", "analysis", "instruments"))),
+    station("editor_parts"): tuple(map(station, ("hooks", "probes", "monitor", "store", "analysis", "instruments"))),
+    station("editor_report"): (PACKAGE,),
+    station("instruments"): (station("store"), station("analysis"), station("monitor"), station("reports")),
     station("store"): ("torch", *MODEL_SIDE, station("analysis"), station("reports")),
     station("run"): ("torch", *MODEL_SIDE, station("reports")),
     station("runfile"): ("torch", *MODEL_SIDE, station("analysis"), station("run"), station("reports")),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_factors import reduce_factors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -17,16 +20,48 @@ from stabilitylab.hooks import Capture, run_silently, sweep
 from tests.loops import hooks_on
 
 
+class Heard:
+    """A watcher that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[str, torch.Size]] = []
+        self.passes: list[tuple[str, int, Tensor, Tensor]] = []
+        self.lost: list[str] = []
+        self.norms: list[Tensor] = []
+
+    def layer_output(self, site: str, fired: int, output: Tensor) -> None:
+        self.outputs.append((site, output.shape))
+
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+        self.passes.append((site, fired, x.clone(), delta.clone()))
+
+    def overwritten(self, site: str) -> None:
+        self.lost.append(site)
+
+    def norm_input(self, entering: Tensor) -> None:
+        self.norms.append(entering)
+
+    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+        pass
+
+    def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        pass
+
+
 def capture() -> Capture:
-    return Capture(lambda site, output: None, lambda kwargs, output: None)
+    return Capture(Heard())
 
 
-def spectrum(seen: Capture, site: str = "layer") -> np.ndarray:
-    forward = seen.layers[site].complete
-    assert forward is not None, "no δ was caught"
-    assert forward.delta is not None
-    packed, shapes = reduce_factors(forward.x, forward.delta)
-    return GradientSpectrum.from_host(packed.numpy(), shapes).singular_values
+def heard(seen: Capture) -> Heard:
+    watcher = seen._watcher
+    assert isinstance(watcher, Heard)
+    return watcher
+
+
+def spectrum(seen: Capture, at: int = 0) -> np.ndarray:
+    _, _, x, delta = heard(seen).passes[at]
+    packed, rebuild = reduce_factors(x, delta)
+    return rebuild(packed.numpy()).singular_values
 
 
 def assert_spectrum(found: np.ndarray, gradient: Tensor) -> None:
@@ -84,7 +119,7 @@ def test_a_later_weight_alone_requires_a_gradient() -> None:
         seen.watch_layer("frozen", first, factors=True)
         seen.watch_layer("layer", second, factors=True)
         second(first(torch.randn(3, 6))).sum().backward()
-    assert seen.layers["frozen"].complete is None
+    assert [site for site, *_ in heard(seen).passes] == ["layer"]
     assert_spectrum(spectrum(seen), second.weight.grad)
 
 
@@ -96,42 +131,100 @@ def test_two_backwards_through_one_forward_are_not_added_up() -> None:
         y.pow(2).sum().backward(retain_graph=True)
         first = layer.weight.grad.clone()
         y.pow(3).sum().backward()
-    assert seen.layers["layer"].backwards == 2
-    assert_spectrum(spectrum(seen), first)
+    assert len(heard(seen).passes) == 2
+    assert_spectrum(spectrum(seen, 0), first)
+    assert_spectrum(spectrum(seen, 1), layer.weight.grad - first)
 
 
 def test_two_forwards_before_one_backward_are_kept_apart() -> None:
     layer = nn.Linear(6, 5)
+    first, second = torch.randn(3, 6), torch.randn(3, 6)
     with capture() as seen:
         seen.watch_layer("layer", layer, factors=True)
         layer(torch.randn(3, 6))  # its backward never comes
-        x = torch.randn(4, 6)
-        layer(x).pow(2).sum().backward()
-    assert seen.layers["layer"].forwards == 2
-    assert torch.equal(seen.layers["layer"].complete.x, x)
-    assert_spectrum(spectrum(seen), layer.weight.grad)
+        (layer(first).pow(2).sum() + layer(second).pow(3).sum()).backward()
+    assert len(heard(seen).outputs) == 3
+    caught = [x for _, _, x, _ in heard(seen).passes]
+    assert {tuple(x.flatten().tolist()) for x in caught} == {tuple(x.flatten().tolist()) for x in (first, second)}
+    for at, x in enumerate(caught):
+        layer.weight.grad = None
+        layer(x).pow(2 if torch.equal(x, first) else 3).sum().backward()
+        assert_spectrum(spectrum(seen, at), layer.weight.grad)
 
 
-def test_memory_stays_bounded_over_hundreds_of_forwards() -> None:
+def test_autograd_grad_twice_and_functional_transforms() -> None:
+    layer = nn.Linear(6, 5)
+    parameters = dict(layer.named_parameters())
+    x = torch.randn(3, 4, 6)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, x).pow(2).sum()
+
+    with capture() as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        gradients = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
+    ((_, _, caught, delta),) = heard(seen).passes
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(delta)  # a wrapper is dead outside of its transform
+    assert torch.equal(caught, x)
+    assert_spectrum(spectrum(seen), gradients["weight"])
+
+
+def test_inside_vmap_nothing_is_caught_and_nothing_breaks() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(4, 3, 6)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, x).pow(2).sum()
+
+    plain = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    with capture() as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        watched = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    assert torch.equal(plain["weight"], watched["weight"])
+    assert not heard(seen).passes
+
+
+def test_an_input_is_held_no_longer_than_its_graph() -> None:
     layer = nn.Linear(6, 5)
     with capture() as seen:
         seen.watch_layer("layer", layer, factors=True)
         for _ in range(430):
-            layer(torch.randn(3, 6))
-    buffer = seen.layers["layer"]
-    assert buffer.forwards == 430
-    assert len(buffer.pending) == 8
+            layer(torch.randn(3, 6))  # no backward, and the graph is gone at once
+        held = [found for found in gc.get_objects() if type(found) is Tensor and found.shape == (3, 6)]
+        assert len(held) <= 1
+    assert len(heard(seen).outputs) == 430
 
 
-def test_an_input_that_is_overwritten_later_is_noticed() -> None:
+def test_an_input_that_is_overwritten_before_the_backward_is_left_out_and_said() -> None:
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     layer.weight.requires_grad_(False)
     with capture() as seen:
         seen.watch_layer("layer", layer, factors=True)
-        layer(x).sum().backward()
-        assert not seen.layers["layer"].complete.overwritten
+        y = layer(x).sum()
         x.zero_()
-    assert seen.layers["layer"].complete.overwritten
+        y.backward()
+    assert not heard(seen).passes
+    assert heard(seen).lost == ["layer"]
+
+
+def test_a_backward_after_the_edit_is_not_heard() -> None:
+    layer = nn.Linear(6, 5)
+    with capture() as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        y = layer(torch.randn(3, 6)).sum()
+    y.backward()
+    assert not heard(seen).passes
+
+
+def test_what_enters_a_normalisation_is_heard() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.BatchNorm1d(5).eval())
+    with capture() as seen:
+        seen.watch_norms(model)
+        x = torch.randn(2, 6)
+        model(x)
+    assert [tuple(entering.shape) for entering in heard(seen).norms] == [(2, 5), (2, 5)]
+    assert torch.equal(heard(seen).norms[0], model[0](x))
+    assert hooks_on(model) == 0
 
 
 def test_hooks_are_gone_after_an_exception() -> None:
@@ -166,10 +259,12 @@ def test_a_layer_copied_inside_the_edit_is_kept_apart_and_left_clean() -> None:
         clone = copy.deepcopy(model)
         clone(torch.randn(3, 6)).pow(2).sum().backward()
         saved = pickle.loads(pickle.dumps(model))
+    ((_, fired, _, _),) = heard(seen).passes
+    assert fired == id(clone[0])
     assert_spectrum(spectrum(seen), clone[0].weight.grad)
-    forwards = seen.layers["layer"].forwards
+    forwards = len(heard(seen).outputs)
     clone(torch.randn(3, 6))  # the copied hook is silent now …
-    assert seen.layers["layer"].forwards == forwards
+    assert len(heard(seen).outputs) == forwards
     sweep(clone)  # … and is taken off
     assert hooks_on(model) == hooks_on(clone) == 0
     saved(torch.randn(3, 6))
@@ -184,21 +279,24 @@ def test_an_output_with_flat_tokens_is_seen_as_a_sequence() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return self.layer(nn.functional.one_hot(input_ids, 6).float().flatten(0, 1))
 
-    shapes = []
     model = Flat()
-    with Capture(lambda site, output: shapes.append(output.shape), lambda kwargs, output: None) as seen:
+    with capture() as seen:
         seen.watch_layer("layer", model.layer, factors=True)
         seen.watch_model(model)
         model(input_ids=torch.tensor([[1, 2, 3], [3, 2, 1]]))
-    assert shapes == [(2, 3, 5)]
+    assert heard(seen).outputs == [("layer", (2, 3, 5))]
 
 
 def test_a_hook_that_fails_ends_itself_and_not_the_users_forward() -> None:
-    def broken(site: str, output: Tensor) -> None:
-        raise ArithmeticError("bug of ours")
+    class Broken(Heard):
+        def layer_output(self, site: str, fired: int, output: Tensor) -> None:
+            raise ArithmeticError("bug of ours")
+
+        def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+            raise ArithmeticError("bug of ours")
 
     layer = nn.Linear(6, 5)
-    with Capture(broken, lambda kwargs, output: None) as seen:
+    with Capture(Broken()) as seen:
         seen.watch_layer("layer", layer, factors=True)
         assert layer(torch.randn(2, 6)).shape == (2, 5)
         assert layer(torch.randn(2, 6)).shape == (2, 5)

@@ -339,11 +339,13 @@ def test_deep_probes_measure_each_tenth_edit(tmp_path: Path) -> None:
             with monitor.edit():
                 edit_once(model)
             if monitor.edits == 10:
-                tenth = torch.linalg.matrix_norm(model[3].weight.detach().double(), 2).item()
+                tenth = np.linalg.cond(model[3].weight.detach().double().numpy())
     run = sl.load(tmp_path / "run")
-    assert run.edit_numbers[run.present("weight.spectral_norm")].tolist() == [0, 10]
-    assert run.series("weight.spectral_norm")[10] == pytest.approx(tenth, rel=1e-9)
+    assert run.edit_numbers[run.present("weight.condition_number")].tolist() == [0, 10]
+    assert run.series("weight.condition_number")[10] == pytest.approx(tenth, rel=1e-5)
+    assert run.edit_numbers[run.present("gradient.cosine_previous")].tolist() == [10]
     assert run.present("update.norm").all()
+    assert run.present("weight.spectral_norm").all()
 
 
 def test_gain_counts_edits_and_not_readings(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits
+from stabilitylab.probes.weight_pass import (
+    Scanned,
+    WeightPass,
+    norm_of,
+    on_cpu,
+    reduce_weight,
+    same_bits,
+    same_sample,
+)
 from stabilitylab.readings import OutcomeKind
 from stabilitylab.sites import Site
 
@@ -30,8 +38,15 @@ class _Copies:
     original: Tensor
     previous: Tensor
     original_norm: Tensor
+    mark: tuple[object, ...]
+    """Where W was, and its version, when `previous` took its values."""
     before: Signature | None = None
     after: Signature | None = None
+
+
+def _mark(weight: Tensor) -> tuple[object, ...]:
+    version = None if weight.is_inference() else weight._version
+    return (weight.data_ptr(), version, weight.dtype, weight.device, weight.stride())
 
 
 class References:
@@ -44,7 +59,7 @@ class References:
         """Take `original` as W₀ and W₋ of a site."""
         with torch.no_grad():
             first = original.detach().clone(memory_format=torch.contiguous_format)
-            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first))
+            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first), ())
 
     def _on(self, name: str, weight: Tensor) -> _Copies:
         """The copies, moved after the weight when the user moved the model."""
@@ -55,13 +70,50 @@ class References:
             copies.original_norm = copies.original_norm.to(weight.device)
         return copies
 
-    def measure(self, name: str, weight: Tensor) -> Tensor:
-        """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
+    def holds(self, name: str) -> bool:
+        """Whether there are copies of this site."""
+        return name in self._copies
+
+    def original(self, name: str, weight: Tensor) -> Tensor:
+        """W₀, on the device of the weight."""
+        return self._on(name, weight).original
+
+    def previous(self, name: str, weight: Tensor) -> Tensor:
+        """W₋, on the device of the weight."""
+        return self._on(name, weight).previous
+
+    def measure(self, name: str, weight: Tensor) -> Scanned:
+        """One pass over the weight, packed as `WeightPass` unpacks it."""
         copies = self._on(name, weight)
         return reduce_weight(weight, copies.original, copies.previous, copies.original_norm)
 
+    def advance(self, name: str, weight: Tensor) -> None:
+        """From now on W₋ is the weight as it is now."""
+        copies = self._on(name, weight)
+        if copies.previous.dtype == weight.dtype:
+            copies.previous.copy_(weight.detach())
+        else:  # the user has cast the model
+            copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
+        copies.mark = _mark(weight)
+
+    def untouched(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight shows no sign of a write since `advance`, on a CPU.
+
+        Its place and its version counter are as they were, and so is a cache line of each row: a write through
+        ``weight.data`` leaves the counter alone, and one that misses all of those entries goes unseen here.
+        """
+        copies = self._on(name, weight)
+        return (
+            on_cpu(weight)
+            and weight.is_contiguous()
+            and copies.mark == _mark(weight)
+            and same_sample(weight, copies.previous)
+        )
+
     def moved(self, name: str, weight: Tensor) -> bool:
-        """Whether the weight differs from W₋ in any bit. Synchronises an accelerator."""
+        """Whether the weight differs from W₋. Synchronises an accelerator."""
+        if self.untouched(name, weight):
+            return False
         copies = self._on(name, weight)
         return weight.dtype != copies.previous.dtype or not same_bits(weight, copies.previous)
 

@@ -1,0 +1,154 @@
+"""Several passes through one layer in an edit, and the angles between gradients, from their factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from stabilitylab.probes.base import Host
+from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.weight_pass import as_matrix, on_cpu, safe_norm, wide_dtype
+from torch import Tensor
+
+from stabilitylab.readings import Rebuild
+
+_ROWS_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LaterPasses:
+    """How many passes an edit made through a layer, how many were not finite, and its last and worst; float64.
+
+    last, worst: None where there was one pass only.
+    """
+
+    passes: float
+    nonfinite_passes: float
+    last: GradientSpectrum | None = None
+    worst: GradientSpectrum | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Cosines of a gradient with that of the edit before and with the update; None where there is none."""
+
+    previous: float | None
+    update: float | None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a gradient δᵀX is made of. x: [tokens, in]. delta: [tokens, out]."""
+
+    x: Tensor
+    delta: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, delta: Tensor) -> Factors:
+        """With all leading dimensions flattened to tokens."""
+        return cls(x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1]))
+
+
+@torch.no_grad()
+def score(x: Tensor, delta: Tensor) -> Tensor:
+    """‖X‖ ‖δ‖ as a float64 scalar: no less than the gradient's norm, for a hundredth of its cost.
+
+    NaN and infinite where a factor is: an overflow of a norm can't be, since it is formed safely.
+    """
+    wide = (part.reshape(-1).to(wide_dtype(part)) for part in (x, delta))
+    first, second = (safe_norm(part) for part in wide)
+    return first * second
+
+
+class PassKeeper:
+    """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst.
+
+    The first pass is reduced at once, by others; later ones cost two norms each, and two spectra at the end, however
+    many there are. The worst is the first that is not finite, else that with the largest ‖X‖ ‖δ‖.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._nonfinite: Tensor | None = None
+        self._last: Factors | None = None
+        self._worst: Factors | None = None
+        self._worst_score: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor, delta: Tensor) -> None:
+        """One more pass."""
+        self.passes += 1
+        now, size = Factors.of(x, delta), score(x, delta)
+        bad = torch.isfinite(size).logical_not().double()
+        if self._worst is None or self._worst_score is None or self._nonfinite is None:
+            self._nonfinite, self._worst, self._worst_score = bad, now, size
+        else:
+            self._nonfinite = self._nonfinite + bad
+            self._keep_worse(now, size)
+        self._last = now if self.passes > 1 else None
+
+    def _keep_worse(self, now: Factors, size: Tensor) -> None:
+        assert self._worst is not None and self._worst_score is not None  # noqa: PT018
+        worse = torch.isfinite(self._worst_score) & ~(size <= self._worst_score)
+        if on_cpu(size):
+            if bool(worse):
+                self._worst, self._worst_score = now, size
+        elif now.x.shape == self._worst.x.shape and now.delta.shape == self._worst.delta.shape:
+            # Which of the two it is must not be waited for: both are read, and one is written.
+            x, delta = torch.where(worse, now.x, self._worst.x), torch.where(worse, now.delta, self._worst.delta)
+            self._worst, self._worst_score = Factors(x, delta), torch.where(worse, size, self._worst_score)
+
+    def reduce(self) -> tuple[Tensor, Rebuild[LaterPasses]] | None:
+        """What `LaterPasses` is made from as one float64 tensor, and how to make it; None where there was no pass."""
+        if self._nonfinite is None:
+            return None
+        passes = float(self.passes)
+        head = self._nonfinite.reshape(1)
+        if self._last is None or self._worst is None:
+            return head, lambda values: LaterPasses(passes, float(values[0]))
+        last, rebuild_last = reduce_factors(self._last.x, self._last.delta)
+        worst, rebuild_worst = reduce_factors(self._worst.x, self._worst.delta)
+        split = 1 + last.numel()
+
+        def rebuild(values: Host) -> LaterPasses:
+            return LaterPasses(passes, float(values[0]), rebuild_last(values[1:split]), rebuild_worst(values[split:]))
+
+        return torch.cat([head, last, worst]), rebuild
+
+
+@torch.no_grad()
+def inner_product(first: Factors, second: Factors) -> Tensor:
+    """⟨δ₁ᵀX₁, δ₂ᵀX₂⟩ = Σ (δ₁δ₂ᵀ) ∘ (X₁X₂ᵀ) as a float64 scalar; no gradient is formed. Rounded as fp32 products are."""
+    dtype = wide_dtype(first.x)
+    x = first.x.to(dtype) @ second.x.to(dtype).T
+    delta = first.delta.to(dtype) @ second.delta.to(dtype).T
+    return torch.dot(x.double().reshape(-1), delta.double().reshape(-1))
+
+
+@torch.no_grad()
+def product_with_update(factors: Factors, weight: Tensor, previous: Tensor, transposed: bool) -> Tensor:
+    """(⟨G, W − W₋⟩, ‖W − W₋‖) as a float64 tensor [2]. transposed: whether the weight is [in, out]."""
+    live, past = as_matrix(weight), as_matrix(previous)
+    left, right = (factors.x, factors.delta) if transposed else (factors.delta, factors.x)
+    dtype, rows = wide_dtype(weight), max(1, _ROWS_BYTES // (live.shape[1] * 4))
+    dots, norms = [], []
+    for start in range(0, live.shape[0], rows):
+        change = live[start : start + rows].to(dtype) - past[start : start + rows].to(dtype)
+        part = left[:, start : start + rows].to(dtype)
+        dots.append(((part @ change).double() * right.double()).sum())
+        norms.append(safe_norm(change))
+    return torch.stack([torch.stack(dots).sum(), torch.linalg.vector_norm(torch.stack(norms))])
+
+
+def alignment_from(values: Host, has_previous: bool) -> Alignment:
+    """From [‖G_t‖², ‖G_{t−1}‖², ⟨G_t, G_{t−1}⟩, ⟨G_t, ΔW⟩, ‖ΔW‖]; without a previous gradient its two are zero."""
+    own, before, with_before, with_update, update = (float(value) for value in values)
+
+    def cosine(product: float, size: float) -> float | None:
+        return None if size == 0 else float(np.clip(product / size, -1.0, 1.0))
+
+    size = np.sqrt(own)
+    return Alignment(
+        cosine(with_before, size * np.sqrt(before)) if has_previous else None, cosine(with_update, size * update)
+    )

@@ -1,0 +1,119 @@
+"""The gradients of the edited layers, reduced as their backward runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.instruments.bench import Bench
+from stabilitylab.instruments.references import References
+from stabilitylab.probes.feedback import FeedbackPass
+from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_passes import (
+    Alignment,
+    Factors,
+    LaterPasses,
+    PassKeeper,
+    alignment_from,
+    inner_product,
+    product_with_update,
+)
+from stabilitylab.sites import Site, locate
+
+
+@dataclass
+class _Seen:
+    """What one layer showed inside one edit. fired: the module that was answered first; copies of it are left out."""
+
+    fired: int
+    first: Factors | None = None
+    keeper: PassKeeper = field(default_factory=PassKeeper)
+
+
+class GradientInstrument:
+    """Reduces the first pass at once, keeps the last and the worst of the later ones, and counts the rest."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._seen: dict[str, _Seen] = {}
+        self._before: dict[str, Factors] = {}
+
+    def begin(self) -> None:
+        """A new edit."""
+        self._seen = {}
+
+    def needs_factors(self, site: Site) -> bool:
+        """Whether a layer's input and δ are wanted at this edit, or at the next as those of the edit before."""
+        needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(LaterPasses, site.name)
+        return site.orientation != "none" and (needed or self._keeps_first(site.name))
+
+    def _keeps_first(self, site: str) -> bool:
+        return (
+            self._bench.needed(Alignment, site)
+            or self._bench.needed_next(Alignment, site)
+            or self._bench.needed(FeedbackPass, site)
+        )
+
+    @property
+    def firsts(self) -> dict[str, Factors]:
+        """The factors of the first passes that are kept to the edit's end, by site."""
+        return {site: seen.first for site, seen in self._seen.items() if seen.first is not None}
+
+    def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+        """A backward has answered a forward."""
+        seen = self._seen.setdefault(site, _Seen(fired))
+        if seen.fired == fired:
+            self._bench.safely(f"gradient of {site}", lambda: self._pass(site, seen, x, delta))
+
+    def overwritten(self, site: str) -> None:
+        """A pass whose gradient can't be told."""
+        self._bench.note("capture", f"gradient of {site} left out: its input was overwritten before the backward")
+
+    def _pass(self, site: str, seen: _Seen, x: Tensor, delta: Tensor) -> None:
+        if seen.keeper.passes == 0:
+            if self._bench.needed(GradientSpectrum, site):
+                self._bench.add(site, *reduce_factors(x, delta))
+            if self._keeps_first(site):
+                seen.first = Factors.of(x, delta)
+        if self._bench.needed(LaterPasses, site):
+            seen.keeper.add(x, delta)
+        else:
+            seen.keeper.passes += 1
+
+    def after(self, model: nn.Module, sites: Sequence[Site], references: References) -> None:
+        """Reduce what was kept, while W₋ is still the weight before the edit."""
+        for site in sites:
+            seen = self._seen.get(site.name)
+            if seen is not None:
+                self._bench.safely(f"passes of {site.name}", functools.partial(self._later, site.name, seen))
+                self._bench.safely(
+                    f"alignment of {site.name}", functools.partial(self._align, model, site, seen, references)
+                )
+        self._seen = {}
+
+    def _later(self, site: str, seen: _Seen) -> None:
+        reduced = seen.keeper.reduce()
+        if reduced is not None:
+            self._bench.add(site, *reduced)
+
+    def _align(self, model: nn.Module, site: Site, seen: _Seen, references: References) -> None:
+        before = self._before.pop(site.name, None)
+        if seen.first is None:
+            return
+        if self._bench.needed_next(Alignment, site.name):
+            self._before[site.name] = seen.first
+        found = locate(model, site) if self._bench.needed(Alignment, site.name) else None
+        if found is None or not references.holds(site.name):
+            return
+        own = inner_product(seen.first, seen.first)
+        products = [own, torch.zeros_like(own), torch.zeros_like(own)]
+        if before is not None:
+            products = [own, inner_product(before, before), inner_product(seen.first, before)]
+        previous = references.previous(site.name, found[1])
+        update = product_with_update(seen.first, found[1], previous, site.orientation == "in_out")
+        packed = torch.cat([torch.stack(products), update])
+        self._bench.add(site.name, packed, functools.partial(alignment_from, has_previous=before is not None))
