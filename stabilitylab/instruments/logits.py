@@ -54,10 +54,13 @@ class LogitsInstrument:
             self._bench.add(MODEL_SITE, loss.detach().double().reshape(1), LossPass.from_host)
         if logits is None:
             return
+        largest = None
         if self._keeper.passes == 0 and self._bench.needed(LogitsPass):
-            self._bench.add(MODEL_SITE, reduce_logits(logits, canaries.mask_of(kwargs, output)), LogitsPass.from_host)
+            packed = reduce_logits(logits, canaries.mask_of(kwargs, output))
+            largest = packed[:2].abs().amax()
+            self._bench.add(MODEL_SITE, packed, LogitsPass.from_host)
         if self._bench.needed(LaterLogits):
-            self._keeper.add(logits)
+            self._keeper.add(logits, largest)
         else:
             self._keeper.passes += 1
 

@@ -52,14 +52,16 @@ class OutputInstrument:
             self._bench.safely(f"output of {site}", lambda: self._output(site, seen, output))
 
     def _output(self, site: str, seen: _Seen, output: Tensor) -> None:
+        largest = None
         if seen.keeper.passes == 0:
             if self._bench.needed(OutputPass, site):
-                rebuild = functools.partial(OutputPass.from_host, dtype=output.dtype)
-                self._bench.add(site, reduce_output(output), rebuild)
+                packed = reduce_output(output)
+                largest = packed[1]
+                self._bench.add(site, packed, functools.partial(OutputPass.from_host, dtype=output.dtype))
             if self._bench.needed(NormInput, site):
                 self._awaiting_norm.append(site)
         if self._bench.needed(LaterOutputs, site):
-            seen.keeper.add(output)
+            seen.keeper.add(output, largest)
         else:
             seen.keeper.passes += 1
 
@@ -71,7 +73,7 @@ class OutputInstrument:
 
     def _norm_input(self, sites: Sequence[str], entering: Tensor) -> None:
         with torch.no_grad():
-            largest = largest_magnitude(entering)[0].reshape(1)
+            largest = largest_magnitude(entering).reshape(1)
         for site in sites:
             self._bench.add(site, largest, functools.partial(NormInput.from_host, dtype=entering.dtype))
 
