@@ -32,7 +32,6 @@ _CONVERGED = 1e-5  # relative change by the last block; the error that is left i
 _LEAST_PIVOT = 3e-5  # of a Cholesky factor, against its row's norm: the singular values then keep six digits or more
 _GRAM_BLOCKS = 2
 _SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here leaves the range of fp32 or fp64
-_SPARSE = 0.75  # share of tokens with a δ: below it, dropping the others is worth a copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +232,7 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
 
 
 def _with_delta(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Only the tokens that have a δ, where few have: the others add nothing to the gradient."""
+    """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular."""
     rows = torch.from_numpy((delta.numpy() != 0).any(axis=1))
     count = int(rows.sum())
-    if 0 < count <= _SPARSE * rows.numel():
-        return delta[rows], x[rows]
-    return delta, x
+    return (delta[rows], x[rows]) if 0 < count < rows.numel() else (delta, x)
