@@ -6,7 +6,7 @@ For T tokens the gradient is G = δᵀX, so its rank is at most min(T, in, out).
   the small C_δᵀC_x (Golub and Van Loan, Matrix Computations, 4th ed., §5.2; the MEND paper, arXiv 2110.11309, §3, uses
   the same rank-T form). C is the Cholesky factor of the Gram matrix where that is well enough conditioned, else the
   triangle of a QR factorisation, which is slower and always accurate.
-- Beyond, a block Krylov space of 64 directions gives the leading ones (Musco and Musco, arXiv 1504.05477, algorithm 2),
+- Beyond, a block Krylov space of 32 directions gives the leading ones (Musco and Musco, arXiv 1504.05477, algorithm 2),
   of which those are kept that its last block no longer changed; and the norm, exact within that space and estimated
   from 16 random directions outside of it (Hutch++: Meyer et al., arXiv 2010.09649).
 """
@@ -27,10 +27,11 @@ from stabilitylab.readings import Rebuild
 EXACT_RANK = 256
 """The highest possible rank of a gradient whose singular values are all found."""
 
-_BLOCK, _STEPS = 16, 4
+_BLOCK, _STEPS, _OUTSIDE = 8, 4, 16
 _CONVERGED = 1e-5  # relative change by the last block; the error that is left is far below it
 _LEAST_PIVOT = 3e-5  # of a Cholesky factor, against its row's norm: the singular values then keep six digits or more
 _GRAM_BLOCKS = 2
+_SPARSE = 0.75  # share of tokens with a δ below which dropping the others pays for itself
 _SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here leaves the range of fp32 or fp64
 
 
@@ -57,18 +58,23 @@ class GradientSpectrum:
         return float(self.singular_values[0])
 
 
-_HEAD = 5
+_HEAD = 6
+SIZE = 5
+"""Where the packed values hold ‖X‖ ‖δ‖: no less than the gradient's norm, NaN or infinite where a factor is."""
+
+NONFINITE = 0
+"""Where they hold the number of entries that are NaN or infinite."""
 
 
 def _unpack(values: Host, shape: tuple[int, int], rank: int, known: int | None) -> GradientSpectrum:
-    """From what `reduce_factors` packed: a head of five numbers, and a matrix with G's singular values up to scale.
+    """From what `reduce_factors` packed: a head of six numbers, and a matrix with G's singular values up to scale.
 
     rank: how many values there are; those beyond the matrix are 0. known: None where the matrix has all of them, else
     how many of its columns were there before the last block.
     """
-    nonfinite, scale_x, scale_delta, zero_share, dead_share = (float(value) for value in values[:_HEAD])
+    nonfinite, scale_x, scale_delta, zero_share, dead_share, _ = (float(value) for value in values[:_HEAD])
     core = values[_HEAD : _HEAD + shape[0] * shape[1]].reshape(shape)
-    if nonfinite or not np.isfinite(values[_HEAD:]).all():
+    if nonfinite or not np.isfinite(core).all():
         lost = np.full(rank if known is None else 1, np.nan)
         return GradientSpectrum(
             singular_values=lost,
@@ -106,10 +112,14 @@ def _singular_values(matrix: Host) -> Host:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor [T, units] in fp32 or above, the power of two that it was divided by, and what was seen on the way."""
+    """A factor [T, units] in fp32 or above, the power of two that it was divided by, and what was seen on the way.
+
+    norm: its Frobenius norm before that, NaN or infinite where the factor is.
+    """
 
     values: Tensor
     scale: Tensor
+    norm: Tensor
     nonfinite: Tensor
     silent_share: Tensor
     """Share of units that are 0 at every token."""
@@ -117,26 +127,25 @@ class _Factor:
 
 def _prepare(factor: Tensor) -> _Factor:
     wide = factor.to(wide_dtype(factor))
+    if on_cpu(wide):
+        speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
+        silent_share = 1 - speaks.double().mean()
+        norm = torch.linalg.vector_norm(wide).double()
+        if _SAFE[0] < norm.item() < _SAFE[1]:  # then all entries are finite, and no power of them leaves the range
+            return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share)
+    else:
+        silent_share = 1 - (wide != 0).any(dim=0).double().mean()
     low, high = extremes(wide)
     largest = torch.maximum(low.abs(), high.abs())
-    nonfinite = count_nonfinite(wide, low, high)
     usable = (largest > 0) & torch.isfinite(largest)
     # A power of two: dividing by it rounds nothing, so that the smallest singular values stay those of the factor.
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
     scale = torch.where(usable & torch.isfinite(power), power, torch.ones_like(power))
-    if on_cpu(wide):
-        speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
-        if not bool(usable):
-            wide = torch.zeros_like(wide)
-        elif not _SAFE[0] < largest.item() < _SAFE[1]:
-            wide = wide / scale.to(wide.dtype)
-        else:
-            scale = torch.ones_like(scale)
-    else:
-        speaks = (wide != 0).any(dim=0)
-        # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
-        wide = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))
-    return _Factor(wide, scale, nonfinite, 1 - speaks.double().mean())
+    # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
+    values = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64) * scale
+    norm = torch.where(torch.isfinite(largest), norm, largest)
+    return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share)
 
 
 def _gram(wide: Tensor) -> Tensor:
@@ -185,8 +194,8 @@ def _directions(units: int, count: int, device: torch.device) -> Tensor:
 
 
 def _leading(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(R [64, 64] with the singular values of QᵀG for a block Krylov basis Q; the squared norm of G outside of Q)."""
-    probes = _directions(x.shape[1], 2 * _BLOCK, x.device).to(x.dtype)
+    """(R [32, 32] with the singular values of QᵀG for a block Krylov basis Q; the squared norm of G outside of Q)."""
+    probes = _directions(x.shape[1], _BLOCK + _OUTSIDE, x.device).to(x.dtype)
     image = delta.T @ (x @ probes)
     block, outside = image[:, :_BLOCK], image[:, _BLOCK:]
     basis = torch.linalg.qr(block).Q
@@ -199,7 +208,7 @@ def _leading(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         basis = torch.cat([basis, block], dim=1)
     outside = outside - basis @ (basis.T @ outside)
     triangle = torch.linalg.qr(torch.cat(rows, dim=1).double(), mode="r").R
-    return triangle, outside.double().square().sum() / _BLOCK
+    return triangle, outside.double().square().sum() / _OUTSIDE
 
 
 @torch.no_grad()
@@ -216,11 +225,12 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
         raise ValueError("the factors have no tokens; expected at least one")
     a, d = _prepare(x), _prepare(delta)
     zero_share = 1 - (1 - a.silent_share) * (1 - d.silent_share)
-    head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share])
+    size = a.norm * d.norm
+    head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share, size])
     left, right = d.values, a.values
     rank = min(left.shape[0], left.shape[1], right.shape[1])
     if on_cpu(left):
-        left, right = _with_delta(left, right)
+        left, right = _with_delta(left, right, always=rank <= EXACT_RANK)
     if min(rank, left.shape[0]) <= EXACT_RANK:
         core = _core(right, left)
         shape = (core.shape[0], core.shape[1])
@@ -231,8 +241,12 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
     return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
 
 
-def _with_delta(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular."""
+def _with_delta(delta: Tensor, x: Tensor, always: bool) -> tuple[Tensor, Tensor]:
+    """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular.
+
+    always: even where they are too few for a copy to be worth its time by itself.
+    """
     rows = torch.from_numpy((delta.numpy() != 0).any(axis=1))
     count = int(rows.sum())
-    return (delta[rows], x[rows]) if 0 < count < rows.numel() else (delta, x)
+    most = rows.numel() - 1 if always else _SPARSE * rows.numel()
+    return (delta[rows], x[rows]) if 0 < count <= most else (delta, x)

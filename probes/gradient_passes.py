@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSpectrum, reduce_factors
 from stabilitylab.probes.weight_pass import as_matrix, on_cpu, safe_norm, wide_dtype
 from torch import Tensor
 
@@ -50,22 +50,14 @@ class Factors:
         return cls(x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1]))
 
 
-@torch.no_grad()
-def score(x: Tensor, delta: Tensor) -> Tensor:
-    """‖X‖ ‖δ‖ as a float64 scalar: no less than the gradient's norm, for a hundredth of its cost.
-
-    NaN and infinite where a factor is: an overflow of a norm can't be, since it is formed safely.
-    """
-    wide = (part.reshape(-1).to(wide_dtype(part)) for part in (x, delta))
-    first, second = (safe_norm(part) for part in wide)
-    return first * second
+def _norm(factor: Tensor) -> Tensor:
+    return safe_norm(factor.detach().reshape(-1).to(wide_dtype(factor)))
 
 
 class PassKeeper:
     """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst.
 
-    The first pass is reduced at once, by others; later ones cost two norms each, and two spectra at the end, however
-    many there are. The worst is the first that is not finite, else that with the largest ‖X‖ ‖δ‖.
+    Later passes than the first cost two norms each, and two spectra at the end, however many there are. The worst is the first that is not finite, else that with the largest ‖X‖ ‖δ‖.
     """
 
     def __init__(self) -> None:
@@ -73,31 +65,34 @@ class PassKeeper:
         self._nonfinite: Tensor | None = None
         self._last: Factors | None = None
         self._worst: Factors | None = None
-        self._worst_score: Tensor | None = None
+        self._worst_size: Tensor | None = None
+
+    def first(self, x: Tensor, delta: Tensor, packed: Tensor) -> None:
+        """The first pass, with what `reduce_factors` packed of it."""
+        self.passes = 1
+        self._nonfinite = (packed[NONFINITE] > 0).double()
+        self._worst, self._worst_size = Factors.of(x, delta), packed[SIZE]
 
     @torch.no_grad()
-    def add(self, x: Tensor, delta: Tensor) -> None:
+    def later(self, x: Tensor, delta: Tensor) -> None:
         """One more pass."""
         self.passes += 1
-        now, size = Factors.of(x, delta), score(x, delta)
-        bad = torch.isfinite(size).logical_not().double()
-        if self._worst is None or self._worst_score is None or self._nonfinite is None:
-            self._nonfinite, self._worst, self._worst_score = bad, now, size
-        else:
-            self._nonfinite = self._nonfinite + bad
-            self._keep_worse(now, size)
-        self._last = now if self.passes > 1 else None
+        self._last = Factors.of(x, delta)
+        size = _norm(x) * _norm(delta)
+        assert self._nonfinite is not None
+        self._nonfinite = self._nonfinite + torch.isfinite(size).logical_not().double()
+        self._keep_worse(self._last, size)
 
     def _keep_worse(self, now: Factors, size: Tensor) -> None:
-        assert self._worst is not None and self._worst_score is not None  # noqa: PT018
-        worse = torch.isfinite(self._worst_score) & ~(size <= self._worst_score)
+        assert self._worst is not None and self._worst_size is not None  # noqa: PT018
+        worse = torch.isfinite(self._worst_size) & ~(size <= self._worst_size)
         if on_cpu(size):
             if bool(worse):
-                self._worst, self._worst_score = now, size
+                self._worst, self._worst_size = now, size
         elif now.x.shape == self._worst.x.shape and now.delta.shape == self._worst.delta.shape:
             # Which of the two it is must not be waited for: both are read, and one is written.
             x, delta = torch.where(worse, now.x, self._worst.x), torch.where(worse, now.delta, self._worst.delta)
-            self._worst, self._worst_score = Factors(x, delta), torch.where(worse, size, self._worst_score)
+            self._worst, self._worst_size = Factors(x, delta), torch.where(worse, size, self._worst_size)
 
     def reduce(self) -> tuple[Tensor, Rebuild[LaterPasses]] | None:
         """What `LaterPasses` is made from as one float64 tensor, and how to make it; None where there was no pass."""

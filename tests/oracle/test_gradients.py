@@ -116,9 +116,9 @@ def test_beyond_rank_256_leading_values_that_converged_and_a_norm(decay: float) 
     exact = np.linalg.svd(naive(x, delta), compute_uv=False)
     count = seen.singular_values.size
     assert not seen.exact
-    assert 1 <= count <= 16
+    assert 1 <= count <= 8
     if decay > 0:
-        assert count >= 4
+        assert count >= 2
         np.testing.assert_allclose(seen.singular_values, exact[:count], rtol=1e-5)
     else:  # a flat spectrum: only the first is given, as a lower bound
         assert 0.9 * exact[0] < seen.top <= exact[0] * (1 + 1e-6)
@@ -205,8 +205,9 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 
 def later(*pairs: tuple[Tensor, Tensor]) -> dict[str, object]:
     keeper = PassKeeper()
-    for x, delta in pairs:
-        keeper.add(x, delta)
+    keeper.first(*pairs[0], reduce_factors(*pairs[0])[0])
+    for x, delta in pairs[1:]:
+        keeper.later(x, delta)
     reduced = keeper.reduce()
     assert reduced is not None
     packed, rebuild = reduced
