@@ -122,8 +122,8 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
 class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
-    clock: when it began. seconds: how long it took, where that is known already; late: whether it waited for a later
-    edit.
+    clock: when it began. times: how long it took, and the parts of that which probes and canary took, in seconds; None
+    where reading it still belongs to it.
     """
 
     edit: int
@@ -134,8 +134,12 @@ class _Unread:
     error: str | None
     cargo: Cargo
     between: Cargo | None = None
-    seconds: float = 0.0
-    late: bool = False
+    times: tuple[float, float, float] | None = None
+
+
+def _is_lost(now: WeightPass, before: WeightPass | None) -> bool:
+    """Whether a weight was not finite before and isn't now, so that no distance tells whether it changed."""
+    return before is not None and before.nonfinite == now.nonfinite > 0
 
 
 class Monitor:
@@ -163,6 +167,7 @@ class Monitor:
         self._instruments = Instruments(probes, editor, canary, self.note)
         self._analyzer = Analyzer(tuple(metric for probe in probes for metric in probe.metrics))
         self._edits = 0
+        self._reading: int | None = None
         self._open: Edit | None = None
         self._closed = False
         self._outcome_due: int | None = None
@@ -245,11 +250,12 @@ class Monitor:
 
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
+        edit = self._edits if self._reading is None else self._reading
         with suppress(Exception):
-            self._writer.note(Note(self._edits, kind, says))
+            self._writer.note(Note(edit, kind, says))
 
     def close(self) -> None:
-        """Observe what became of the last edit, fold the log into the run file, let go of everything. Idempotent."""
+        """Observe what became of the last edit, fold the log into the run file, let go of the model. Idempotent."""
         if self._closed:
             return
         self.observe_outcome()
@@ -259,6 +265,8 @@ class Monitor:
         self._guard("the run file", lambda: self._writer.set_manifest({"closed": True}))
         self._guard("the run file", self._writer.close)
         self._candidates = None
+        # A monitor that is kept for its diagnosis must not keep the model, the editor or the copies of the weights.
+        self._model, self._instruments = nn.Module(), Instruments((), None, None, self.note)
 
     def __enter__(self) -> Monitor:
         return self
@@ -343,6 +351,7 @@ class Monitor:
     def _end(self, edit: Edit, error: BaseException | None) -> None:
         self._edits += 1
         instruments, capture = self._instruments, edit.capture
+        self._flush()
         with instruments.probe_time:
             self._guard("finding the moved parameters", self._discover)
             instruments.after(self._model, self._sites, capture, edit.reports)
@@ -354,14 +363,18 @@ class Monitor:
         says = None if error is None else f"{type(error).__name__}: {error}"
         status: Status = "applied" if error is None else "failed"
         unread = _Unread(self._edits, edit.label, status, edit.started, edit.clock, says, cargo)
-        self._flush()
         capture.clear()
         self._outcome_due = self._edits if error is None else None
         if error is None and not cargo.is_here:
             # Read one edit later, so that nothing waits for the accelerator.
-            self._unread = replace(unread, seconds=time.perf_counter() - unread.clock, late=True)
+            self._unread = replace(unread, times=self._times(unread.clock))
         else:
             self._read(unread)
+
+    def _times(self, clock: float) -> tuple[float, float, float]:
+        """Seconds since `clock`, and those of them that probes and canary took; both counts start anew."""
+        instruments = self._instruments
+        return time.perf_counter() - clock, instruments.probe_time.take(), instruments.canary_time.take()
 
     def _forward_canary(self, last_call: ModelCall | None) -> None:
         before = self._instruments.canary_time.seconds
@@ -370,7 +383,9 @@ class Monitor:
             self._schedule.paid(self._instruments.canary_time.seconds - before)
 
     def _canary_is_due(self, cargo: Cargo) -> bool:
-        """Whether to forward the canary after this edit, by what the weights do as far as it is known by now."""
+        """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
+        nothing has to be waited for, up to this edit, else up to the one before.
+        """
         if self._schedule is None or not self._instruments.canary.wanted:
             return False
         if not self._schedule.always and cargo.is_here:
@@ -391,7 +406,12 @@ class Monitor:
             self._read(unread)
 
     def _read(self, unread: _Unread) -> None:
-        """Wait for an edit's measurements, write its row, tell the analyzer and the sinks."""
+        """Wait for an edit's measurements, write its row, tell the analyzer and the sinks. Notes are of that edit."""
+        self._reading = unread.edit
+        self._guard("the record of an edit", lambda: self._record(unread))
+        self._reading = None
+
+    def _record(self, unread: _Unread) -> None:
         instruments = self._instruments
         with instruments.probe_time:
             readings = instruments.read(unread.cargo)
@@ -399,18 +419,15 @@ class Monitor:
             for site, seen in passes.items():
                 instruments.references.edited(site, seen)
             self._last_moved = any(seen.update != 0 for seen in passes.values())
-            if self._schedule is not None and not self._schedule.always and unread.late:
+            if self._schedule is not None and not self._schedule.always and unread.times is not None:
                 self._watch_pace(unread.cargo)
-        seconds = unread.seconds or time.perf_counter() - unread.clock
-        spent, canary = instruments.probe_time.take(), instruments.canary_time.take()
-        row = EditRow(
-            unread.edit, unread.label, unread.status, unread.started, seconds, spent, canary, unread.error, readings
-        )
+        times = unread.times or self._times(unread.clock)
+        row = EditRow(unread.edit, unread.label, unread.status, unread.started, *times, unread.error, readings)
         self._guard("the run file", lambda: self._writer.append(row))
         self._guard("the analyzer", lambda: self._analyze(row))
         between = unread.between
         if between is not None:
-            self._guard("observing the outcome", lambda: self._judge(unread.edit, between))
+            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes))
 
     def _analyze(self, row: EditRow) -> None:
         self._analyzer.observe(row)
@@ -425,19 +442,20 @@ class Monitor:
 
     def _observe_later(self) -> None:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
-        if self._unread is not None and self._outcome_due is not None and self._instruments.keeps_references:
-            self._outcome_due = None
+        due, self._outcome_due = self._outcome_due, None
+        if self._unread is not None and due is not None and self._sites and self._instruments.keeps_references:
             self._instruments.look_at_weights(self._model, self._sites)
             self._unread = replace(self._unread, between=self._instruments.send())
 
     def _record_outcome(self, edit: int) -> OutcomeKind:
         changed = self._instruments.changed(self._model, self._sites)
         self._instruments.look_at_weights(self._model, changed)
-        return self._judge(edit, self._instruments.send())
+        return self._judge(edit, self._instruments.send(), {})
 
-    def _judge(self, edit: int, cargo: Cargo) -> OutcomeKind:
-        """What became of an edit, from a look at the weights after it."""
-        changed = {site: seen for site, seen in self._instruments.passes(cargo).items() if seen.update != 0}
+    def _judge(self, edit: int, cargo: Cargo, left: Mapping[str, WeightPass]) -> OutcomeKind:
+        """What became of an edit, from a look at weights after it. left: what it left, where they need not differ."""
+        looks = self._instruments.passes(cargo).items()
+        changed = {site: seen for site, seen in looks if seen.update != 0 and not _is_lost(seen, left.get(site))}
         outcome: OutcomeKind = "committed"
         if changed:
             seen = {self._instruments.references.changed_between(site, scan) for site, scan in changed.items()}

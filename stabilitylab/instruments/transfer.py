@@ -25,13 +25,15 @@ class Shipment:
 
     @property
     def is_here(self) -> bool:
-        """Whether nothing has to be waited for."""
-        events = (event for _, _, event in self.copies if event is not None)
-        return all(event.query() for event in events)  # type: ignore[no-untyped-call]
+        """Whether nothing of it comes from an accelerator, and so has to be waited for.
+
+        Not whether it happens to have come by now: what is decided on it must not differ from run to run.
+        """
+        return all(event is None for _, _, event in self.copies)
 
     @cached_property
     def arrived(self) -> list[tuple[str, Any]]:
-        """(site, measurement) of everything that was sent, in the order of collection; waits for it."""
+        """(site, measurement) of everything that was sent, in the order of collection; waits for an accelerator."""
         host: dict[int, Array] = {}
         for places, values, event in self.copies:
             if event is not None:
@@ -63,7 +65,9 @@ class Stack:
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """(values on the host, the event that says when they are there; None: they are)."""
+    """(values on the host, the event that says when they are there; None: they are). Waits only for a device that is
+    neither a CPU nor CUDA: no event of it is known.
+    """
     if values.device.type != "cuda":
         return values.cpu(), None
     pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
