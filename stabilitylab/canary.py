@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabilitylab.errors import UsageError
+from stabilitylab.errors import UsageError, did_you_mean
 from stabilitylab.hooks import ModelCall, run_silently
 
 Batch = Mapping[str, Any] | Tensor | Callable[[nn.Module], Any] | str
@@ -16,6 +16,7 @@ Batch = Mapping[str, Any] | Tensor | Callable[[nn.Module], Any] | str
 
 REPLAY = "replay"
 _LOGITS_DIMENSIONS = 2
+_PERCENT = 100
 
 QUIET_SHARE = 0.5
 """Of its budget that a canary spends while values stand still; the rest is saved for when they move."""
@@ -27,7 +28,8 @@ class Canary:
 
     batch: what is forwarded. every: after each n-th edit. budget: instead of `every`, the share of the loop's time that
     it may take, above 0 and at most 1: half of it while values stand still, all that was saved while they move. Either
-    way it is also forwarded at edit 0, and at once after an edit whose weights leap (see `analysis.pace`).
+    way it is also forwarded at edit 0, and at once after an edit whose weights leap (see `analysis.pace`); on an
+    accelerator after the next one, since a leap is seen when the edit is read. Never after an edit that failed.
     Raises UsageError for a batch of no known form and for a cadence that can't be.
     """
 
@@ -38,16 +40,26 @@ class Canary:
     def __post_init__(self) -> None:
         known = isinstance(self.batch, Mapping | Tensor) or callable(self.batch)
         if not known and not self.is_replay:
+            suggested = did_you_mean(self.batch, [REPLAY]) if isinstance(self.batch, str) else ""
             raise UsageError(
                 f"canary={self.batch!r} is not usable; expected a dict of model arguments, a tensor of input ids, "
-                "a function of the model, or 'replay'"
+                f"a function of the model, or 'replay'{suggested}"
             )
-        if self.every < 1:
-            raise UsageError(f"Canary(every={self.every}): expected a number of edits, 1 or more")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise UsageError(f"Canary(budget={self.budget}): expected a share of the loop's time, such as 0.05")
-        if self.budget is not None and self.every != 1:
-            raise UsageError(f"Canary(every={self.every}, budget={self.budget}): expected one of the two")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise UsageError(f"Canary(every={self.every!r}): expected a whole number of edits, 1 or more")
+        if self.budget is not None:
+            self._check_budget(self.budget)
+
+    def _check_budget(self, budget: float) -> None:
+        number = isinstance(budget, int | float)
+        if not number or not 0 < budget <= 1:
+            percent = f"; {budget} percent are {budget / 100:g}" if number and 1 < budget <= _PERCENT else ""
+            raise UsageError(
+                f"Canary(budget={budget!r}): expected a share of the loop's time above 0 and at most 1, such as 0.05"
+                f"{percent}"
+            )
+        if self.every != 1:
+            raise UsageError(f"Canary(every={self.every}, budget={budget}): expected one of the two")
 
     @property
     def is_replay(self) -> bool:
@@ -145,8 +157,8 @@ def of(given: Canary | Batch | None) -> Canary | None:
 def forward(model: nn.Module, batch: Batch, last_call: ModelCall | None) -> Answer | None:
     """What a canary's batch gives on `model`; None for a replay before any edit.
 
-    Runs in evaluation mode without gradients; RNG and module modes are as before. Raises ValueError when the model's
-    output holds no logits.
+    Runs in evaluation mode without gradients; RNG and module modes are as before. Waits for nothing that the model
+    itself does not wait for. Raises ValueError when the model's output holds no logits.
     """
     kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):

@@ -10,19 +10,21 @@ from statistics import median
 from typing import Final
 
 WINDOW: Final = 8
-"""Edits that say what is usual for a site."""
+"""Edits that say what is usual for a site; those that left it alone don't count."""
 
 MOVES: Final = 1.5
 LEAPS: Final = 5.0
 """Times the usual update."""
 
 ENOUGH: Final = 3
-"""Edits from which on there is something usual; until then all is taken for movement."""
+"""Edits from which on there is something usual; until then any update is taken for movement."""
 
 
 @dataclass(frozen=True)
 class Movement:
-    """moving: some update is larger than usual, or nothing is known yet. leaping: far larger, or not finite."""
+    """moving: some update is larger than usual, or what is usual isn't known yet. leaping: some site has begun to leap:
+    its update is far larger, or not finite, and that before wasn't. Further ones without a break are movement.
+    """
 
     moving: bool = True
     leaping: bool = False
@@ -34,21 +36,20 @@ class Pace:
     def __init__(self) -> None:
         self.now = Movement()
         self._usual: dict[str, deque[float]] = {}
+        self._leapt: set[str] = set()
 
     def observe(self, updates: Mapping[str, float]) -> Movement:
         """updates: ‖W_t − W_{t−1}‖ by site; NaN or infinite where the weight is no longer finite."""
-        moving = leaping = False
+        moving, leapt = False, set()
         for site, update in updates.items():
             before = self._usual.setdefault(site, deque(maxlen=WINDOW))
-            usual = median(before) if len(before) >= ENOUGH else None
-            if not math.isfinite(update):
-                moving = leaping = True
-                continue
-            if usual is None:
-                moving = True
-            elif update > 0:
-                moving = moving or update > MOVES * usual
-                leaping = leaping or update > LEAPS * usual
-            before.append(update)
-        self.now = Movement(moving or leaping, leaping)
+            usual = median(before) if len(before) >= ENOUGH else math.inf
+            moving = moving or (update != 0 and len(before) < ENOUGH) or not update <= MOVES * usual
+            if not update <= LEAPS * usual or math.isinf(update):
+                leapt.add(site)
+            if 0 < update < math.inf:
+                before.append(update)
+        leaping = bool(leapt - self._leapt)
+        self._leapt = leapt
+        self.now = Movement(moving, leaping)
         return self.now
