@@ -124,8 +124,9 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     low, high = extremes(wide)
     last = last_token_logits(logits, attention_mask)
     top = torch.topk(last, k=min(2, last.shape[-1]), dim=-1).values.double()
-    # All from one exponential, taken of what is below the largest; in place, since fresh memory costs as much.
-    below = last.double().sub_(top[:, :1])
+    # All from one exponential, taken of what is below the largest; in place from then on, since fresh memory costs as
+    # much. `last` itself may be the user's tensor.
+    below = last - top[:, :1]
     weights = below.exp()
     total = weights.sum(dim=-1)
     # 0 · log 0 is 0: a token with logit −inf is allowed and certain not to come.
