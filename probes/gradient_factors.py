@@ -188,7 +188,7 @@ def _core(x: Tensor, delta: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _directions(units: int, count: int, device: torch.device) -> Tensor:
-    """Fixed random directions [units, count], the same on every machine."""
+    """Fixed random directions [units, count], the same on every machine. Waits for an accelerator when they are new."""
     generator = torch.Generator().manual_seed(units)
     return torch.randn(units, count, generator=generator).to(device)
 

@@ -67,7 +67,8 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_SQUARINGS):
         power = power / power.diagonal().sum().clamp_min(torch.finfo(power.dtype).tiny)
         power = power @ power
-    vector = _unit(power[:, power.diagonal().argmax()])
+    # By `index_select`: to index with a scalar tensor is to ask for its value.
+    vector = _unit(power.index_select(1, power.diagonal().argmax().reshape(1))[:, 0])
     return vector @ matrix @ vector, vector
 
 
@@ -75,7 +76,8 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def start_direction(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(σ₁, its right singular vector) of a weight, once: float64 scalar and float32 [columns].
 
-    By Lanczos (ARPACK through SciPy) on the host. A zero or non-finite weight gives 0 or NaN and an even direction.
+    By Lanczos (ARPACK through SciPy) on the host, so that it waits for an accelerator. A zero or non-finite weight gives
+    0 or NaN and an even direction.
     """
     matrix = as_matrix(weight).to("cpu", torch.float64).numpy()
     columns = matrix.shape[1]

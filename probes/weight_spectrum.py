@@ -25,7 +25,7 @@ def spectrum_of_weight(weight: Tensor) -> Tensor:
     """All singular values of a weight of shape [rows, columns], as float64 on its device; NaN when it is not finite.
 
     From the Gram matrix of the shorter side where it is well enough conditioned, a third of the time that the full
-    decomposition takes, which serves the others.
+    decomposition takes, which serves the others. Waits for an accelerator.
     """
     wide = weight.detach().double()
     size = wide.abs().max()

@@ -31,8 +31,8 @@ class LeadingSubspace:
 def leading_subspace(weight: Tensor) -> Tensor:
     """An orthonormal basis of the leading left singular subspace of a weight: float64 [rows, k], k ≤ 8, on the host.
 
-    By ARPACK through SciPy. Right singular vectors take their place where the weight has more rows than columns. NaN
-    when the weight is not finite.
+    By ARPACK through SciPy; waits for an accelerator. Right singular vectors take their place where the weight has more
+    rows than columns. NaN when the weight is not finite.
     """
     wide = as_matrix(weight).to("cpu", torch.float64)
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
