@@ -46,6 +46,7 @@ _CHAPTERS: Final = {
     "update": ("Weights", "How far each edit moves the weights, and what room is left in their dtype."),
     "feedback": ("Feedback", "Growth per edit. Staying above 0 means that each edit makes the next one larger."),
     "activation": ("Activations", "What the edited layers put out, in the model as each edit found it."),
+    "attention": ("Attention", "Its logits in the model as each edit found it, recomputed on a sample of queries."),
     "gradient": ("Gradients", "The gradient that each edit is made from, at the edited layers."),
     "logits": ("Logits inside the edit", "In the model as each edit found it: they lag one edit behind."),
     "canary": ("Canary", "A small fixed batch, forwarded after each edit, against the unedited model."),

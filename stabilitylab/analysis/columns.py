@@ -14,9 +14,14 @@ from stabilitylab.readings import Array, EditRow, Key, Metric
 Places = NDArray[np.intp]
 
 _PHASES: Final = {"before": 0, "during": 1, "after": 2}
-_KINDS: Final = {"activation": 0, "logits": 1, "gradient": 2, "editor": 3, "weight": 4, "canary": 5, "feedback": 6}
+_KINDS: Final = {
+    kind: rank
+    for rank, kind in enumerate(
+        ("activation", "attention", "logits", "gradient", "editor", "weight", "canary", "feedback")
+    )
+}
 _KIND_OF: Final = {"update": "weight", "drift": "weight"}
-_DEFAULT_PHASE: Final = {"activation": 1, "logits": 1, "gradient": 1, "editor": 1}
+_DEFAULT_PHASE: Final = {"activation": 1, "attention": 1, "logits": 1, "gradient": 1, "editor": 1}
 
 
 def kind_of(metric: str) -> str:

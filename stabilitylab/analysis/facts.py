@@ -64,11 +64,18 @@ _CANARY_RULES: Final[tuple[tuple[str, str, float, Verdict], ...]] = (
 _MANY: Final = {
     "weight": "weights",
     "activation": "activations",
+    "attention": "attention logits",
     "gradient": "gradient entries",
     "logits": "logits",
     "canary": "canary logits",
     "editor": "statistics",
 }
+
+
+def _what_is_near(metric: str, site: str) -> str:
+    if metric.endswith(".norm_headroom_bits"):
+        return f"The largest input of the normalisation after {site}"
+    return f"The largest {kind_of(metric)} of {site}"
 
 
 class FactRules:
@@ -97,7 +104,7 @@ class FactRules:
         for position, place in enumerate(row.places):
             metric, site = self._columns.keys[place]
             at.setdefault(metric, []).append(position)
-            kind = metric.rpartition(".")[2]
+            kind = metric.rpartition(".")[2].removeprefix("norm_")
             if kind in {"nonfinite", "headroom_bits", "dead"}:
                 at.setdefault(f"*.{kind}", []).append(position)
             if kind not in {"nonfinite", "headroom_bits"} and metric not in NO_PROOF:
@@ -162,15 +169,13 @@ class FactRules:
         had_none = first < HEADROOM_BITS
         fell = ~had_none | (row.values[at] <= first - 1.0)
         for place, bits, metric, site in self._new("headroom-before", row, at[had_none]):
-            says = (
-                f"The largest {kind_of(metric)} of {site} was only {number(bits)} bits from overflow when first read."
-            )
+            says = f"{_what_is_near(metric, site)} was only {number(bits)} bits from overflow when first read."
             yield Hit("headroom-before", metric, place, bits, HEADROOM_BITS, "stable", says)
         for place, bits, metric, site in self._new("headroom", row, at[fell]):
-            says = (
-                f"The largest {kind_of(metric)} of {site} is {number(bits)} bits (doublings) from what its dtype can"
-                f" hold at edit {row.edit}."
+            limit = (
+                "where its square overflows" if metric.endswith(".norm_headroom_bits") else "what its dtype can hold"
             )
+            says = f"{_what_is_near(metric, site)} is {number(bits)} bits (doublings) from {limit} at edit {row.edit}."
             yield Hit("headroom", metric, place, bits, HEADROOM_BITS, "diverging", says)
 
     def _editor_input(self, row: Flat) -> Iterator[Hit]:
