@@ -20,7 +20,7 @@ _ROWS_BYTES = 1 << 20
 class LaterPasses:
     """How many passes an edit made through a layer, how many were not finite, and its last and worst; float64.
 
-    last, worst: None where there was one pass only.
+    last, worst: None where there was one pass only, or where a factor of it was overwritten before the edit's end.
     """
 
     passes: float
@@ -39,15 +39,27 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a gradient δᵀX is made of. x: [tokens, in]. delta: [tokens, out]."""
+    """What a gradient δᵀX is made of. x: [tokens, in]. delta: [tokens, out].
+
+    Both may share memory with tensors of the edit. versions: of these two when they were taken; None where it is known
+    that nobody else writes to them.
+    """
 
     x: Tensor
     delta: Tensor
+    versions: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, x: Tensor, delta: Tensor) -> Factors:
         """With all leading dimensions flattened to tokens."""
-        return cls(x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1]))
+        x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
+        inference = x.is_inference() or delta.is_inference()
+        return cls(x, delta, None if inference else (x._version, delta._version))
+
+    @property
+    def intact(self) -> bool:
+        """Whether no operation has written to them since."""
+        return self.versions is None or self.versions == (self.x._version, self.delta._version)
 
 
 def _norm(factor: Tensor) -> Tensor:
@@ -57,7 +69,9 @@ def _norm(factor: Tensor) -> Tensor:
 class PassKeeper:
     """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst.
 
-    Later passes than the first cost two norms each, and two spectra at the end, however many there are. The worst is the first that is not finite, else that with the largest ‖X‖ ‖δ‖.
+    Later passes than the first cost two norms each, and two spectra at the end, however many there are. The worst is
+    the first that is not finite, else that with the largest ‖X‖ ‖δ‖; on an accelerator, of those with as many tokens as
+    the first.
     """
 
     def __init__(self) -> None:
@@ -89,7 +103,7 @@ class PassKeeper:
         if on_cpu(size):
             if bool(worse):
                 self._worst, self._worst_size = now, size
-        elif now.x.shape == self._worst.x.shape and now.delta.shape == self._worst.delta.shape:
+        elif self._worst.intact and (now.x.shape, now.delta.shape) == (self._worst.x.shape, self._worst.delta.shape):
             # Which of the two it is must not be waited for: both are read, and one is written.
             x, delta = torch.where(worse, now.x, self._worst.x), torch.where(worse, now.delta, self._worst.delta)
             self._worst, self._worst_size = Factors(x, delta), torch.where(worse, size, self._worst_size)
@@ -102,14 +116,25 @@ class PassKeeper:
         head = self._nonfinite.reshape(1)
         if self._last is None or self._worst is None:
             return head, lambda values: LaterPasses(passes, float(values[0]))
-        last, rebuild_last = reduce_factors(self._last.x, self._last.delta)
-        worst, rebuild_worst = reduce_factors(self._worst.x, self._worst.delta)
+        last, rebuild_last = _reduced(self._last)
+        worst, rebuild_worst = _reduced(self._worst)
         split = 1 + last.numel()
 
         def rebuild(values: Host) -> LaterPasses:
             return LaterPasses(passes, float(values[0]), rebuild_last(values[1:split]), rebuild_worst(values[split:]))
 
         return torch.cat([head, last, worst]), rebuild
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the last or the worst can't be told any more."""
+        return any(kept is not None and not kept.intact for kept in (self._last, self._worst))
+
+
+def _reduced(kept: Factors) -> tuple[Tensor, Rebuild[GradientSpectrum | None]]:
+    if kept.intact:
+        return reduce_factors(kept.x, kept.delta)
+    return kept.delta.new_empty(0, dtype=torch.float64), lambda _: None
 
 
 @torch.no_grad()

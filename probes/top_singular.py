@@ -76,8 +76,8 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def start_direction(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(σ₁, its right singular vector) of a weight, once: float64 scalar and float32 [columns].
 
-    By Lanczos (ARPACK through SciPy) on the host, so that it waits for an accelerator. A zero or non-finite weight gives
-    0 or NaN and an even direction.
+    By Lanczos (ARPACK through SciPy) on the host; waits for an accelerator. A zero or non-finite weight gives 0 or NaN
+    and an even direction.
     """
     matrix = as_matrix(weight).to("cpu", torch.float64).numpy()
     columns = matrix.shape[1]
