@@ -72,8 +72,12 @@ _MANY: Final = {
 }
 
 
+def _before_norm(metric: str) -> bool:
+    return metric.endswith(".norm_headroom_bits")
+
+
 def _what_is_near(metric: str, site: str) -> str:
-    if metric.endswith(".norm_headroom_bits"):
+    if _before_norm(metric):
         return f"The largest input of the normalisation after {site}"
     return f"The largest {kind_of(metric)} of {site}"
 
@@ -172,9 +176,7 @@ class FactRules:
             says = f"{_what_is_near(metric, site)} was only {number(bits)} bits from overflow when first read."
             yield Hit("headroom-before", metric, place, bits, HEADROOM_BITS, "stable", says)
         for place, bits, metric, site in self._new("headroom", row, at[fell]):
-            limit = (
-                "where its square overflows" if metric.endswith(".norm_headroom_bits") else "what its dtype can hold"
-            )
+            limit = "where its square overflows" if _before_norm(metric) else "what its dtype can hold"
             says = f"{_what_is_near(metric, site)} is {number(bits)} bits (doublings) from {limit} at edit {row.edit}."
             yield Hit("headroom", metric, place, bits, HEADROOM_BITS, "diverging", says)
 

@@ -196,3 +196,18 @@ def test_a_failed_edit_counts_as_evidence_but_not_as_still() -> None:
     rows += [row(edit, {("update.norm", A): 0.0}, "failed") for edit in range(2, 9)]
     assert diagnose(rows).verdict == "stable"
     assert diagnose([*rows, row(9, {("activation.nonfinite", A): 4.0}, "failed")]).verdict == "non-finite"
+
+
+def test_headroom_before_a_normalisation_is_headroom() -> None:
+    metric = ("activation.norm_headroom_bits", A)
+    assert run({metric: math.inf}, {metric: math.inf}).verdict == "stable"  # nothing but zeros went in
+    near = run({metric: 40.0}, {metric: 1.5})
+    assert near.verdict == "diverging"
+    assert "the normalisation after" in near.findings[0].says
+    assert "where its square overflows" in near.findings[0].says
+    assert run({metric: 40.0}, {metric: -math.inf}).verdict == "non-finite"
+
+
+@pytest.mark.parametrize("metric", ["weight.condition_number", "canary.perplexity", "editor.system_condition"])
+def test_what_may_rightly_be_infinite_proves_nothing(metric: str) -> None:
+    assert run({}, {(metric, A): math.inf}).verdict == "stable"
