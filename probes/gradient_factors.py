@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.gram import lower_gram
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 from torch import Tensor
 
@@ -30,7 +31,6 @@ EXACT_RANK = 256
 _BLOCK, _STEPS, _OUTSIDE = 8, 4, 16
 _CONVERGED = 1e-5  # relative change by the last block; the error that is left is far below it
 _LEAST_PIVOT = 3e-5  # of a Cholesky factor, against its row's norm: the singular values then keep six digits or more
-_GRAM_BLOCKS = 2
 _SPARSE = 0.75  # share of tokens with a δ below which dropping the others pays for itself
 _SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here leaves the range of fp32 or fp64
 
@@ -148,24 +148,13 @@ def _prepare(factor: Tensor) -> _Factor:
     return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share)
 
 
-def _gram(wide: Tensor) -> Tensor:
-    """The lower triangle of F Fᵀ, and some of the upper: in blocks of rows, for three quarters of the work."""
-    tokens = wide.shape[0]
-    gram = wide.new_empty(tokens, tokens)
-    step = -(-tokens // _GRAM_BLOCKS)
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        torch.mm(wide[rows], wide[: start + step].T, out=gram[rows, : start + step])
-    return gram
-
-
 def _compressed(factor: Tensor) -> Tensor:
     """C in float64 with C Cᵀ = F Fᵀ and at most T columns, for F [T, units]."""
     wide = factor.double()
     if wide.shape[1] <= wide.shape[0]:
         return wide
     if on_cpu(wide):
-        gram = _gram(wide)
+        gram = lower_gram(wide)
         lower, failed = torch.linalg.cholesky_ex(gram)
         # Cholesky does not mind rows of different size: each pivot counts against its own row's norm.
         kept = lower.diagonal() > _LEAST_PIVOT * gram.diagonal().sqrt()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.probes.gram import lower_gram
+from stabilitylab.probes.weight_pass import as_matrix
 from torch import Tensor
 
 from stabilitylab.readings import Metric
@@ -21,26 +23,36 @@ class WeightSpectrum:
 
 
 @torch.no_grad()
-def spectrum_of_weight(weight: Tensor) -> Tensor:
-    """All singular values of a weight of shape [rows, columns], as float64 on its device; NaN when it is not finite.
+def gram_of(weight: Tensor) -> Tensor:
+    """W Wᵀ of the weight as a matrix, over its shorter side, divided by its largest entry squared: float64, symmetric.
 
-    From the Gram matrix of the shorter side where it is well enough conditioned, a third of the time that the full
-    decomposition takes, which serves the others. Waits for an accelerator.
+    NaN when the weight is not finite, 0 when it is 0.
     """
-    wide = weight.detach().double()
-    size = wide.abs().max()
-    if not torch.isfinite(size):
-        return torch.full((min(wide.shape),), torch.nan, dtype=torch.float64, device=wide.device)
-    if size == 0:
-        return torch.zeros(min(wide.shape), dtype=torch.float64, device=wide.device)
-    wide = wide / size
+    wide = as_matrix(weight).double()
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
-    squares = torch.linalg.eigvalsh(wide @ wide.T)
+    size = wide.abs().max()
+    scaled = wide / torch.where(size > 0, size, torch.ones_like(size))
+    lower = lower_gram(scaled).tril()
+    return torch.where(torch.isfinite(size), lower + lower.tril(-1).T, torch.nan)
+
+
+@torch.no_grad()
+def spectrum_of_weight(weight: Tensor, gram: Tensor) -> Tensor:
+    """All singular values of a weight, as float64 on its device; NaN when it is not finite. gram: from `gram_of`.
+
+    From the Gram matrix where that is well enough conditioned, a third of the time that the full decomposition takes,
+    which serves the others. Waits for an accelerator.
+    """
+    wide = as_matrix(weight).double()
+    size = wide.abs().max()
+    if not torch.isfinite(size) or size == 0:
+        return torch.full((gram.shape[0],), torch.nan if size != 0 else 0.0, dtype=torch.float64, device=wide.device)
+    squares = torch.linalg.eigvalsh(gram)
     if squares[0] > _RESOLVED * squares[-1]:
         roots: Tensor = squares.flip(0).sqrt()
         return roots * size
-    values: Tensor = torch.linalg.svdvals(wide) * size
-    return values
+    values: Tensor = torch.linalg.svdvals(wide / size)
+    return values * size
 
 
 class ConditionNumber(Probe[WeightSpectrum]):

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from stabilitylab.probes.base import Host, Probe, Readings
-from stabilitylab.probes.weight_pass import as_matrix
 from torch import Tensor
 
 from stabilitylab.readings import Metric
@@ -28,28 +27,26 @@ class LeadingSubspace:
 
 
 @torch.no_grad()
-def leading_subspace(weight: Tensor) -> Tensor:
-    """An orthonormal basis of the leading left singular subspace of a weight: float64 [rows, k], k ≤ 8, on the host.
+def leading_subspace(gram: Tensor) -> Tensor:
+    """An orthonormal basis of a weight's leading left singular subspace: float64 [rows, k], k ≤ 8, on the host.
 
-    By ARPACK through SciPy; waits for an accelerator. Right singular vectors take their place where the weight has more
-    rows than columns. NaN when the weight is not finite.
+    gram: W Wᵀ up to scale, as `gram_of` forms it; of a weight with more rows than columns it gives right singular
+    vectors. By ARPACK through SciPy. NaN when the weight is not finite. Waits for an accelerator.
     """
-    wide = as_matrix(weight).to("cpu", torch.float64)
-    wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
-    count, size = min(LEADING, wide.shape[0]), wide.abs().max()
-    if not torch.isfinite(size):
-        return torch.full((wide.shape[0], count), torch.nan, dtype=torch.float64)
-    wide = wide / size if size > 0 else wide
-    if wide.shape[0] <= _SMALL:
-        left: Tensor = torch.linalg.svd(wide, full_matrices=False).U
-        return left[:, :count]
+    matrix = gram.cpu()
+    count = min(LEADING, matrix.shape[0])
+    if not torch.isfinite(matrix).all():
+        return torch.full((matrix.shape[0], count), torch.nan, dtype=torch.float64)
+    if matrix.shape[0] <= _SMALL:
+        all_of_them: Tensor = torch.linalg.eigh(matrix).eigenvectors
+        return all_of_them[:, -count:]
 
-    def product(u: Host) -> Host:
-        image: Host = (wide @ (torch.from_numpy(u).reshape(-1) @ wide)).numpy()
+    def product(u: Host) -> Host:  # by torch: NumPy's BLAS has a thread pool of its own
+        image: Host = (matrix @ torch.from_numpy(u).reshape(-1)).numpy()
         return image
 
-    operator = LinearOperator((wide.shape[0],) * 2, matvec=product, dtype=np.float64)
-    even = np.full(wide.shape[0], wide.shape[0] ** -0.5)
+    operator = LinearOperator((matrix.shape[0],) * 2, matvec=product, dtype=np.float64)
+    even = np.full(matrix.shape[0], matrix.shape[0] ** -0.5)
     _, vectors = eigsh(operator, k=count, v0=even, tol=_TOLERANCE)
     return torch.from_numpy(np.ascontiguousarray(vectors))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stabilitylab.probes.absorption import Absorption, AbsorptionPass, reduce_absorption
 from stabilitylab.probes.top_singular import SpectralNorm, TopSingular, follow, start_direction, update_direction
-from stabilitylab.probes.weight_spectrum import ConditionNumber, WeightSpectrum, spectrum_of_weight
+from stabilitylab.probes.weight_spectrum import ConditionNumber, WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import (
     LeadingSubspace,
     SubspaceOverlap,
@@ -25,7 +25,7 @@ from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
 
 
 def measured(weight: Tensor) -> dict[str, object]:
-    return dict(ConditionNumber().compute(WeightSpectrum(spectrum_of_weight(weight).numpy())))
+    return dict(ConditionNumber().compute(WeightSpectrum(spectrum_of_weight(weight, gram_of(weight)).numpy())))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +33,7 @@ def measured(weight: Tensor) -> dict[str, object]:
 def test_all_singular_values(dtype: torch.dtype, seed: int, rows: int, columns: int) -> None:
     weight = random(seed, rows, columns, dtype=dtype)
     exact = scipy.linalg.svdvals(numpy64(weight))
-    found = spectrum_of_weight(weight).numpy()
+    found = spectrum_of_weight(weight, gram_of(weight)).numpy()
     large = exact > 1e-6 * exact[0]
     np.testing.assert_allclose(found[large], exact[large], rtol=1e-5)
     if exact[-1] > 1e-6 * exact[0]:
@@ -139,7 +139,7 @@ def test_stable_rank_in_closed_form() -> None:
 
 
 def overlap(original: Tensor, now: Tensor) -> float:
-    seen = LeadingSubspace(compare_subspaces(leading_subspace(original), leading_subspace(now)).numpy())
+    seen = LeadingSubspace(compare_subspaces(leading_subspace(gram_of(original)), leading_subspace(gram_of(now))).numpy())
     value = SubspaceOverlap().compute(seen)["weight.subspace_overlap"]
     assert isinstance(value, float)
     return value
