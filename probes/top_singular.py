@@ -22,7 +22,7 @@ from stabilitylab.readings import Metric
 STEPS = 12
 """The most products with WᵀW; on an accelerator, where looking at the value would be a wait, as many always."""
 
-_LEAST, _SETTLED = 3, 1e-3  # products, and then the relative change of σ₁² by one more of them at which to stop
+_QUIET, _SETTLED = 2, 1e-3  # stop after so many products in a row that change σ₁² by less than this; one may mislead
 _SMALL = 16  # sides up to which a full decomposition is the simplest way to start
 _TOLERANCE = 1e-4  # ‖WᵀWv − σ²v‖ against σ² at the very start: the error of σ goes with its square
 _SQUARINGS = 7  # the 128th power: leaves of a second eigenvalue that is 5 % smaller a thousandth
@@ -128,13 +128,13 @@ def follow(weight: Tensor, directions: tuple[Tensor, Tensor], size: Tensor) -> t
     basis = _unit(old + new)[None]
     limit = min(STEPS, live.shape[1])
     small = torch.zeros(limit, limit, dtype=torch.float64, device=live.device)
-    value, weights = small.new_zeros(()), small.new_ones(1)
+    value, weights, quiet = small.new_zeros(()), small.new_ones(1), 0
     for step in range(1, limit + 1):
         image = _product(live, basis[-1], size)
         small[:step, step - 1] = small[step - 1, :step] = (basis @ image).double()
         before, (value, weights) = value, _leading(small[:step, :step])
-        settled = step >= _LEAST and on_cpu(live) and bool((value - before).abs() <= _SETTLED * value)
-        if settled or step == limit:
+        quiet = quiet + 1 if on_cpu(live) and bool((value - before).abs() <= _SETTLED * value) else 0
+        if quiet == _QUIET or step == limit:
             break
         for _ in range(2):  # twice is enough: Parlett, The Symmetric Eigenvalue Problem, §6.9
             image = image - (basis @ image) @ basis
