@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger("stabilitylab")
 
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
 EDITOR_CALL_LIMIT = 64
 """Calls of one editor module whose inputs are kept within an edit."""
 
@@ -208,7 +210,7 @@ class Capture:
                 return
             x, values = _first_tensor(args), plain(y)
             if values is not None:
-                self._watcher.layer_output(site, id(fired), self._as_sequence(values.detach()))
+                self._watcher.layer_output(site, id(fired), self._as_sequence(fired, values.detach()))
             if factors and x is not None and y.requires_grad:
                 self._await_delta(site, id(fired), x, y)
 
@@ -232,8 +234,13 @@ class Capture:
         # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
         self.own(node.register_prehook(Hook(before_backward)))
 
-    def _as_sequence(self, y: Tensor) -> Tensor:
-        """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1)."""
+    def _as_sequence(self, module: nn.Module, y: Tensor) -> Tensor:
+        """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1).
+
+        [batch, features] where the last dimensions are no positions and features, but a signal or an image.
+        """
+        if isinstance(module, _CHANNELS_FIRST):
+            return y.flatten(1)
         if y.dim() == 2 and self._tokens is not None and y.shape[0] == self._tokens[0] * self._tokens[1]:
             return y.reshape(*self._tokens, -1)
         return y

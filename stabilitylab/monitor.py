@@ -28,7 +28,7 @@ from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.weight_pass import WeightPass, same_bits
 from stabilitylab.readings import Alarm, EditRow, Note, OutcomeKind, Status
 from stabilitylab.reports.sinks import Sink
-from stabilitylab.sites import Patterns, Site, all_sites, find_sites, locate, why_unmeasurable
+from stabilitylab.sites import Patterns, Site, all_sites, find_sites, locate, locate_readable, why_unmeasurable
 from stabilitylab.store import RunWriter
 
 P = ParamSpec("P")
@@ -107,7 +107,7 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     kept, skipped = [], {}
     for site in sites:
         found = locate(model, site)
-        reason = "not found" if found is None else why_unmeasurable(site, found[1])
+        reason = "not found" if found is None else why_unmeasurable(found[1])
         if reason is None:
             kept.append(site)
         else:
@@ -287,13 +287,18 @@ class Monitor:
         self._sites = tuple(sites)
         self._writer.set_manifest(manifest.of_sites(self._sites))
 
-    def _remember_everything(self) -> None:
-        """Keep a host copy of every parameter until an edit shows which ones it moves."""
-        self._candidates = {
-            site.name: (site, found[1].detach().to("cpu", copy=True))
-            for site in all_sites(self._model).values()
-            if (found := locate(self._model, site)) is not None and why_unmeasurable(site, found[1]) is None
-        }
+    def _remember_everything(self) -> int:
+        """Keep a host copy of every parameter until an edit shows which ones it moves; returns how many are new."""
+        known = self._candidates or {}
+        located = (locate(self._model, site) for site, _ in known.values())
+        held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
+        fresh: dict[str, tuple[Site, Tensor]] = {}
+        for site in all_sites(self._model).values():
+            found = locate_readable(self._model, site)
+            if found is not None and id(found[1]) not in held:
+                fresh[site.name] = (site, found[1].detach().to("cpu", copy=True))
+        self._candidates = known | fresh
+        return len(fresh)
 
     def _discover(self) -> None:
         """Watch what the first edit moved; keep looking when it moved nothing."""
@@ -302,12 +307,15 @@ class Monitor:
         moved: dict[str, Tensor] = {}
         sites = []
         for site, original in self._candidates.values():
-            found = locate(self._model, site)
-            if found is not None and not same_bits(found[1].detach().cpu().contiguous(), original):
+            found = locate_readable(self._model, site)
+            # In the live dtype: the user may have cast the model since.
+            if found is not None and not same_bits(found[1].detach().cpu(), original.to(found[1].dtype)):
                 moved[site.name] = original
                 sites.append(site)
         if not moved:
-            self.note("sites-discovered", f"edit {self._edits} moved no parameter of the model")
+            fresh = self._remember_everything()
+            news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
+            self.note("sites-discovered", f"edit {self._edits} moved no parameter of the model{news}")
             return
         self._candidates = None
         self._watch(sites, moved)

@@ -2,7 +2,8 @@
 
 A pattern is a shell pattern in which ``*`` crosses dots: ``"language_model.*.fc[12]"``. It is matched against module
 names and parameter names. A module that owns a weight is a site under the module's name, and so is its parameter
-``….weight``; any other parameter is a site under its own name.
+``….weight``; any other parameter is a site under its own name. A quantised layer whose weight is no parameter is one
+too, so that it can be named as skipped.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stabilitylab.errors import SiteError, did_you_mean, nearest
 
 Patterns = str | Sequence[str]
 Orientation = Literal["out_in", "in_out", "none"]
+
+_MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)  # what quantised values are kept in; int64 is an index
+_MATRIX = 2  # dimensions
 
 _WRAPPED_LIMIT = 4  # an adapter that wraps a wrapped layer is found; a search of whole models is not wanted
 
@@ -58,28 +64,58 @@ def orientation_of(module: nn.Module) -> Orientation:
     return "none"
 
 
-def _site_of_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> Site:
+def _site_of_parameter(module: nn.Module, name: str, tensor: Tensor) -> Site:
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight" and owner:
-        return Site(owner, name, tuple(tensor.shape), tensor.dtype, orientation_of(model.get_submodule(owner)))
+        return Site(owner, name, tuple(tensor.shape), tensor.dtype, orientation_of(module))
     return Site(name, name, tuple(tensor.shape), tensor.dtype, "none")
+
+
+def _packed_weight(module: nn.Module) -> tuple[str, Tensor] | None:
+    """(name, values) of a quantised layer's weight where it is not a parameter ``weight``; None for other modules.
+
+    GPTQ, AWQ and HQQ keep integers under names of their own, ``torch.ao`` has a method that unpacks the weight.
+    """
+    if module._parameters.get("weight") is not None:
+        return None
+    if ".quantized." in type(module).__module__ and callable(getattr(type(module), "weight", None)):
+        return "weight", module.weight()  # type: ignore[operator]
+    if next(module.children(), None) is None:  # with children, it is a mask or a table of positions
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.dtype in _PACKED and tensor.dim() >= _MATRIX:
+                return name, tensor
+    return None
 
 
 def all_sites(model: nn.Module) -> dict[str, Site]:
     """Every site that the model offers, by name, in the order in which the model registers its parameters."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {site.name: site for site in (_site_of_parameter(model, name, tensor) for name, tensor in named)}
+    offered: dict[str, Site] = {}
+    for owner, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in module.named_parameters(owner, recurse=False, remove_duplicate=False):
+            site = _site_of_parameter(module, name, tensor)
+            offered[site.name] = site
+        packed = _packed_weight(module) if owner else None
+        if packed is not None:
+            leaf, values = packed
+            offered[owner] = Site(owner, f"{owner}.{leaf}", tuple(values.shape), values.dtype, "none")
+    return offered
 
 
-def why_unmeasurable(site: Site, tensor: torch.Tensor) -> str | None:
+def why_unmeasurable(tensor: Tensor) -> str | None:
     """The reason why the tensor's values can't be read, or None when they can."""
-    if not site.dtype.is_floating_point:
-        return f"its dtype is {str(site.dtype).removeprefix('torch.')}, not a floating-point one (quantised?)"
+    if tensor.dtype not in _MEASURED:
+        return f"its dtype is {_plain(tensor.dtype)}, not one of {', '.join(map(_plain, _MEASURED))} (quantised?)"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"it is a {type(tensor).__name__}, whose values are not held in one plain tensor (quantised? sharded?)"
     if tensor.is_meta:
         return "its values are on the meta device (offloaded?)"
     if tensor.numel() == 0:
         return "it is empty"
     return None
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _matches(pattern: str, sites: Mapping[str, Site]) -> list[Site]:
@@ -88,6 +124,11 @@ def _matches(pattern: str, sites: Mapping[str, Site]) -> list[Site]:
         for site in sites.values()
         if fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.parameter, pattern)
     ]
+
+
+def _such_as(sites: Mapping[str, Site]) -> str:
+    first = next(iter(sites), None)
+    return "" if first is None else f", such as '{first}'"
 
 
 def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> SiteError:
@@ -99,6 +140,11 @@ def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
                 f"site pattern '{pattern}' matches '{containers[0]}', which has no weight of its own; "
                 f"expected a layer, such as '{inside}'"
             )
+        kind = type(model.get_submodule(containers[0])).__name__
+        return SiteError(
+            f"site pattern '{pattern}' matches '{containers[0]}', a {kind} that has no parameter (quantised?); "
+            f"expected a layer with a weight{_such_as(sites)}"
+        )
     leaf = pattern.rpartition(".")[2]
     alike = nearest(leaf, {name.rpartition(".")[2] for name in sites}) if "*" in pattern else []
     hint = (
@@ -133,15 +179,30 @@ def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
     return tuple(site for site in offered.values() if site.name in chosen)
 
 
-def _unwrapped(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> nn.Module | None:
-    """`module`, or the layer inside an adapter that took its place, that owns a tensor `leaf` of the given shape."""
-    queue: list[nn.Module] = [module]
-    for _ in range(_WRAPPED_LIMIT):
-        for candidate in queue:
-            tensor = getattr(candidate, leaf, None)
-            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape:
-                return candidate
-        queue = [child for candidate in queue for child in candidate.children()]
+def _registered(module: nn.Module, leaf: str) -> object:
+    found = module._parameters.get(leaf)
+    return found if found is not None else module._buffers.get(leaf)
+
+
+def _attribute(module: nn.Module, leaf: str) -> object:
+    found = getattr(module, leaf, None)
+    packed = _packed_weight(module) if callable(found) else None
+    return found if packed is None else packed[1]
+
+
+def _unwrapped(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor] | None:
+    """The owner of a tensor `leaf` of this shape, and it: `module`, or the layer in an adapter that took its place.
+
+    A layer that registers the tensor comes first: an adapter may show its layer's weight as a property of its own.
+    """
+    for read in (_registered, _attribute):
+        queue: list[nn.Module] = [module]
+        for _ in range(_WRAPPED_LIMIT):
+            for candidate in queue:
+                tensor = read(candidate, leaf)
+                if isinstance(tensor, Tensor) and tuple(tensor.shape) == shape:
+                    return candidate, tensor
+            queue = [child for candidate in queue for child in candidate.children()]
     return None
 
 
@@ -155,18 +216,19 @@ def _by_name(model: nn.Module, name: str) -> nn.Module | None:
         return inner[0] if inner and all(module is inner[0] for module in inner) else None
 
 
-def locate(model: nn.Module, site: Site) -> tuple[nn.Module, torch.Tensor] | None:
+def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     """The module and tensor that a site names in `model` as it is now, or None when they are gone.
 
     Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model.
     """
     owner = _by_name(model, site.module) if site.module else model
-    leaf = site.parameter.rpartition(".")[2]
-    module = _unwrapped(owner, leaf, site.shape) if owner is not None else None
-    if module is None:
-        return None
-    tensor: torch.Tensor = getattr(module, leaf)
-    return module, tensor
+    return None if owner is None else _unwrapped(owner, site.parameter.rpartition(".")[2], site.shape)
+
+
+def locate_readable(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
+    """The same; None too when the values can't be read any more: quantised or offloaded since."""
+    found = locate(model, site)
+    return None if found is None or why_unmeasurable(found[1]) is not None else found
 
 
 def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:
@@ -174,7 +236,7 @@ def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:
     return {
         site.name: {
             "shape": list(site.shape),
-            "dtype": str(site.dtype).removeprefix("torch."),
+            "dtype": _plain(site.dtype),
             "kind": {"out_in": "linear", "in_out": "conv1d", "none": "tensor"}[site.orientation],
         }
         for site in sites

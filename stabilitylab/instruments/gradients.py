@@ -22,7 +22,7 @@ from stabilitylab.probes.gradient_passes import (
     inner_product,
     product_with_update,
 )
-from stabilitylab.sites import Site, locate
+from stabilitylab.sites import Site, locate_readable
 
 
 @dataclass
@@ -41,6 +41,7 @@ class GradientInstrument:
         self._bench = bench
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Factors] = {}
+        self._said: set[str] = set()
 
     def begin(self) -> None:
         """A new edit."""
@@ -60,8 +61,9 @@ class GradientInstrument:
 
     @property
     def firsts(self) -> dict[str, Factors]:
-        """The factors of the first passes that are kept to the edit's end, by site."""
-        return {site: seen.first for site, seen in self._seen.items() if seen.first is not None}
+        """The factors of the first passes that are kept to the edit's end, by site; none that was overwritten since."""
+        kept = {site: seen.first for site, seen in self._seen.items()}
+        return {site: first for site, first in kept.items() if first is not None and first.intact}
 
     def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
         """A backward has answered a forward."""
@@ -71,18 +73,25 @@ class GradientInstrument:
 
     def overwritten(self, site: str) -> None:
         """A pass whose gradient can't be told."""
-        self._bench.note("capture", f"gradient of {site} left out: its input was overwritten before the backward")
+        self._left_out(f"gradient of {site} left out: its input was overwritten before the backward")
+
+    def _left_out(self, says: str) -> None:
+        """Note it, once in the run: it may be so in each of many passes."""
+        if says not in self._said:
+            self._said.add(says)
+            self._bench.note("capture", says)
 
     def _pass(self, site: str, seen: _Seen, x: Tensor, delta: Tensor) -> None:
-        if seen.keeper.passes == 0:
-            if self._bench.needed(GradientSpectrum, site):
-                self._bench.add(site, *reduce_factors(x, delta))
-            if self._keeps_first(site):
-                seen.first = Factors.of(x, delta)
-        if self._bench.needed(LaterPasses, site):
-            seen.keeper.add(x, delta)
-        else:
-            seen.keeper.passes += 1
+        if seen.keeper.passes:
+            if self._bench.needed(LaterPasses, site):
+                seen.keeper.later(x, delta)
+            return
+        if self._keeps_first(site):
+            seen.first = Factors.of(x, delta)
+        packed, rebuild = reduce_factors(x, delta)
+        seen.keeper.first(x, delta, packed)
+        if self._bench.needed(GradientSpectrum, site):
+            self._bench.add(site, packed, rebuild)
 
     def after(self, model: nn.Module, sites: Sequence[Site], references: References) -> None:
         """Reduce what was kept, while W₋ is still the weight before the edit."""
@@ -96,17 +105,21 @@ class GradientInstrument:
         self._seen = {}
 
     def _later(self, site: str, seen: _Seen) -> None:
-        reduced = seen.keeper.reduce()
+        reduced = seen.keeper.reduce() if self._bench.needed(LaterPasses, site) else None
+        if reduced is not None and seen.keeper.overwritten:
+            what = f"last or worst gradient of {site}"
+            self._left_out(f"{what} left out: its factors were overwritten after the backward")
         if reduced is not None:
             self._bench.add(site, *reduced)
 
     def _align(self, model: nn.Module, site: Site, seen: _Seen, references: References) -> None:
         before = self._before.pop(site.name, None)
-        if seen.first is None:
+        before = before if before is not None and before.intact else None
+        if seen.first is None or not seen.first.intact:
             return
         if self._bench.needed_next(Alignment, site.name):
             self._before[site.name] = seen.first
-        found = locate(model, site) if self._bench.needed(Alignment, site.name) else None
+        found = locate_readable(model, site) if self._bench.needed(Alignment, site.name) else None
         if found is None or not references.holds(site.name):
             return
         own = inner_product(seen.first, seen.first)

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from stabilitylab.instruments.bench import Bench
 from stabilitylab.instruments.references import References
 from stabilitylab.probes.absorption import AbsorptionPass, reduce_absorption
+from stabilitylab.probes.feedback import FeedbackPass
+from stabilitylab.probes.gradient_passes import Alignment
 from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
-from stabilitylab.probes.weight_pass import Scanned, WeightPass, WeightScan, on_cpu, scan_weight
-from stabilitylab.probes.weight_spectrum import WeightSpectrum, spectrum_of_weight
+from stabilitylab.probes.weight_pass import Scanned, WeightPass, WeightScan, on_cpu, same_bits, scan_weight
+from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
-from stabilitylab.sites import Site, locate
+from stabilitylab.sites import Site, locate, locate_readable, why_unmeasurable
+
+_COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, Alignment, FeedbackPass)
+"""The measurements that need W₀ or W₋."""
 
 _MATRIX = 2  # dimensions
 
@@ -45,7 +50,7 @@ class WeightInstrument:
 
     def __init__(self, bench: Bench) -> None:
         self.references = References()
-        self.keeps_references = any(map(bench.ever_needed, (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass)))
+        self.keeps_references = any(map(bench.ever_needed, _COMPARING))
         self._bench = bench
         self._missing: set[str] = set()
         self._last: dict[str, Tensor] = {}
@@ -53,19 +58,21 @@ class WeightInstrument:
         self._originals: dict[str, Tensor] = {}
 
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Measure each site; note each that is no longer found, once."""
+        """Measure each site; note each that is gone or can't be read any more, once."""
         if not (self.keeps_references or self._bench.needed(WeightScan) or self._bench.needed(WeightSpectrum)):
             return
         turn = self._bench.edit % max(len(sites), 1)
         for at, site in enumerate(sites):
             found = locate(model, site)
-            if found is not None:
+            gone = f"no longer found in {type(model).__name__}"
+            reason = gone if found is None else why_unmeasurable(found[1])
+            if found is not None and reason is None:
                 weight, named = found[1], site.name
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
-                self._bench.note("skipped-site", f"{site.name}: no longer found in {type(model).__name__}")
+                self._bench.note("skipped-site", f"{site.name}: {reason}")
 
     def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
         """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
@@ -76,7 +83,7 @@ class WeightInstrument:
                 )
 
     def _absorbed(self, model: nn.Module, site: Site, update: Tensor) -> None:
-        found = locate(model, site)
+        found = locate_readable(model, site)
         if found is not None and self.references.holds(site.name):
             previous = self.references.previous(site.name, found[1])
             self._bench.add(site.name, reduce_absorption(update, found[1], previous), AbsorptionPass.from_host)
@@ -84,7 +91,7 @@ class WeightInstrument:
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure sites between two edits, by references alone; W₋ is what they are now."""
         for site in sites:
-            found = locate(model, site)
+            found = locate_readable(model, site)
             if found is not None:
                 self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
 
@@ -98,7 +105,7 @@ class WeightInstrument:
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
-        found = ((site, locate(model, site)) for site in sites)
+        found = ((site, locate_readable(model, site)) for site in sites)
         return [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
 
     def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
@@ -146,11 +153,19 @@ class WeightInstrument:
         followed.since = 0.0
 
     def _spectrum(self, site: Site, weight: Tensor) -> None:
-        """What the deep probes need of a matrix, where one that is due does."""
-        if weight.dim() == _MATRIX and self._bench.needed(WeightSpectrum, site.name):
-            self._bench.add(site.name, spectrum_of_weight(weight), WeightSpectrum)
-        if weight.dim() == _MATRIX and self._bench.needed(LeadingSubspace, site.name):
-            if site.name not in self._originals:
-                self._originals[site.name] = leading_subspace(self.references.original(site.name, weight))
-            cosines = compare_subspaces(self._originals[site.name], leading_subspace(weight))
-            self._bench.add(site.name, cosines, LeadingSubspace)
+        """What the deep probes need of a matrix, where one that is due does. Waits for an accelerator."""
+        spectrum = self._bench.needed(WeightSpectrum, site.name)
+        subspace = self._bench.needed(LeadingSubspace, site.name)
+        if weight.dim() != _MATRIX or not (spectrum or subspace):
+            return
+        gram = gram_of(weight)
+        if spectrum:
+            self._bench.add(site.name, spectrum_of_weight(weight, gram), WeightSpectrum)
+        if subspace:
+            now = leading_subspace(gram)
+            original = self._originals.get(site.name)
+            if original is None:
+                first = self.references.original(site.name, weight)
+                same = first.dtype == weight.dtype and same_bits(weight, first)
+                original = self._originals[site.name] = now if same else leading_subspace(gram_of(first))
+            self._bench.add(site.name, compare_subspaces(original, now), LeadingSubspace)
