@@ -524,3 +524,6 @@ class Edit:
             sweep(model)
         self._monitor._open = None
         self._monitor._guard("the record of an edit", lambda: self._monitor._end(self, error))
+        # `edit` outlives its block: it must not hold what the edit was made of.
+        self.reports.clear()
+        del self.capture, self._entered

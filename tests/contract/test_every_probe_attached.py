@@ -1,0 +1,247 @@
+"""What every probe promises once it is attached to a loop, found through the registry.
+
+It changes nothing, says the same of the same loop, holds nothing when the run is closed, and no more after many edits
+than after few.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stabilitylab.probes import ALL
+from stabilitylab.probes.base import Probe
+from torch import Tensor, nn
+
+import stabilitylab as sl
+from stabilitylab.monitor import Edit
+from tests.editor_fakes import GRACEAdapter, GradientTransform, WISEAdapter
+from tests.gpt2_loop import TEXT, edit_gpt2, make_gpt2
+from tests.loops import CANARY, edit_once, hooks_on, make_model
+
+# -- three loops, which together give every probe something to read ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """make: the model. editor: whose state is read. edit: one edit, watched or not; gives what the user computed."""
+
+    make: Callable[[], nn.Module]
+    editor: Callable[[], object]
+    edit: Callable[[Any, Any, Edit | None], list[Tensor]]
+    sites: str
+    canary: object
+
+
+def steps(model: nn.Module, editor: object, edit: Edit | None) -> list[Tensor]:
+    return [edit_once(model)]
+
+
+def text(model: Any, editor: object, edit: Edit | None) -> list[Tensor]:
+    return [*edit_gpt2(model, passes=2), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+class Mend(GradientTransform):
+    def __init__(self) -> None:
+        super().__init__(8, 16)
+        for buffer in (self.u_mean, self.u_std, self.v_mean, self.v_std):
+            buffer.fill_(0.5)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        return (u - self.u_mean) / (self.u_std + 1e-7)
+
+
+def editor_with_everything() -> object:
+    """MEND's normaliser and rates, AlphaEdit's projection and key cache, MEMIT's covariances."""
+    return SimpleNamespace(
+        mend=Mend(),
+        edit_lrs=nn.Parameter(torch.full((3,), 1e-3)),
+        P=torch.eye(8)[None],
+        cache_c=torch.eye(8)[None],
+        COV_CACHE={("model", "layer"): torch.eye(8)},
+    )
+
+
+class Side(WISEAdapter):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def adapted_model() -> nn.Module:
+    torch.manual_seed(1)
+    grace, wise = GRACEAdapter(nn.Linear(8, 16)), Side(nn.Linear(16, 4))
+    grace.add_key(torch.ones(1, 8))
+    return nn.Sequential(grace, nn.ReLU(inplace=True), wise)
+
+
+def closed_form(model: Any, editor: Any, edit: Edit | None) -> list[Tensor]:
+    """A solved update of the first layer, with all that an editor may say of it."""
+    x = torch.randn(2, 5, 8)
+    logits = model(x)
+    entered = editor.mend(x.reshape(-1, 8), torch.zeros(10, 16))
+    system = entered.T @ entered + torch.eye(8)
+    update = 0.01 * torch.linalg.solve(system, entered.T @ torch.randn(10, 16)).T
+    weight = model[0].layer.weight
+    if edit is not None:
+        edit.report(
+            "0",
+            sl.EditorReport(
+                key=entered[0],
+                direction=entered[1],
+                target_value=torch.ones(16),
+                initial_value=torch.full((16,), 2.0),
+                clamp_hits=3,
+                update=update,
+            ),
+        )
+        edit.report("0.layer", sl.EditorReport(update=update))
+    with torch.no_grad():
+        weight += update
+    return [logits.detach(), entered.detach(), update.detach()]
+
+
+LOOPS = {
+    "steps": Loop(make_model, lambda: None, steps, "[03]", CANARY),
+    "text": Loop(make_gpt2, lambda: None, text, "*.mlp.*", TEXT),
+    "closed form": Loop(adapted_model, editor_with_everything, closed_form, "*layer", CANARY),
+}
+
+
+def with_followed(probe: type[Probe[Any]]) -> list[Probe[Any]]:
+    """It at each edit, and one probe for each metric that it follows."""
+    followed = [other for other in ALL if {m.name for m in other.metrics} & set(probe.follows) and other is not probe]
+    return [other(every=1) for other in (*followed, probe)]
+
+
+EDITS = 2
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ran:
+    """What the user of a loop sees of it, edit by edit, and the model at its end."""
+
+    model: nn.Module
+    computed: list[list[Tensor]]
+    random: list[Tensor]
+    flags: list[bool]
+
+
+def ran(loop: Loop, edits: int, folder: Path | None = None, probes: Any = ()) -> Ran:
+    model, editor = loop.make(), loop.editor()
+    torch.manual_seed(5)
+    computed, random = [], []
+    monitor = None
+    if folder is not None:
+        monitor = sl.attach(model, loop.sites, folder, editor=editor, canary=loop.canary, probes=probes)  # type: ignore[arg-type]
+    for _ in range(edits):
+        if monitor is None:
+            computed.append(loop.edit(model, editor, None))
+        else:
+            with monitor.edit() as edit:
+                computed.append(loop.edit(model, editor, edit))
+        random.append(torch.get_rng_state())
+    if monitor is not None:
+        monitor.close()
+    flags = [p.requires_grad for p in model.parameters()] + [module.training for module in model.modules()]
+    return Ran(model, computed, random, flags)
+
+
+def same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def unwatched() -> dict[str, Ran]:
+    return {name: ran(loop, EDITS) for name, loop in LOOPS.items()}
+
+
+every_probe = pytest.mark.parametrize("probe", ALL, ids=lambda probe: probe.__name__)
+
+
+def assert_untouched(plain: Ran, watched: Ran) -> None:
+    for expected, found in zip(plain.computed, watched.computed, strict=True):
+        assert all(same(one, other) for one, other in zip(expected, found, strict=True))
+    assert all(map(torch.equal, plain.random, watched.random))
+    assert plain.flags == watched.flags
+    for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert same(one.grad, other.grad)
+    assert hooks_on(watched.model) == 0
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@every_probe
+def test_it_is_inert_and_repeatable_and_reads_something(
+    tmp_path: Path, unwatched: dict[str, Ran], probe: type[Probe[Any]]
+) -> None:
+    """Attached alone: what it needs is met without other probes."""
+    read: set[str] = set()
+    for name, loop in LOOPS.items():
+        folders = tmp_path / name / "first", tmp_path / name / "second"
+        for folder in folders:
+            assert_untouched(unwatched[name], ran(loop, EDITS, folder, with_followed(probe)))
+        first, second = map(sl.load, folders)
+        # Only the loop over text has a loss, to run on the original weights.
+        assert not [note for note in first.notes if note.kind == "probe-off" and "holds no loss" not in note.says]
+        for one, other in zip(first.edits, second.edits, strict=True):
+            assert list(one.row.readings) == list(other.row.readings)
+            for key, values in one.row.readings.items():
+                np.testing.assert_array_equal(values, other.row.readings[key])
+        read |= {metric.name for metric in probe.metrics if first.sites_of(metric.name)}
+    assert read == {metric.name for metric in probe.metrics}
+
+
+def all_at_once() -> list[Probe[Any]]:
+    return [probe(every=1) for probe in ALL]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_nothing_is_held_after_close(tmp_path: Path, name: str) -> None:
+    """Though the monitor itself is kept, for its diagnosis; and the last edit, for no reason."""
+    loop = LOOPS[name]
+    model, editor = loop.make(), loop.editor()
+    options: dict[str, Any] = {"editor": editor, "canary": loop.canary, "probes": all_at_once()}
+    monitor = sl.attach(model, loop.sites, tmp_path / "run", **options)
+    for _ in range(2):
+        with monitor.edit() as edit:
+            loop.edit(model, editor, edit)
+    monitor.close()
+    kept = [*model.parameters(), *model.buffers(), *model.modules(), *vars(editor or SimpleNamespace()).values()]
+    refs = [weakref.ref(thing) for thing in kept if not isinstance(thing, dict)]
+    del model, editor, kept, options
+    gc.collect()
+    assert not [ref() for ref in refs if ref() is not None]
+    assert (monitor.edits, edit.label) == (2, "")
+    assert monitor.diagnosis().verdict
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_memory_does_not_grow_with_the_edits(tmp_path: Path, name: str) -> None:
+    loop, held = LOOPS[name], {}
+    model, editor = loop.make(), loop.editor()
+    options: dict[str, Any] = {"editor": editor, "canary": loop.canary, "probes": all_at_once()}
+    with sl.attach(model, loop.sites, tmp_path / "run", **options) as monitor:
+        for at in range(1, 31):
+            with monitor.edit() as edit:
+                loop.edit(model, editor, edit)
+            if at in (10, 30):
+                held[at] = live_bytes()
+    assert held[10] == held[30]
