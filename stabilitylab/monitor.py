@@ -225,13 +225,19 @@ class Monitor:
         return watched
 
     def diagnosis(self) -> Diagnosis:
-        """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far."""
+        """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far.
+
+        Waits for an accelerator: the last edit is read first.
+        """
         self._flush()
         return self._analyzer.diagnosis()
 
     @property
     def last_edit_moved(self) -> bool:
-        """Whether the last edit was seen to change a watched weight; never, where no copies of the weights are kept."""
+        """Whether the last edit was seen to change a watched weight; never, where no copies of the weights are kept.
+
+        Waits for an accelerator: the last edit is read first.
+        """
         self._flush()
         return self._last_moved
 
@@ -239,7 +245,8 @@ class Monitor:
         """See what became of the last edit by now and record it, once; None when there is nothing to observe.
 
         Called at the next edit's start and at close; call it earlier where a loop undoes an edit by itself. The weights
-        as they are now are what the next edit starts from.
+        as they are now are what the next edit starts from. Waits for an accelerator; the next edit's start does not,
+        and leaves what it sees to be read with the last edit.
         """
         self._flush()
         edit, self._outcome_due = self._outcome_due, None
@@ -301,7 +308,7 @@ class Monitor:
         return len(fresh)
 
     def _discover(self) -> None:
-        """Watch what the first edit moved; keep looking when it moved nothing."""
+        """Watch what the first edit moved; keep looking when it moved nothing. Waits for an accelerator."""
         if self._candidates is None:
             return
         moved: dict[str, Tensor] = {}
