@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram
-from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from torch import Tensor
 
 from stabilitylab.readings import Rebuild
@@ -131,7 +131,7 @@ def _prepare(factor: Tensor) -> _Factor:
         speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
         silent_share = 1 - speaks.double().mean()
         norm = torch.linalg.vector_norm(wide).double()
-        if _SAFE[0] < norm.item() < _SAFE[1]:  # then all entries are finite, and no power of them leaves the range
+        if is_within(norm, *_SAFE):  # then all entries are finite, and no power of them leaves the range
             return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share)
     else:
         silent_share = 1 - (wide != 0).any(dim=0).double().mean()

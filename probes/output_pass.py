@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
@@ -82,7 +82,7 @@ def _by_position(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return norms, wide.amin(dim=-1).double(), wide.amax(dim=-1).double()
     values = wide.numpy()
     norms = torch.linalg.vector_norm(wide, dim=-1)
-    if not _SAFE_NORM[0] < norms.amax().item() < _SAFE_NORM[1]:
+    if not is_within(norms.amax(), *_SAFE_NORM):
         # The squares of fp32 activations past 1e19 overflow, and such models still run.
         norms = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
     low, high = torch.from_numpy(values.min(axis=-1)), torch.from_numpy(values.max(axis=-1))

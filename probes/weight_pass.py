@@ -77,6 +77,11 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def is_within(value: Tensor, least: float, most: float) -> bool:
+    """Whether a scalar on a CPU lies between the two; False for NaN."""
+    return least < value.item() < most
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """`tensor` as one dimension; a view wherever the memory order allows it."""
     return tensor.detach().reshape(-1)

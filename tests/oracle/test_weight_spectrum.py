@@ -139,7 +139,9 @@ def test_stable_rank_in_closed_form() -> None:
 
 
 def overlap(original: Tensor, now: Tensor) -> float:
-    seen = LeadingSubspace(compare_subspaces(leading_subspace(gram_of(original)), leading_subspace(gram_of(now))).numpy())
+    seen = LeadingSubspace(
+        compare_subspaces(leading_subspace(gram_of(original)), leading_subspace(gram_of(now))).numpy()
+    )
     value = SubspaceOverlap().compute(seen)["weight.subspace_overlap"]
     assert isinstance(value, float)
     return value
