@@ -104,14 +104,12 @@ def start_direction(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def update_direction(weight: Tensor, previous: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    """Nearly the leading right singular vector of the update W − W₋: float32 [columns].
+def update_direction(change: Tensor) -> Tensor:
+    """Nearly the leading right singular vector of an update: float32 [columns].
 
-    rows: those that moved most, [start, stop), where they are known. Without them, on an accelerator, all are used.
+    change: the update [rows, columns], or the rows of it that moved most. A zero one gives no direction: zeros.
     """
-    start, stop = rows if rows is not None else (0, None)
-    change = as_matrix(weight)[start:stop].float() - as_matrix(previous)[start:stop].float()
-    change = change / change.abs().amax().clamp_min(torch.finfo(change.dtype).tiny)
+    change = change.float() / change.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
     if change.shape[0] > change.shape[1]:
         return _leading((change.T @ change).double())[1].float()
     return _unit(_leading((change @ change.T).double())[1].float() @ change)

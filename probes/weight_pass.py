@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,12 +154,12 @@ class Scanned:
     """What a pass over one weight found.
 
     packed: 1-d float64 on the weight's device. update: ‖W−W₋‖ where reading it waits for nothing, else None.
-    hottest: the rows [start, stop) of W as a matrix that moved most, likewise.
+    change: of W−W₋ as a matrix the rows that moved most, or on an accelerator all of them; None if not asked for.
     """
 
     packed: Tensor
     update: float | None = None
-    hottest: tuple[int, int] | None = None
+    change: Tensor | None = None
 
 
 def _rows_at_once(matrix: Tensor) -> int:
@@ -171,28 +172,40 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
-def _scan_on_cpu(weight: Tensor, references: tuple[Tensor, ...]) -> tuple[Host, Host]:
-    """([‖W‖, ‖W−R‖ of each reference, low, high, non-finite], the norm of each chunk's last difference)."""
+def _pieces(matrix: Tensor, rows: int) -> Iterator[Tensor]:
+    """`matrix` in pieces of so many rows, each as one dimension: views, where the memory order allows it."""
+    if matrix.is_contiguous():
+        yield from torch.split(matrix.view(-1), rows * matrix.shape[1])
+    else:
+        yield from (piece.reshape(-1) for piece in torch.split(matrix, rows))
+
+
+def _scan_on_cpu(weight: Tensor, reference: Tensor | None, previous: Tensor | None) -> tuple[Host, Tensor]:
+    """([‖W‖, ‖W−W₀‖ and ‖W−W₋‖ if there are any, low, high, non-finite], the piece of W−W₋ that moved most).
+
+    `previous` takes W's values, piece by piece while they are in the cache.
+    """
     rows, dtype = _rows_at_once(weight), wide_dtype(weight)
     scratch = torch.empty(rows * weight.shape[1], dtype=dtype)
-    live_copy = None if weight.dtype == dtype else torch.empty_like(scratch)
+    wide = None if weight.dtype == dtype else torch.empty_like(scratch)
+    hottest, most = scratch[:0], -1.0
+    pasts = [past for past in (reference, previous) if past is not None]
     parts = []
-    for start in range(0, weight.shape[0], rows):
-        live = weight[start : start + rows].reshape(-1)
-        if live_copy is not None:
-            live = live_copy[: live.numel()].copy_(live)
-        values = live.numpy()
+    for own, *others in zip(*(_pieces(matrix, rows) for matrix in (weight, *pasts)), strict=True):
+        live = own if wide is None else wide[: own.numel()].copy_(own)
+        values, moved = live.numpy(), scratch[: own.numel()]
         low, high = float(values.min()), float(values.max())
         nonfinite = 0.0 if math.isfinite(low) and math.isfinite(high) else float(np.sum(~np.isfinite(values)))
-        norms = [_norm(live)]
-        for reference in references:
-            past = reference[start : start + rows].reshape(-1)
-            norms.append(_norm(torch.sub(live, past, out=scratch[: live.numel()])))
+        norms = [_norm(live), *(_norm(torch.sub(live, past, out=moved)) for past in others)]
+        if previous is not None:
+            if not norms[-1] <= most:
+                hottest, most = moved.clone(), norms[-1]
+            others[-1].copy_(own)
         parts.append([*norms, low, high, nonfinite])
     table = np.array(parts)
     lows, highs, counts = table[:, -3:].T
     whole = [_combined(part) for part in table[:, :-3].T]
-    return np.array([*whole, lows.min(), highs.max(), counts.sum()]), table[:, len(references)]
+    return np.array([*whole, lows.min(), highs.max(), counts.sum()]), hottest
 
 
 def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
@@ -214,27 +227,30 @@ def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def reduce_weight(weight: Tensor, reference: Tensor, previous: Tensor, reference_norm: Tensor) -> Scanned:
-    """The numbers of `WeightPass` as one float64 tensor of shape [7] on the weight's device.
+def reduce_weight(
+    weight: Tensor, reference: Tensor, previous: Tensor, reference_norm: Tensor, want_change: bool = False
+) -> Scanned:
+    """The numbers of `WeightPass` as one float64 tensor of shape [7] on the weight's device; `previous` becomes W.
 
-    weight, reference, previous: same shape, any floating dtype. Differences are formed in fp32 (fp64 for fp64 weights),
-    norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
+    weight, reference, previous: same shape, any floating dtype; the references contiguous. Differences are formed in
+    fp32 (fp64 for fp64 weights), norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
     """
-    live, references = as_matrix(weight), (as_matrix(reference), as_matrix(previous))
+    live, first, before = as_matrix(weight), as_matrix(reference), as_matrix(previous)
     if not on_cpu(live):
-        found = _scan_on_device(live, references)
-        return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]))
-    values, moves = _scan_on_cpu(live, references)
-    start = int(np.argmax(moves)) * _rows_at_once(live)
+        found = _scan_on_device(live, (first, before))
+        change = live.to(wide_dtype(live)) - before.to(wide_dtype(live)) if want_change else None
+        before.copy_(live)
+        return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]), None, change)
+    values, hottest = _scan_on_cpu(live, first, before)
     packed = torch.from_numpy(np.insert(values, 1, reference_norm.item()))
-    return Scanned(packed, float(values[2]), (start, min(start + _rows_at_once(live), live.shape[0])))
+    return Scanned(packed, float(values[2]), hottest.reshape(-1, live.shape[1]) if want_change else None)
 
 
 @torch.no_grad()
 def scan_weight(weight: Tensor) -> Tensor:
     """The numbers of `WeightScan` as one float64 tensor of shape [4] on the weight's device. Keeps no copy of it."""
     live = as_matrix(weight)
-    return torch.from_numpy(_scan_on_cpu(live, ())[0]) if on_cpu(live) else _scan_on_device(live, ())
+    return torch.from_numpy(_scan_on_cpu(live, None, None)[0]) if on_cpu(live) else _scan_on_device(live, ())
 
 
 @torch.no_grad()

@@ -82,22 +82,17 @@ class References:
         """W₋, on the device of the weight."""
         return self._on(name, weight).previous
 
-    def measure(self, name: str, weight: Tensor) -> Scanned:
-        """One pass over the weight, packed as `WeightPass` unpacks it."""
+    def measure(self, name: str, weight: Tensor, want_change: bool = False) -> Scanned:
+        """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
         copies = self._on(name, weight)
-        return reduce_weight(weight, copies.original, copies.previous, copies.original_norm)
-
-    def advance(self, name: str, weight: Tensor) -> None:
-        """From now on W₋ is the weight as it is now."""
-        copies = self._on(name, weight)
-        if copies.previous.dtype == weight.dtype:
-            copies.previous.copy_(weight.detach())
-        else:  # the user has cast the model
+        seen = reduce_weight(weight, copies.original, copies.previous, copies.original_norm, want_change)
+        if copies.previous.dtype != weight.dtype:  # the user has cast the model
             copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
         copies.mark = _mark(weight)
+        return seen
 
     def untouched(self, name: str, weight: Tensor) -> bool:
-        """Whether the weight shows no sign of a write since `advance`, on a CPU.
+        """Whether the weight shows no sign of a write since `measure`, on a CPU.
 
         Its place and its version counter are as they were, and so is a cache line of each row: a write through
         ``weight.data`` leaves the counter alone, and one that misses all of those entries goes unseen here.

@@ -101,7 +101,6 @@ class WeightInstrument:
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
         if site.name in self._followed:
             self._followed[site.name].since += math.inf if seen.update is None else seen.update
-        self.references.advance(site.name, weight)
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
@@ -114,17 +113,16 @@ class WeightInstrument:
                 rebuild: Any = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
                 self._bench.add(site.name, scan_weight(weight), rebuild)
             return
+        followed = self._bench.ever_needed(TopSingular) and weight.dim() >= _MATRIX
         last = self._last.get(site.name)
         if last is not None and not in_full and self.references.untouched(site.name, weight):
             seen = Scanned(last, 0.0)
         else:
-            seen = self.references.measure(site.name, weight)
+            seen = self.references.measure(site.name, weight, want_change=followed)
             self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
-        if self._bench.ever_needed(TopSingular) and weight.dim() >= _MATRIX:
+        if followed:
             self._follow(site, weight, seen)
-        if seen.update != 0:
-            self.references.advance(site.name, weight)
 
     def _follow(self, site: Site, weight: Tensor, seen: Scanned) -> None:
         followed = self._followed.get(site.name)
@@ -141,11 +139,10 @@ class WeightInstrument:
             self._bench.add(site.name, packed, TopSingular.from_host)
 
     def _find_anew(self, followed: _Followed, site: Site, weight: Tensor, seen: Scanned) -> None:
-        previous = self.references.previous(site.name, weight)
         direction = followed.direction.to(weight.device)
         usable = torch.isfinite(direction).all()
         direction = torch.where(usable, direction, followed.first_direction.to(weight.device))
-        update = update_direction(weight, previous, seen.hottest)
+        update = torch.ones_like(direction) if seen.change is None else update_direction(seen.change)
         update = torch.where(torch.isfinite(update).all(), update, torch.ones_like(update))
         largest = torch.maximum(-seen.packed[4], seen.packed[5])
         size = torch.where(largest > 0, largest, torch.ones_like(largest)).to(direction.dtype)

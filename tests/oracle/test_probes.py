@@ -42,6 +42,19 @@ def weight_pass(weight: Tensor, original: Tensor, previous: Tensor) -> WeightPas
     return WeightPass.from_host(seen.packed.numpy(), weight.dtype)
 
 
+def test_a_pass_leaves_the_weight_behind_and_knows_the_rows_that_moved_most() -> None:
+    previous = random(1, 300, 700)
+    weight = previous.clone()
+    weight[200:203] += 5
+    before, original = previous.clone(), previous.clone()
+    seen = reduce_weight(weight, original, previous, norm_of(original), want_change=True)
+    assert torch.equal(previous, weight)
+    assert torch.equal(original, before)
+    assert seen.change is not None
+    assert seen.change.norm().item() == pytest.approx((weight - before).norm().item(), rel=1e-5)
+    assert seen.update == pytest.approx((weight - before).double().norm().item(), rel=1e-6)
+
+
 def numpy64(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 

@@ -72,7 +72,8 @@ def test_the_start(dtype: torch.dtype, seed: int, rows: int, columns: int) -> No
 
 def followed(weight: Tensor, previous: Tensor, direction: Tensor, hottest: bool) -> tuple[float, Tensor]:
     row = int((weight - previous).double().square().sum(dim=1).argmax())
-    update = update_direction(weight, previous, (row, row + 1) if hottest else None)
+    change = weight - previous
+    update = update_direction(change[row : row + 1] if hottest else change)
     value, found = follow(weight, (direction, update), weight.abs().max())
     return value.item(), found
 
