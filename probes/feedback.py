@@ -55,15 +55,15 @@ class Gain(Probe[History]):
 
 @dataclass(frozen=True)
 class FeedbackPass:
-    """‖G‖ of a layer in this edit, and of the same loss with the original weights in place of the edited; float64."""
+    """‖G‖ of a layer as this edit finds it, and of the same loss with the original weights; float64."""
 
     norm: float
     original_norm: float
 
     @classmethod
     def from_host(cls, values: Host) -> FeedbackPass:
-        """From [‖G‖², ‖G₀‖]."""
-        return cls(float(np.sqrt(values[0])), float(values[1]))
+        """From [‖G‖, ‖G₀‖]."""
+        return cls(float(values[0]), float(values[1]))
 
 
 class FeedbackShare(Probe[FeedbackPass]):

@@ -139,7 +139,7 @@ def _prepare(factor: Tensor) -> _Factor:
     largest = torch.maximum(low.abs(), high.abs())
     usable = (largest > 0) & torch.isfinite(largest)
     # A power of two: dividing by it rounds nothing, so that the smallest singular values stay those of the factor.
-    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     scale = torch.where(usable & torch.isfinite(power), power, torch.ones_like(power))
     # The values of a factor that is not finite are never used; LAPACK is only kept from choking on them.
     values = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))

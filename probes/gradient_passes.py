@@ -67,25 +67,26 @@ def _norm(factor: Tensor) -> Tensor:
 
 
 class PassKeeper:
-    """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst.
+    """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst later one.
 
-    Later passes than the first cost two norms each, and two spectra at the end, however many there are. The worst is
-    the first that is not finite, else that with the largest ‖X‖ ‖δ‖; on an accelerator, of those with as many tokens as
-    the first.
+    Of the first pass only its reduction is kept, so that an edit with one pass holds no factors. Later ones cost two
+    norms each, and two spectra at the end, however many there are. The worst is the first that is not finite, else that
+    with the largest ‖X‖ ‖δ‖; on an accelerator, of those with as many tokens as the second.
     """
 
     def __init__(self) -> None:
         self.passes = 0
         self._nonfinite: Tensor | None = None
+        self._first: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
         self._last: Factors | None = None
         self._worst: Factors | None = None
         self._worst_size: Tensor | None = None
 
-    def first(self, x: Tensor, delta: Tensor, packed: Tensor) -> None:
-        """The first pass, with what `reduce_factors` packed of it."""
+    def first(self, packed: Tensor, rebuild: Rebuild[GradientSpectrum]) -> None:
+        """The first pass, as `reduce_factors` reduced it."""
         self.passes = 1
+        self._first = packed, rebuild
         self._nonfinite = (packed[NONFINITE] > 0).double()
-        self._worst, self._worst_size = Factors.of(x, delta), packed[SIZE]
 
     @torch.no_grad()
     def later(self, x: Tensor, delta: Tensor) -> None:
@@ -98,7 +99,9 @@ class PassKeeper:
         self._keep_worse(self._last, size)
 
     def _keep_worse(self, now: Factors, size: Tensor) -> None:
-        assert self._worst is not None and self._worst_size is not None  # noqa: PT018
+        if self._worst is None or self._worst_size is None:
+            self._worst, self._worst_size = now, size
+            return
         worse = torch.isfinite(self._worst_size) & ~(size <= self._worst_size)
         if on_cpu(size):
             if bool(worse):
@@ -110,20 +113,25 @@ class PassKeeper:
 
     def reduce(self) -> tuple[Tensor, Rebuild[LaterPasses]] | None:
         """What `LaterPasses` is made from as one float64 tensor, and how to make it; None where there was no pass."""
-        if self._nonfinite is None:
+        if self._nonfinite is None or self._first is None:
             return None
-        passes = float(self.passes)
-        head = self._nonfinite.reshape(1)
-        if self._last is None or self._worst is None:
+        passes, head = float(self.passes), self._nonfinite.reshape(1)
+        if self._last is None or self._worst is None or self._worst_size is None:
             return head, lambda values: LaterPasses(passes, float(values[0]))
-        last, rebuild_last = _reduced(self._last)
-        worst, rebuild_worst = _reduced(self._worst)
-        split = 1 + last.numel()
+        parts = (self._first, _reduced(self._last), _reduced(self._worst))
+        sizes = torch.stack([self._first[0][SIZE], self._worst_size])
+        ends = np.cumsum([3, *(packed.numel() for packed, _ in parts)])
 
         def rebuild(values: Host) -> LaterPasses:
-            return LaterPasses(passes, float(values[0]), rebuild_last(values[1:split]), rebuild_worst(values[split:]))
+            first, last, worst = (
+                make(values[start:stop]) for (_, make), start, stop in zip(parts, ends[:-1], ends[1:], strict=True)
+            )
+            size_of_first, size_of_worst = values[1], values[2]
+            # The worst so far was the first pass: a later one must be worse to take its place.
+            later_is_worse = np.isfinite(size_of_first) and not size_of_worst <= size_of_first
+            return LaterPasses(passes, float(values[0]), last, worst if later_is_worse else first)
 
-        return torch.cat([head, last, worst]), rebuild
+        return torch.cat([head, sizes, *(packed for packed, _ in parts)]), rebuild
 
     @property
     def overwritten(self) -> bool:
@@ -139,11 +147,9 @@ def _reduced(kept: Factors) -> tuple[Tensor, Rebuild[GradientSpectrum | None]]:
 
 @torch.no_grad()
 def inner_product(first: Factors, second: Factors) -> Tensor:
-    """⟨δ₁ᵀX₁, δ₂ᵀX₂⟩ = Σ (δ₁δ₂ᵀ) ∘ (X₁X₂ᵀ) as a float64 scalar; no gradient is formed. Rounded as fp32 products are."""
-    dtype = wide_dtype(first.x)
-    x = first.x.to(dtype) @ second.x.to(dtype).T
-    delta = first.delta.to(dtype) @ second.delta.to(dtype).T
-    return torch.dot(x.double().reshape(-1), delta.double().reshape(-1))
+    """⟨δ₁ᵀX₁, δ₂ᵀX₂⟩ = Σ (δ₁δ₂ᵀ) ∘ (X₁X₂ᵀ) as a float64 scalar; no gradient is formed."""
+    x, delta = first.x.double() @ second.x.double().T, first.delta.double() @ second.delta.double().T
+    return torch.dot(x.reshape(-1), delta.reshape(-1))
 
 
 @torch.no_grad()
@@ -165,10 +171,11 @@ def alignment_from(values: Host, has_previous: bool) -> Alignment:
     """From [‖G_t‖², ‖G_{t−1}‖², ⟨G_t, G_{t−1}⟩, ⟨G_t, ΔW⟩, ‖ΔW‖]; without a previous gradient its two are zero."""
     own, before, with_before, with_update, update = (float(value) for value in values)
 
-    def cosine(product: float, size: float) -> float | None:
+    def cosine(product: float, square: float, other: float) -> float | None:
+        # A square may come out below 0 by rounding where the gradient is 0; of what is not finite there is no angle.
+        size = np.sqrt(max(square, 0.0)) * other if np.isfinite([square, other, product]).all() else 0.0
         return None if size == 0 else float(np.clip(product / size, -1.0, 1.0))
 
-    size = np.sqrt(own)
     return Alignment(
-        cosine(with_before, size * np.sqrt(before)) if has_previous else None, cosine(with_update, size * update)
+        cosine(with_before, own, np.sqrt(max(before, 0.0))) if has_previous else None, cosine(with_update, own, update)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
 
+from stabilitylab.errors import UsageError
 from stabilitylab.readings import Metric
 
 SPECTRUM_LENGTH = 32
@@ -42,9 +44,18 @@ class Spectrum(Probe[GradientSpectrum]):
         ),
     )
 
+    def __init__(
+        self, *, top: int = SPECTRUM_LENGTH, every: int | None = None, sites: str | Sequence[str] | None = None
+    ) -> None:
+        """top: how many leading values to keep, at most 32; the rest as for each probe. Raises UsageError."""
+        super().__init__(every=every, sites=sites)
+        if not 1 <= top <= SPECTRUM_LENGTH:
+            raise UsageError(f"Spectrum(top={top}): expected a number of singular values from 1 to {SPECTRUM_LENGTH}")
+        self.top = top
+
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """The first 32 of them, or as many as are known."""
-        return {"gradient.spectrum": seen.singular_values[:SPECTRUM_LENGTH], "gradient.exact": float(seen.exact)}
+        """The first `top` of them, or as many as are known."""
+        return {"gradient.spectrum": seen.singular_values[: self.top], "gradient.exact": float(seen.exact)}
 
 
 class GradientNorm(Probe[GradientSpectrum]):

@@ -163,7 +163,7 @@ def text_nll(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> T
 
     logits: [batch, positions, vocabulary]. tokens: [batch, length]; where there are more positions than tokens (image
     tokens before the text) they are aligned to the end. attention_mask: [batch, length], padding 0 on either side. None
-    where the two don't fit each other, or no row has two real tokens.
+    where the two don't fit each other, NaN where no row has two real tokens of the vocabulary.
     """
     fits = logits.dim() == 3 and tokens.dim() == 2 and logits.shape[0] == tokens.shape[0]
     if not fits or not 1 < tokens.shape[1] <= logits.shape[1] or tokens.is_floating_point():
@@ -174,10 +174,12 @@ def text_nll(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> T
     mask = (
         attention_mask.to(here.device) != 0 if attention_mask is not None and usable else torch.ones_like(tokens) != 0
     )
-    real = mask[:, 1:] & mask[:, :-1]
+    # The ids of image tokens may lie beyond the vocabulary.
+    real = mask[:, 1:] & mask[:, :-1] & (wanted >= 0) & (wanted < here.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=here.device)
     for row, target, counts in zip(here, wanted, real, strict=True):  # row by row: a copy of all logits would be large
         wide = row.to(wide_dtype(row))
-        found = wide.gather(-1, target.clamp_min(0)[:, None])[:, 0].double() - torch.logsumexp(wide, dim=-1).double()
+        found = wide.gather(-1, torch.where(counts, target, 0)[:, None])[:, 0].double()
+        found = found - torch.logsumexp(wide, dim=-1).double()
         total = total - torch.where(counts, found, torch.zeros_like(found)).sum()
     return total / real.sum()

@@ -9,7 +9,7 @@ import torch
 from stabilitylab.probes.base import Host
 from torch import Tensor
 
-STD_FLOOR = 1e-7
+MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""
 
 
@@ -46,7 +46,7 @@ class LearningRates:
 
 
 @torch.no_grad()
-def reduce_normaliser(mean: Tensor, std: Tensor, inputs: Sequence[Tensor], guard: float = STD_FLOOR) -> Tensor:
+def reduce_normaliser(mean: Tensor, std: Tensor, inputs: Sequence[Tensor], guard: float = MEND_GUARD) -> Tensor:
     """The numbers of `NormaliserPass` as a float64 tensor on the statistics' device.
 
     mean, std: [units], at least one. inputs: what entered during the edit, each [..., units]; rows that are all zero

@@ -23,6 +23,8 @@ STEPS = 12
 """The most products with WᵀW; on an accelerator, where looking at the value would be a wait, as many always."""
 
 _QUIET, _SETTLED = 2, 1e-3  # stop after so many products in a row that change σ₁² by less than this; one may mislead
+_WIDE, _POWER_STEPS = 256, 4
+_SCATTER = 12.9898  # its multiples' sines are spread as if at random, and made on the device
 _SMALL = 16  # sides up to which a full decomposition is the simplest way to start
 _TOLERANCE = 1e-4  # ‖WᵀWv − σ²v‖ against σ² at the very start: the error of σ goes with its square
 _SQUARINGS = 7  # the 128th power: leaves of a second eigenvalue that is 5 % smaller a thousandth
@@ -110,6 +112,11 @@ def update_direction(change: Tensor) -> Tensor:
     change: the update [rows, columns], or the rows of it that moved most. A zero one gives no direction: zeros.
     """
     change = change.float() / change.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
+    if min(change.shape) > _WIDE:  # a whole update, on an accelerator: a Gram matrix would cost more than the edit
+        v = torch.arange(change.shape[1], device=change.device).mul(_SCATTER).sin()
+        for _ in range(_POWER_STEPS):
+            v = _unit(change.T @ (change @ _unit(v)))
+        return v
     if change.shape[0] > change.shape[1]:
         return _leading((change.T @ change).double())[1].float()
     return _unit(_leading((change @ change.T).double())[1].float() @ change)
@@ -130,7 +137,9 @@ def follow(weight: Tensor, directions: tuple[Tensor, Tensor], size: Tensor) -> t
     for step in range(1, limit + 1):
         image = _product(live, basis[-1], size)
         small[:step, step - 1] = small[step - 1, :step] = (basis @ image).double()
-        before, (value, weights) = value, _leading(small[:step, :step])
+        before = value
+        if on_cpu(live) or step == limit:
+            value, weights = _leading(small[:step, :step])
         quiet = quiet + 1 if on_cpu(live) and bool((value - before).abs() <= _SETTLED * value) else 0
         if quiet == _QUIET or step == limit:
             break

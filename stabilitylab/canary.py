@@ -149,6 +149,12 @@ def mask_of(kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
     return None
 
 
+def _reads_apart(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the input ids and their mask belong to an encoder, and not to the positions of the logits."""
+    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(encoder) or any(name.startswith("decoder_") for name in kwargs)
+
+
 def of(given: Canary | Batch | None) -> Canary | None:
     """A canary from what a user gives. Raises UsageError for one of no known form."""
     return given if given is None or isinstance(given, Canary) else Canary(given)
@@ -172,10 +178,13 @@ def forward(model: nn.Module, batch: Batch, last_call: ModelCall | None) -> Answ
     elif last_call is None:
         return None
     else:
+        last_call.check()
         kwargs = last_call.kwargs
         output = run_silently(model, lambda: model(*last_call.args, **last_call.kwargs))
     logits = logits_of(output)
     if logits is None:
         raise ValueError(f"the canary's output ({type(output).__name__}) holds no logits")
+    if _reads_apart(model, kwargs):
+        return Answer(logits.detach(), None, None)
     tokens = kwargs.get("input_ids")
     return Answer(logits.detach(), mask_of(kwargs, output), tokens if isinstance(tokens, Tensor) else None)

@@ -43,11 +43,21 @@ class Statistics:
     place: int
     first: int
     guard: float
+    paired: bool = False
+    """Whether a row counts only where both tensors of the call have something: MEND leaves the others out."""
 
     def entered(self, calls: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        """Its part, [..., units], of what the module was called with."""
+        """Its part, [..., units], of what the module was called with; rows that it leaves out are zero."""
         units = self.std.numel()
-        return [call[self.place][..., self.first : self.first + units] for call in calls if len(call) > self.place]
+        found = []
+        for call in calls:
+            if len(call) > self.place:
+                part = call[self.place][..., self.first : self.first + units]
+                if self.paired and len(call) > 1 and call[0].shape[:-1] == call[1].shape[:-1]:
+                    both = (call[0] != 0).any(dim=-1, keepdim=True) & (call[1] != 0).any(dim=-1, keepdim=True)
+                    part = torch.where(both, part, torch.zeros_like(part))
+                found.append(part)
+        return found
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,10 @@ def _mend_statistics(module: nn.Module) -> tuple[Statistics, ...]:
     if held is None or getattr(getattr(module, "cfg", None), "norm", True) is False:
         return ()  # without `norm` the buffers are never used, and stay NaN
     u_mean, u_std, v_mean, v_std = held
-    return (Statistics("u", u_mean, u_std, 0, 0, MEND_GUARD), Statistics("v", v_mean, v_std, 1, 0, MEND_GUARD))
+    return (
+        Statistics("u", u_mean, u_std, 0, 0, MEND_GUARD, paired=True),
+        Statistics("v", v_mean, v_std, 1, 0, MEND_GUARD, paired=True),
+    )
 
 
 def _running_statistics(module: nn.Module, owner: nn.Module | None) -> tuple[Statistics, ...]:

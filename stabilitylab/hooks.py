@@ -60,6 +60,21 @@ class ModelCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    versions: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        """The call, with the versions of its tensors."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return cls(args, kwargs, tuple(_version_of(tensor) for tensor in tensors))
+
+    def check(self) -> None:
+        """Raises ValueError where doing it again would not be the same, or would change what the user passed in."""
+        for value in (*self.args, *self.kwargs.values()):
+            if not isinstance(value, Tensor | bool | int | float | str | None):
+                raise ValueError(f"the edit's call holds a {type(value).__name__}, which calling again might change")
+        if ModelCall.of(self.args, self.kwargs).versions != self.versions:
+            raise ValueError("an input of the edit's call was overwritten since")
 
 
 @dataclass
@@ -76,8 +91,8 @@ class Hook:
     object, so they fall silent with the edit, and `sweep` finds them by their type.
     """
 
-    def __init__(self, action: Callable[..., None]) -> None:
-        self._action: Callable[..., None] | None = action
+    def __init__(self, action: Callable[..., None] | None) -> None:
+        self._action = action
 
     @property
     def alive(self) -> bool:
@@ -102,11 +117,7 @@ class Hook:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Hook, (_nothing,))  # a model that is saved inside an edit holds no capture buffer
-
-
-def _nothing(*_: Any) -> None:
-    """The action of a hook that was saved with a model."""
+        return (Hook, (None,))  # a model that is saved inside an edit holds no capture buffer, and a silent hook
 
 
 def sweep(model: nn.Module) -> None:
@@ -256,7 +267,7 @@ class Capture:
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:
-                self.model_call = ModelCall(args, kwargs)
+                self.model_call = ModelCall.of(args, kwargs)
             self._watcher.model_output(kwargs, output)
 
         self.own(model.register_forward_hook(self.hook(after_forward), with_kwargs=True))

@@ -510,7 +510,12 @@ class Edit:
         return model
 
     def report(self, site: str, report: EditorReport) -> None:
-        """Tell what only the editor knows of this edit at a layer. Fields of later reports of one layer win."""
+        """Tell what only the editor knows of this edit at a layer. Fields of later reports of one layer win.
+
+        Raises UsageError for anything but an `EditorReport`.
+        """
+        if not isinstance(report, EditorReport):
+            raise UsageError(f"edit.report got a {type(report).__name__}; expected a stabilitylab.EditorReport")
         known = self.reports.get(site)
         self.reports[site] = report if known is None else known.with_later(report)
 

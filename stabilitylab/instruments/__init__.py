@@ -141,7 +141,7 @@ class Instruments:
         """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this."""
         self._outputs.after(sites)
         self._logits.after()
-        self._feedback.after(model, sites, capture.model_call, self.references, self._gradients.firsts)
+        self._feedback.after(model, sites, capture.model_call, self.references)
         self._gradients.after(model, sites, self.references)
         self._editor.after(model, capture, reports)
         self._weights.compare(model, sites, self._editor.updates)
@@ -186,9 +186,14 @@ class Instruments:
         return readings
 
     def _arrived(self, cargo: Cargo) -> list[tuple[str, Any]]:
-        what = "copy to the host"
-        arrived = [self._bench.safely(what, functools.partial(getattr, one, "arrived")) for one in cargo.shipments]
-        return [measured for shipment in arrived for measured in shipment or ()]
+        measured = []
+        for shipment in cargo.shipments:
+            arrived = self._bench.safely("arrival", functools.partial(getattr, shipment, "arrived"))
+            for site, name, make in arrived or ():
+                seen = self._bench.safely(f"{name} of {site}", make)
+                if seen is not None:
+                    measured.append((site, seen))
+        return measured
 
     def _remember(self, key: Key, edit: int, values: Array) -> History:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stabilitylab.hooks import logger
@@ -15,6 +17,9 @@ from stabilitylab.readings import Rebuild
 
 NoteTaker = Callable[[str, str], None]
 """(kind, what was not measured and why)."""
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 class Stopwatch:
@@ -39,6 +44,16 @@ class Stopwatch:
         """The seconds so far; the count starts anew."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast inside, on any device for which the loop has turned it on."""
+    with contextlib.ExitStack() as stack:
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class Bench:
@@ -79,12 +94,16 @@ class Bench:
         """Hand over a measurement, see `Stack.add`."""
         self.stack.add(site, packed, rebuild)
 
-    def safely(self, what: str, action: Callable[[], Any]) -> Any:
-        """`action()`, or None when it raised; `what` is then off for the rest of the run."""
+    def safely(self, what: str, action: Callable[[], Any], *, as_the_loop: bool = False) -> Any:
+        """`action()`, or None when it raised; `what` is then off for the rest of the run.
+
+        as_the_loop: run the user's model as the loop does; else autocast is off, which would round our products.
+        """
         if what in self._off:
             return None
         try:
-            return action()
+            with contextlib.nullcontext() if as_the_loop else full_precision():
+                return action()
         except Exception as error:
             self._off.add(what)
             says = f"{what} switched off: {type(error).__name__}: {error}"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from stabilitylab.instruments.bench import Bench
 from stabilitylab.instruments.references import References
-from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
 from stabilitylab.probes.gradient_passes import (
     Alignment,
@@ -53,17 +52,7 @@ class GradientInstrument:
         return site.orientation != "none" and (needed or self._keeps_first(site.name))
 
     def _keeps_first(self, site: str) -> bool:
-        return (
-            self._bench.needed(Alignment, site)
-            or self._bench.needed_next(Alignment, site)
-            or self._bench.needed(FeedbackPass, site)
-        )
-
-    @property
-    def firsts(self) -> dict[str, Factors]:
-        """The factors of the first passes that are kept to the edit's end, by site; none that was overwritten since."""
-        kept = {site: seen.first for site, seen in self._seen.items()}
-        return {site: first for site, first in kept.items() if first is not None and first.intact}
+        return self._bench.needed(Alignment, site) or self._bench.needed_next(Alignment, site)
 
     def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
         """A backward has answered a forward."""
@@ -89,7 +78,7 @@ class GradientInstrument:
         if self._keeps_first(site):
             seen.first = Factors.of(x, delta)
         packed, rebuild = reduce_factors(x, delta)
-        seen.keeper.first(x, delta, packed)
+        seen.keeper.first(packed, rebuild)
         if self._bench.needed(GradientSpectrum, site):
             self._bench.add(site, packed, rebuild)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,12 +91,12 @@ class CanaryInstrument:
         canary = self._canary
         if canary is not None and self.wanted:
             with self._bench.canary_time:
-                self._bench.safely("canary", lambda: self._forward(model, canary, last_call))
+                what, forward = "canary", functools.partial(canaries.forward, model, canary.batch, last_call)
+                answer = self._bench.safely(what, forward, as_the_loop=True)
+                if answer is not None:
+                    self._bench.safely(what, lambda: self._reduce(canary, answer))
 
-    def _forward(self, model: nn.Module, canary: canaries.Canary, last_call: ModelCall | None) -> None:
-        answer = canaries.forward(model, canary.batch, last_call)
-        if answer is None:
-            return
+    def _reduce(self, canary: canaries.Canary, answer: canaries.Answer) -> None:
         if canary.is_replay:
             if self._bench.needed(CanaryPass):
                 packed = reduce_logits(answer.logits, answer.mask)

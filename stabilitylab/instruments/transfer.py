@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,22 @@ class Shipment:
         return all(event is None for _, _, event in self.copies)
 
     @cached_property
-    def arrived(self) -> list[tuple[str, Any]]:
-        """(site, measurement) of everything that was sent, in the order of collection; waits for an accelerator."""
+    def arrived(self) -> list[tuple[str, str, Callable[[], Any]]]:
+        """(site, what its maker is called, what makes the measurement, once) of each item sent, in order; waits."""
         host: dict[int, Array] = {}
         for places, values, event in self.copies:
             if event is not None:
                 event.synchronize()
             ends = np.cumsum([self.items[at][1].numel() for at in places])
             host.update(zip(places, np.split(values.numpy(), ends[:-1]), strict=True))
-        return [(site, rebuild(host[at])) for at, (site, _, rebuild) in enumerate(self.items)]
+        return [
+            (site, _name(rebuild), cache(partial(rebuild, host[at])))
+            for at, (site, _, rebuild) in enumerate(self.items)
+        ]
+
+
+def _name(rebuild: Rebuild[Any]) -> str:
+    return str(getattr(getattr(rebuild, "func", rebuild), "__qualname__", "measurement"))
 
 
 class Stack:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.errors import did_you_mean
 from stabilitylab.instruments.bench import Bench
 from stabilitylab.instruments.references import References
 from stabilitylab.probes.absorption import AbsorptionPass, reduce_absorption
@@ -76,6 +77,13 @@ class WeightInstrument:
 
     def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
         """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
+        names = {site.name for site in sites}
+        for name in updates.keys() - names - self._missing:
+            self._missing.add(name)
+            self._bench.note(
+                "skipped-site",
+                f"{name}: an update was reported for it, but it is not watched{did_you_mean(name, names)}",
+            )
         for site in sites:
             if site.name in updates and self._bench.needed(AbsorptionPass, site.name):
                 self._bench.safely(
@@ -122,7 +130,7 @@ class WeightInstrument:
             self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
         if followed:
-            self._follow(site, weight, seen)
+            self._bench.safely(f"spectral norm of {site.name}", lambda: self._follow(site, weight, seen))
 
     def _follow(self, site: Site, weight: Tensor, seen: Scanned) -> None:
         followed = self._followed.get(site.name)

@@ -20,6 +20,7 @@ from torch import nn
 from stabilitylab.canary import Batch, Canary
 from stabilitylab.errors import UsageError
 from stabilitylab.monitor import Monitor, attach
+from stabilitylab.probes.base import Probe, Tier
 from stabilitylab.sites import Patterns, all_sites
 
 _RESTORE = "restore_after_edit"
@@ -86,6 +87,7 @@ def watch(
     *,
     sites: Patterns | None = None,
     canary: Canary | Batch | None = None,
+    probes: Tier | Sequence[Probe[Any]] = "default",
     tensorboard: bool = False,
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
@@ -106,9 +108,8 @@ def watch(
     apply = editor.apply_algo
     own = "apply_algo" in vars(editor)
     with contextlib.ExitStack() as stack:
-        monitor = stack.enter_context(
-            attach(editor.model, sites, run, editor=_holder_of_state(apply), canary=canary, tensorboard=tensorboard)
-        )
+        options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
+        monitor = stack.enter_context(attach(editor.model, sites, run, editor=_holder_of_state(apply), **options))
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")
         for module in _modules_with_restore(editor):

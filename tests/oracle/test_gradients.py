@@ -166,7 +166,7 @@ def test_dead_input_units_are_counted() -> None:
     assert spectrum_of(x, delta).zero_share == 0.25
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e25, 8e37])
 def test_factors_of_extreme_size(scale: float) -> None:
     x, delta = random(1, 6, 8, scale=scale), random(2, 6, 5, scale=scale)
     exact = np.linalg.svd(numpy64(delta).T @ numpy64(x), compute_uv=False)
@@ -205,7 +205,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 
 def later(*pairs: tuple[Tensor, Tensor]) -> dict[str, object]:
     keeper = PassKeeper()
-    keeper.first(*pairs[0], reduce_factors(*pairs[0])[0])
+    keeper.first(*reduce_factors(*pairs[0]))
     for x, delta in pairs[1:]:
         keeper.later(x, delta)
     reduced = keeper.reduce()
@@ -282,3 +282,11 @@ def test_cosine_of_descent_is_minus_one_and_of_nothing_absent() -> None:
     assert readings == {"gradient.cosine_update": pytest.approx(-1, abs=1e-5)}
     packed[3:] = 0  # an edit that moved nothing
     assert GradientAlignment().compute(alignment_from(packed, has_previous=False)) == {}
+
+
+def test_a_zero_gradient_has_no_angle_whatever_rounding_makes_of_it() -> None:
+    for square in (0.0, -1e-20):
+        packed = np.array([square, 1.0, 0.0, 0.0, 1.0])
+        assert GradientAlignment().compute(alignment_from(packed, has_previous=True)) == {}
+    lost = np.array([math.nan, 1.0, math.nan, math.nan, 1.0])
+    assert GradientAlignment().compute(alignment_from(lost, has_previous=True)) == {}

@@ -344,6 +344,17 @@ def test_perplexity_of_blank_logits_is_the_vocabulary_and_of_lost_ones_not_a_num
     assert Perplexity().compute(TextPass(1e4, 0.0))["canary.perplexity"] == math.inf
 
 
+def test_tokens_beyond_the_vocabulary_are_left_out_of_a_text() -> None:
+    logits = random(1, 1, 4, 6)
+    with_image, without = torch.tensor([[5, 999_999, 2, 3]]), torch.tensor([[2, 3]])
+    found, expected = text_nll(logits, with_image, None), text_nll(logits, without, None)
+    p = [np.exp(numpy64(logits)[0, at]) / np.exp(numpy64(logits)[0, at]).sum() for at in (1, 2)]
+    assert found is not None
+    assert found.item() == pytest.approx(-np.mean([np.log(p[0][2]), np.log(p[1][3])]), rel=1e-5)
+    assert expected is not None
+    assert expected.item() == pytest.approx(-np.log(p[1][3]), rel=1e-5)
+
+
 def test_a_text_that_does_not_fit_the_logits_has_no_perplexity() -> None:
     assert text_nll(torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
     assert text_nll(torch.zeros(1, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
@@ -411,6 +422,6 @@ def test_gain_is_per_edit_also_where_not_every_edit_is_read(every: int) -> None:
 
 
 def test_share_of_the_feedback() -> None:
-    assert FeedbackShare().compute(FeedbackPass.from_host(np.array([16.0, 1.0])))["feedback.share"] == 0.75
+    assert FeedbackShare().compute(FeedbackPass.from_host(np.array([4.0, 1.0])))["feedback.share"] == 0.75
     assert FeedbackShare().compute(FeedbackPass(0.0, 1.0)) == {}
     assert FeedbackShare().compute(FeedbackPass(math.nan, 1.0)) == {}

@@ -394,7 +394,8 @@ def test_adapters_that_are_merged_and_unmerged(tmp_path: Path) -> None:
         assert_weights_read(run, loop, site)
     assert (run.series("update.norm", "layer.base_layer")[1:] > 0).all()
     assert_gradients_read(run, loop, "layer.lora_A")
-    assert not run.sites_of("feedback.share")  # merged, the edit's call passes no adapter
+    # Merged, the edit's call passes no adapter, but the base layer that holds what they were merged to.
+    assert run.sites_of("feedback.share") == ("layer.base_layer",)
 
 
 class Codebook(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -12,11 +13,12 @@ import pytest
 import torch
 from stabilitylab.probes import probes_of
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.feedback import Gain
+from stabilitylab.probes.feedback import FeedbackShare, Gain
 from stabilitylab.probes.gradients import Spectrum
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.probes.weights import Update
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import stabilitylab as sl
 from stabilitylab.errors import RunError, SiteError, UsageError
@@ -358,3 +360,103 @@ def test_gain_counts_edits_and_not_readings(tmp_path: Path) -> None:
     # Edit 0 moves nothing: its zero has no logarithm, so there is no gain until it has left the window of six readings.
     assert run.edit_numbers[run.present("feedback.gain")].tolist() == [12, 14]
     np.testing.assert_allclose(run.series("feedback.gain")[[12, 14]], np.log(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("tier", ["light", "default", "deep"])
+def test_a_loop_under_autocast_is_measured_in_full_precision(tmp_path: Path, tier: str) -> None:
+    def play(model: nn.Module, monitor: sl.Monitor | None) -> Tensor:
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(11):
+                with monitor.edit() if monitor else nullcontext():
+                    logits = edit_once(model, rate=1.0)
+        return logits
+
+    plain, watched = make_model(), make_model()
+    expected = play(plain, None)
+    with sl.attach(watched, "[03]", tmp_path / "run", probes=tier, canary=CANARY) as monitor:
+        assert torch.equal(play(watched, monitor), expected)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    run = sl.load(tmp_path / "run")
+    off = [note.says for note in run.notes if note.kind == "probe-off"]
+    assert [says for says in off if "holds no loss" not in says] == []
+    assert run.present("weight.norm", "3").all()
+    if tier != "light":
+        exact = torch.linalg.matrix_norm(watched[3].weight.detach().double(), 2).item()
+        assert run.series("weight.spectral_norm", "3")[-1] == pytest.approx(exact, rel=0.01)
+
+
+def test_one_measurement_that_breaks_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ArithmeticError("no convergence")
+
+    monkeypatch.setattr("stabilitylab.instruments.weights.start_direction", broken)
+    monkeypatch.setattr("stabilitylab.probes.gradient_factors._singular_values", broken)
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run") as monitor:
+        for _ in range(2):
+            with monitor.edit():
+                edit_once(model)
+    run = sl.load(tmp_path / "run")
+    assert run.present("update.norm", "3").all()
+    assert run.present("activation.rms", "3")[1:].all()
+    assert not run.sites_of("weight.spectral_norm")
+    assert not run.sites_of("gradient.norm")
+    assert len([note for note in run.notes if note.kind == "probe-off"]) == 2
+
+
+def test_the_share_of_feedback_is_of_the_edits_and_not_of_the_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=8)).eval()
+    layer, ids = model.transformer.h[0].mlp.c_fc, torch.arange(8)[None]
+    with sl.attach(model, "*.mlp.c_fc", tmp_path / "run", probes=[FeedbackShare(every=1)]) as monitor:
+        for _ in range(2):
+            with monitor.edit():
+                (model(input_ids=ids, labels=ids).loss * 65_536).backward()  # as a gradient scaler does
+                with torch.no_grad():
+                    layer.weight.mul_(20.0)
+    share = sl.load(tmp_path / "run").series("feedback.share")
+    assert share[1] == pytest.approx(0, abs=1e-6)
+    assert abs(share[2]) > 0.01
+
+
+def test_a_report_of_another_type_or_for_another_layer_is_said(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run") as monitor, monitor.edit() as edit:
+        with pytest.raises(UsageError, match=r"got a dict; expected a stabilitylab\.EditorReport"):
+            edit.report("3", {"update": 1})
+        edit.report("3.weight", sl.EditorReport(update=torch.ones(4, 16)))
+        edit_once(model)
+    says = [note.says for note in sl.load(tmp_path / "run").notes if note.kind == "skipped-site"]
+    assert says == ["3.weight: an update was reported for it, but it is not watched"]
+
+
+def test_how_many_singular_values_are_kept_is_a_setting(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "3", tmp_path / "run", probes=[Spectrum(top=2)]) as monitor, monitor.edit():
+        edit_once(model)
+    (_, edit) = sl.load(tmp_path / "run").edits
+    assert edit.row.readings[("gradient.spectrum", "3")].shape == (2,)
+    with pytest.raises(UsageError, match="from 1 to 32"):
+        Spectrum(top=33)
+
+
+class CallsWithCache(nn.Module):
+    """A model whose call is given an object that it changes, as a key-value cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        cache.append(x)
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_a_call_whose_arguments_may_change_is_not_replayed(tmp_path: Path) -> None:
+    model, cache = CallsWithCache(), []
+    with sl.attach(model, "layer", tmp_path / "run", canary="replay") as monitor, monitor.edit():
+        model(torch.randn(2, 8), cache)
+    assert len(cache) == 1
+    assert "which calling again might change" in "".join(note.says for note in sl.load(tmp_path / "run").notes)

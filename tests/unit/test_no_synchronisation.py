@@ -156,7 +156,7 @@ def test_later_passes(dtype: torch.dtype) -> None:
         for tokens in (12, 12, 12, 7):
             x, delta = there(tokens, 64, dtype=dtype), there(tokens, 32, dtype=dtype)
             if keeper.passes == 0:
-                keeper.first(x, delta, reduce_factors(x, delta)[0])
+                keeper.first(*reduce_factors(x, delta))
             else:
                 keeper.later(x, delta)
         assert keeper.reduce() is not None
