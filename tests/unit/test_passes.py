@@ -276,7 +276,8 @@ def sl_probe(name: str) -> Any:
 def live() -> tuple[int, int]:
     """(how many tensors there are, the bytes of their distinct storages)."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # By exact type: torch keeps fake tensors, which have no storage, among its own.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return len(tensors), sum(storages.values())
 
