@@ -163,7 +163,7 @@ class CovarianceCondition(Probe[CovarianceExtremes]):
             "log",
             "before",
             "How much an inversion of the keys' covariance magnifies errors. From 10⁷ on an inverse in fp32 is noise; "
-            "infinite with fewer keys than the layer has inputs. Above 512 wide a lower bound.",
+            "huge or infinite with fewer keys than the layer has inputs. Above 512 wide a lower bound.",
             "σ_max(C) / σ_min(C)",
             _CONDITION,
         ),
@@ -185,8 +185,8 @@ class SystemCondition(Probe[SystemExtremes]):
             "1",
             "log",
             "during",
-            "How much the solve magnifies errors in its right side. From 10⁷ on a solve in fp32 is noise; infinite for "
-            "a singular matrix, which no exception tells of. Above 512 wide a lower bound.",
+            "How much the solve magnifies errors in its right side. From 10⁷ on a solve in fp32 is noise; huge or "
+            "infinite for a singular matrix, which no exception tells of. Above 512 wide a lower bound.",
             "σ_max(A) / σ_min(A)",
             _CONDITION,
         ),

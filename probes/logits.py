@@ -35,7 +35,7 @@ def _range_metrics(family: str, phase: Phase, whose: str) -> tuple[Metric, ...]:
             phase,
             f"How undecided the model is at {whose} last real token: 0 is certain, the log of the vocabulary blank.",
             "mean −Σ p log p",
-            "Rebuilding ROME (arXiv 2403.07175)",
+            "Shannon (1948)",
         ),
         Metric(
             f"{family}.margin",
@@ -151,7 +151,7 @@ class Loss(Probe[LossPass]):
             "The loss that the model's first forward with labels gave, before this edit took effect. Growth from edit "
             "to edit: what was asked gets ever further from what the edited model says.",
             "−mean log p(label)",
-            "Rebuilding ROME (arXiv 2403.07175)",
+            "Shannon (1948), cross-entropy",
         ),
     )
 

@@ -66,7 +66,7 @@ class ConditionNumber(Probe[WeightSpectrum]):
             "1",
             "log",
             "after",
-            "Largest over smallest singular value. It grows as edits stretch few directions; infinite when the weight "
+            "Largest over smallest singular value. It grows as edits stretch few directions; huge or infinite when it "
             "has lost a direction altogether.",
             "σ_1(W_t) / σ_min(W_t)",
             "PRUNE (arXiv 2405.16821)",

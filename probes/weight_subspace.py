@@ -74,7 +74,7 @@ class SubspaceOverlap(Probe[LeadingSubspace]):
             "How much of what the weight's 8 strongest directions were is still among them: 1 is untouched; near 0, "
             "edits have put their own in place of what the model was trained to.",
             "‖U_0ᵀ U_t‖_F² / 8",
-            "REVIVE; principal angles: Björck and Golub (1973)",
+            "principal angles: Björck and Golub, Math. Comp. 27 (1973)",
         ),
     )
 
