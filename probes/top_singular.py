@@ -159,8 +159,8 @@ class SpectralNorm(Probe[TopSingular]):
             "1",
             "log",
             "after",
-            "The most that the weight can stretch an input, to 1 % (3 % for plain noise). A jump means that an edit added "
-            "a strong direction.",
+            "The most that the weight can stretch an input, to 1 % (3 % for plain noise). A jump means that an edit "
+            "added a strong direction.",
             "σ_1(W_t)",
             "spectral normalisation (arXiv 1802.05957)",
         ),
