@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stabilitylab import integrations
     from stabilitylab.analysis import Diagnosis, Finding
+    from stabilitylab.attaching import attach
     from stabilitylab.canary import Canary
     from stabilitylab.editor_report import EditorReport
     from stabilitylab.errors import StabilityLabError
-    from stabilitylab.monitor import Monitor, attach
+    from stabilitylab.monitor import Monitor
     from stabilitylab.run import Run, load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Canary": "stabilitylab.canary",
-    "attach": "stabilitylab.monitor",
+    "attach": "stabilitylab.attaching",
     "Monitor": "stabilitylab.monitor",
     "load": "stabilitylab.run",
     "Run": "stabilitylab.run",

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.attaching import attach
 from stabilitylab.canary import Batch, Canary
 from stabilitylab.errors import UsageError
-from stabilitylab.monitor import Monitor, attach
+from stabilitylab.monitor import Monitor
 from stabilitylab.probes.base import Probe, Tier
 from stabilitylab.sites import Patterns, all_sites
 

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from stabilitylab.attaching import attach
 from stabilitylab.editors.mend import Mend
 from stabilitylab.errors import RunError, StabilityLabError
-from stabilitylab.monitor import attach
 from stabilitylab.reports.console import ProgressSink, diagnosis_page
 from stabilitylab.reports.html import write_report
 from stabilitylab.run import Run, load

@@ -52,7 +52,7 @@ def station(name: str) -> str:
 
 
 MODEL_SIDE = tuple(
-    map(station, ("sites", "hooks", "calls", "editor_parts", "instruments", "monitor", "canary", "probes"))
+    map(station, ("sites", "hooks", "calls", "editor_parts", "instruments", "monitor", "attaching", "canary", "probes"))
 )
 TESTBED = (station("testbed"), station("editors"))
 NEVER = {
