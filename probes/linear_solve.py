@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.probes.weight_pass import unit
 from torch import Tensor
 
 from stabilitylab.readings import Metric
@@ -76,25 +77,20 @@ def _square(matrix: Tensor) -> Tensor:
     return triangle
 
 
-def _unit(vector: Tensor) -> Tensor:
-    unit: Tensor = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
-    return unit
-
-
 def _estimated(matrix: Tensor) -> Tensor:
     """[σ_max, σ_min] of a square, finite matrix of entries up to 1, by power and inverse iteration on AᵀA."""
     # As good as random, made on the device, and without a draw from the user's generator.
     start = torch.cos(torch.arange(1, matrix.shape[0] + 1, device=matrix.device, dtype=matrix.dtype).square())
     factors, pivots, failed = torch.linalg.lu_factor_ex(matrix)
-    high = low = _unit(start)[:, None]
+    high = low = unit(start)[:, None]
     top = grown = torch.zeros((), device=matrix.device, dtype=matrix.dtype)
     for _ in range(STEPS):
         image = matrix @ high
         top = torch.linalg.vector_norm(image)
-        high = _unit(matrix.T @ image)
+        high = unit(matrix.T @ image)
         image = torch.linalg.lu_solve(factors, pivots, low, adjoint=True)
         grown = torch.linalg.vector_norm(image)
-        low = _unit(torch.linalg.lu_solve(factors, pivots, image / grown))
+        low = unit(torch.linalg.lu_solve(factors, pivots, image / grown))
     singular = (failed != 0) | ~torch.isfinite(grown)
     return torch.stack([top, torch.where(singular, torch.zeros_like(grown), 1 / grown)])
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from stabilitylab.probes.base import Host, Probe, Readings
-from stabilitylab.probes.weight_pass import as_matrix, on_cpu
+from stabilitylab.probes.weight_pass import as_matrix, on_cpu, unit
 from torch import Tensor
 
 from stabilitylab.readings import Metric
@@ -55,11 +55,6 @@ def _product(weight: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     return out / scale
 
 
-def _unit(v: Tensor) -> Tensor:
-    unit: Tensor = v / torch.linalg.vector_norm(v, dim=0).clamp_min(torch.finfo(v.dtype).tiny)
-    return unit
-
-
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(largest eigenvalue, its eigenvector) of a small symmetric positive matrix, by repeated squaring.
 
@@ -70,7 +65,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
         power = power / power.diagonal().sum().clamp_min(torch.finfo(power.dtype).tiny)
         power = power @ power
     # By `index_select`: to index with a scalar tensor is to ask for its value.
-    vector = _unit(power.index_select(1, power.diagonal().argmax().reshape(1))[:, 0])
+    vector = unit(power.index_select(1, power.diagonal().argmax().reshape(1))[:, 0])
     return vector @ matrix @ vector, vector
 
 
@@ -115,11 +110,11 @@ def update_direction(change: Tensor) -> Tensor:
     if min(change.shape) > _WIDE:  # a whole update, on an accelerator: a Gram matrix would cost more than the edit
         v = torch.arange(change.shape[1], device=change.device).mul(_SCATTER).sin()
         for _ in range(_POWER_STEPS):
-            v = _unit(change.T @ (change @ _unit(v)))
+            v = unit(change.T @ (change @ unit(v)))
         return v
     if change.shape[0] > change.shape[1]:
         return _leading((change.T @ change).double())[1].float()
-    return _unit(_leading((change @ change.T).double())[1].float() @ change)
+    return unit(_leading((change @ change.T).double())[1].float() @ change)
 
 
 @torch.no_grad()
@@ -128,9 +123,9 @@ def follow(weight: Tensor, directions: tuple[Tensor, Tensor], size: Tensor) -> t
 
     size: a scale to divide by, so that squares of huge or tiny weights stay in range.
     """
-    live, old = as_matrix(weight), _unit(directions[0])
-    new = _unit(directions[1] - torch.dot(old, directions[1]) * old)
-    basis = _unit(old + new)[None]
+    live, old = as_matrix(weight), unit(directions[0])
+    new = unit(directions[1] - torch.dot(old, directions[1]) * old)
+    basis = unit(old + new)[None]
     limit = min(STEPS, live.shape[1])
     small = torch.zeros(limit, limit, dtype=torch.float64, device=live.device)
     value, weights, quiet = small.new_zeros(()), small.new_ones(1), 0
@@ -145,8 +140,8 @@ def follow(weight: Tensor, directions: tuple[Tensor, Tensor], size: Tensor) -> t
             break
         for _ in range(2):  # twice is enough: Parlett, The Symmetric Eigenvalue Problem, §6.9
             image = image - (basis @ image) @ basis
-        basis = torch.cat([basis, _unit(image)[None]])
-    return value.clamp_min(0).sqrt() * size.double(), _unit(weights.to(basis.dtype) @ basis)
+        basis = torch.cat([basis, unit(image)[None]])
+    return value.clamp_min(0).sqrt() * size.double(), unit(weights.to(basis.dtype) @ basis)
 
 
 class SpectralNorm(Probe[TopSingular]):

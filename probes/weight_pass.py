@@ -113,6 +113,12 @@ def _combined(norms: Host) -> float:
     return math.nan if np.isnan(norms).any() else math.hypot(*norms)
 
 
+def unit(vector: Tensor) -> Tensor:
+    """`vector` divided by its norm, in its own dtype; zeros stay zeros."""
+    scaled: Tensor = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    return scaled
+
+
 def safe_norm(chunk: Tensor) -> Tensor:
     """‖chunk‖ as a float64 scalar that neither overflows nor underflows where the result does not.
 
