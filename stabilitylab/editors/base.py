@@ -1,16 +1,105 @@
-"""What an editor is."""
+"""What an editor is, and what it asks of whoever has the requests (a testbed, or a user's own loop)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+"""Arguments of ``model(**batch)``, whose answer has ``.logits`` [rows, tokens, vocabulary] and, given labels, ``.loss``."""
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is measured)."""
+
+
+def quiet(done: int, steps: int, says: str) -> None:
+    """Progress that is shown to nobody."""
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """A request as the editors see it that work at one token of the prompt (ROME, MEMIT, AlphaEdit).
+
+    batch: R rows with labels: the prompt, each row behind another prefix (the first without), followed by the wanted
+    answer. subject: long [R], in each row the position of the subject's last token, where the edit takes place. kept:
+    rows without labels whose prediction at the last position should not change ("{subject} is a"), or None.
+    kept_subject: long [rows of kept], as `subject`.
+    """
+
+    batch: Batch
+    subject: Tensor
+    kept: Batch | None = None
+    kept_subject: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One step of training: an edit, what should follow from it, and what should stay as it was."""
+
+    edit: Batch
+    """With labels: the edit itself."""
+    asked: Batch
+    """Without labels, left-padded: rows whose last position predicts the answer: `wanted` first, then the kept."""
+    wanted: Tensor
+    """Token numbers [W] that the first W rows of `asked` should give after the edit."""
+
+
+class Prompts(Protocol):
+    """How requests become the model's arguments. A testbed has one; a user's loop may write its own."""
+
+    def edit_batch(self, request: Any) -> Batch:
+        """One row, with labels at the wanted answer and -100 elsewhere: the loss of it is what editing lowers."""
+        ...
+
+    def located(self, request: Any) -> Located:
+        """The request for the editors that work at one token of the prompt."""
+        ...
+
+    def examples(self, seed: int) -> Iterator[Example]:
+        """Endless training examples, of requests that no stream of edits holds."""
+        ...
+
+    def texts(self) -> Iterator[Batch]:
+        """Ordinary text, rows without labels: what the keys of the edited layers look like in general."""
+        ...
 
 
 @runtime_checkable
 class Editor(Protocol):
-    """Edits a model; the model that comes back may be the same object, changed in place."""
+    """Edits a model."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the layers that it edits: what to watch."""
+        ...
 
     def edit(self, model: nn.Module, request: Any) -> nn.Module:
-        """The model with `request` carried out."""
+        """The model with `request` carried out; it may be the same object, changed in place."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Editor, Protocol):
+    """An editor that must see data before its first edit: it trains a hypernetwork, or gathers statistics of keys."""
+
+    file: str
+    """The file name of its state, such as ``mend.safetensors``."""
+
+    def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
+        """Learn what it needs; the model is left as it was."""
+        ...
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the state as safetensors into `folder`, whole or not at all; returns the file."""
+        ...
+
+    def restore(self, folder: str | Path) -> None:
+        """Take over the state that `save` wrote.
+
+        Raises:
+            UsageError: no such file, not one of this editor's, or one of layers of another shape.
+        """
         ...

@@ -9,25 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabilitylab.errors import SiteError, did_you_mean
-
-
-def linear_layers(model: nn.Module, sites: Sequence[str]) -> list[nn.Linear]:
-    """The modules named `sites`, found by name anew.
-
-    Raises:
-        SiteError: no module of that name, or it is not an `nn.Linear`.
-    """
-    modules = dict(model.named_modules())
-    found = []
-    for site in sites:
-        if site not in modules:
-            raise SiteError(f"the model has no layer {site!r}{did_you_mean(site, modules)}")
-        layer = modules[site]
-        if not isinstance(layer, nn.Linear):
-            raise SiteError(f"the layer {site!r} is {type(layer).__name__}, expected Linear")
-        found.append(layer)
-    return found
+from stabilitylab.editors.layers import edited_layers
+from stabilitylab.errors import SiteError
 
 
 def gradient_factors(
@@ -43,16 +26,16 @@ def gradient_factors(
     Returns:
         For each site (u [tokens, inputs], δ [tokens, outputs]) in the layer's own dtype, and the loss, detached.
     """
-    layers = linear_layers(model, sites)
-    weights = [layer.weight for layer in layers]
+    layers = edited_layers(model, sites)
+    weights = [layer.parameter for layer in layers]
     flags = [weight.requires_grad for weight in weights]
     inputs: list[Tensor | None] = [None] * len(layers)
     deltas: list[Tensor | None] = [None] * len(layers)
     handles: list[RemovableHandle] = []
     try:
         for index, layer in enumerate(layers):
-            layer.weight.requires_grad_(True)
-            handles.append(layer.register_forward_hook(_capture(inputs, deltas, handles, index)))
+            weights[index].requires_grad_(True)
+            handles.append(layer.module.register_forward_hook(_capture(inputs, deltas, handles, index)))
         with torch.enable_grad():
             loss = model(**batch).loss
             # For the edited weights alone autograd stops short of the first layer's full backward hook.
@@ -74,12 +57,15 @@ def gradient_factors(
 def _capture(
     inputs: list[Tensor | None], deltas: list[Tensor | None], handles: list[RemovableHandle], index: int
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def keep_delta(gradient: Tensor) -> None:
-        deltas[index] = gradient.detach()
+    def keep_delta(gradients: tuple[Tensor, ...]) -> None:
+        deltas[index] = gradients[0].detach()
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         inputs[index] = args[0].detach()
-        handles.append(output.register_hook(keep_delta))  # type: ignore[no-untyped-call]
+        # A hook on a view (Conv1D, a biased Linear of 3-D input) is lost when something is written into it in place.
+        made = output if output._base is None else output._base
+        assert made.grad_fn is not None
+        handles.append(made.grad_fn.register_prehook(keep_delta))
 
     return keep_input
 

@@ -7,9 +7,7 @@ guards here: whatever comes out is added to the weights, as in the editors that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,44 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editors.factors import gradient_factors, linear_layers, used_tokens
+from stabilitylab.editors.base import Batch, Example
+from stabilitylab.editors.factors import gradient_factors, used_tokens
+from stabilitylab.editors.layers import edited_layers, last_mlp_layers
 from stabilitylab.editors.transform import GradientTransform
-from stabilitylab.errors import SiteError, UsageError
+from stabilitylab.errors import UsageError
 
 FILE = "mend.safetensors"
 RANK = 64
 EDIT_LR = 1e-3
 """What the learned edit rates start from."""
-Batch = Mapping[str, Any]
-_LAYER = re.compile(r"(?P<stack>.*layers)\.(?P<number>\d+)\.(?P<name>fc1|fc2)")
 _AS_IT_IS = ("rows", "u_mean", "u_std", "v_mean", "v_std", "edit_lrs")
 """Ends of the names of what is saved in its own dtype; the rest, the hypernetworks' weights, in float16."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One step of training: an edit, what should follow from it, and what should stay as it was."""
-
-    edit: Batch
-    """Arguments of ``model(**edit)``, with labels."""
-    asked: Batch
-    """Arguments, without labels, for rows whose last position predicts the answer: `wanted` first, then the kept."""
-    wanted: Tensor
-    """Token numbers [W] that the first W rows of `asked` should give after the edit."""
-
-
 def default_sites(model: nn.Module, last: int = 2) -> tuple[str, ...]:
-    """Names of fc1 and fc2 of the `last` layers of the OPT decoder in `model`.
+    """Names of both MLP matrices of the decoder's `last` layers.
 
     Raises:
         SiteError: the model has no such layers.
     """
-    decoder = [name for name, _ in model.named_modules() if _LAYER.fullmatch(name) and "decoder" in name]
-    numbers = sorted({int(match["number"]) for name in decoder if (match := _LAYER.fullmatch(name))})[-last:]
-    found = tuple(name for name in decoder if (match := _LAYER.fullmatch(name)) and int(match["number"]) in numbers)
-    if not found:
-        raise SiteError(f"{type(model).__name__} has no decoder layers with fc1 and fc2; MEND here edits OPT decoders")
-    return found
+    return last_mlp_layers(model, last)
 
 
 class Mend(nn.Module):
@@ -100,10 +81,9 @@ class Mend(nn.Module):
         rank: int = RANK,
         seed: int = 0,
     ) -> Mend:
-        """An untrained editor of `sites` of `model`, by default fc1 and fc2 of the decoder's last two layers."""
+        """An untrained editor of `sites` of `model`, by default both MLP matrices of the decoder's last two layers."""
         sites = default_sites(model) if sites is None else tuple(sites)
-        layers = linear_layers(model, sites)
-        shapes = {site: (layer.out_features, layer.in_features) for site, layer in zip(sites, layers, strict=True)}
+        shapes = {layer.name: layer.shape for layer in edited_layers(model, sites)}
         return cls(shapes, batch_of=batch_of or _testbed_batch(), rank=rank, seed=seed)
 
     @classmethod
@@ -198,8 +178,8 @@ class Mend(nn.Module):
         factors, _ = gradient_factors(model, self.sites, self.batch_of(request))
         with torch.no_grad():
             updates = self.updates(factors)
-            for layer, update in zip(linear_layers(model, self.sites), updates, strict=True):
-                layer.weight.add_(update.to(layer.weight.dtype))
+            for layer, update in zip(edited_layers(model, self.sites), updates, strict=True):
+                layer.matrix.add_(update.to(layer.matrix.dtype))
         return model
 
     def train_on(self, model: nn.Module, examples: Iterator[Example], **settings: Any) -> float:

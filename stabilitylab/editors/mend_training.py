@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from stabilitylab.editors.factors import gradient_factors, linear_layers
-from stabilitylab.editors.mend import Example, Mend
+from stabilitylab.editors.base import Example
+from stabilitylab.editors.factors import gradient_factors
+from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.mend import Mend
 
 
 def train(
@@ -100,10 +102,10 @@ def edit_loss(mend: Mend, model: nn.Module, example: Example, edit_weight: float
     """The loss of one edit, differentiable in the editor's parameters; the model is not changed."""
     factors, _ = gradient_factors(model, mend.sites, example.edit)
     observe(mend, factors)
-    layers = linear_layers(model, mend.sites)
+    layers = edited_layers(model, mend.sites)
     edited = {
-        f"{site}.weight": layer.weight.detach() + update
-        for site, layer, update in zip(mend.sites, layers, mend.updates(factors), strict=True)
+        f"{layer.name}.weight": layer.parameter.detach() + layer.as_held(update)
+        for layer, update in zip(layers, mend.updates(factors), strict=True)
     }
     with torch.no_grad():
         before = model(**example.asked).logits[:, -1].float().log_softmax(-1)

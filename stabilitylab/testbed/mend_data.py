@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stabilitylab.editors.mend import Example
+from stabilitylab.editors.base import Example
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.evaluation import asks
 from stabilitylab.testbed.questions import KINDS
