@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""Arguments of ``model(**batch)``; its answer has ``.logits`` [rows, tokens, vocabulary] and, given labels, ``.loss``."""
+"""Arguments of ``model(**batch)``; it answers with ``.logits`` [rows, tokens, words] and, given labels, ``.loss``."""
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is measured)."""
 
