@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Testbed(Prompts, Protocol):
 
     name: str
     """Such as ``blip2-digits``."""
+    shipped: Path | None
+    """The folder of the editors' states that come with it."""
 
     def load(self) -> nn.Module:
         """The unedited model, in eval mode: a new object each time."""
