@@ -44,6 +44,8 @@ class GradientTransform(nn.Module):
     u_std: Tensor
     v_mean: Tensor
     v_std: Tensor
+    clamp: float | None = None
+    """How many standard deviations a normalised input may be away from its mean; None: any number, as in the paper."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, layers: int) -> None:
         super().__init__()
@@ -85,6 +87,8 @@ class GradientTransform(nn.Module):
         """
         u = (u - self.u_mean.to(u.dtype)) / (self.u_std.to(u.dtype) + EPSILON)
         v = (v - self.v_mean.to(v.dtype)) / (self.v_std.to(v.dtype) + EPSILON)
+        if self.clamp is not None:
+            u, v = u.clamp(-self.clamp, self.clamp), v.clamp(-self.clamp, self.clamp)
         x = torch.cat([u, v], dim=-1)
         x = self.output(self.hidden(x, layer_index), layer_index)
         return x[:, : self.inputs], x[:, self.inputs :]
