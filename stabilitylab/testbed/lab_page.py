@@ -1,0 +1,143 @@
+"""What a person sees of a comparison: a bar while it runs, and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from stabilitylab.analysis import Diagnosis
+from stabilitylab.editors import base
+from stabilitylab.readings import EditRow
+from stabilitylab.reports.console import verdict_text
+from stabilitylab.reports.sinks import Sink
+from stabilitylab.reports.text import clean, number
+from stabilitylab.testbed.lab import Row
+
+_LEGEND = (
+    ("onset", "edit at which values begin to diverge, in hindsight; NaN: first NaN or ∞"),
+    ("edit", "share answered as wanted right after their own edit; rephr., image: in other words, of another picture"),
+    ("local.", "share of unrelated answers that are still the unedited model's after the last edit"),
+    ("kept", "share of all edits still answered as wanted after the last edit"),
+    ("drift", "greatest ‖W − W₀‖/‖W₀‖ after the last edit; perpl.: perplexity of a fixed text then"),
+)  # fmt: skip
+
+
+class LabProgress:
+    """Bars on a terminal; nothing where the output is piped."""
+
+    def __init__(self, runs: int, console: Console) -> None:
+        """runs: how many there will be."""
+        self._console = console
+        self._runs = runs
+        self._done = 0
+
+    @contextmanager
+    def preparing(self, title: str) -> Iterator[base.Progress]:
+        """A bar that appears with the first word of progress."""
+        if not self._console.is_terminal:
+            yield base.quiet
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[says]}"), console=self._console, transient=True)  # fmt: skip  # noqa: E501
+        task = bars.add_task(clean(title, 40), total=None, says="")
+
+        def show(done: int, steps: int, says: str) -> None:
+            bars.start()
+            bars.update(task, completed=done, total=steps, says=clean(says, 40))
+            if done >= steps:
+                bars.stop()
+
+        try:
+            yield show
+        finally:
+            bars.stop()
+
+    @contextmanager
+    def editing(self, editor: str, seed: int, edits: int) -> Iterator[Sequence[Sink]]:
+        """A bar of one run's edits with the verdict so far."""
+        self._done += 1
+        if not self._console.is_terminal:
+            yield ()
+            return
+        which = f"{self._done}/{self._runs}  {clean(editor, 24)}  seed {seed}"
+        bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[verdict]}"), console=self._console, transient=True,
+        )  # fmt: skip
+        try:
+            yield (_Bar(bars, which, edits),)
+        finally:
+            bars.stop()
+
+
+class _Bar:
+    """A `Sink` that moves one bar."""
+
+    def __init__(self, bars: Progress, title: str, edits: int) -> None:
+        self._bars = bars
+        self._task = bars.add_task(title, total=edits, verdict="")
+
+    def on_row(self, row: EditRow, diagnosis: Diagnosis | None) -> None:
+        self._bars.start()
+        verdict = "" if diagnosis is None else diagnosis.verdict
+        self._bars.update(self._task, completed=row.edit, verdict=verdict)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+def lab_table(rows: Sequence[Row]) -> RenderableType:
+    """One line per run. Columns that no run has a value for are left out; pictures or perplexity, not both."""
+    images = any(row.image_rephrase is not None for row in rows)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("editor", overflow="fold")
+    for name in ("seed", "verdict", "onset", "NaN", "edit", "rephr.", *(("image",) if images else ()), "local.", "kept"):  # fmt: skip  # noqa: E501
+        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+    for name in (*(() if images else ("perpl.",)), "drift", "edits/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row.editor),
+            Text(str(row.seed)),
+            verdict_text(row.verdict),
+            _edit(row.onset_edit),
+            _edit(row.first_nonfinite_edit),
+            _share(row.efficacy),
+            _share(row.rephrase),
+            *((_share(row.image_rephrase),) if images else ()),
+            _share(row.locality),
+            _share(row.retention),
+            *(() if images else (Text(number(row.perplexity)),)),
+            Text(number(row.drift_ratio)),
+            Text(number(row.edits_per_s, 2)),
+        )
+    return table
+
+
+def lab_page(rows: Sequence[Row]) -> RenderableType:
+    """The table, what its columns mean, and which editors raised errors."""
+    legend = Table.grid(padding=(0, 2))
+    legend.add_column(style="dim", no_wrap=True)
+    legend.add_column(style="dim")
+    for name, means in _LEGEND:
+        legend.add_row(Text(name), Text(means))
+    failed = [
+        Text(f"{row.editor}, seed {row.seed}: it raised an error at {row.failed} of {row.edits} edits", "yellow")
+        for row in rows
+        if row.failed
+    ]
+    return Group(lab_table(rows), *failed, legend)
+
+
+def _edit(edit: int | None) -> Text:
+    return Text("–" if edit is None else str(edit))
+
+
+def _share(share: float | None) -> Text:
+    return Text("–" if share is None else f"{share:.2f}")
