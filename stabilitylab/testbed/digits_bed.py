@@ -43,7 +43,7 @@ class DigitsBed:
             RecordError: `data` can't be read, or a record asks about an image or word that the model doesn't have.
         """
         self.name = NAME
-        self.shipped = blip2_digits.CHECKPOINTS
+        self.shipped: Path | None = blip2_digits.CHECKPOINTS
         self.precision = precision
         self.data = None if data is None else Path(data)
         self._loaded, self.tokenizer = blip2_digits.load(precision)

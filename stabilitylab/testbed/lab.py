@@ -187,8 +187,9 @@ def _state_folder(editor: Editor, model: nn.Module, bed: Testbed) -> Path:
 
 
 def drift_ratio(run: Run) -> float | None:
-    """The greatest ``drift.ratio`` of any site after the last edit; NaN when one is, None where none was measured."""
-    last = [float(run.series("drift.ratio", site)[-1]) for site in run.sites_of("drift.ratio")]
+    """The greatest ``drift.ratio`` of any site when it was last read; NaN when one is, None where none was measured."""
+    read = [(run.series("drift.ratio", site), run.present("drift.ratio", site)) for site in run.sites_of("drift.ratio")]
+    last = [float(series[present][-1]) for series, present in read]
     if not last:
         return None
     return float("nan") if any(math.isnan(value) for value in last) else max(last)
