@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from stabilitylab.errors import RecordError, did_you_mean
+from stabilitylab.testbed.reading import expect_object, expect_string, read_list
 
 
 @dataclass(frozen=True)
@@ -66,48 +65,9 @@ def load_records(path: str | PathLike[str]) -> list[EditRecord]:
             names the first bad record's index (from 0) and the field.
     """
     path = Path(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = did_you_mean(path.name, _neighbours(path))
-        raise RecordError(f"{path}: no such file{near}") from None
-    except OSError as error:
-        raise RecordError(f"{path}: can't be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not JSON (not UTF-8 at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
-    except (RecursionError, ValueError) as error:
-        raise RecordError(f"{path}: not usable JSON ({error})") from None
-    if not isinstance(found, list):
-        raise RecordError(f"{path}: expected a list of records, found {_kind(found)}")
-    return [_record(entry, f"{path}: record {index}") for index, entry in enumerate(found)]
+    return [_record(entry, f"{path}: record {index}") for index, entry in enumerate(read_list(path))]
 
 
 def _record(entry: Any, which: str) -> EditRecord:
-    if not isinstance(entry, Mapping):
-        raise RecordError(f"{which} is {_kind(entry)}, expected an object with the field 'src' and more")
-    for name in _NAMES:
-        if name not in entry:
-            near = did_you_mean(name, (key for key in entry if isinstance(key, str) and key not in _NAMES))
-            raise RecordError(f"{which} has no field {name!r}{near}")
-        if not isinstance(entry[name], str):
-            raise RecordError(f"{which}, field {name!r}: expected a string, found {_kind(entry[name])}")
-    return EditRecord(**{name: entry[name] for name in _NAMES})
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in a word or two."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    for types, word in ((dict, "an object"), (list, "a list"), (str, "a string"), ((int, float), "a number")):
-        if isinstance(value, types):
-            return word
-    return type(value).__name__
-
-
-def _neighbours(path: Path) -> list[str]:
-    try:
-        return [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return []
+    entry = expect_object(entry, which, _NAMES[0])
+    return EditRecord(**{name: expect_string(entry, name, which, _NAMES) for name in _NAMES})
