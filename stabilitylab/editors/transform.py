@@ -9,6 +9,22 @@ EPSILON = 1e-7
 """Added to the standard deviations, as in the authors' code. A unit that never fired has a deviation of zero."""
 
 
+def take_in(values: Tensor, seen: int, mean: Tensor, variance: Tensor) -> None:
+    """Take rows [more, units] into the mean and variance, float64 [units], of the `seen` rows before; in place.
+
+    Sums of squares are merged by Chan, Golub and LeVeque's formula (1979). The variance is that of a sample (n - 1):
+    one row has none, and until there are two the variance is left at what it began with.
+    """
+    values, more = values.double(), len(values)
+    after = seen + more
+    away = values.mean(0) - mean
+    squares = variance * max(seen - 1, 0)
+    squares += (values - values.mean(0)).square().sum(0) + away.square() * (seen * more / after)
+    mean.add_(away * (more / after))
+    if after > 1:
+        variance.copy_(squares / (after - 1))
+
+
 class LowRankLayer(nn.Module):
     """``x + s_l * (U V x + b) + o_l``, with a ReLU on what is added in a hidden layer; U is zero at first.
 
@@ -62,22 +78,16 @@ class GradientTransform(nn.Module):
     def observe(self, u: Tensor, v: Tensor) -> None:
         """Take more rows of raw factors u [tokens, inputs] and v [tokens, outputs] into the statistics.
 
-        Means and sums of squares are merged in float64 by Chan, Golub and LeVeque's formula (1979); the deviations are
-        those of a sample (n - 1). The hypernetwork learns nothing by it.
+        See `take_in`. The hypernetwork learns nothing by it.
         """
-        more, before = len(u), int(self.rows)
-        if more == 0:
+        seen = int(self.rows)
+        if len(u) == 0:
             return
-        after = before + more
-        for mean, std, values in ((self.u_mean, self.u_std, u.double()), (self.v_mean, self.v_std, v.double())):
-            away = values.mean(0) - mean
-            # One row has no deviation: until there are two, the buffer holds the 1 it began with.
-            squares = std.square() * (before - 1) if before > 1 else torch.zeros_like(std)
-            squares += (values - values.mean(0)).square().sum(0) + away.square() * (before * more / after)
-            mean.add_(away * (more / after))
-            if after > 1:
-                std.copy_((squares / (after - 1)).sqrt())
-        self.rows.fill_(after)
+        for mean, std, values in ((self.u_mean, self.u_std, u), (self.v_mean, self.v_std, v)):
+            variance = std.square()
+            take_in(values, seen, mean, variance)
+            std.copy_(variance.sqrt())
+        self.rows.fill_(seen + len(u))
 
     def forward(self, u: Tensor, v: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
         """Factors of the edit from RAW factors u [tokens, inputs], v [tokens, outputs] of edited layer `layer_index`.

@@ -1,51 +1,56 @@
-"""``python -m stabilitylab.testbed.train``: train the digit model and its MEND editor anew, and print one table."""
+"""``python -m stabilitylab.testbed.train``: train the digit model, MEND and MALMEN anew, and print one table."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
+from stabilitylab.editors.base import Progress, quiet
+from stabilitylab.editors.hypernetwork import HypernetworkEditor
+from stabilitylab.editors.malmen import Malmen
 from stabilitylab.editors.mend import Mend
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.testbed import blip2_digits, digits, evaluation
-from stabilitylab.testbed import training as train_digits
 from stabilitylab.testbed.mend_data import examples
+from stabilitylab.testbed.records import EditRecord
 from stabilitylab.testbed.training import train_model
 
 SEED = 0
-MEND_STEPS = 150
-KEEP_WEIGHT = 30.0
-"""Of the locality KL, against 1 of the edit loss; the authors weigh them 1 and 0.1. Less makes larger updates and an
-earlier NaN."""
-LEARNING_RATE = 5e-4
-RATE_LEARNING_RATE = 3e-5
+EDITORS: dict[str, type[HypernetworkEditor]] = {"mend": Mend, "malmen": Malmen}
 VALIDATION_EDITS = 40
+SET = 8
+"""Edits that MALMEN is judged by together."""
 HELD_OUT_EDITS = 200
 HELD_OUT_STREAM = 777
 SEQUENCES = 10
 LONGEST = 60
+E = TypeVar("E", bound=HypernetworkEditor)
 
 
 @contextmanager
-def _bar(console: Console, title: str) -> Iterator[train_digits.Progress]:
+def _bar(console: Console, title: str) -> Iterator[Progress]:
     """A bar when a person watches; otherwise a line now and then."""
     if not console.is_terminal:
         console.print(f"{title} ...")
-        yield train_digits.quiet
+        yield quiet
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[says]}"), console=console, transient=True) as bars:
+    with Bars(*columns, TextColumn("{task.fields[says]}"), console=console, transient=True) as bars:
         task = bars.add_task(title, total=None, says="")
 
         def show(done: int, steps: int, says: str) -> None:
@@ -54,32 +59,45 @@ def _bar(console: Console, title: str) -> Iterator[train_digits.Progress]:
         yield show
 
 
-def train_mend(folder: Path, *, seed: int, steps: int, progress: train_digits.Progress = train_digits.quiet) -> Mend:
+def set_edits(
+    model: Any, tokenizer: Any, records: Sequence[EditRecord], size: int, edit: Callable[[Any, list[EditRecord]], Any]
+) -> evaluation.Scores:
+    """Scores of sets of `size` edits, each set together on the unedited `model`, which is left as it was."""
+    originals = evaluation.Originals.of(model, tokenizer, records)
+    before = copy.deepcopy(model.state_dict())
+    found = []
+    for start in range(0, len(records), size):
+        places = range(start, min(start + size, len(records)))
+        edited = edit(model, [records[place] for place in places])
+        found.append(originals.outcomes(edited, tokenizer, places))
+        model.load_state_dict(before)
+    return evaluation.scores(torch.cat(found))
+
+
+def train_editor(kind: type[E], folder: Path, *, seed: int, steps: int | None = None, progress: Progress = quiet) -> E:
     """An editor for the model in `folder`, at the state that was best on validation edits, rounded as it is stored.
 
-    Best is by the smaller of success (mean of the three) and locality, on edits of the decoder in float16.
+    Best is by the smaller of success (mean of the three) and locality, on edits of the decoder in float16: MEND's by
+    one, MALMEN's in sets of `SET`. steps: other than the editor's own.
     """
     model, tokenizer = blip2_digits.load("fp32", folder)
     judged, _ = blip2_digits.load("fp16", folder)
     records = digits.edit_stream(seed, VALIDATION_EDITS, "validation")
 
-    def figure(mend: Mend) -> float:
-        found = evaluation.single_edits(judged, tokenizer, records, mend.edit)
+    def figure(editor: Any) -> float:
+        if kind is Malmen:
+            found = set_edits(judged, tokenizer, records, SET, editor.edit)
+        else:
+            found = evaluation.single_edits(judged, tokenizer, records, editor.edit)
         return min((found.efficacy + found.rephrase + found.image_rephrase) / 3, found.locality)
 
-    mend = Mend.for_model(model, seed=seed)
-    mend.train_on(
-        model,
-        examples(seed),
-        steps=steps,
-        keep_weight=KEEP_WEIGHT,
-        learning_rate=LEARNING_RATE,
-        rate_learning_rate=RATE_LEARNING_RATE,
-        validate=figure,
-        progress=progress,
-    )
-    mend.round_to_stored()
-    return mend
+    editor = kind.for_model(model, seed=seed)
+    settings = editor.training_settings
+    if steps is not None:
+        settings = dataclasses.replace(settings, steps=steps)
+    editor.train_on(model, examples(seed), seed=seed, settings=settings, validate=figure, progress=progress)
+    editor.round_to_stored()
+    return editor
 
 
 def first_non_finite(folder: Path, seed: int, precision: str = "fp16", longest: int = LONGEST) -> int | None:
@@ -100,27 +118,27 @@ def first_non_finite(folder: Path, seed: int, precision: str = "fp16", longest: 
 
 
 def table(folder: Path, *, seconds: float | None = None) -> Table:
-    """What the checkpoints in `folder` are worth, decoder in float16: accuracy, single edits, sequences until NaN.
+    """What the checkpoints in `folder` are worth, decoder in float16: accuracy, edits, sequences until NaN.
 
     `seconds` is how long their training took, if that is known.
     """
     model, tokenizer = blip2_digits.load("fp16", folder)
-    mend = Mend.load(model, folder)
-    single = evaluation.single_edits(model, tokenizer, digits.edit_stream(HELD_OUT_STREAM, HELD_OUT_EDITS), mend.edit)
+    mend, malmen = Mend.load(model, folder), Malmen.load(model, folder)
+    records = digits.edit_stream(HELD_OUT_STREAM, HELD_OUT_EDITS)
+    single = evaluation.single_edits(model, tokenizer, records, mend.edit)
+    sets = set_edits(model, tokenizer, records, SET, malmen.edit)
     ends = [first_non_finite(folder, seed) for seed in range(SEQUENCES)]
     found = Table("held out, decoder in fp16", "", title="Digits testbed")
     rows: list[tuple[str, str]] = [
         ("parameters of the model", f"{_size(model):,}"),
         ("parameters of MEND", f"{_size(mend):,}"),
+        ("parameters of MALMEN", f"{_size(malmen):,}"),
         ("visual questions right", f"{evaluation.accuracy(model, tokenizer):.3f}"),
         ("text questions right", f"{evaluation.text_accuracy(model, tokenizer):.3f}"),
-        (f"{HELD_OUT_EDITS} single edits: success", f"{single.efficacy:.3f}"),
-        ("… rephrased question", f"{single.rephrase:.3f}"),
-        ("… rephrased image", f"{single.image_rephrase:.3f}"),
-        ("… text locality", f"{single.text_locality:.3f}"),
-        ("… image locality", f"{single.image_locality:.3f}"),
+        *_scored(f"MEND, {HELD_OUT_EDITS} single edits", single),
         (f"sequences with NaN or Inf within {LONGEST}", f"{sum(end is not None for end in ends)} of {SEQUENCES}"),
         ("… first such edit", " ".join("–" if end is None else str(end) for end in ends)),
+        *_scored(f"MALMEN, {HELD_OUT_EDITS} edits in sets of {SET}", sets),
         ("size", f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.2f} MB"),
         *([] if seconds is None else [("training", f"{seconds:.0f} s")]),
     ]
@@ -133,15 +151,33 @@ def _size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _train_into(out: Path, seed: int, console: Console) -> None:
-    """Train both and put them into `out` together: a model never lies beside another model's editor."""
+def _scored(what: str, scores: evaluation.Scores) -> list[tuple[str, str]]:
+    return [
+        (f"{what}: success", f"{scores.efficacy:.3f}"),
+        ("… rephrased question", f"{scores.rephrase:.3f}"),
+        ("… rephrased image", f"{scores.image_rephrase:.3f}"),
+        ("… text locality", f"{scores.text_locality:.3f}"),
+        ("… image locality", f"{scores.image_locality:.3f}"),
+    ]
+
+
+def _train_into(out: Path, seed: int, only: str | None, console: Console) -> None:
+    """Train the model and its editors and put them into `out` together: no model lies beside another's editor.
+
+    only: the one editor to train, for the model that lies in `out` already.
+    """
     with tempfile.TemporaryDirectory() as made:
-        with _bar(console, "Digit model") as progress:
-            model = blip2_digits.save(train_model(seed, progress=progress), made)
-        with _bar(console, "MEND") as progress:
-            editor = train_mend(Path(made), seed=seed, steps=MEND_STEPS, progress=progress).save(made)
+        files = []
+        if only is None:
+            with _bar(console, "Digit model") as progress:
+                files.append(blip2_digits.save(train_model(seed, progress=progress), made))
+        model = out if only else Path(made)
+        for name, kind in EDITORS.items():
+            if only in (None, name):
+                with _bar(console, kind.name) as progress:
+                    files.append(train_editor(kind, model, seed=seed, progress=progress).save(made))
         out.mkdir(parents=True, exist_ok=True)
-        for file in (model, editor):
+        for file in files:
             shutil.move(file, out / file.name)
 
 
@@ -150,13 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stabilitylab.testbed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=blip2_digits.CHECKPOINTS, metavar="DIR", help="where to write")
     parser.add_argument("--seed", type=int, default=SEED, help="of weights and data order (default %(default)s)")
+    parser.add_argument("--only", choices=EDITORS, help="train this editor alone, for the model that lies in DIR")
     parser.add_argument("--table", action="store_true", help="train nothing: print the table of what lies in DIR")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)  # The tensors are small, and sums are the same on every machine's number of cores.
     console, start, seconds = Console(), time.monotonic(), None
     try:
         if not chosen.table:
-            _train_into(chosen.out, chosen.seed, console)
+            _train_into(chosen.out, chosen.seed, chosen.only, console)
             seconds = time.monotonic() - start
         with console.status("Measuring ..."):
             found = table(chosen.out, seconds=seconds)
