@@ -1,0 +1,122 @@
+"""AlphaEdit: null-space constrained editing (Fang et al., ICLR 2025, arXiv 2410.02355).
+
+As MEMIT, but the update is projected so that it answers the keys of ordinary text with nothing, and it keeps what the
+keys K_p of all earlier edits got (eq. 14):
+
+    Δ = R K₁ᵀ P (K_p K_pᵀ P + K₁ K₁ᵀ P + I)⁻¹
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.editors.at_token import down_sites
+from stabilitylab.editors.base import Located
+from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.memit import DEPTH, SEARCH, Solved, SpreadEditor
+from stabilitylab.editors.second_moments import TOKENS, SecondMoments
+from stabilitylab.editors.target_value import Search
+
+THRESHOLD = 0.1
+L2 = 1e-2
+
+
+class AlphaEdit(SpreadEditor):
+    """An AlphaEdit editor; see `SpreadEditor`. All edited layers have the same number of inputs.
+
+    P: float32 [layers, inputs, inputs], the projections; None before `prepare` or `restore`. cache_c: float32 of the
+    same shape, K_p K_pᵀ at each layer: it belongs to this object and starts at zero.
+    """
+
+    file = "alphaedit.safetensors"
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        locate: Callable[[Any], Located],
+        search: Search = SEARCH,
+        threshold: float = THRESHOLD,
+        l2: float = L2,
+        tokens: int = TOKENS,
+    ) -> None:
+        """
+        Args:
+            shapes: name of each edited layer, with its (outputs, inputs), from the first layer to the last.
+            locate: makes rows and the position of the edit in them from a request.
+            search: for z.
+            threshold: eigenvectors of C with an eigenvalue below threshold × the mean square of a key's entry span the
+                null space. (The paper's 2e-2 is absolute, on its own models' keys.)
+            l2: the weight of I, in units of the mean square norm of a key. (The paper's is 1, absolute.)
+            tokens: of ordinary text that `prepare` reads.
+        """
+        super().__init__(shapes, locate=locate, search=search, tokens=tokens)
+        self.threshold = threshold
+        self.l2 = l2
+        self.P: Tensor | None = None
+        self.cache_c: Tensor | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        locate: Callable[[Any], Located],
+        layers: Sequence[int] | None = None,
+        search: Search = SEARCH,
+        threshold: float = THRESHOLD,
+        l2: float = L2,
+        tokens: int = TOKENS,
+    ) -> AlphaEdit:
+        """An editor of the decoder layers `layers` of `model`, by default those of MEMIT.
+
+        Raises:
+            SiteError: the model has no such layers.
+        """
+        sites = down_sites(model, layers, DEPTH)
+        shapes = {found.name: found.shape for found in edited_layers(model, sites)}
+        return cls(shapes, locate=locate, search=search, threshold=threshold, l2=l2, tokens=tokens)
+
+    def _learned(self, moments: SecondMoments) -> None:
+        super()._learned(moments)
+        found = [null_space(moments.matrices[site], self.threshold * moments.power[site]) for site in self.sites]
+        self.P = torch.stack(found).float()
+        self.cache_c = torch.zeros_like(self.P)
+
+    def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
+        assert self.P is not None
+        assert self.cache_c is not None
+        weight = self.l2 * keys.shape[0] * self.known().power[self.sites[place]]
+        projection, cache = (held[place].to(keys.device).double() for held in (self.P, self.cache_c))
+        solved = projected_update(projection, cache, keys, residual, weight)
+        # The keys of a layer hang on earlier layers only, which are edited by now: these are the edited model's.
+        self.cache_c[place] += (keys @ keys.T).to(self.cache_c)
+        return solved
+
+
+def null_space(moment: Tensor, threshold: float) -> Tensor:
+    """P [inputs, inputs], float64: the projector onto the eigenvectors of `moment` with an eigenvalue below."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    kept: Tensor = vectors[:, values < threshold]
+    return kept @ kept.T
+
+
+def projected_update(projection: Tensor, cache: Tensor, keys: Tensor, residual: Tensor, weight: float) -> Solved:
+    """Δ = R K₁ᵀP (K_pK_pᵀP + K₁K₁ᵀP + weight · I)⁻¹ (eq. 14), float64, solved in its transposed form.
+
+    Args:
+        projection: P, [inputs, inputs].
+        cache: K_pK_pᵀ, [inputs, inputs].
+        keys: K₁, [inputs, n].
+        residual: R, [outputs, n].
+        weight: of the identity; the paper's is 1.
+    """
+    identity = torch.eye(keys.shape[0], dtype=keys.dtype, device=keys.device)
+    system = projection @ (cache + keys @ keys.T) + weight * identity
+    right_side = projection @ keys
+    solution = torch.linalg.solve(system, right_side)
+    return Solved(system, right_side, solution, residual @ solution.T)

@@ -1,0 +1,186 @@
+"""MEMIT: mass-editing memory in a transformer (Meng et al., ICLR 2023, arXiv 2210.07229).
+
+For each request a vector z is found that the last of several decoder layers should give at the located token. From the
+first of these layers to the last, an equal share of what is still missing is written into the MLP's last matrix, by
+least squares over the keys of all requests and of ordinary text (eq. 14):
+
+    Δ = R K₁ᵀ (λ C + K₁ K₁ᵀ)⁻¹
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.editor_report import EditorReport
+from stabilitylab.editors.at_token import block_of, down_sites, mean_at, passing, still
+from stabilitylab.editors.base import Located
+from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
+from stabilitylab.editors.target_value import Search, TargetValue, target_value
+
+DEPTH = (0.14, 0.28)
+"""The default layers' place, from 0, the decoder's first layer, to 1, its last."""
+RIDGE = 1e-2
+PRESERVATION = 0.1
+SEARCH = Search(clamp=0.75)
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One layer's system A X = B, and the update that it gives."""
+
+    system: Tensor
+    right_side: Tensor
+    solution: Tensor
+    update: Tensor
+    """float64 [outputs, inputs]."""
+
+
+class SpreadEditor(KeyValueEditor):
+    """What MEMIT and AlphaEdit share: z at the last layer, and one solve at each layer."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        locate: Callable[[Any], Located],
+        search: Search = SEARCH,
+        tokens: int = TOKENS,
+    ) -> None:
+        """
+        Args:
+            shapes: name of each edited layer, with its (outputs, inputs), from the first layer to the last.
+            locate: makes rows and the position of the edit in them from a request.
+            search: for z.
+            tokens: of ordinary text that `prepare` reads.
+        """
+        super().__init__(shapes, locate=locate, tokens=tokens)
+        self.search = search
+
+    def edit(self, model: nn.Module, request: Any) -> nn.Module:
+        """Carry out `request`, or a list of requests together, on `model` in place.
+
+        Args:
+            model: the model with this editor's sites.
+            request: what `locate` takes, or a list of them.
+
+        Returns:
+            The same model.
+
+        Raises:
+            UsageError: neither prepared nor restored.
+        """
+        self.known()
+        rows = [self.locate(each) for each in (request if isinstance(request, list) else [request])]
+        last = block_of(self.sites[-1])
+        reports: dict[str, EditorReport] = {}
+        with still(model), torch.no_grad():
+            units = self.shapes[self.sites[-1]][0]
+            found = [target_value(model, last, units, located, self.search) for located in rows]
+            targets = torch.stack([value.target for value in found])
+            for place, layer in enumerate(edited_layers(model, self.sites)):
+                seen = [passing(model, located.batch, [layer.name], [last]) for located in rows]
+                keys = torch.stack([mean_at(k[0], at.subject) for (k, _), at in zip(seen, rows, strict=True)])
+                values = torch.stack([mean_at(h[0], at.subject) for (_, h), at in zip(seen, rows, strict=True)])
+                share = (targets - values) / (len(self.sites) - place)
+                solved = self._solve(place, keys.T, share.T)
+                layer.matrix.add_(solved.update.to(layer.matrix.dtype))
+                reports[layer.name] = self._report(layer.as_held(solved.update), keys, solved)
+        reports[self.sites[-1]] = reports[self.sites[-1]].with_later(_of_targets(found))
+        self.reports = reports
+        return model
+
+    def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
+        """The update of the layer at `place` among the sites, from K₁ [inputs, n] and R [outputs, n]."""
+        raise NotImplementedError
+
+    def _report(self, update: Tensor, keys: Tensor, solved: Solved) -> EditorReport:
+        return EditorReport(
+            key=keys,
+            system=solved.system,
+            solution=solved.solution,
+            right_side=solved.right_side,
+            update=update,
+        )
+
+
+def _of_targets(found: Sequence[TargetValue]) -> EditorReport:
+    return EditorReport(
+        initial_value=torch.stack([value.initial for value in found]),
+        target_value=torch.stack([value.target for value in found]),
+        clamp_hits=float(sum(value.clamp_hits for value in found)),
+    )
+
+
+class Memit(SpreadEditor):
+    """A MEMIT editor; see `SpreadEditor`."""
+
+    file = "memit.safetensors"
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        locate: Callable[[Any], Located],
+        search: Search = SEARCH,
+        preservation: float = PRESERVATION,
+        ridge: float = RIDGE,
+        tokens: int = TOKENS,
+    ) -> None:
+        """
+        Args:
+            shapes: name of each edited layer, with its (outputs, inputs), from the first layer to the last.
+            locate: makes rows and the position of the edit in them from a request.
+            search: for z.
+            preservation: λ = preservation · inputs. Since kᵀC⁻¹k of ordinary keys is `inputs` on average, whatever the
+                model, an edit at an ordinary key is carried out by 1 / (1 + preservation) in a layer. The paper's λ of
+                15,000 for GPT-J (16,384 inputs) is 0.9, and 20,000 for GPT-2 XL (6,400 inputs) is 3.1.
+            ridge: added to C's diagonal, in units of the mean square of a key's entry; see `Rome`.
+            tokens: of ordinary text that `prepare` reads.
+        """
+        super().__init__(shapes, locate=locate, search=search, tokens=tokens)
+        self.preservation = preservation
+        self.ridge = ridge
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        locate: Callable[[Any], Located],
+        layers: Sequence[int] | None = None,
+        search: Search = SEARCH,
+        preservation: float = PRESERVATION,
+        ridge: float = RIDGE,
+        tokens: int = TOKENS,
+    ) -> Memit:
+        """An editor of the decoder layers `layers` of `model`, by default those at `DEPTH`.
+
+        Raises:
+            SiteError: the model has no such layers.
+        """
+        sites = down_sites(model, layers, DEPTH)
+        shapes = {found.name: found.shape for found in edited_layers(model, sites)}
+        return cls(shapes, locate=locate, search=search, preservation=preservation, ridge=ridge, tokens=tokens)
+
+    def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
+        covariance = self.known().padded(self.sites[place], self.ridge).to(keys.device)
+        return ridge_update(self.preservation * keys.shape[0] * covariance, keys, residual)
+
+
+def ridge_update(weighted: Tensor, keys: Tensor, residual: Tensor) -> Solved:
+    """Δ = R K₁ᵀ (λC + K₁K₁ᵀ)⁻¹ (eq. 14), float64.
+
+    Args:
+        weighted: λC, [inputs, inputs].
+        keys: K₁, [inputs, n].
+        residual: R, [outputs, n].
+    """
+    system = weighted + keys @ keys.T
+    solution = torch.linalg.solve(system, keys)
+    return Solved(system, keys, solution, residual @ solution.T)
