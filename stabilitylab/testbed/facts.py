@@ -307,7 +307,7 @@ TABLES = (COUNTRIES, PEOPLE, COMPANIES)
 
 
 def fact_stream(seed: int, n: int, part: Part = "held_out") -> list[Fact]:
-    """`n` facts with wrong answers to be edited in, the same for the same arguments; longer ones start with shorter ones.
+    """`n` facts with wrong answers to be edited in, the same for the same arguments; a longer stream extends a shorter.
 
     No subject is asked about one relation twice. The wrong answer is true of another subject; the paraphrase begins the
     sentence in another way.
@@ -329,6 +329,11 @@ def facts_to_train_on(seed: int) -> Iterator[Fact]:
         rng.shuffle(items)
         for item in items:
             yield _fact(*item, rng)
+
+
+def available(part: Part = "held_out") -> int:
+    """How many facts `fact_stream` has."""
+    return len(_items(part))
 
 
 def subjects(table: Table, part: Part) -> list[str]:

