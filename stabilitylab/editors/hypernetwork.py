@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch, Example, Progress, Prompts, quiet
-from stabilitylab.editors.factors import used_tokens
+from stabilitylab.editors.factors import gradient_factors, used_tokens
 from stabilitylab.editors.layers import EditedLayer, edited_layers, last_mlp_layers
 from stabilitylab.errors import UsageError
 
@@ -210,6 +210,10 @@ class HypernetworkEditor(nn.Module):
             for name, value in self.state_dict().items():
                 if not name.endswith(self.as_it_is):
                     value.copy_(value.half())
+
+    def factors(self, model: nn.Module, batch: Batch) -> Factors:
+        """The raw factors of one edit's gradient, by one forward and one backward of `model`."""
+        return gradient_factors(model, self.sites, batch)[0]
 
     def placed(self, factors: Factors) -> Iterator[tuple[Any, int, Tensor, Tensor]]:
         """For each site: its transform, its index there, and the float32 factors of the tokens that count."""

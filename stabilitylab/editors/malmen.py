@@ -6,7 +6,8 @@ for all tokens of all edits is then the regularised least-squares solution of S 
 
     minimise Σ ‖S u - d‖² + λ ‖S‖²:   Sᵀ = (KᵀK + λ I)⁻¹ Kᵀ D,
 
-with a row of K and D for each token. η and λ are learned for each layer, through the solve.
+with a row of K and D for each token. η and λ are learned for each layer, through the solve. The tokens are those that
+predict a word of the answer: with all tokens of the prompt, less success came with less locality.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.base import Batch
-from stabilitylab.editors.factors import gradient_factors
 from stabilitylab.editors.hypernetwork import RANK, Factors, HypernetworkEditor, Training, joined
 from stabilitylab.editors.layers import EditedLayer, edited_layers
 from stabilitylab.editors.transform import LowRankLayer, take_in
@@ -30,6 +30,8 @@ from stabilitylab.errors import UsageError
 FILE = "malmen.safetensors"
 ETA = 1e-2
 """What the learned rates η start from."""
+_IGNORED = -100  # transformers' label of a token that is no part of the loss
+_ROWS_AND_TOKENS = 2
 
 
 class RunningStatistics(nn.Module):
@@ -173,7 +175,9 @@ class Malmen(HypernetworkEditor):
     name = "MALMEN"
     file = FILE
     as_it_is = ("normaliser.n", ".mean", ".var", ".std", "lr.weight", "lamda.weight")
-    training_settings = Training(sizes=(1, 16), rates={"lr.weight": 1e-4, "lamda.weight": 2e-2})
+    training_settings = Training(
+        steps=600, sizes=(1, 16), learning_rate=1e-3, rates={"lr.weight": 3e-5, "lamda.weight": 2e-2}, keep_weight=2.0
+    )
 
     def __init__(
         self,
@@ -199,6 +203,19 @@ class Malmen(HypernetworkEditor):
     def transform(self, inputs: int, outputs: int, rank: int, layers: int) -> nn.Module:
         """A new `ShiftTransform`."""
         return ShiftTransform(inputs, outputs, rank, layers)
+
+    def factors(self, model: nn.Module, batch: Batch) -> Factors:
+        """The raw factors of one edit's gradient at the tokens that predict its answer.
+
+        Raises:
+            UsageError: the batch has no labels [rows, tokens], or a site sees other tokens than they say.
+        """
+        chosen = predicting(batch).flatten()
+        found = super().factors(model, batch)
+        for site, (u, _) in zip(self.sites, found, strict=True):
+            if len(u) != len(chosen):
+                raise UsageError(f"the layer {site!r} sees {len(u)} tokens; expected {len(chosen)}, as many as labels")
+        return [(u[chosen], v[chosen]) for u, v in found]
 
     def equations(self, factors: Factors) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each site the keys K [tokens, inputs], the differences D [tokens, outputs] and λ, in float64."""
@@ -226,7 +243,7 @@ class Malmen(HypernetworkEditor):
         layers = edited_layers(model, self.sites)
         before = self._aggregates if self.aggregate and self._continue(layers) else [Aggregate.of(a) for a in layers]
         with _unedited(layers, before), torch.no_grad():
-            factors = joined([gradient_factors(model, self.sites, self.batch_of(one))[0] for one in requests])
+            factors = joined([self.factors(model, self.batch_of(one)) for one in requests])
         after, self.reports = [], {}
         with torch.no_grad():
             for layer, past, (keys, differences, lamda) in zip(layers, before, self.equations(factors), strict=True):
@@ -247,6 +264,21 @@ class Malmen(HypernetworkEditor):
         return bool(self._aggregates) and all(
             past.is_of(layer) for past, layer in zip(self._aggregates, layers, strict=True)
         )
+
+
+def predicting(batch: Batch) -> Tensor:
+    """bool [rows, tokens]: the tokens of a causal language model that predict a label, each the next one's.
+
+    Raises:
+        UsageError: the batch has no labels [rows, tokens].
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != _ROWS_AND_TOKENS:
+        had = f"labels of shape {list(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
+        raise UsageError(f"an edit with {had}; expected labels [rows, tokens], {_IGNORED} at all but the answer")
+    found = torch.zeros_like(labels, dtype=torch.bool)
+    found[:, :-1] = labels[:, 1:] != _IGNORED
+    return found
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch
-from stabilitylab.editors.factors import gradient_factors
 from stabilitylab.editors.hypernetwork import RANK, Factors, HypernetworkEditor, Training, default_sites
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.transform import GradientTransform
@@ -70,7 +69,7 @@ class Mend(HypernetworkEditor):
         Returns:
             The same model.
         """
-        factors, _ = gradient_factors(model, self.sites, self.batch_of(request))
+        factors = self.factors(model, self.batch_of(request))
         with torch.no_grad():
             updates = self.updates(factors)
             for layer, update in zip(edited_layers(model, self.sites), updates, strict=True):

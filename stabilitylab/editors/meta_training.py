@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from stabilitylab.editors.base import Example, Progress, quiet
-from stabilitylab.editors.factors import gradient_factors
 from stabilitylab.editors.hypernetwork import HypernetworkEditor, Training, joined, moved
 from stabilitylab.editors.layers import edited_layers
 
@@ -58,7 +57,7 @@ def train(
     best, best_state = float("nan"), copy.deepcopy(editor.state_dict())
     try:
         for example in islice(examples, settings.first_look):
-            editor.observe(gradient_factors(model, editor.sites, example.edit)[0])
+            editor.observe(editor.factors(model, example.edit))
         for step in range(1, settings.steps + 1):
             optimizer.zero_grad()
             total = 0.0
@@ -99,7 +98,7 @@ def backward(
     In two steps, as MALMEN's authors do (arXiv 2311.04661, §3.4): from the losses back to the weights' updates, one
     example's graph after the other, and from the updates' gradients back through the editor once.
     """
-    factors = joined([gradient_factors(model, editor.sites, example.edit)[0] for example in group])
+    factors = joined([editor.factors(model, example.edit) for example in group])
     editor.observe(factors)
     updates = editor.updates(factors)
     leaves = [update.detach().requires_grad_(True) for update in updates]
@@ -141,7 +140,7 @@ def judge(model: nn.Module, examples: Sequence[Example], most: int) -> Callable[
         right, kept = [], []
         for start in range(0, len(examples), most):
             group = examples[start : start + most]
-            updates = editor.updates(joined([gradient_factors(model, editor.sites, e.edit)[0] for e in group]))
+            updates = editor.updates(joined([editor.factors(model, e.edit) for e in group]))
             layers = edited_layers(model, editor.sites)
             edited = {f"{layer.name}.weight": moved(layer, u) for layer, u in zip(layers, updates, strict=True)}
             for example in group:

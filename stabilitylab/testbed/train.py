@@ -35,6 +35,7 @@ EDITORS: dict[str, type[HypernetworkEditor]] = {"mend": Mend, "malmen": Malmen}
 VALIDATION_EDITS = 40
 SET = 8
 """Edits that MALMEN is judged by together."""
+VALIDATION_SETS = 10
 HELD_OUT_EDITS = 200
 HELD_OUT_STREAM = 777
 SEQUENCES = 10
@@ -82,7 +83,7 @@ def train_editor(kind: type[E], folder: Path, *, seed: int, steps: int | None = 
     """
     model, tokenizer = blip2_digits.load("fp32", folder)
     judged, _ = blip2_digits.load("fp16", folder)
-    records = digits.edit_stream(seed, VALIDATION_EDITS, "validation")
+    records = digits.edit_stream(seed, VALIDATION_SETS * SET if kind is Malmen else VALIDATION_EDITS, "validation")
 
     def figure(editor: Any) -> float:
         if kind is Malmen:

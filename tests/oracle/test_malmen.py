@@ -44,13 +44,19 @@ class Decoder(nn.Module):
         block: Any = self.layers[0]
         x = x.to(self.head.weight.dtype)
         logits = self.head(x + block["fc2"](block["fc1"](x).tanh()))
-        loss = None if labels is None else functional.cross_entropy(logits[:, -1].float(), labels)
+        loss = None if labels is None else functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
         return SimpleNamespace(logits=logits, loss=loss)
 
 
 def request(number: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(number)
-    return {"x": torch.randn(1, 3, 4, generator=generator), "labels": torch.tensor([number % 5])}
+    x = torch.randn(1, 4, 4, generator=generator)
+    return {"x": x, "labels": torch.tensor([[-100, -100, number % 5, (number + 1) % 5]])}
+
+
+def answer_factors(model: nn.Module, number: int) -> list[tuple[Tensor, Tensor]]:
+    """Those of the tokens 1 and 2, which predict the labels at 2 and 3."""
+    return [(u[1:3], v[1:3]) for u, v in gradient_factors(model, SITES, request(number))[0]]
 
 
 def small(model: nn.Module, *, seed: int = 0, **settings: Any) -> Malmen:
@@ -58,7 +64,7 @@ def small(model: nn.Module, *, seed: int = 0, **settings: Any) -> Malmen:
     editor = Malmen.for_model(model, SITES, batch_of=dict, rank=3, seed=seed, **settings)
     wide = copy.deepcopy(model).float()
     for number in range(100, 110):
-        editor.observe(gradient_factors(wide, SITES, request(number))[0])
+        editor.observe(answer_factors(wide, number))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in editor.named_parameters():
@@ -96,7 +102,7 @@ def test_the_whole_edit_loss_has_the_gradient_of_finite_differences() -> None:
     model = Decoder()
     editor = small(model).requires_grad_(True)
     group = [
-        Example(request(n), {"x": torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(n))}, torch.tensor([1]))
+        Example(request(n), {"x": torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(n))}, torch.tensor([1]))
         for n in (1, 2, 3)
     ]
     settings = Training(edit_weight=1.0, keep_weight=2.0)
@@ -164,7 +170,7 @@ def test_a_batch_moves_the_weights_by_the_least_squares_shift_of_all_its_tokens(
     editor = small(model)
     before = weights(model)
     requests = [request(n) for n in range(4)]
-    several = [gradient_factors(model, SITES, one)[0] for one in requests]
+    several = [answer_factors(model, n) for n in range(4)]
     assert editor.edit(model, requests) is model
     for place, (site, old, new) in enumerate(zip(SITES, before, weights(model), strict=True)):
         u = torch.cat([factors[place][0] for factors in several])
@@ -250,7 +256,7 @@ def test_a_request_that_raises_leaves_the_edited_weights_and_nothing_else() -> N
     editor.edit(model, request(0))
     edited = weights(model)
     with pytest.raises(TypeError):
-        editor.edit(model, [request(1), {"x": torch.zeros(1, 3, 4), "nonsense": 1}])
+        editor.edit(model, [request(1), {"x": torch.zeros(1, 4, 4), "labels": request(0)["labels"], "nonsense": 1}])
     assert all(torch.equal(one, two) for one, two in zip(edited, weights(model), strict=True))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -263,7 +269,7 @@ def test_a_request_that_raises_leaves_the_edited_weights_and_nothing_else() -> N
 
 def test_a_nan_in_the_request_stays_visible() -> None:
     model, editor = Decoder(), small(Decoder())
-    editor.edit(model, {"x": torch.full((1, 3, 4), float("nan")), "labels": torch.tensor([1])})
+    editor.edit(model, {**request(0), "x": torch.full((1, 4, 4), float("nan"))})
     assert all(bool(weight.isnan().all()) for weight in weights(model))
 
 
@@ -299,9 +305,9 @@ class Made:
         while True:
             number = int(rng.integers(1000, 2000))
             asked = torch.cat(
-                [request(number)["x"], torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(number))]
+                [request(number)["x"], torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(number))]
             )
-            yield Example(request(number), {"x": asked}, request(number)["labels"])
+            yield Example(request(number), {"x": asked}, request(number)["labels"][0, 2:3])
 
     located: Any = None
     texts: Any = None
@@ -319,7 +325,9 @@ def test_preparing_is_seeded_reports_progress_and_changes_only_the_editor(kind: 
     for seed in (0, 0, 1):
         editor = kind.for_model(model, SITES, batch_of=dict, rank=2)
         assert isinstance(editor, Prepared)
-        editor.training_settings = Training(steps=3, sizes=(1, 3), first_look=5, every=2, rates={"lr": 1e-3})
+        editor.training_settings = Training(
+            steps=3, sizes=(1, 3), first_look=5, every=2, rates={"edit_lrs": 1e-5, "lr.weight": 1e-5}
+        )
         steps.clear()
         editor.prepare(model, Made(), seed=seed, progress=lambda *seen: steps.append(seen))
         states.append(editor.state_dict())
@@ -339,7 +347,7 @@ def test_preparing_is_seeded_reports_progress_and_changes_only_the_editor(kind: 
 def test_what_is_saved_is_restored_bit_for_bit(kind: Any, tmp_path: Path) -> None:
     model = blip2_digits.build(4)
     editor = kind.for_model(model, rank=5, seed=7)
-    editor.observe(gradient_factors(model, editor.sites, edit_batch(digits.edit_stream(0, 1)[0]))[0])
+    editor.observe(editor.factors(model, edit_batch(digits.edit_stream(0, 1)[0])))
     editor.round_to_stored()
     file = editor.save(tmp_path)
     assert file == tmp_path / kind.file
@@ -379,6 +387,27 @@ def test_requests_and_layers_that_are_missing_are_said() -> None:
         Malmen.for_model(model, ["layers.1.fc1"])
     with pytest.raises(SiteError, match="no layer"):
         small(model).edit(nn.Linear(2, 2), request(0))
+
+
+def test_tokens_that_predict_no_label_are_left_out() -> None:
+    model = Decoder()
+    for (u, v), (some_u, some_v) in zip(small(model).factors(model, request(3)), answer_factors(model, 3), strict=True):
+        assert torch.equal(u, some_u)
+        assert torch.equal(v, some_v)
+        assert len(u) == 2
+
+
+def test_an_edit_whose_answer_can_not_be_placed_is_refused() -> None:
+    model = Decoder()
+    before = weights(model)
+    with pytest.raises(UsageError, match="no labels"):
+        small(model).edit(model, {"x": request(0)["x"]})
+    with pytest.raises(UsageError, match=r"labels of shape \[4\]"):
+        small(model).edit(model, {"x": request(0)["x"], "labels": torch.arange(4)})
+    longer = {"x": request(0)["x"], "labels": torch.cat([request(0)["labels"], torch.full((2, 4), -100)])}
+    with pytest.raises(UsageError, match=r"'layers\.0\.fc1' sees 4 tokens; expected 12"):
+        small(model).edit(model, longer)
+    assert all(torch.equal(one, two) for one, two in zip(before, weights(model), strict=True))
 
 
 def test_factors_of_several_edits_are_their_tokens_one_after_the_other() -> None:
