@@ -20,12 +20,15 @@ from stabilitylab.reports.text import clean, number
 from stabilitylab.testbed.lab import Row
 
 _LEGEND = (
-    ("onset", "edit at which values begin to diverge, in hindsight; NaN: first NaN or ∞"),
-    ("edit", "share answered as wanted right after their own edit; rephr., image: in other words, of another picture"),
-    ("local.", "share of unrelated answers that are still the unedited model's after the last edit"),
-    ("kept", "share of all edits still answered as wanted after the last edit"),
-    ("drift", "greatest ‖W − W₀‖/‖W₀‖ after the last edit; perpl.: perplexity of a fixed text then"),
-)  # fmt: skip
+    ("onset, NaN", "edit at which values begin to diverge, in hindsight; first with NaN or ∞"),
+    ("edit", "share of the edits that took: answered as wanted right after"),
+    ("reph, image", "the same in other words, and of another picture"),
+    ("local", "share of unrelated answers that were the same after the last edit"),
+    ("kept", "share of all edits that still held then"),
+    ("drift", "greatest ‖W − W₀‖ / ‖W₀‖ of an edited weight then"),
+    ("perpl", "perplexity of a fixed text then"),
+    ("1/s", "edits per second"),
+)
 
 
 class LabProgress:
@@ -93,28 +96,29 @@ class _Bar:
 
 
 def lab_table(rows: Sequence[Row]) -> RenderableType:
-    """One line per run. Columns that no run has a value for are left out; pictures or perplexity, not both."""
+    """One line per run, 80 columns wide: pictures where there are any, else the perplexity; the seed if they differ."""
     images = any(row.image_rephrase is not None for row in rows)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    seeds = len({row.seed for row in rows}) > 1
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("editor", overflow="fold")
-    for name in ("seed", "verdict", "onset", "NaN", "edit", "rephr.", *(("image",) if images else ()), "local.", "kept"):  # fmt: skip  # noqa: E501
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
-    for name in (*(() if images else ("perpl.",)), "drift", "edits/s"):
+    if seeds:
+        table.add_column("seed", justify="right")
+    table.add_column("verdict", no_wrap=True)
+    for name in ("onset", "NaN", "edit", "reph", "image" if images else "perpl", "local", "kept", "drift", "1/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             Text(row.editor),
-            Text(str(row.seed)),
+            *((Text(str(row.seed)),) if seeds else ()),
             verdict_text(row.verdict),
             _edit(row.onset_edit),
             _edit(row.first_nonfinite_edit),
             _share(row.efficacy),
             _share(row.rephrase),
-            *((_share(row.image_rephrase),) if images else ()),
+            _share(row.image_rephrase) if images else Text(number(row.perplexity)),
             _share(row.locality),
             _share(row.retention),
-            *(() if images else (Text(number(row.perplexity)),)),
-            Text(number(row.drift_ratio)),
+            Text(number(row.drift_ratio, 2)),
             Text(number(row.edits_per_s, 2)),
         )
     return table
@@ -125,14 +129,16 @@ def lab_page(rows: Sequence[Row]) -> RenderableType:
     legend = Table.grid(padding=(0, 2))
     legend.add_column(style="dim", no_wrap=True)
     legend.add_column(style="dim")
+    text_only = all(row.image_rephrase is None for row in rows)
     for name, means in _LEGEND:
-        legend.add_row(Text(name), Text(means))
+        if name != "perpl" or text_only:
+            legend.add_row(Text(name), Text(means))
     failed = [
         Text(f"{row.editor}, seed {row.seed}: it raised an error at {row.failed} of {row.edits} edits", "yellow")
         for row in rows
         if row.failed
     ]
-    return Group(lab_table(rows), *failed, legend)
+    return Group(lab_table(rows), *failed, Text(""), legend)
 
 
 def _edit(edit: int | None) -> Text:
