@@ -67,8 +67,8 @@ def reduce_codebook(keys: Tensor, values: Tensor, radii: Tensor) -> Tensor:
 def query_of(entered: Tensor, token: Tensor | int) -> Tensor:
     """The rows that GRACE looks up, [batch, inputs]: those at position `token` of what enters, [batch, tokens, inputs].
 
-    Two dimensions are one row: OPT hands its MLPs the tokens of all rows in one list. A token past the end, or negative,
-    is the last one. Raises ValueError for another number of dimensions.
+    Two dimensions are one row: OPT hands its MLPs the tokens of all rows in one list. A token past the end, or
+    negative, is the last one. Raises ValueError for another number of dimensions.
     """
     entered = entered.unsqueeze(0) if entered.dim() == _SEQUENCE - 1 else entered
     if entered.dim() != _SEQUENCE or entered.shape[1] == 0:

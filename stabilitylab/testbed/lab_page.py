@@ -20,7 +20,7 @@ from stabilitylab.reports.text import clean, number
 from stabilitylab.testbed.lab import Row
 
 _LEGEND = (
-    ("onset, NaN", "edit at which values begin to diverge, in hindsight; first with NaN or ∞"),
+    ("onset, NaN", "edit where values begin to diverge, in hindsight; first with NaN or ∞"),
     ("edit", "share of the edits that took: answered as wanted right after"),
     ("reph, image", "the same in other words, and of another picture"),
     ("local", "share of unrelated answers that were the same after the last edit"),
@@ -99,7 +99,7 @@ def lab_table(rows: Sequence[Row]) -> RenderableType:
     """One line per run, 80 columns wide: pictures where there are any, else the perplexity; the seed if they differ."""
     images = any(row.image_rephrase is not None for row in rows)
     seeds = len({row.seed for row in rows}) > 1
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("editor", overflow="fold")
     if seeds:
         table.add_column("seed", justify="right")
