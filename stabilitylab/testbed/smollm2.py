@@ -46,7 +46,7 @@ NEEDED_BYTES = 300 * 10**6
 """Free space that a conversion needs: the weights, the tokenizer and something to spare."""
 RECEIPT = "stabilitylab.json"
 """In the converted folder: what it was made of, and the size and CRC-32 of each file."""
-_STAGES = ("reading the tokenizer", "unpacking the weights (a minute or less)", "writing", "done")
+_STAGES = ("reading the tokenizer", "unpacking the weights", "writing", "done")
 
 
 def load(
@@ -301,7 +301,7 @@ def _shown(progress: Progress | None) -> Iterator[Progress]:
         redirect_stderr=False,
         redirect_stdout=False,
     ) as bars:
-        task = bars.add_task("converting SmolLM2, once", total=len(_STAGES) - 1, says="")
+        task = bars.add_task("converting SmolLM2", total=len(_STAGES) - 1, says="")
 
         def show(done: int, steps: int, says: str) -> None:
             bars.update(task, completed=done, total=steps, says=says)
