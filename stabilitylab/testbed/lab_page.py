@@ -20,7 +20,7 @@ from stabilitylab.reports.text import clean, number
 from stabilitylab.testbed.lab import Row
 
 _LEGEND = (
-    ("onset, NaN", "edit where values begin to diverge, in hindsight; first with NaN or ∞"),
+    ("onset, NaN", "edit where values begin to diverge, in hindsight; first NaN or ∞"),
     ("edit", "share of the edits that took: answered as wanted right after"),
     ("reph, image", "the same in other words, and of another picture"),
     ("local", "share of unrelated answers that were the same after the last edit"),

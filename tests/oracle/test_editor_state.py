@@ -372,8 +372,15 @@ def test_the_row_that_is_looked_up(token: int, expected: int) -> None:
 
 
 def test_an_input_without_positions_can_not_be_looked_up() -> None:
-    with pytest.raises(ValueError, match=r"expected \[batch, tokens, inputs\]"):
-        query_of(torch.ones(2, 3), -1)
+    for shape in ((3,), (2, 0, 3), (2, 3, 4, 5)):
+        with pytest.raises(ValueError, match=r"expected \[batch, tokens, inputs\]"):
+            query_of(torch.ones(*shape), -1)
+
+
+def test_the_tokens_of_one_list_are_one_row() -> None:
+    entered = torch.arange(12.0).reshape(4, 3)
+    assert torch.equal(query_of(entered, 1), entered[1:2])
+    assert torch.equal(query_of(entered, torch.tensor(-1)), entered[3:])
 
 
 # -- side memories ----------------------------------------------------------------------------------------------------
