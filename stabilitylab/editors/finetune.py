@@ -21,7 +21,7 @@ from stabilitylab.errors import UsageError, did_you_mean
 Constraint = Literal["linf", "frobenius"]
 STEPS = 50
 LEARNING_RATE = 1e-3
-RADII: dict[Constraint, float] = {"linf": 0.02, "frobenius": 0.3}
+RADII: dict[Constraint, float] = {"linf": 0.03, "frobenius": 0.3}
 """Radius of each constraint's ball, where none is given."""
 LOSS_ENOUGH = 1e-2
 """The edit is done when its loss is below."""
