@@ -27,8 +27,6 @@ class Originals(Protocol):
 class Testbed(Prompts, Protocol):
     """One real model and the requests for it."""
 
-    __test__ = False  # no test class, whatever pytest may think of the name
-
     name: str
     """Such as ``blip2-digits``."""
     shipped: Path | None
