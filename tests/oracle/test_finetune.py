@@ -131,7 +131,7 @@ def test_an_exception_leaves_weights_and_flags_as_they_were() -> None:
 
 def test_edits_of_the_digit_model_take_and_nothing_else_moves() -> None:
     model, tokenizer = blip2_digits.load("fp16")
-    records = digits.edit_stream(0, 4, "validation")
+    records = digits.edit_stream(0, 2, "validation")
     originals = Originals.of(model, tokenizer, records)
     editor = Finetune.for_model(model, batch_of=edit_batch)
     assert isinstance(editor, Editor)
