@@ -140,6 +140,8 @@ class DigitsBed:
                 except UsageError as error:
                     raise RecordError(f"{path}: record {index}, field {field!r}: {error}") from None
             for field in ("src", "rephrase", "alt", "loc", "m_loc_q"):
+                if not getattr(record, field).strip():
+                    raise RecordError(f"{path}: record {index}, field {field!r}: expected words, found none")
                 try:
                     blip2_digits.batch(self.tokenizer, [getattr(record, field)], [None])
                     if field == "alt":

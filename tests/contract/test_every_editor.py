@@ -115,7 +115,7 @@ def test_watching_it_takes_one_line_and_changes_nothing(name: str, bed: DigitsBe
     assert len(run) == len(requests)
     assert not [note for note in run.notes if "failed" in note.kind or "switched" in note.says], run.notes
     for site in editor.sites:
-        assert site in run.sites_of("weight.max"), site
+        assert site in run.sites_of("drift.ratio"), site
 
 
 @pytest.mark.parametrize("name", NAMES)

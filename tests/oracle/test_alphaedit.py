@@ -13,7 +13,7 @@ from stabilitylab.editor_parts import find_key_caches, find_projections
 from stabilitylab.editors.alphaedit import AlphaEdit, null_space, projected_update
 from stabilitylab.editors.memit import ridge_update
 from stabilitylab.editors.target_value import Search
-from tests.key_value import MODELS, Texts, caught, changed, hooks, llama, locate, loss, matrix, requests, state
+from tests.key_value import MODELS, Texts, average, caught, changed, hooks, llama, locate, loss, matrix, requests, state
 
 SEARCH = Search(steps=30, kl=0.0, decay=0.0, clamp=50.0)
 FEW = {"batches": 1, "rows": 2, "width": 7}
@@ -107,7 +107,7 @@ def test_the_cache_is_the_sum_over_edited_keys_and_each_editors_own() -> None:
             located = locate(request)
             for place, site in enumerate(editor.sites):
                 # In the edited model: a layer's keys hang on earlier layers only.
-                keys = caught(model.eval(), located.batch, site)[0][torch.arange(3), located.subject].mean(dim=0)
+                keys = average(caught(model.eval(), located.batch, site)[0][torch.arange(3), located.subject])
                 sums[place] += torch.outer(keys, keys)
     assert editor.cache_c is not None
     torch.testing.assert_close(editor.cache_c.double(), sums, atol=1e-4 * float(sums.abs().max()), rtol=0)

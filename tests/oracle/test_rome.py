@@ -19,6 +19,7 @@ from tests.key_value import (
     MODELS,
     Texts,
     answered,
+    average,
     caught,
     changed,
     hooks,
@@ -74,10 +75,10 @@ def test_an_edit_writes_its_value_at_its_key_and_nothing_else_moves(family: str)
 
     entered, left = caught(model_before, located.batch, site)
     rows = torch.arange(len(located.subject))
-    key = entered[rows, located.subject].mean(dim=0)
+    key = average(entered[rows, located.subject])
     report = editor.reports[site]
     torch.testing.assert_close(report.key, key, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(report.initial_value, left[rows, located.subject].mean(dim=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(report.initial_value, average(left[rows, located.subject]), atol=1e-5, rtol=1e-5)
     moved = matrix(model, site) - old
     wanted = report.target_value - report.initial_value
     torch.testing.assert_close(moved @ key, wanted, atol=1e-5 * float(wanted.norm()), rtol=0)
