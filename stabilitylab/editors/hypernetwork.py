@@ -155,7 +155,7 @@ class HypernetworkEditor(nn.Module):
         file = folder / cls.file
         if not file.is_file():
             made_by = f"python -m stabilitylab.testbed.train --out {file.parent}"
-            raise UsageError(f"no checkpoint {file}; make one with: {made_by}")
+            raise UsageError(f"no checkpoint {file}; save one there, or make the digit model's with: {made_by}")
         try:
             with safe_open(file, framework="pt") as opened:
                 about = opened.metadata() or {}

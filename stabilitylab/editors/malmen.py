@@ -176,8 +176,9 @@ class Malmen(HypernetworkEditor):
     file = FILE
     as_it_is = ("normaliser.n", ".mean", ".var", ".std", "lr.weight", "lamda.weight")
     training_settings = Training(
-        steps=600, sizes=(1, 16), learning_rate=1e-3, rates={"lr.weight": 3e-5, "lamda.weight": 2e-2}, keep_weight=2.0
+        steps=200, sizes=(1, 16), learning_rate=1e-3, rates={"lr.weight": 3e-5, "lamda.weight": 2e-2}, keep_weight=2.0
     )
+    """For a model of which an example takes a second; the digit model's editor is trained for longer."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Edits of the testbed as MEND wants them: batches to edit with, and random training examples."""
+"""Edits of the testbed as MEND and MALMEN want them: batches to edit with, and random training examples."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,16 +32,25 @@ from stabilitylab.testbed.records import EditRecord
 from stabilitylab.testbed.training import train_model
 
 SEED = 0
-EDITORS: dict[str, type[HypernetworkEditor]] = {"mend": Mend, "malmen": Malmen}
-VALIDATION_EDITS = 40
 SET = 8
 """Edits that MALMEN is judged by together."""
-VALIDATION_SETS = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """An editor to train: its steps, and the validation edits that it is judged by, `together` at a time."""
+
+    kind: type[HypernetworkEditor]
+    steps: int
+    validation_edits: int
+    together: int
+
+
+JOBS = {"mend": Job(Mend, 150, 40, 1), "malmen": Job(Malmen, 600, 80, SET)}
 HELD_OUT_EDITS = 200
 HELD_OUT_STREAM = 777
 SEQUENCES = 10
 LONGEST = 60
-E = TypeVar("E", bound=HypernetworkEditor)
 
 
 @contextmanager
@@ -75,27 +85,24 @@ def set_edits(
     return evaluation.scores(torch.cat(found))
 
 
-def train_editor(kind: type[E], folder: Path, *, seed: int, steps: int | None = None, progress: Progress = quiet) -> E:
+def train_editor(job: Job, folder: Path, *, seed: int, progress: Progress = quiet) -> HypernetworkEditor:
     """An editor for the model in `folder`, at the state that was best on validation edits, rounded as it is stored.
 
-    Best is by the smaller of success (mean of the three) and locality, on edits of the decoder in float16: MEND's by
-    one, MALMEN's in sets of `SET`. steps: other than the editor's own.
+    Best is by the smaller of success (mean of the three) and locality, on edits of the decoder in float16.
     """
     model, tokenizer = blip2_digits.load("fp32", folder)
     judged, _ = blip2_digits.load("fp16", folder)
-    records = digits.edit_stream(seed, VALIDATION_SETS * SET if kind is Malmen else VALIDATION_EDITS, "validation")
+    records = digits.edit_stream(seed, job.validation_edits, "validation")
 
     def figure(editor: Any) -> float:
-        if kind is Malmen:
-            found = set_edits(judged, tokenizer, records, SET, editor.edit)
-        else:
-            found = evaluation.single_edits(judged, tokenizer, records, editor.edit)
+        def edit(model: Any, some: list[EditRecord]) -> Any:
+            return editor.edit(model, some if job.together > 1 else some[0])
+
+        found = set_edits(judged, tokenizer, records, job.together, edit)
         return min((found.efficacy + found.rephrase + found.image_rephrase) / 3, found.locality)
 
-    editor = kind.for_model(model, seed=seed)
-    settings = editor.training_settings
-    if steps is not None:
-        settings = dataclasses.replace(settings, steps=steps)
+    editor = job.kind.for_model(model, seed=seed)
+    settings = dataclasses.replace(editor.training_settings, steps=job.steps)
     editor.train_on(model, examples(seed), seed=seed, settings=settings, validate=figure, progress=progress)
     editor.round_to_stored()
     return editor
@@ -173,10 +180,10 @@ def _train_into(out: Path, seed: int, only: str | None, console: Console) -> Non
             with _bar(console, "Digit model") as progress:
                 files.append(blip2_digits.save(train_model(seed, progress=progress), made))
         model = out if only else Path(made)
-        for name, kind in EDITORS.items():
+        for name, job in JOBS.items():
             if only in (None, name):
-                with _bar(console, kind.name) as progress:
-                    files.append(train_editor(kind, model, seed=seed, progress=progress).save(made))
+                with _bar(console, job.kind.name) as progress:
+                    files.append(train_editor(job, model, seed=seed, progress=progress).save(made))
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.move(file, out / file.name)
@@ -187,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stabilitylab.testbed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=blip2_digits.CHECKPOINTS, metavar="DIR", help="where to write")
     parser.add_argument("--seed", type=int, default=SEED, help="of weights and data order (default %(default)s)")
-    parser.add_argument("--only", choices=EDITORS, help="train this editor alone, for the model that lies in DIR")
+    parser.add_argument("--only", choices=JOBS, help="train this editor alone, for the model that lies in DIR")
     parser.add_argument("--table", action="store_true", help="train nothing: print the table of what lies in DIR")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)  # The tensors are small, and sums are the same on every machine's number of cores.

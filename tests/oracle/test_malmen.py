@@ -26,6 +26,7 @@ from stabilitylab.editors.meta_training import backward
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.mend_data import edit_batch
+from stabilitylab.testbed.train import SET, set_edits
 
 SITES = ("layers.0.fc1", "layers.0.fc2")
 
@@ -416,3 +417,35 @@ def test_factors_of_several_edits_are_their_tokens_one_after_the_other() -> None
     for (u, v), first, second in zip(joined([one, two]), one, two, strict=True):
         assert torch.equal(u, torch.cat([first[0], second[0]]))
         assert torch.equal(v, torch.cat([first[1], second[1]]))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any, Malmen]:
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install stabilitylab[demo]")
+    model, tokenizer = blip2_digits.load("fp16")
+    return model, tokenizer, Malmen.load(model)
+
+
+def test_the_shipped_editor_carries_out_sets_of_edits(shipped: tuple[Any, Any, Malmen]) -> None:
+    model, tokenizer, editor = shipped
+    before = copy.deepcopy(model.state_dict())
+    records = digits.edit_stream(5, 48, "validation")
+    found = set_edits(model, tokenizer, records, SET, editor.edit)
+    assert found.efficacy >= 0.75
+    assert found.rephrase >= 0.65
+    assert found.locality >= 0.7
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_long_stream_of_the_shipped_editor_is_the_batch_of_its_edits(shipped: tuple[Any, Any, Malmen]) -> None:
+    model, _, editor = shipped
+    records = digits.edit_stream(0, 40, "validation")
+    for record in records:
+        editor.edit(model, record)
+    together, _ = blip2_digits.load("fp16")
+    Malmen.load(together).edit(together, records)
+    for site in editor.sites:
+        one, two = (which.get_submodule(site).weight for which in (model, together))
+        assert one.isfinite().all()
+        # Sums in another order: here and there the last bit of a float16.
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=2e-3)
