@@ -10,29 +10,21 @@ Li et al., arXiv 2301.12597).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
+from stabilitylab.editors.base import Progress, quiet
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.questions import FACTS, KINDS, NUMBERS
-
-Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what is measured)."""
 
 VARIANTS = 6
 """Moved pictures of each training image, besides the image itself."""
 LABEL_SMOOTHING = 0.1
 """Without it the decoder's logits reach 27 instead of 7, an edit has to move the weights further to turn an answer, and
 sequences of edits end in NaN at edits 6 to 12, before they have a beginning to compare with."""
-
-
-def quiet(done: int, steps: int, says: str) -> None:
-    """Progress that is shown to nobody."""
 
 
 def train_model(
