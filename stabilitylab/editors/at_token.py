@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -99,8 +100,14 @@ def passing(
 
 
 def mean_at(values: Tensor, position: Tensor) -> Tensor:
-    """float64 [units]: the mean over the rows of `values` [rows, tokens, units], each at its own position."""
-    return values[torch.arange(values.shape[0]), position.to(values.device)].double().mean(dim=0)
+    """float64 [units]: the mean of `values` [rows, tokens, units] over rows, each taken at its own position.
+
+    The first row, the bare prompt, counts as much as all the others together. Where a text begins with its subject, the
+    key there has little to do with the keys behind prefixes, which are all alike: with an even mean over four rows, two
+    facts that ROME missed on SmolLM2-135M got 0.45 of the shift at the bare prompt, and 1.2 of it elsewhere.
+    """
+    taken = values[torch.arange(values.shape[0]), position.to(values.device)].double()
+    return taken[0] if len(taken) == 1 else (taken[0] + taken[1:].mean(dim=0)) / 2
 
 
 @contextlib.contextmanager
@@ -147,13 +154,16 @@ def block_of(site: str) -> str:
     return match["block"]
 
 
-def down_sites(model: nn.Module, layers: Sequence[int] | None, share: tuple[float, float]) -> tuple[str, ...]:
+def down_sites(
+    model: nn.Module, layers: Sequence[int] | None, share: tuple[float, float], least: int = 1
+) -> tuple[str, ...]:
     """The matrices that write the MLPs' outputs, of the decoder layers `layers`, in order.
 
     Args:
         model: holds them.
-        layers: their numbers; by default those at a depth of between `share` of the decoder, rounded, ends included.
+        layers: their numbers; by default those at a depth of between `share` of the decoder, both rounded up.
         share: from 0, the first layer, to 1, the last.
+        least: how many layers there are by default in a decoder that is short.
 
     Raises:
         SiteError: a layer that the model lacks.
@@ -162,8 +172,8 @@ def down_sites(model: nn.Module, layers: Sequence[int] | None, share: tuple[floa
     down = mlp_layers(model, "down")
     numbers = sorted(down)
     if layers is None:
-        first, last = (round(part * (len(numbers) - 1)) for part in share)
-        layers = numbers[first : last + 1]
+        first, last = (math.ceil(part * (len(numbers) - 1)) for part in share)
+        layers = numbers[first : max(last + 1, first + least)]
     if not layers:
         raise UsageError(f"no layer to edit; expected some of the decoder layers {numbers[0]} to {numbers[-1]}")
     for number in layers:

@@ -23,11 +23,12 @@ from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
 from stabilitylab.editors.target_value import Search, TargetValue, target_value
 
-DEPTH = (0.14, 0.28)
-"""The default layers' place, from 0, the decoder's first layer, to 1, its last."""
+DEPTH = (0.13, 0.27)
+"""The default layers' place, from 0, the decoder's first layer, to 1, its last: layers 4 to 8 of 30, 1 and 2 of 3."""
+LEAST = 2
 RIDGE = 1e-2
 PRESERVATION = 0.1
-SEARCH = Search(clamp=0.75)
+SEARCH = Search(clamp=1.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +165,7 @@ class Memit(SpreadEditor):
         Raises:
             SiteError: the model has no such layers.
         """
-        sites = down_sites(model, layers, DEPTH)
+        sites = down_sites(model, layers, DEPTH, LEAST)
         shapes = {found.name: found.shape for found in edited_layers(model, sites)}
         return cls(shapes, locate=locate, search=search, preservation=preservation, ridge=ridge, tokens=tokens)
 

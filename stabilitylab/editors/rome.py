@@ -1,9 +1,9 @@
 """ROME: rank-one model editing (Meng et al., NeurIPS 2022, arXiv 2202.05262).
 
 One MLP's last matrix W is taken for a memory of values by keys. Of all matrices that answer the key k* with the value
-v*, the one that is nearest to W as measured on ordinary keys is Ŵ = W + Λ (C⁻¹k*)ᵀ (eq. 2). k* is the mean over the
-rows of a located request, on both sides of the formula: mixing it with the key of one row is what makes single edits
-destroy a model (Gupta et al., "Rebuilding ROME", arXiv 2403.07175). There are no guards here.
+v*, the one that is nearest to W as measured on ordinary keys is Ŵ = W + Λ (C⁻¹k*)ᵀ (eq. 2). k* is a mean over the rows
+of a located request (`at_token.mean_at`), on both sides of the formula: mixing it with the key of one row is what makes
+single edits destroy a model (Gupta et al., "Rebuilding ROME", arXiv 2403.07175). There are no guards here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
 from stabilitylab.editors.target_value import Search, target_value
 
-DEPTH = 0.2
-"""The default layer's place, from 0, the decoder's first layer, to 1, its last."""
+DEPTH = 0.17
+"""The default layer's place, from 0, the decoder's first layer, to 1, its last: layer 5 of 30, 1 of 3."""
 RIDGE = 1e-2
 
 

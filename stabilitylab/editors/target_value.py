@@ -21,7 +21,8 @@ class Search:
     """How the shift δ is looked for: Adam steps on loss + kl · KL(before ‖ now at the kept rows) + decay · ‖δ‖ / ‖v₀‖².
 
     clamp: after each step ‖δ‖ is cut to clamp · ‖v₀‖. enough: the search ends once the answer's loss (mean negative log
-    likelihood per token) is below.
+    likelihood per token) is below. The paper's code has 0.05. The reserve is for rows that get less than the whole
+    shift after the edit: one fact that MEMIT missed on SmolLM2-135M had a loss of 2.3 at 0.05, and of 0.7 at 0.02.
     """
 
     steps: int = 25
@@ -29,7 +30,7 @@ class Search:
     kl: float = 0.0625
     decay: float = 0.5
     clamp: float = 4.0
-    enough: float = 0.05
+    enough: float = 0.02
 
     def __post_init__(self) -> None:
         if self.steps < 1:

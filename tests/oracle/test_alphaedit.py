@@ -15,13 +15,13 @@ from stabilitylab.editors.memit import ridge_update
 from stabilitylab.editors.target_value import Search
 from tests.key_value import MODELS, Texts, average, caught, changed, hooks, llama, locate, loss, matrix, requests, state
 
-SEARCH = Search(steps=30, kl=0.0, decay=0.0, clamp=50.0)
+SEARCH = Search(steps=25, lr=1.0, kl=0.0, decay=0.0, clamp=50.0, enough=0.05)
 FEW = {"batches": 1, "rows": 2, "width": 7}
 """So few tokens of ordinary text that their keys leave a null space."""
 
 
 def prepared(model: nn.Module, **settings: Any) -> AlphaEdit:
-    chosen = {"search": SEARCH, "layers": [1, 2], "threshold": 1e-4, **settings}
+    chosen = {"search": SEARCH, "layers": [1, 2], "null_share": 1e-5, **settings}
     editor = AlphaEdit.for_model(model, locate=locate, **chosen)
     editor.prepare(model, Texts(**FEW), seed=0)
     return editor
@@ -62,6 +62,16 @@ def test_the_update_annihilates_preserved_keys_and_is_the_ridge_solution_inside_
     identity = torch.eye(24, dtype=torch.float64)
     inverse = torch.linalg.inv(earlier @ earlier.T @ projection + keys @ keys.T @ projection + weight * identity)
     torch.testing.assert_close(solved.update, residual @ keys.T @ projection @ inverse, atol=1e-10, rtol=1e-8)
+
+
+def test_the_null_space_holds_no_more_than_was_asked_for() -> None:
+    (keys,) = drawn((24, 300))
+    moment = (keys * torch.linspace(0.1, 3, 24, dtype=torch.float64)[:, None]) @ keys.T / 300
+    moment = (moment + moment.T) / 2 + 3 * torch.eye(24, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(moment)
+    for kept in (0, 1, 7, 23, 24):
+        most = float(values[:kept].sum()) * (1 + 1e-9)
+        assert float(null_space(moment, most).trace()) == pytest.approx(kept, abs=1e-9)
 
 
 def test_with_nothing_to_preserve_it_is_the_ridge_solution() -> None:

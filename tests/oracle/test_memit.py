@@ -31,7 +31,7 @@ from tests.key_value import (
     state,
 )
 
-SEARCH = Search(steps=30, kl=0.0, decay=0.0, clamp=50.0)
+SEARCH = Search(steps=25, lr=1.0, kl=0.0, decay=0.0, clamp=50.0, enough=0.05)
 
 
 def prepared(model: nn.Module, layers: list[int], **settings: Any) -> Memit:
