@@ -8,7 +8,6 @@ is made at each token by itself, so it asks for no position: padding, batches an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch
 from stabilitylab.editors.layers import edited_layers, mlp_layers
+from stabilitylab.editors.saving import read_state, write_state
 from stabilitylab.errors import UsageError
 
 FILE = "grace.safetensors"
@@ -234,24 +234,14 @@ class Grace:
         Raises:
             UsageError: there is none yet.
         """
-        from safetensors.torch import save_file
-
         adapter = adapter_of(model, self.sites[0])
         if adapter is None:
             raise UsageError(f"the layer {self.sites[0]!r} has no codebook yet; expected at least one edit before")
-        file = Path(folder) / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
         longest = max(map(len, adapter.answers), default=0)
         padded = [[*answer, *[_IGNORED] * (longest - len(answer))] for answer in adapter.answers]
-        state = {name: value.contiguous() for name, value in adapter.named_buffers(recurse=False)}
+        state = dict(adapter.named_buffers(recurse=False))
         state["answers"] = torch.tensor(padded, dtype=torch.long).reshape(len(padded), longest)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            save_file(state, unfinished, metadata={"site": self.sites[0]})
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return file
+        return write_state(Path(folder) / FILE, state, {"site": self.sites[0]})
 
     def restore(self, model: nn.Module, folder: str | Path) -> nn.Module:
         """Put the codebook that `save` wrote around the layer of `model`, in place of one that may be there.
@@ -262,17 +252,9 @@ class Grace:
         Raises:
             UsageError: no such file, no codebook, or one of another layer or of another shape.
         """
-        from safetensors import SafetensorError, safe_open
-
         file = Path(folder) / FILE
-        if not file.is_file():
-            raise UsageError(f"no codebook {file}; expected what Grace.save wrote")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                site = (opened.metadata() or {}).get("site")
-                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UsageError(f"{file} can't be read as safetensors: {error}") from None
+        state, about = read_state(file, "expected what Grace.save wrote")
+        site = about.get("site")
         if set(state) != {"keys", "values", "epsilons", "answers"}:
             raise UsageError(f"{file} is no codebook; expected keys, values, epsilons and answers")
         if site != self.sites[0]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from stabilitylab.editors.base import Batch, Example, Progress, Prompts, quiet
 from stabilitylab.editors.factors import gradient_factors, used_tokens
 from stabilitylab.editors.layers import EditedLayer, edited_layers, last_mlp_layers
+from stabilitylab.editors.saving import read_state, write_state
 from stabilitylab.errors import UsageError
 
 RANK = 64
@@ -150,18 +149,8 @@ class HypernetworkEditor(nn.Module):
 
     @classmethod
     def _read(cls, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
         file = folder / cls.file
-        if not file.is_file():
-            made_by = f"python -m stabilitylab.testbed.train --out {file.parent}"
-            raise UsageError(f"no checkpoint {file}; save one there, or make the digit model's with: {made_by}")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                about = opened.metadata() or {}
-                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UsageError(f"{file} can't be read as safetensors: {error}") from None
+        state, about = read_state(file, f"make one with: python -m stabilitylab.testbed.train --out {file.parent}")
         if "sites" not in about or "rank" not in about:
             raise UsageError(
                 f"{file} is no {cls.name} checkpoint of stabilitylab; expected 'sites' and 'rank' in its metadata"
@@ -190,19 +179,10 @@ class HypernetworkEditor(nn.Module):
 
         The statistics of δ are too small for float16. The file is there whole or not at all.
         """
-        from safetensors.torch import save_file
-
-        file = Path(path) / self.file
-        file.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            name: (value if name.endswith(self.as_it_is) else value.half()).detach().contiguous()
-            for name, value in self.state_dict().items()
+            name: value if name.endswith(self.as_it_is) else value.half() for name, value in self.state_dict().items()
         }
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{self.file}.") as scratch:
-            written = Path(scratch) / self.file
-            save_file(state, written, metadata={"sites": ",".join(self.sites), "rank": str(self.rank)})
-            os.replace(written, file)
-        return file
+        return write_state(Path(path) / self.file, state, {"sites": ",".join(self.sites), "rank": str(self.rank)})
 
     def round_to_stored(self) -> None:
         """Round the hypernetworks to the float16 that `save` writes, in place."""
