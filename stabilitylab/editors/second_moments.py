@@ -5,8 +5,6 @@ A key is what enters the matrix that writes an MLP's output (Meng et al., NeurIP
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.at_token import passing, still, used_tokens
 from stabilitylab.editors.base import Batch, Located, Progress, Prompts, quiet
 from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.saving import read_state, write_state
 from stabilitylab.errors import UsageError
 
 TOKENS = 20_000
@@ -113,25 +112,13 @@ class KeyValueEditor:
 
     def save(self, folder: str | Path) -> Path:
         """Write the second moments (float32, as they are kept) into `folder`."""
-        from safetensors.torch import save
-
         moments = self.known()
         state: dict[str, Tensor] = {}
         for site in self.sites:
-            state[f"{site}.moment"] = moments.matrices[site].contiguous().cpu()
+            state[f"{site}.moment"] = moments.matrices[site]
             state[f"{site}.power"] = torch.tensor(moments.power[site], dtype=torch.float64)
-        file = Path(folder) / self.file
-        file.parent.mkdir(parents=True, exist_ok=True)
         about = {"editor": type(self).__name__, "sites": ",".join(self.sites), "tokens": str(moments.tokens)}
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(handle, "wb") as opened:
-                opened.write(save(state, metadata=about))
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
-        return file
+        return write_state(Path(folder) / self.file, state, about)
 
     def restore(self, folder: str | Path) -> None:
         """Take over what `save` wrote.
@@ -139,18 +126,9 @@ class KeyValueEditor:
         Raises:
             UsageError: no such file, not one of this editor's, or one of other layers.
         """
-        from safetensors import SafetensorError, safe_open
-
         file = Path(folder) / self.file
         who = type(self).__name__
-        if not file.is_file():
-            raise UsageError(f"no file {file} with second moments of keys; {who}.prepare and save make one")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                about = opened.metadata() or {}
-                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UsageError(f"{file} can't be read as safetensors: {error}") from None
+        state, about = read_state(file, f"{who}.prepare and save make one of second moments of keys")
         if about.get("editor") != who or "tokens" not in about:
             raise UsageError(
                 f"{file} holds no state of {who}; it was written by {about.get('editor', 'something else')}"

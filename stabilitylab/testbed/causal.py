@@ -28,9 +28,7 @@ CANARY_TEXT = TEXTS / "canary.txt"
 """Other ordinary text: what the perplexity is of."""
 PREFIXES = (
     "The weather stayed mild that year. ",
-    "In the next chapter we turn to another question. ",
     "As many readers will know, ",
-    "She closed the book and thought for a while. ",
     "It was reported last week that ",
 )
 """What stands before a prompt in the further rows of `CausalBed.located`: a value that is to hold in any context must

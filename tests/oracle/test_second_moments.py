@@ -116,7 +116,7 @@ def test_what_is_missing_or_foreign_is_named(kind: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="knows no second moments"):
         editor.save(tmp_path)
     assert not changed(before, model)
-    with pytest.raises(UsageError, match="no file"):
+    with pytest.raises(UsageError, match="no checkpoint"):
         editor.restore(tmp_path)
     (tmp_path / editor.file).write_bytes(b"nonsense")
     with pytest.raises(UsageError, match="can't be read as safetensors"):
