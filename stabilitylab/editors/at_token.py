@@ -161,7 +161,8 @@ def down_sites(
 
     Args:
         model: holds them.
-        layers: their numbers; by default those at a depth of between `share` of the decoder, both rounded up.
+        layers: their numbers; by default those at a depth of between `share` of the decoder, both rounded
+            up, but for the last layer.
         share: from 0, the first layer, to 1, the last.
         least: how many layers there are by default in a decoder that is short.
 
@@ -172,8 +173,9 @@ def down_sites(
     down = mlp_layers(model, "down")
     numbers = sorted(down)
     if layers is None:
-        first, last = (math.ceil(part * (len(numbers) - 1)) for part in share)
-        layers = numbers[first : max(last + 1, first + least)]
+        # What is written in the last layer at a subject no later token reads.
+        first, last = (min(math.ceil(part * (len(numbers) - 1)), max(len(numbers) - 2, 0)) for part in share)
+        layers = numbers[max(min(first, last + 1 - least), 0) : last + 1]
     if not layers:
         raise UsageError(f"no layer to edit; expected some of the decoder layers {numbers[0]} to {numbers[-1]}")
     for number in layers:

@@ -24,7 +24,7 @@ from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
 from stabilitylab.editors.target_value import Search, TargetValue, target_value
 
 DEPTH = (0.13, 0.27)
-"""The default layers' place, from 0, the decoder's first layer, to 1, its last: layers 4 to 8 of 30, 1 and 2 of 3."""
+"""The default layers' place, from 0, the decoder's first layer, to 1, its last: layers 4 to 8 of 30, the first two of 3."""
 LEAST = 2
 RIDGE = 1e-2
 PRESERVATION = 0.1
