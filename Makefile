@@ -54,7 +54,7 @@ wheel: $(FULL) ## Build the wheel into dist/
 	rm -rf build
 	$(BIN)/python -m build --wheel --outdir dist .
 
-checkpoints: $(CORE) ## Train the demo's model and its MEND editor anew from nothing
+checkpoints: $(CORE) ## Train the demo's model, and MEND and MALMEN for it, anew from nothing
 	$(BIN)/python -m stabilitylab.testbed.train
 
 clean: ## Remove everything that was made here, but for runs/

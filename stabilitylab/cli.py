@@ -28,6 +28,7 @@ from stabilitylab.run import Run, load
 EXIT_BAD_VERDICT = 1
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
+MOST_SEEDS = 2**32 - 1
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +52,7 @@ class FailOn(str, Enum):
 
 
 class Precision(str, Enum):
-    """The dtypes that the demo's decoder can be loaded in."""
+    """The dtypes that a testbed's model (of BLIP2-OPT: its decoder) can be loaded in."""
 
     fp16 = "fp16"
     bf16 = "bf16"
@@ -183,7 +184,7 @@ def lab_run(
     editor: Annotated[str, typer.Option(help="Such as mend, or mend+ball; an unknown one lists them all.")],
     model: ModelName = "blip2-digits",
     edits: Edits = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Which stream of edits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Which stream of edits.")] = 0,
     data: Data = None,
     text: ModelText = None,
     run: Annotated[
@@ -227,9 +228,9 @@ def _by_time(name: str) -> Path:
 
 def _numbers(words: str) -> list[int]:
     found = [word.strip() for word in words.split(",") if word.strip()]
-    wrong = next((word for word in found if not word.isascii() or not word.isdigit()), None)
+    wrong = next((word for word in found if not (word.isascii() and word.isdigit() and int(word) <= MOST_SEEDS)), None)
     if wrong is not None:
-        raise UsageError(f"--seeds {words!r}: {wrong!r} is no seed; expected whole numbers such as 0,1,2")
+        raise UsageError(f"--seeds {words!r}: {wrong!r} is no seed; expected whole numbers up to {MOST_SEEDS}")
     return [int(word) for word in found]
 
 
@@ -249,13 +250,13 @@ def _lab(
     single: bool = False,
 ) -> None:
     """Open the testbed, make the runs, print the table; the rows so far are written after each run."""
-    from stabilitylab.editors.registry import parse
     from stabilitylab.testbed.beds import open_bed
-    from stabilitylab.testbed.compare import compare, watched, write_rows
+    from stabilitylab.testbed.compare import compare, expect_names, expect_writable, watched, write_rows
     from stabilitylab.testbed.lab_page import LabProgress, lab_page
 
-    for name in editors:
-        parse(name)  # before minutes are spent on a model
+    expect_names(editors, seeds)  # before minutes are spent on a model
+    if json_file is not None:
+        expect_writable(json_file)
     says = LabProgress(len(editors) * len(seeds), Console(stderr=True))
     with says.preparing(model) as progress:
         bed = open_bed(model, precision=precision and precision.value, data=data, text=text, progress=progress)
@@ -266,13 +267,16 @@ def _lab(
         else compare(bed, editors, seeds=seeds, edits=edits, folder=folder, **options)
     )
     rows = []
-    for row in made:
-        rows.append(row)
-        if json_file is not None:
-            write_rows(rows, json_file)
-    console = Console()
-    console.print(lab_page(rows))
-    console.print(f"runs: {folder}", markup=False, soft_wrap=True)
+    try:
+        for row in made:
+            rows.append(row)
+            if json_file is not None:
+                write_rows(rows, json_file)
+    finally:  # what is done is shown, whatever ended the rest
+        if rows:
+            console = Console()
+            console.print(lab_page(rows))
+            console.print(f"runs: {folder}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ class RecordError(StabilityLabError):
     """A file of edit records does not have the layout it should have."""
 
 
+class EditError(StabilityLabError):
+    """An editor can't carry out any of the edits that it was given."""
+
+
 class UsageError(StabilityLabError):
     """An argument has a value that can't be used."""
 

@@ -8,7 +8,8 @@ keys K_p of all earlier edits got (eq. 14):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +92,16 @@ class AlphaEdit(SpreadEditor):
             found.append(null_space(matrix, self.null_share * moments.power[site] * matrix.shape[0]))
         self.P = torch.stack(found).float()
         self.cache_c = torch.zeros_like(self.P)
+
+    @contextmanager
+    def _whole_or_not_at_all(self, model: nn.Module) -> Iterator[None]:
+        cache = None if self.cache_c is None else self.cache_c.clone()
+        try:
+            with super()._whole_or_not_at_all(model):
+                yield
+        except BaseException:
+            self.cache_c = cache
+            raise
 
     def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
         assert self.P is not None

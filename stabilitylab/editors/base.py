@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+Part = Literal["train", "validation"]
 Batch = Mapping[str, Any]
 """Arguments of ``model(**batch)``; it answers with ``.logits`` [rows, tokens, words] and, given labels, ``.loss``."""
 Progress = Callable[[int, int, str], None]
@@ -37,7 +38,10 @@ class Located:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One step of training: an edit, what should follow from it, and what should stay as it was."""
+    """One step of training: an edit, what should follow from it, and what should stay as it was.
+
+    Of an answer of several tokens the first one is trained on; the others follow from it, or don't.
+    """
 
     edit: Batch
     """With labels: the edit itself."""
@@ -58,8 +62,11 @@ class Prompts(Protocol):
         """The request for the editors that work at one token of the prompt."""
         ...
 
-    def examples(self, seed: int) -> Iterator[Example]:
-        """Endless training examples, of requests that no stream of edits holds."""
+    def examples(self, seed: int, part: Part = "train") -> Iterator[Example]:
+        """Endless examples, of requests that no stream of edits holds.
+
+        part: those to train on, or the others, about other subjects, to choose the best state by.
+        """
         ...
 
     def texts(self) -> Iterator[Batch]:
@@ -77,7 +84,19 @@ class Editor(Protocol):
         ...
 
     def edit(self, model: nn.Module, request: Any) -> nn.Module:
-        """The model with `request` carried out; it may be the same object, changed in place."""
+        """The model with `request` carried out; it may be the same object, changed in place.
+
+        One request. MALMEN, MEMIT and AlphaEdit also take a list of them, to be carried out together.
+        """
+        ...
+
+
+@runtime_checkable
+class Remembering(Editor, Protocol):
+    """An editor that knows the weights its last edit left, and takes other ones for a model that was restored."""
+
+    def take_over(self, model: nn.Module) -> None:
+        """Take the weights in `model` for those that the last edit left."""
         ...
 
 
@@ -87,6 +106,11 @@ class Prepared(Editor, Protocol):
 
     file: str
     """The file name of its state, such as ``mend.safetensors``."""
+
+    @property
+    def learned_with(self) -> Mapping[str, Any]:
+        """The settings that what it learns hangs on, as plain values: a state of others must not be taken for it."""
+        ...
 
     def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
         """Learn what it needs; the model is left as it was."""

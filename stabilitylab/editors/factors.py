@@ -64,7 +64,8 @@ def _capture(
         inputs[index] = args[0].detach()
         # A hook on a view (Conv1D, a biased Linear of 3-D input) is lost when something is written into it in place.
         made = output if output._base is None else output._base
-        assert made.grad_fn is not None
+        if made.grad_fn is None:
+            raise SiteError(f"{type(module).__name__} made an output without a gradient; expected a layer that learns")
         handles.append(made.grad_fn.register_prehook(keep_delta))
 
     return keep_input

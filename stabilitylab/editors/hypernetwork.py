@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -150,7 +152,9 @@ class HypernetworkEditor(nn.Module):
     @classmethod
     def _read(cls, folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         file = folder / cls.file
-        state, about = read_state(file, f"make one with: python -m stabilitylab.testbed.train --out {file.parent}")
+        state, about = read_state(
+            file, "prepare and save make one; for the digit model: python -m stabilitylab.testbed.train"
+        )
         if "sites" not in about or "rank" not in about:
             raise UsageError(
                 f"{file} is no {cls.name} checkpoint of stabilitylab; expected 'sites' and 'rank' in its metadata"
@@ -207,6 +211,11 @@ class HypernetworkEditor(nn.Module):
         for transform, _, u, v in self.placed(factors):
             transform.observe(u, v)
 
+    @property
+    def learned_with(self) -> Mapping[str, Any]:
+        """Rank and training settings."""
+        return {"rank": self.rank, **dataclasses.asdict(self.training_settings)}
+
     def train_on(
         self,
         model: nn.Module,
@@ -227,7 +236,7 @@ class HypernetworkEditor(nn.Module):
         return train(self, model, examples, settings, seed=seed, validate=validate, progress=progress)
 
     def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
-        """Train on the prompts' examples and keep the state that was best on some that are not trained on.
+        """Train on the prompts' examples and keep the state that was best on their validation examples.
 
         A model of which a part is in 16 bit is trained for as a float32 copy of it: the losses' gradients are too small
         for float16.
@@ -237,7 +246,7 @@ class HypernetworkEditor(nn.Module):
         wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
         trained_for = model if wide else copy.deepcopy(model).float()
         examples = prompts.examples(seed)
-        aside = [next(examples) for _ in range(VALIDATION_EXAMPLES)]
+        aside = list(islice(prompts.examples(seed, "validation"), VALIDATION_EXAMPLES))
         validate = judge(trained_for, aside, most=self.training_settings.sizes[1])
         self.train_on(trained_for, examples, seed=seed, validate=validate, progress=progress)
         self.round_to_stored()

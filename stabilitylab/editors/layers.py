@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from stabilitylab.sites import orientation_of
 
 _STACK = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<leaf>.+)")
 _VISION = ("vision", "visual", "qformer", "encoder.")
-_UP = ("fc1", "mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc1")
-_DOWN = ("fc2", "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")
+_UP = ("fc1", "mlp.up_proj", "mlp.gate_up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "mlp.fc1")
+_DOWN = ("fc2", "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def mlp_layers(model: nn.Module, which: str) -> dict[int, str]:
     if not found:
         raise SiteError(
             f"{type(model).__name__} has no decoder layers with an MLP matrix named "
-            f"{_either(leaves)}; its linear layers are {_some(model)}"
+            f"{', '.join(leaves)}; its linear layers are {_some(model)}"
         )
     return dict(sorted(found.items()))
 
@@ -96,10 +96,6 @@ def last_mlp_layers(model: nn.Module, last: int) -> tuple[str, ...]:
     """Both MLP matrices of the `last` decoder layers, in the model's order: what MEND and MALMEN edit."""
     up, down = mlp_layers(model, "up"), mlp_layers(model, "down")
     return tuple(name for number in sorted(down)[-last:] for name in (up.get(number), down[number]) if name is not None)
-
-
-def _either(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def _some(model: nn.Module, most: int = 3) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,13 +133,15 @@ class Aggregate:
     """All edits of one layer since it was unedited, as their normal equations.
 
     original: the unedited weight [outputs, inputs], in the model's dtype. gram KᵀK [inputs, inputs], moment KᵀD
-    [inputs, outputs], shift S [outputs, inputs]: float64.
+    [inputs, outputs], shift S [outputs, inputs]: float64. left: the weight as the last edit left it, in the model's
+    dtype: original + shift, or what a limit around the editor made of it.
     """
 
     original: Tensor
     gram: Tensor
     moment: Tensor
     shift: Tensor
+    left: Tensor
 
     @classmethod
     def of(cls, layer: EditedLayer) -> Aggregate:
@@ -147,16 +149,16 @@ class Aggregate:
         original, (outputs, inputs) = layer.matrix.clone(), layer.shape
         gram = original.new_zeros(inputs, inputs, dtype=torch.double)
         moment = original.new_zeros(inputs, outputs, dtype=torch.double)
-        return cls(original, gram, moment, moment.T)
+        return cls(original, gram, moment, moment.T, original)
 
-    @property
-    def edited(self) -> Tensor:
-        """The weight with all edits, in the model's dtype."""
-        return (self.original.double() + self.shift).to(self.original.dtype)
+    def with_edit(self, gram: Tensor, moment: Tensor, shift: Tensor) -> Aggregate:
+        """Of one edit more."""
+        left = (self.original.double() + shift).to(self.original.dtype)
+        return Aggregate(self.original, gram, moment, shift, left)
 
     def is_of(self, layer: EditedLayer) -> bool:
         """Whether the layer's weight is the one that these edits left."""
-        found, left = layer.matrix, self.edited
+        found, left = layer.matrix, self.left
         alike = found.shape == left.shape and found.dtype == left.dtype and found.device == left.device
         return alike and torch.equal(found, left)
 
@@ -251,15 +253,25 @@ class Malmen(HypernetworkEditor):
                 gram, moment = past.gram + keys.T @ keys, past.moment + keys.T @ differences
                 system = _regular(gram, lamda)
                 solution = torch.linalg.solve(system, moment)
-                now = Aggregate(past.original, gram, moment, solution.T)
+                now = past.with_edit(gram, moment, solution.T)
                 after.append(now)
                 self.reports[layer.name] = EditorReport(
                     system=system, solution=solution, right_side=moment, update=layer.as_held(now.shift - past.shift)
                 )
             for layer, now in zip(layers, after, strict=True):
-                layer.matrix.copy_(now.edited)
+                layer.matrix.copy_(now.left)
         self._aggregates = after if self.aggregate else []
         return model
+
+    def take_over(self, model: nn.Module) -> None:
+        """Let the stream go on from the weights in `model`, which a limit moved after the last edit.
+
+        The equations stay as they are: the next edit again solves for all edits, and the limit holds its result.
+        """
+        layers = edited_layers(model, self.sites)
+        self._aggregates = [
+            replace(past, left=layer.matrix.clone()) for past, layer in zip(self._aggregates, layers, strict=False)
+        ]
 
     def _continue(self, layers: Sequence[EditedLayer]) -> bool:
         return bool(self._aggregates) and all(

@@ -6,7 +6,7 @@ Each is a remedy that people try against sequential edits that grow. The editor 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.editor_report import EditorReport
-from stabilitylab.editors.base import Editor, Prepared, Progress, Prompts, quiet
+from stabilitylab.editors.base import Editor, Prepared, Progress, Prompts, Remembering, quiet
 from stabilitylab.editors.grace import Grace
 from stabilitylab.errors import UsageError
 from stabilitylab.sites import Site, find_sites, locate
@@ -63,6 +63,7 @@ class Regularized:
         with self._clamped():
             edited = self.inner.edit(model, request)
         reports = dict(getattr(self.inner, "reports", {}))
+        moved = False
         for site in self._sites:
             weight = self._weight(edited, site)
             origin = self._origins[site.name]
@@ -71,11 +72,14 @@ class Regularized:
                 held |= put_back(weight, before[site.name], self.clip * norm_of(origin))
             if self.ball is not None:
                 held |= put_back(weight, origin, self.ball * norm_of(origin))
+            moved |= held
             report = reports.get(site.name)
             if held and report is not None and report.update is not None:
                 # Else the update that was held back would look like one that was lost in rounding.
                 reports[site.name] = dataclasses.replace(report, update=None)
         self.reports = reports
+        if moved and isinstance(self.inner, Remembering):
+            self.inner.take_over(edited)
         return edited
 
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -112,6 +116,11 @@ class RegularizedPrepared(Regularized):
     def file(self) -> str:
         """The inner editor's file name."""
         return self.inner.file
+
+    @property
+    def learned_with(self) -> Mapping[str, Any]:
+        """The inner editor's."""
+        return self.inner.learned_with
 
     def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
         """As the inner editor, without limits."""

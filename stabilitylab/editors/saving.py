@@ -12,22 +12,27 @@ from torch import Tensor
 from stabilitylab.errors import UsageError
 
 
-def write_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, str]) -> Path:
-    """Write tensors and their metadata to `file`, whose folder is made; an earlier file stays until then."""
-    from safetensors.torch import save
-
+def write_whole(file: Path, content: bytes) -> Path:
+    """Write `content` to `file`, whose folder is made; an earlier file stays until the new one is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    held = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as opened:
-            opened.write(save(held, metadata=dict(about)))
+            opened.write(content)
         Path(name).chmod(0o644)
         os.replace(name, file)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     return file
+
+
+def write_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, str]) -> Path:
+    """Write tensors and their metadata to `file`, see `write_whole`."""
+    from safetensors.torch import save
+
+    held = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return write_whole(file, save(held, metadata=dict(about)))
 
 
 def read_state(file: Path, absent: str) -> tuple[dict[str, Tensor], dict[str, str]]:

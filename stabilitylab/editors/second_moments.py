@@ -105,6 +105,11 @@ class KeyValueEditor:
         self.reports: dict[str, EditorReport] = {}
         """Of the last edit, by site."""
 
+    @property
+    def learned_with(self) -> Mapping[str, Any]:
+        """How many tokens are read."""
+        return {"tokens": self.tokens}
+
     def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
         """Gather second moments over ``prompts.texts()``. Nothing is drawn at random: `seed` changes nothing."""
         edited_layers(model, self.sites)

@@ -67,7 +67,7 @@ def target_value(model: nn.Module, module: str, units: int, located: Located, se
         located: the request.
         search: the settings.
     """
-    shift = torch.zeros(units, device=located.subject.device, requires_grad=True)
+    shift = torch.zeros(units, device=next(model.parameters()).device, requires_grad=True)
     adam = torch.optim.Adam([shift], lr=search.lr)
     initial = before = None
     losses: list[float] = []

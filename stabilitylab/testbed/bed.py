@@ -36,6 +36,10 @@ class Testbed(Prompts, Protocol):
         """The unedited model, in eval mode: a new object each time."""
         ...
 
+    def learned_from(self) -> str:
+        """A digest of all that `examples` and `texts` are made of: what editors learned of other things is another."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Plain JSON values for the manifest: the model, its precision, the file of requests."""
         ...

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editors.base import Batch, Example, Located, Progress
+from stabilitylab.editors.base import Batch, Example, Located, Part, Progress
 from stabilitylab.errors import RecordError, UsageError
+from stabilitylab.reports.text import shorten
 from stabilitylab.testbed import facts, smollm2
 from stabilitylab.testbed.bed import SCORES, Outcomes
 from stabilitylab.testbed.counterfact import Fact, load_facts
@@ -110,12 +111,16 @@ class CausalBed:
         self.shipped: Path | None = None
         self._load = load
         self.data, self.text = data, PROSE if text is None else text
+        self._streamed, self._learned = _shared_out(data) if data is not None else ([], {})
+        prose, canary = _words(self.text), _words(CANARY_TEXT)
+        # What the user gave is sound: only now comes what takes time.
         first, self.tokenizer = load()
         self._loaded: nn.Module | None = first
         self._takes_positions = "position_ids" in inspect.signature(first.forward).parameters
-        self._streamed, self._trained = _shared_out(data) if data is not None else ([], [])
-        self._text = _chunks(self._encode(_words(self.text))[0], TOKENS)
-        self._canary_text = _chunks(self._encode(_words(CANARY_TEXT))[0], CANARY_TOKENS)
+        longest = _longest(first)
+        self._text = _chunks(self._encode(prose)[0], min(TOKENS, longest))
+        self._canary_text = _chunks(self._encode(canary)[0], min(CANARY_TOKENS, longest))
+        self._expect_room(longest)
         self._about = dict(about or {})
 
     @classmethod
@@ -160,7 +165,8 @@ class CausalBed:
         if self.data is None:
             return facts.fact_stream(seed, n)
         if n > len(self._streamed):
-            kept = f" ({len(self._trained)} more are kept to train editors on)" if self._trained else ""
+            more = sum(map(len, self._learned.values()))
+            kept = f" ({more} more are kept to train editors on)" if more else ""
             raise UsageError(f"{n} edits were asked for; '{self.data}' holds {len(self._streamed)} facts{kept}")
         order = list(self._streamed)
         random.Random(f"stream {seed}").shuffle(order)
@@ -192,11 +198,18 @@ class CausalBed:
         kept = torch.tensor([self._token_before(essence, len(request.subject))])
         return Located(batch, subject, self._batch([self._asked(essence)], "right"), kept)
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def learned_from(self) -> str:
+        """A digest of the text and of the facts to train on, not of where they lie."""
+        known = repr([self._text, sorted(self._learned.items()), self._streamed])
+        own = "" if self._learned else repr(facts.TABLES)
+        return hashlib.sha256((known + own).encode()).hexdigest()
+
+    def examples(self, seed: int, part: Part = "train") -> Iterator[Example]:
         """Facts about subjects that no stream holds; kept are the locality prompt and prompts of other facts."""
-        rng = random.Random(f"examples {seed}")
-        others = rng.sample(self._others(), len(self._others()))
-        for place, fact in enumerate(self._training(seed)):
+        rng = random.Random(f"examples {part} {seed}")
+        prompts = self._others(part)
+        others = rng.sample(prompts, len(prompts))
+        for place, fact in enumerate(self._training(seed, part)):
             row = self._answered(fact.prompt, fact.target_new)
             wanted = [self._asked(prompt) for prompt in (fact.prompt, fact.rephrase_prompt) if prompt]
             further = [others[(OTHER_FACTS * place + i) % len(others)] for i in range(OTHER_FACTS)]
@@ -299,20 +312,31 @@ class CausalBed:
                 return int(token)
         return 0
 
-    def _training(self, seed: int) -> Iterator[Fact]:
-        if not self._trained:
-            yield from (fact for fact in facts.facts_to_train_on(seed) if not self._is_streamed(fact))
-        rng, order = random.Random(f"training {seed}"), list(self._trained)
+    def _training(self, seed: int, part: Part) -> Iterator[Fact]:
+        if not self._learned:
+            yield from (fact for fact in facts.facts_to_train_on(seed, part) if not self._is_streamed(fact))
+        rng, order = random.Random(f"{part} {seed}"), list(self._learned[part])
         while True:
             rng.shuffle(order)
             yield from order
 
-    def _others(self) -> list[str]:
-        """Prompts of facts to train on."""
-        if self._trained:
-            return [fact.prompt for fact in self._trained]
-        own = facts.fact_stream(0, facts.available("train"), "train")
+    def _others(self, part: Part) -> list[str]:
+        """Prompts of the facts of one part."""
+        if self._learned:
+            return [fact.prompt for fact in self._learned[part]]
+        own = facts.fact_stream(0, facts.available(part), part)
         return [fact.prompt for fact in own if not self._is_streamed(fact)]
+
+    def _expect_room(self, longest: int) -> None:
+        """Each fact of the file must fit into a row behind the longest prefix."""
+        for fact in self._streamed:
+            for prompt, answer in ((fact.prompt, fact.target_new), (fact.rephrase_prompt, fact.target_new)):
+                tokens = len(self._encode(f"{max(PREFIXES, key=len)}{prompt} {answer}")[0]) if prompt else 0
+                if tokens > longest:
+                    raise UsageError(
+                        f"'{self.data}': {shorten(fact.prompt, 60)!r} and its prefix have {tokens} tokens; "
+                        f"the model takes {longest}"
+                    )
 
     def _is_streamed(self, fact: Fact) -> bool:
         assert fact.subject is not None
@@ -331,8 +355,12 @@ class Originals:
                 for fact in requests
             ],
         }
+        subjects = {fact.subject for fact in requests if fact.subject}
         self._kept = [
-            bed._answered(fact.locality_prompt, fact.locality_ground_truth) if fact.locality_prompt else None
+            bed._answered(fact.locality_prompt, fact.locality_ground_truth)
+            # What the stream itself asks to change need not stay.
+            if fact.locality_prompt and not any(subject in fact.locality_prompt for subject in subjects)
+            else None
             for fact in requests
         ]
         asked = [row for row in self._kept if row is not None]
@@ -361,20 +389,34 @@ class Originals:
         return found
 
 
-def _shared_out(path: Path) -> tuple[list[Fact], list[Fact]]:
-    """The facts of a file for streams, and those to train on; no subject is in both."""
-    found = load_facts(path)
+def _shared_out(path: Path) -> tuple[list[Fact], dict[Part, list[Fact]]]:
+    """The facts of a file for streams, and those to train on and to validate with; no subject is in two of the three.
+
+    Of facts with the same prompt only the first counts: MMEdit asks the same question about several pictures, and
+    without the pictures its answers contradict one another.
+    """
+    found = list({fact.prompt: fact for fact in reversed(load_facts(path))}.values())[::-1]
     if not found:
         raise RecordError(f"{path}: holds no record")
     if len(found) < ENOUGH_TO_SHARE:
-        return found, []
+        return found, {}
     subjects = sorted({fact.subject or fact.prompt for fact in found})
     random.Random(0).shuffle(subjects)
-    trained = set(subjects[: len(subjects) // 3])
-    parts: tuple[list[Fact], list[Fact]] = ([], [])
+    third = len(subjects) // 3
+    validated, trained = set(subjects[: third // 5]), set(subjects[third // 5 : third])
+    streamed: list[Fact] = []
+    learned: dict[Part, list[Fact]] = {"train": [], "validation": []}
     for fact in found:
-        parts[(fact.subject or fact.prompt) in trained].append(fact)
-    return parts
+        subject = fact.subject or fact.prompt
+        part = learned["validation"] if subject in validated else learned["train"] if subject in trained else streamed
+        part.append(fact)
+    return streamed, learned
+
+
+def _longest(model: nn.Module) -> int:
+    """How many tokens a row may have; 2^31 where nothing limits it."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else 1 << 31
 
 
 def _words(path: Path) -> str:

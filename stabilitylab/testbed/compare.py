@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from stabilitylab.editors.base import Progress
-from stabilitylab.editors.registry import parse
+from stabilitylab.editors.registry import make, parse
+from stabilitylab.editors.saving import write_whole
 from stabilitylab.errors import RunError, UsageError
 from stabilitylab.probes.base import Tier
 from stabilitylab.reports.sinks import Sink
@@ -52,19 +52,21 @@ def compare(
     All names, the number of requests and the folders are looked at before the first edit.
 
     Raises:
-        UsageError: an unknown editor, one named twice, or too few requests for a stream.
+        UsageError: an unknown editor, one named twice, a limit that one has no use for, or too few requests.
+        SiteError: the model lacks the layers that one of the editors needs.
         RunError: a run of one of these names is in `folder` already.
     """
-    for name in editors:
-        parse(name)
-    _each_once("editor", editors)
-    _each_once("seed", seeds)
+    expect_names(editors, seeds)
     runs = [(editor, seed) for editor in editors for seed in seeds]
     for seed in seeds:
         bed.stream(seed, edits)
     taken = [folder / run_name(*run) for run in runs if (folder / run_name(*run)).exists()]
     if taken:
         raise RunError(f"'{taken[0]}' exists; expected a folder without runs of these editors, see --runs")
+    model = bed.load()
+    for editor in editors:
+        make(editor, model, bed)
+    del model
     for editor, seed in runs:
         yield watched(
             bed, editor, edits=edits, seed=seed, run=folder / run_name(editor, seed), watch=watch, probes=probes,
@@ -84,18 +86,43 @@ def watched(
 
 
 def write_rows(rows: Sequence[Row], file: Path) -> None:
-    """The rows as one JSON list, whole or not at all: an earlier file stays until the new one is complete."""
+    """The rows as one JSON list, whole or not at all: an earlier file stays until the new one is complete.
+
+    What is no regular file, such as a pipe, is written to as it is.
+    """
     text = json.dumps([row.to_json() for row in rows], indent=2, allow_nan=False) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+    else:
+        write_whole(file.resolve(), text.encode())
+
+
+def expect_writable(file: Path) -> None:
+    """Before any edit is made: whether rows can be written to `file`.
+
+    Raises:
+        UsageError: it is a folder, or its own folder can't be made or written to.
+    """
+    if file.is_dir():
+        raise UsageError(f"'{file}' is a folder; expected a file for the rows")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        file.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"'{file}' can't be written: its folder can't be made ({error.strerror})") from None
+    if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
+        raise UsageError(f"'{file}' can't be written: permission denied")
+
+
+def expect_names(editors: Sequence[str], seeds: Sequence[int]) -> None:
+    """Look at names and seeds, before anything is loaded.
+
+    Raises:
+        UsageError: an unknown editor, none, or one or a seed that is given twice.
+    """
+    for name in editors:
+        parse(name)
+    _each_once("editor", editors)
+    _each_once("seed", seeds)
 
 
 def _each_once(what: str, values: Sequence[object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from stabilitylab.editors.base import Batch, Example, Located
+from stabilitylab.editors.base import Batch, Example, Located, Part
 from stabilitylab.errors import RecordError, UsageError
 from stabilitylab.testbed import blip2_digits, digits
-from stabilitylab.testbed.bed import Outcomes
+from stabilitylab.testbed.bed import SCORES, Outcomes
 from stabilitylab.testbed.evaluation import Ask
 from stabilitylab.testbed.evaluation import Originals as Answers
 from stabilitylab.testbed.mend_data import edit_batch, examples
-from stabilitylab.testbed.questions import KINDS
+from stabilitylab.testbed.questions import FACTS, KINDS
 from stabilitylab.testbed.records import EditRecord, as_record, load_records
 
 NAME = "blip2-digits"
@@ -88,9 +89,13 @@ class DigitsBed:
         width = rows["input_ids"].shape[1]
         return Located(rows, torch.full((len(pictures),), width + _PREDICTS))
 
-    def examples(self, seed: int) -> Iterator[Example]:
-        """Random edits about training images."""
-        return examples(seed)
+    def learned_from(self) -> str:
+        """A digest of the words; the pictures are scikit-learn's."""
+        return hashlib.sha256(repr((KINDS, FACTS)).encode()).hexdigest()
+
+    def examples(self, seed: int, part: Part = "train") -> Iterator[Example]:
+        """Random edits about images of the part."""
+        return examples(seed, part)
 
     def texts(self) -> Iterator[Batch]:
         """Every kind of question about every training image, and the text questions of the training split."""
@@ -121,9 +126,11 @@ class DigitsBed:
             asked.append((question, None))
             right.append(answer)
         logits = model(**self._rows(asked)).logits[:, -1].double()
+        if not bool(logits.isfinite().all()):
+            return float("nan")
         wanted = torch.tensor(self.tokenizer.convert_tokens_to_ids(right))
         loss = float(nn.functional.cross_entropy(logits, wanted))
-        return math.exp(min(loss, 700.0)) if math.isfinite(loss) else float("nan")
+        return math.exp(min(loss, 700.0))
 
     def _rows(self, asked: Sequence[Ask]) -> dict[str, Any]:
         pictures = [None if name is None else digits.image(name) for _, name in asked]
@@ -157,7 +164,18 @@ class _Originals:
     def __init__(self, bed: DigitsBed, model: nn.Module, records: Sequence[EditRecord]) -> None:
         self._tokenizer = bed.tokenizer
         self._answers = Answers.of(model, bed.tokenizer, records)
+        edited = {_subject(record.image, record.src) for record in records}
+        self._edited = torch.tensor([_subject(record.m_loc, record.m_loc_q) in edited for record in records])
 
     def outcomes(self, model: nn.Module, indices: Sequence[int]) -> Outcomes:
         """float64 [len(indices), 5], see `bed.SCORES`."""
-        return self._answers.outcomes(model, self._tokenizer, indices).double()
+        found = self._answers.outcomes(model, self._tokenizer, indices).double()
+        # What the stream itself asks to change need not stay.
+        found[self._edited[list(indices)], SCORES.index("image_locality")] = float("nan")
+        return found
+
+
+def _subject(image: str, question: str) -> tuple[str, str]:
+    """What a question is about, whatever its words: the handwriting, and the kind of question."""
+    kind = next((kind.name for kind in KINDS if question in kind.phrasings), question)
+    return image.partition("~")[0], kind

@@ -1,7 +1,9 @@
 """Facts to edit when the user has no file of them: written for this package, in CounterFact's style.
 
-Every subject belongs to one part: streams of edits are of the held-out ones, editors are trained on the others. What
-must not change is asked about subjects to train on, so that no edit of a stream is ever the cause of a changed answer.
+Every subject belongs to one part: streams of edits are of the held-out ones, editors are trained on those of `train`,
+and their best state is chosen on those of `validation`. What must not change after a stream's edits is asked about
+those of `locality`, which are neither edited nor trained on: a method that was trained to leave a question alone would
+have an advantage over those that never saw it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import Literal
 from stabilitylab.errors import UsageError
 from stabilitylab.testbed.counterfact import Fact
 
-Part = Literal["train", "held_out"]
-TRAINING_SHARE = 0.35
+Part = Literal["train", "validation", "locality", "held_out"]
+_SHARES: dict[Part, float] = {"train": 0.27, "validation": 0.09, "locality": 0.14}
 _SPLIT_SEED = 20261124
 
 
@@ -322,13 +324,13 @@ def fact_stream(seed: int, n: int, part: Part = "held_out") -> list[Fact]:
     return [_fact(*item, random.Random(f"fact {seed} {place}")) for place, item in enumerate(items[:n])]
 
 
-def facts_to_train_on(seed: int) -> Iterator[Fact]:
-    """Endless facts about the subjects that no stream holds, each time with another wrong answer."""
-    items, rng = _items("train"), random.Random(f"training {seed}")
+def facts_to_train_on(seed: int, part: Part = "train") -> Iterator[Fact]:
+    """Endless facts about the subjects of one part that no stream holds, each time with another wrong answer."""
+    items, rng = _items(part), random.Random(f"{part} {seed}")
     while True:
         rng.shuffle(items)
         for item in items:
-            yield _fact(*item, rng)
+            yield _fact(*item, rng, about=part)
 
 
 def available(part: Part = "held_out") -> int:
@@ -340,8 +342,12 @@ def subjects(table: Table, part: Part) -> list[str]:
     """The subjects of one part of a table, in a fixed order."""
     names = [row[0] for row in table.rows]
     random.Random(_SPLIT_SEED).shuffle(names)
-    training = round(TRAINING_SHARE * len(names))
-    return names[:training] if part == "train" else names[training:]
+    for name, share in _SHARES.items():
+        size = round(share * len(table.rows))
+        if part == name:
+            return names[:size]
+        names = names[size:]
+    return names
 
 
 def _items(part: Part) -> list[tuple[Table, int, str]]:
@@ -353,10 +359,10 @@ def _items(part: Part) -> list[tuple[Table, int, str]]:
     ]
 
 
-def _fact(table: Table, column: int, subject: str, rng: random.Random) -> Fact:
+def _fact(table: Table, column: int, subject: str, rng: random.Random, about: Part = "locality") -> Fact:
     values = {row[0]: row[column + 1] for row in table.rows}
     prompt, rephrase = rng.sample(table.relations[column].templates, 2)
-    other = rng.choice([name for name in subjects(table, "train") if name != subject])
+    other = rng.choice([name for name in subjects(table, about) if name != subject])
     return Fact(
         prompt=prompt.format(subject),
         subject=subject,

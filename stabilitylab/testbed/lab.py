@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 
 from stabilitylab.attaching import attach
 from stabilitylab.editors.base import Editor, Prepared, Progress, quiet
-from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.registry import make
-from stabilitylab.errors import StabilityLabError
+from stabilitylab.errors import EditError, RunError, StabilityLabError, UsageError
 from stabilitylab.probes.base import Tier
 from stabilitylab.reports.sinks import Sink
-from stabilitylab.run import Run, load
+from stabilitylab.run import load
+from stabilitylab.sites import Site, find_sites, locate
 from stabilitylab.testbed.bed import SCORES, Testbed
-from stabilitylab.testbed.cache import cache_folder
+from stabilitylab.testbed.cache import VARIABLE, cache_folder
 
 PREPARE_SEED = 0
 """Of what an editor learns before its first edit; the streams' seeds don't reach it."""
+STATE_VERSION = 1
+"""Goes up when an editor learns in another way, so that no older state in a cache is taken for its own."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class Row:
     efficacy, rephrase, image_rephrase: share of the edits that the model answered as wanted right after their own edit.
     locality: share of the unrelated questions of all edits (texts and images alike) that the model answers, after the
     last edit, as the unedited model did. retention: share of all edits that it then answers as wanted. drift_ratio: the
-    greatest ‖W − W₀‖_F / ‖W₀‖_F of an edited weight after the last edit. edits_per_s: by the time inside the editor,
-    with the probes' hooks, without the evaluation. perplexity: of a fixed text after the last edit, and
-    perplexity_before of the unedited model. failed: edits at which the editor raised an error; they count as wrong.
+    greatest ‖W − W₀‖_F / ‖W₀‖_F of an edited weight after the last edit, from the lab's own copies. edits_per_s: by the
+    time inside the editor, with the probes' hooks, without the evaluation. perplexity: of a fixed text after the last
+    edit, and perplexity_before of the unedited model. failed: edits at which the editor raised an error; they count as
+    wrong, whatever the model answers. error: what the first of them said.
     """
 
     editor: str
@@ -58,6 +62,7 @@ class Row:
     perplexity: float | None
     perplexity_before: float | None
     failed: int
+    error: str | None
     run: str
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +101,10 @@ def run_lab(
         UsageError: no such editor, or not that many requests.
         SiteError: the model lacks a layer that the editor needs.
         RunError: `run` exists.
+        EditError: the editor raised an error at every single edit.
     """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RunError(f"run folder '{run}' exists; expected a new one")  # before minutes are spent on learning
     model = bed.load()
     requests = bed.stream(seed, edits)
     chosen = make(editor, model, bed)
@@ -104,8 +112,11 @@ def run_lab(
     originals = bed.originals(model, requests)
     perplexity_before = bed.perplexity(model)
     torch.manual_seed(seed)
+    sites = find_sites(model, chosen.sites)
+    unedited = _weights(model, sites)
     at_edit: list[Tensor] = []
-    seconds, failed = 0.0, 0
+    errors: dict[int, str] = {}
+    seconds = 0.0
     with attach(
         model,
         sites=chosen.sites,
@@ -118,20 +129,21 @@ def run_lab(
         config={"lab": True, **bed.describe(), "editor": editor, "seed": seed, "edits": edits},
     ) as monitor:
         for place, request in enumerate(requests):
-            start = time.perf_counter()
             try:
                 with monitor.edit(label=bed.label(request)) as edit:
                     start = time.perf_counter()
-                    edited = chosen.edit(model, request)
-                    seconds += time.perf_counter() - start
+                    try:
+                        edited = chosen.edit(model, request)
+                    finally:
+                        seconds += time.perf_counter() - start
                     model = edit.returns(edited)
-            except StabilityLabError:
-                raise
-            except (ArithmeticError, RuntimeError, ValueError):  # such as a solve of NaN: a method's own end
-                seconds += time.perf_counter() - start
-                failed += 1
-            at_edit.append(originals.outcomes(model, [place])[0])
-    at_end = originals.outcomes(model, range(edits))
+            except (ArithmeticError, RuntimeError, ValueError, StabilityLabError) as error:
+                errors[place] = f"{type(error).__name__}: {error}"  # such as a solve of NaN: a method's own end
+            at_edit.append(_without(originals.outcomes(model, [place]), [0] if place in errors else [])[0])
+    first_error = next(iter(errors.values()), None)
+    if len(errors) == edits:
+        raise EditError(f"{editor} failed at each of {edits} edits; the first: {first_error}")
+    at_end = _without(originals.outcomes(model, range(edits)), list(errors))
     after = {"perplexity": bed.perplexity(model), "perplexity_before": perplexity_before}
     stored = load(run)
     diagnosis = stored.diagnosis()
@@ -149,10 +161,11 @@ def run_lab(
         image_rephrase=score["image_rephrase"],
         locality=_share(kept),
         retention=_share(at_end[:, SCORES.index("efficacy")]),
-        drift_ratio=drift_ratio(stored),
+        drift_ratio=drift_ratio(unedited, _weights(model, sites)),
         edits_per_s=edits / seconds if seconds > 0 else None,
         model=bed.name,
-        failed=failed,
+        failed=len(errors),
+        error=first_error,
         run=str(run),
         **after,
     )
@@ -161,38 +174,71 @@ def run_lab(
 def prepare(editor: Editor, model: nn.Module, bed: Testbed, progress: Progress = quiet) -> Path | None:
     """Give an editor what it must know: the state that ships with the testbed, one in the cache, or learn it now.
 
-    What is learned is kept in the user's cache, under a name made of the testbed and the very weights to be edited.
+    What is learned is kept in the user's cache, under a name made of all that it hangs on: the model's weights, what
+    the testbed has to learn from, and the editor's settings.
 
     Returns:
         The file of the state; None for an editor that needs none.
+
+    Raises:
+        UsageError: the state that ships with the testbed is not for this model, or the cache can't be written.
     """
     if not isinstance(editor, Prepared):
         return None
-    for folder in (bed.shipped, _state_folder(editor, model, bed)):
-        if folder is not None and (folder / editor.file).is_file():
+    if bed.shipped is not None and (bed.shipped / editor.file).is_file():
+        editor.restore(bed.shipped)
+        return bed.shipped / editor.file
+    folder = _state_folder(editor, model, bed)
+    if (folder / editor.file).is_file():
+        with suppress(UsageError):  # damaged: it can be learned again
             editor.restore(folder)
             return folder / editor.file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"can't keep what {editor.file} will hold in {folder} ({error.strerror}); set {VARIABLE} to another folder"
+        ) from None
     editor.prepare(model, bed, seed=PREPARE_SEED, progress=progress)
-    return editor.save(_state_folder(editor, model, bed))
+    progress(1, 1, "")
+    return editor.save(folder)
 
 
-def _state_folder(editor: Editor, model: nn.Module, bed: Testbed) -> Path:
-    digest = hashlib.sha256(json.dumps(bed.describe(), sort_keys=True).encode())
-    for layer in edited_layers(model, editor.sites):
-        weight = layer.parameter.detach().cpu().contiguous()
-        digest.update(f"{layer.name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.view(torch.uint8).numpy().tobytes())
+def _state_folder(editor: Prepared, model: nn.Module, bed: Testbed) -> Path:
+    about = {"version": STATE_VERSION, "sites": editor.sites, "with": dict(editor.learned_with), "seed": PREPARE_SEED}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    digest.update(bed.learned_from().encode())
+    for name, tensor in model.state_dict().items():
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
     name = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in Path(bed.name).name)
     return cache_folder() / "editors" / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def drift_ratio(run: Run) -> float | None:
-    """The greatest ``drift.ratio`` of any site when it was last read; NaN when one is, None where none was measured."""
-    read = [(run.series("drift.ratio", site), run.present("drift.ratio", site)) for site in run.sites_of("drift.ratio")]
-    last = [float(series[present][-1]) for series, present in read]
-    if not last:
+def drift_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float | None:
+    """The greatest ‖W − W₀‖_F / ‖W₀‖_F of any weight, in float64; NaN when one is, None without any weight."""
+    found = [
+        float(torch.linalg.vector_norm(after[name].double() - old.double()) / torch.linalg.vector_norm(old.double()))
+        for name, old in before.items()
+        if name in after
+    ]
+    if not found:
         return None
-    return float("nan") if any(math.isnan(value) for value in last) else max(last)
+    return float("nan") if any(math.isnan(value) for value in found) else max(found)
+
+
+def _weights(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Copies of the weights at the sites by name, wherever an adapter keeps them now."""
+    found = {site.name: locate(model, site) for site in sites}
+    return {name: held[1].detach().clone() for name, held in found.items() if held is not None}
+
+
+def _without(outcomes: Tensor, failed: Sequence[int]) -> Tensor:
+    """The outcomes, with what was asked of failed edits (rows) wrong; what should be kept is as it is."""
+    wanted = outcomes[:, : SCORES.index("text_locality")]
+    wanted[list(failed)] = torch.where(wanted[list(failed)].isnan(), wanted[list(failed)], 0.0)
+    return outcomes
 
 
 def _columns(outcomes: Sequence[Tensor]) -> list[Tensor]:

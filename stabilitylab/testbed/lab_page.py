@@ -134,7 +134,10 @@ def lab_page(rows: Sequence[Row]) -> RenderableType:
         if name != "perpl" or text_only:
             legend.add_row(Text(name), Text(means))
     failed = [
-        Text(f"{row.editor}, seed {row.seed}: it raised an error at {row.failed} of {row.edits} edits", "yellow")
+        Text(
+            f"{row.editor}, seed {row.seed}: errors at {row.failed} of {row.edits} edits, first {clean(row.error)}",
+            "yellow",
+        )
         for row in rows
         if row.failed
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stabilitylab.editors.base import Example
+from stabilitylab.editors.base import Example, Part
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.evaluation import asks
 from stabilitylab.testbed.questions import KINDS
@@ -28,11 +28,11 @@ def edit_batch(request: EditRecord | Mapping[str, Any]) -> Mapping[str, Any]:
     return blip2_digits.batch(_tokenizer(), [record.src], [digits.image(record.image)], [record.alt])
 
 
-def examples(seed: int) -> Iterator[Example]:
-    """Endless random edits about training images: three rows wanted, up to seven kept (images and texts)."""
-    rng = np.random.default_rng([seed, 2])
+def examples(seed: int, part: Part = "train") -> Iterator[Example]:
+    """Endless random edits about images of a part: three rows wanted, up to seven kept (images and texts)."""
+    rng = np.random.default_rng([seed, {"train": 2, "validation": 3}[part]])
     tokens = _tokenizer()
-    numbers, texts = digits.split("train"), digits.facts("train")
+    numbers, texts = digits.split(part), digits.facts(part)
     while True:
         record = digits.record(rng, numbers, texts)
         asked = asks(record)

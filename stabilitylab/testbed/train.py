@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from stabilitylab.editors.base import Progress, quiet
 from stabilitylab.editors.hypernetwork import HypernetworkEditor
 from stabilitylab.editors.malmen import Malmen
 from stabilitylab.editors.mend import Mend
+from stabilitylab.editors.saving import write_whole
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.testbed import blip2_digits, digits, evaluation
 from stabilitylab.testbed.mend_data import examples
@@ -186,7 +186,7 @@ def _train_into(out: Path, seed: int, only: str | None, console: Console) -> Non
                     files.append(train_editor(job, model, seed=seed, progress=progress).save(made))
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
-            shutil.move(file, out / file.name)
+            write_whole(out / file.name, file.read_bytes())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

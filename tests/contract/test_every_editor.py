@@ -19,7 +19,7 @@ from stabilitylab.testbed.digits_bed import DigitsBed
 from stabilitylab.testbed.lab import prepare
 
 NAMES = [kind.name for kind in KINDS]
-LIMITED = ["mend+ball", "malmen+clamp", "rome+clip"]
+LIMITED = ["mend+ball", "malmen+clamp", "malmen+ball", "rome+clip"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_watching_it_takes_one_line_and_changes_nothing(name: str, bed: DigitsBe
     assert_same(state(bare), state(watched))
     run = sl.load(tmp_path / "run")
     assert len(run) == len(requests)
-    assert not [note for note in run.notes if "failed" in note.kind or "switched" in note.says], run.notes
+    assert not [note for note in run.notes if note.kind == "probe-off"], run.notes
     for site in editor.sites:
         assert site in run.sites_of("drift.ratio"), site
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import RecordError, UsageError
 from stabilitylab.testbed import smollm2
-from stabilitylab.testbed.bed import SCORES, Testbed
+from stabilitylab.testbed.bed import SCORES
+from stabilitylab.testbed.bed import Testbed as Bed  # pytest takes Test… for a test
 from stabilitylab.testbed.causal import CANARY, CANARY_TEXT, CANARY_TOKENS, PREFIXES, PROSE, CausalBed
 from stabilitylab.testbed.counterfact import Fact
 from tests import tiny_lm
@@ -70,7 +71,7 @@ def used(batch: Any, row: int) -> list[int]:
 
 
 def test_it_is_a_testbed(bed: CausalBed) -> None:
-    as_one: Testbed = bed
+    as_one: Bed = bed
     assert as_one.shipped is None
     assert json.loads(json.dumps(bed.describe()))["model"] == bed.name
 
@@ -264,17 +265,61 @@ def test_a_large_file_is_shared_out_by_subject(bed: CausalBed, tmp_path: Path) -
     with pytest.raises(UsageError, match=r"holds 2\d\d facts \(\d+ more are kept to train editors on\)"):
         mine.stream(0, 301)
     streamed = {fact.subject for fact in mine.stream(0, 200)}
-    trained = {bed.tokenizer.decode(used(example.edit, 0)) for example in first(mine.examples(0), 150)}
-    assert all(" about Person " in text for text in trained)
-    assert not streamed & {text.split(" about ")[1].split(" is ")[0] for text in trained}
+
+    def about(part: Any) -> set[str]:
+        texts = [bed.tokenizer.decode(used(example.edit, 0)) for example in first(mine.examples(0, part), 150)]
+        assert all(" about Person " in text for text in texts)
+        return {text.split(" about ")[1].split(" is ")[0] for text in texts}
+
+    trained, validated = about("train"), about("validation")
+    assert not streamed & trained
+    assert not streamed & validated
+    assert not trained & validated
+
+
+def test_of_a_prompt_with_two_answers_the_first_counts(bed: CausalBed, tmp_path: Path) -> None:
+    twice = [*records(3, 3), {**records(1, 1)[0], "target_new": "other"}]
+    stream = with_data(bed, tmp_path, twice).stream(0, 3)
+    assert {fact.prompt: fact.target_new for fact in stream}[twice[0]["prompt"]] == "new"
+    with pytest.raises(UsageError, match="holds 3 facts"):
+        with_data(bed, tmp_path, twice).stream(0, 4)
+
+
+def test_what_the_stream_itself_asks_to_change_need_not_stay(bed: CausalBed, model: nn.Module) -> None:
+    france = Fact("The capital of France is", "Rome", subject="France", locality_prompt="The capital of Japan is")
+    japan = Fact("The capital of Japan is", "Rome", subject="Japan", locality_prompt="The capital of Peru is")
+    place = SCORES.index("text_locality")
+    assert bed.originals(model, [france]).outcomes(model, [0])[0, place] == 1
+    both = bed.originals(model, [france, japan]).outcomes(model, [0, 1])[:, place]
+    assert math.isnan(both[0])
+    assert both[1] == 1
+
+
+def test_a_model_that_takes_few_tokens_gets_shorter_rows(bed: CausalBed, tmp_path: Path) -> None:
+    def short() -> tuple[nn.Module, Any]:
+        small = copy.deepcopy(bed.load())
+        small.config.max_position_embeddings = 100  # type: ignore[union-attr]
+        return small, bed.tokenizer
+
+    mine = CausalBed("short", short)
+    assert max(batch["input_ids"].shape[1] for batch in mine.texts()) == 100
+    assert math.isfinite(mine.perplexity(mine.load()))
+    long = {**records(1, 1)[0], "rephrase_prompt": "word " * 200}
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([long]))
+    with pytest.raises(UsageError, match=r"and its prefix have \d+ tokens; the model takes 100"):
+        CausalBed("short", short, data=file)
 
 
 def test_own_facts_about_a_subject_of_the_file_are_not_trained_on(bed: CausalBed, tmp_path: Path) -> None:
-    texts = [bed.tokenizer.decode(used(example.edit, 0)) for example in first(bed.examples(0), 100)]
+    def prompts(examples: Iterator[Any]) -> list[str]:
+        return [bed.tokenizer.decode(used(example.asked, 0)) for example in first(examples, 100)]
+
+    texts = prompts(bed.examples(0))
     seen = next(country for country in ("Norway", "Japan", "Peru", "Kenya") if any(country in text for text in texts))
     record = {**records(1, 1)[0], "prompt": f"In {seen}, it is", "subject": seen}
     mine = with_data(bed, tmp_path, [record])
-    assert not [e for e in first(mine.examples(0), 100) if seen in bed.tokenizer.decode(used(e.edit, 0))]
+    assert not [text for text in prompts(mine.examples(0)) if seen in text]
 
 
 def test_ordinary_text_comes_in_full_rows(bed: CausalBed, tmp_path: Path) -> None:

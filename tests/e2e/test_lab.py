@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import stabilitylab as sl
 from stabilitylab import cli
 from stabilitylab.editors import registry
 from stabilitylab.editors.base import Editor
-from stabilitylab.errors import RecordError, RunError, StabilityLabError, UsageError
+from stabilitylab.errors import EditError, RecordError, RunError, StabilityLabError, UsageError
 from stabilitylab.testbed import digits
+from stabilitylab.testbed.bed import SCORES
 from stabilitylab.testbed.compare import write_rows
 from stabilitylab.testbed.digits_bed import DigitsBed
 from stabilitylab.testbed.lab import Row, run_lab
@@ -91,12 +93,43 @@ def test_nothing_edited_keeps_everything(bed: DigitsBed, tmp_path: Path, breakin
 
 
 def test_an_editors_error_is_an_edit_that_failed_and_the_stream_goes_on(
-    bed: DigitsBed, tmp_path: Path, breaking: Callable[..., None]
+    bed: DigitsBed, tmp_path: Path, breaking: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaking(raise_at=2)
+    right = [replace(record, alt=record.pred) for record in bed.stream(0, 3)]  # the model knows these already
+    monkeypatch.setattr(bed, "stream", lambda seed, n: right[:n])
     row = run_lab(bed, "breaking", edits=3, seed=0, run=tmp_path / "run")
     assert (row.failed, row.edits, row.drift_ratio) == (1, 3, 0)
+    assert row.error is not None
+    assert row.error.endswith("LinAlgError: singular")
+    # What an editor failed to do counts as wrong, even where the model had it right all along.
+    assert row.efficacy == row.retention == pytest.approx(2 / 3)
+    assert row.locality == 1
     assert [edit.status for edit in sl.load(row.run).edits] == ["start", "applied", "failed", "applied"]
+
+
+def test_an_editor_that_can_not_edit_at_all_is_an_error(
+    bed: DigitsBed, tmp_path: Path, breaking: Callable[..., None]
+) -> None:
+    breaking(raise_at=1)
+    with pytest.raises(EditError, match=r"breaking failed at each of 1 edits; the first: _?LinAlgError: singular"):
+        run_lab(bed, "breaking", edits=1, seed=0, run=tmp_path / "run")
+
+
+def test_what_the_stream_itself_asks_to_change_need_not_stay(bed: DigitsBed) -> None:
+    one, two = bed.stream(0, 2)
+    model, place = bed.load(), SCORES.index("image_locality")
+    kind = digits.kind_of(two.src)
+    clash = replace(one, m_loc=f"{two.image.partition('~')[0]}~5", m_loc_q=kind.phrasings[-1])
+    assert bed.originals(model, [clash]).outcomes(model, [0])[0, place] == 1
+    assert math.isnan(bed.originals(model, [clash, two]).outcomes(model, [0])[0, place])
+
+
+def test_drift_is_measured_whatever_the_probes(bed: DigitsBed, tmp_path: Path) -> None:
+    rows = [run_lab(bed, "mend", edits=2, seed=0, run=tmp_path / tier, probes=tier) for tier in ("light", "default")]
+    run = sl.load(tmp_path / "default")
+    read = [run.series("drift.ratio", site)[-1] for site in run.sites_of("drift.ratio")]
+    assert rows[0].drift_ratio == rows[1].drift_ratio == pytest.approx(max(read), rel=1e-5)
 
 
 def test_compare_from_the_command_line(tmp_path: Path) -> None:
@@ -142,6 +175,10 @@ def test_run_from_the_command_line(tmp_path: Path) -> None:
         (["compare", "--editors", ","], "no editor given"),
         (["compare", "--seeds", "0,x"], "'x' is no seed"),
         (["compare", "--edits", "2000"], "n=2000 edits"),
+        (["compare", "--seeds", "99999999999999999999999"], "is no seed"),
+        (["compare", "--editors", "finetune,grace+ball", "--edits", "1"], "GRACE moves no weight"),
+        (["compare", "--json", "."], "is a folder"),
+        (["run", "--editor", "mend", "--json", "/proc/none/out.json"], "can't be written"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -199,7 +236,7 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     row = Row(
         editor="a", seed=0, edits=1, verdict="stable", onset_edit=None, first_nonfinite_edit=None, efficacy=1.0,
         rephrase=math.nan, image_rephrase=None, locality=1.0, retention=1.0, drift_ratio=math.inf, edits_per_s=2.0,
-        model="m", perplexity=None, perplexity_before=None, failed=0, run="r",
+        model="m", perplexity=None, perplexity_before=None, failed=0, error=None, run="r",
     )  # fmt: skip
     file = tmp_path / "out.json"
     write_rows([row], file)
@@ -209,7 +246,12 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stabilitylab.testbed.compare.os.replace", full)
+    linked = tmp_path / "linked.json"
+    linked.symlink_to(file)
+    write_rows([row], linked)
+    assert linked.is_symlink()
+    linked.unlink()
+    monkeypatch.setattr("stabilitylab.editors.saving.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         write_rows([row, row], file)
     assert file.read_text() == first

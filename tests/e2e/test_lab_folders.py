@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import stabilitylab as sl
 from stabilitylab import cli
 from stabilitylab.editors import meta_training
+from stabilitylab.editors.base import Prepared
 from stabilitylab.editors.malmen import Malmen
 from stabilitylab.editors.mend import Mend
-from stabilitylab.editors.registry import KINDS
+from stabilitylab.editors.registry import KINDS, make
+from stabilitylab.editors.rome import Rome
 from stabilitylab.errors import SiteError, StabilityLabError
 from stabilitylab.testbed.causal import CausalBed
-from stabilitylab.testbed.lab import run_lab
+from stabilitylab.testbed.lab import _state_folder, run_lab
 from tests import tiny_lm
 
 FAMILIES = {"llama": "fp32", "gpt2": "bf16"}
@@ -56,7 +60,7 @@ def test_every_editor_edits_a_model_of_ones_own(
     }
     assert row.drift_ratio is not None
     assert (row.drift_ratio > 0) == (name != "grace")
-    assert not [note for note in run.notes if "switched off" in note.says], run.notes
+    assert not [note for note in run.notes if note.kind == "probe-off"], run.notes
 
 
 @pytest.mark.usefixtures("quick")
@@ -73,6 +77,31 @@ def test_what_an_editor_learned_is_kept_for_these_very_weights(folders: dict[str
     assert kept.stat().st_mtime_ns == written
     run("gpt2", "third")
     assert len(list(cache.rglob("rome.safetensors"))) == 2
+    # A damaged state can be learned again.
+    kept.write_bytes(b"")
+    run("llama", "fourth")
+    assert kept.stat().st_size > 0
+
+
+def test_a_state_is_taken_up_only_for_the_same_model_text_and_settings(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bed = CausalBed.from_folder(folders["llama"])
+    model = bed.load()
+    editor = make("rome", model, bed)
+    assert isinstance(editor, Prepared)
+    first = _state_folder(editor, model, bed)
+    moved = CausalBed.from_folder(shutil.copytree(folders["llama"], tmp_path / "llama"))
+    assert _state_folder(editor, moved.load(), moved) == first
+    text = tmp_path / "text.txt"
+    text.write_text("Another text. " * 400)
+    other_text = CausalBed.from_folder(folders["llama"], text=text)
+    assert _state_folder(editor, model, other_text) != first
+    few = Rome.for_model(model, locate=bed.located, tokens=300)
+    assert _state_folder(few, model, bed) != first
+    with torch.no_grad():  # not a weight that is edited
+        next(model.parameters())[0, 0] += 1
+    assert _state_folder(editor, model, bed) != first
 
 
 def test_the_command_line_takes_a_folder_and_names_what_is_wrong_with_another(

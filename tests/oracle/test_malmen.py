@@ -301,7 +301,7 @@ class Made:
     def edit_batch(self, made: Any) -> Any:
         return made
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def examples(self, seed: int, part: str = "train") -> Iterator[Example]:
         rng = np.random.default_rng(seed)
         while True:
             number = int(rng.integers(1000, 2000))

@@ -60,6 +60,10 @@ class Learnt(Adds):
         self.seen.extend(self.net(*request, 0))
         return model
 
+    @property
+    def learned_with(self) -> dict[str, Any]:
+        return {}
+
     def prepare(self, model: nn.Module, prompts: Prompts, *, seed: int, progress: Progress = quiet) -> None:
         self.prepared = seed
 

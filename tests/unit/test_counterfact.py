@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from stabilitylab.errors import RecordError, UsageError
 from stabilitylab.testbed.counterfact import Fact, load_facts
-from stabilitylab.testbed.facts import TABLES, fact_stream, facts_to_train_on, subjects
+from stabilitylab.testbed.facts import TABLES, Part, fact_stream, facts_to_train_on, subjects
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FLAT: dict[str, Any] = {
@@ -138,7 +138,7 @@ def test_files_that_people_have_are_read_as_they_are(name: str, count: int) -> N
 
 
 def test_a_stream_starts_with_the_shorter_ones_and_asks_nothing_twice() -> None:
-    long = fact_stream(3, 300)
+    long = fact_stream(3, 240)
     assert long[:20] == fact_stream(3, 20)
     assert long[:20] != fact_stream(4, 20)
     assert max(Counter(fact.prompt for fact in long).values()) == 1
@@ -148,7 +148,7 @@ def test_a_stream_starts_with_the_shorter_ones_and_asks_nothing_twice() -> None:
 
 def test_wrong_answers_are_wrong_and_of_the_same_type() -> None:
     truths = [{row[column] for row in table.rows} for table in TABLES for column in range(1, len(table.rows[0]))]
-    for fact in [*fact_stream(0, 300), *islice(facts_to_train_on(0), 300)]:
+    for fact in [*fact_stream(0, 240), *islice(facts_to_train_on(0), 300)]:
         assert fact.subject is not None
         assert fact.rephrase_prompt is not None
         assert fact.target_new != fact.ground_truth
@@ -159,16 +159,22 @@ def test_wrong_answers_are_wrong_and_of_the_same_type() -> None:
 
 
 def test_no_subject_is_both_trained_on_and_edited_and_none_is_asked_about_that_is_edited() -> None:
-    edited = {fact.subject for seed in range(3) for fact in fact_stream(seed, 300)}
+    edited = {fact.subject for seed in range(3) for fact in fact_stream(seed, 240)}
     trained = {fact.subject for fact in islice(facts_to_train_on(0), 1000)}
-    assert edited
-    assert trained
-    assert not edited & trained
-    for fact in fact_stream(0, 300):
+    validated = {fact.subject for fact in islice(facts_to_train_on(0, "validation"), 1000)}
+    left_alone = {subject for table in TABLES for subject in subjects(table, "locality")}
+    parts = [edited, trained, validated, left_alone]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    for fact in fact_stream(0, 240):
+        assert fact.locality_prompt is not None
+        assert any(subject in fact.locality_prompt for subject in left_alone)
+    for fact in islice(facts_to_train_on(0), 300):
         assert fact.locality_prompt is not None
         assert any(subject in fact.locality_prompt for subject in trained if subject)
     for table in TABLES:
-        assert sorted(subjects(table, "train") + subjects(table, "held_out")) == sorted(row[0] for row in table.rows)
+        shared_out = [name for part in get_args(Part) for name in subjects(table, part)]
+        assert sorted(shared_out) == sorted(row[0] for row in table.rows)
 
 
 def test_the_tables_are_whole() -> None:
