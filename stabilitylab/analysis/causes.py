@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.analysis.facts import TINY_STD
+from stabilitylab.analysis.facts_editor import TINY_STD
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Finding, Verdict, severity
 from stabilitylab.analysis.words import number
 

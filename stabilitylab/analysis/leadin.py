@@ -11,7 +11,7 @@ import numpy as np
 
 from stabilitylab.analysis.causes import EditorInput, Growth
 from stabilitylab.analysis.columns import Columns, Flat, Places, kind_of
-from stabilitylab.analysis.facts import INPUT_DIVERGING, INPUT_DRIFTING
+from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING
 from stabilitylab.analysis.findings import Finding
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.readings import EDITOR_SITE, Key

@@ -1,0 +1,130 @@
+"""Hard facts of the editor's own state that need more than one limit.
+
+- ``INPUT_DRIFTING``, ``INPUT_DIVERGING``: a value standardised with the mean and standard deviation of n rows can't
+  exceed (n−1)/√n among those rows (Samuelson's inequality). |z| ≥ 100 would need ten thousand rows and |z| ≥ 1,000 a
+  million, so a unit that reaches them is far out of all that its normaliser saw, or was all but constant then.
+- ``TINY_STD``: MEND divides by std + 1e-7. A layer input's std within ten times that guard means that the guard, not
+  the data, sets the scale. Gradients can be that small by nature, so it holds for layer inputs only.
+- ``RESIDUAL``: see `stabilitylab.analysis.limits`. Alone it proves nothing: least squares leave a residual rightly.
+- ``FROZEN``: statistics are frozen while edits are made; a change of the least std by more than a cast to another
+  dtype makes (1%) means that they are not.
+- ``FELL``: the update's denominator at a tenth of its own median, over five edits or more. A note: it says which edit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from statistics import median
+from typing import Final
+
+from stabilitylab.analysis.columns import Flat
+from stabilitylab.analysis.findings import Verdict
+from stabilitylab.analysis.ledger import Hit
+from stabilitylab.analysis.limits import CONDITION
+from stabilitylab.analysis.lookup import Lookup
+from stabilitylab.analysis.words import number
+from stabilitylab.readings import EDITOR_SITE
+
+INPUT_DRIFTING: Final = 100.0
+INPUT_DIVERGING: Final = 1_000.0
+TINY_STD: Final = 1e-6
+RESIDUAL: Final = 0.01
+FROZEN: Final = 0.01
+FELL: Final = 0.1
+USUAL: Final = 5
+WINDOW: Final = 30
+
+
+class EditorFacts:
+    """Checks the editor's inputs, its normalisers, and what its updates are divided by and solved from."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._first_std: dict[int, float] = {}
+        self._denominators: dict[int, deque[float]] = {}
+
+    def check(self, row: Flat) -> Iterator[Hit]:
+        """The hits of one row."""
+        for rule in (self._input, self._std, self._statistics, self._solve, self._denominator):
+            yield from rule(row)
+
+    def _input(self, row: Flat) -> Iterator[Hit]:
+        at = self._lookup.at(f"{EDITOR_SITE}.input_max")
+        at = at[row.finite[at]]
+        limits: tuple[tuple[str, float, Verdict], ...] = (
+            ("input-limit", INPUT_DIVERGING, "diverging"),
+            ("input-large", INPUT_DRIFTING, "drifting"),
+        )
+        for rule, limit, verdict in limits:
+            over = at[row.values[at] >= limit]
+            if rule == "input-large":  # the higher limit has said it
+                over = over[~self._lookup.once.said("input-limit", row.places[over])]
+            for place, value, metric, site in self._lookup.new(rule, row, over):
+                says = (
+                    f"An input to the editor's network at {site} is {number(value)} standard deviations from its mean"
+                    f" at edit {row.edit}: statistics of n rows hold nothing beyond √n."
+                )
+                yield Hit(rule, metric, place, value, limit, verdict, says)
+
+    def _std(self, row: Flat) -> Iterator[Hit]:
+        zeros, least = self._lookup.at(f"{EDITOR_SITE}.std_zeros"), self._lookup.at("layer-std")
+        for place, value, metric, site in self._lookup.new("zero-std", row, zeros[row.values[zeros] > 0]):
+            units = "1 unit has" if value == 1 else f"{number(value)} units have"
+            says = (
+                f"{units} a standard deviation of 0 in the editor's frozen normaliser at {site}: a latent risk, since"
+                " such a unit is divided by next to nothing the first time that it is not constant."
+            )
+            yield Hit("zero-std", metric, place, value, 0.0, "stable", says)
+        tiny = least[(row.values[least] > 0) & (row.values[least] <= TINY_STD)]
+        for place, value, metric, site in self._lookup.new("tiny-std", row, tiny):
+            says = (
+                f"The smallest standard deviation in the editor's frozen normaliser at {site} is {number(value)}: a"
+                " latent risk, since that unit is divided by it."
+            )
+            yield Hit("tiny-std", metric, place, value, TINY_STD, "stable", says)
+
+    def _statistics(self, row: Flat) -> Iterator[Hit]:
+        at = self._lookup.at(f"{EDITOR_SITE}.std_min")
+        for position in at[row.finite[at]]:
+            place, value = int(row.places[position]), float(row.values[position])
+            first = self._first_std.setdefault(place, value)
+            if abs(value - first) <= FROZEN * abs(first):
+                continue
+            for _, _, metric, site in self._lookup.new("statistics-moved", row, at[at == position]):
+                says = (
+                    f"The editor's normaliser at {site} is not frozen: its smallest standard deviation was"
+                    f" {number(first)} and is {number(value)} at edit {row.edit}."
+                )
+                yield Hit("statistics-moved", metric, place, value, first, "stable", says)
+
+    def _solve(self, row: Flat) -> Iterator[Hit]:
+        at = self._lookup.at(f"{EDITOR_SITE}.solve_residual")
+        for position in at[row.values[at] >= RESIDUAL]:
+            site = self._lookup.key(row, position)[1]
+            condition = self._lookup.value(row, f"{EDITOR_SITE}.system_condition", site)
+            if condition is None or not condition >= CONDITION:
+                continue
+            for place, value, metric, _ in self._lookup.new("solve-failed", row, at[at == position]):
+                says = (
+                    f"The editor's solve for {site} at edit {row.edit} leaves {value:.0%} of its right side unanswered,"
+                    f" with a system of condition {number(condition)}."
+                )
+                # The update that was applied is not the one that the method defines.
+                yield Hit("solve-failed", metric, place, value, RESIDUAL, "drifting", says)
+
+    def _denominator(self, row: Flat) -> Iterator[Hit]:
+        at = self._lookup.at(f"{EDITOR_SITE}.denominator_ratio")
+        for position in at[row.finite[at]]:
+            place, value = int(row.places[position]), float(row.values[position])
+            before = self._denominators.setdefault(place, deque(maxlen=WINDOW))
+            usual = median(before) if len(before) >= USUAL else 0.0
+            before.append(value)
+            if not value <= FELL * usual:
+                continue
+            for _, _, metric, site in self._lookup.new("denominator-fell", row, at[at == position]):
+                says = (
+                    f"What the update of {site} is divided by fell to {number(value)} of ‖u‖‖k‖ at edit {row.edit};"
+                    f" usual is {number(usual)}."
+                )
+                yield Hit("denominator-fell", metric, place, value, FELL * usual, "stable", says)

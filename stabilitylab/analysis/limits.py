@@ -1,0 +1,278 @@
+"""Hard facts that are one metric against one limit, as a table: a rule of this kind is a line in it.
+
+Where the limits come from:
+
+- ``AGREEMENT``: nine in ten of the canary's answers changed, at three readings in a row.
+- ``KL_COLLAPSED``: a mean KL of ln 100 nats multiplies the canary's perplexity against the original's own predictions
+  by 100: from the 10–20 of a working language model to the 1,000 and more that the literature calls collapse.
+  ``KL_DRIFTING``: the same with a factor of e. ``PERPLEXITY_RATIO``: the same of the canary's own text.
+- ``SWALLOWED``: nine in ten of the entries that were to change are as before; a sound edit of a converging search was
+  seen to lose half of them, the small ones, once. Three in a row: the edits are lost, the model is not.
+- ``DENOMINATOR``: for u = C⁻¹k with a positive definite C of condition κ, cos(u, k) ≥ 2√κ / (1 + κ) (Kantorovich's
+  inequality). Below 6e-4, κ is past 10⁷: no C that float32 can invert gives that, and the update is 1,600 times what
+  it need be. A uᵀk below zero no positive definite C gives at all.
+- ``CONDITION``: 10⁷ is where a solve in float32 keeps no digit (Golub and Van Loan, §2.6.2). The dtype of the system
+  is not recorded, and in float64 such a system is sound, so this is a note; ``RESIDUAL``: one per cent of the right
+  side unanswered is wrong in any dtype, if the system is ill-conditioned too (see `facts_editor`).
+- ``EVERYTHING``, ``NOTHING``: a projection that leaves 99% of directions free preserves next to nothing; one that
+  leaves 1% has no room for an edit. Both may be right for some layer: notes.
+- ``PINNED``: five edits in a row whose search for v* ends steps on its norm clamp. Single ones are usual: no sound run
+  had more than three (9 ROME, MEMIT and AlphaEdit runs of 100 edits on the digit model).
+- What exists at edit 0 that only edits can make (a cache of edited keys, a codebook, side memories): a note, since a
+  run may be resumed on purpose.
+- ``LOST``: a perplexity of 1,000 before any edit: the original that everything is compared with is itself lost, or
+  was never trained on text like the canary's.
+
+Severity: what harms the model is ``drifting`` or worse; what only loses an edit, or may be meant, is a note.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from stabilitylab.analysis.columns import Flat
+from stabilitylab.analysis.findings import Verdict
+from stabilitylab.analysis.ledger import Hit
+from stabilitylab.analysis.lookup import Lookup
+from stabilitylab.analysis.words import number, place_name
+
+AGREEMENT: Final = 0.1
+KL_DRIFTING: Final = 1.0
+KL_COLLAPSED: Final = math.log(100.0)
+PERPLEXITY_RATIO: Final = 100.0
+LOST: Final = 1_000.0
+SWALLOWED: Final = 0.9
+DENOMINATOR: Final = 2.0 / math.sqrt(1e7)
+CONDITION: Final = 1e7
+EVERYTHING: Final = 0.99
+NOTHING: Final = 0.01
+PINNED: Final = 5
+SUSTAINED: Final = 3
+
+When = Literal["any", "start", "edits"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One metric against one limit.
+
+    compare: how the value must stand to the limit. sustained: readings in a row at which it must hold; a NaN among them
+    is passed over. when: at edit 0 only, at edits only, or both. says: a format string over ``value``, ``number`` (the
+    value in words), ``site``, ``edit`` and ``since``.
+    """
+
+    rule: str
+    metric: str
+    compare: Literal["<", "<=", ">", ">="]
+    limit: float
+    verdict: Verdict
+    says: str
+    sustained: int = 1
+    when: When = "any"
+
+
+LIMITS: Final = (
+    Limit(
+        "canary-lost",
+        "canary.agreement",
+        "<=",
+        AGREEMENT,
+        "collapsed",
+        "Since edit {since} the model agrees with the original on only {value:.0%} of the canary.",
+        SUSTAINED,
+        "edits",
+    ),
+    Limit(
+        "canary-collapsed",
+        "canary.kl",
+        ">=",
+        KL_COLLAPSED,
+        "collapsed",
+        "Since edit {since} the canary's predictions are {number} nats from the original's.",
+        SUSTAINED,
+        "edits",
+    ),
+    Limit(
+        "canary-moved",
+        "canary.kl",
+        ">=",
+        KL_DRIFTING,
+        "drifting",
+        "Since edit {since} the canary's predictions are {number} nats from the original's.",
+        SUSTAINED,
+        "edits",
+    ),
+    Limit(
+        "perplexity-lost",
+        "canary.perplexity_ratio",
+        ">=",
+        PERPLEXITY_RATIO,
+        "collapsed",
+        "Since edit {since} the perplexity of the canary's text is {number} times the original's.",
+        SUSTAINED,
+        "edits",
+    ),
+    Limit(
+        "original-lost",
+        "canary.perplexity",
+        ">=",
+        LOST,
+        "stable",
+        "Before any edit the perplexity of the canary's text was {number}: the original that edits are compared with is"
+        " lost already, or knows no such text.",
+        when="start",
+    ),
+    Limit(
+        "update-swallowed",
+        "update.swallowed_share",
+        ">=",
+        SWALLOWED,
+        "drifting",
+        "Since edit {since} the dtype of {site} rounds the edits away: {value:.0%} of the entries that edit {edit} was"
+        " to change are the same as before.",
+        SUSTAINED,
+    ),
+    Limit(
+        "masked-sequence",
+        "attention.masked_sequences",
+        ">",
+        0,
+        "stable",
+        "{number} of the rows in edit {edit}'s batch are padding altogether.",
+    ),
+    Limit(
+        "denominator-near-zero",
+        "editor.denominator_ratio",
+        "<=",
+        DENOMINATOR,
+        "diverging",
+        "The update of {site} at edit {edit} was divided by next to nothing: uᵀk is {number} of ‖u‖‖k‖.",
+    ),
+    Limit(
+        "denominator-negative",
+        "editor.denominator",
+        "<",
+        0,
+        "stable",
+        "What the update of {site} was divided by at edit {edit} is negative, {number}: u is not C⁻¹k for this key.",
+    ),
+    Limit(
+        "ill-conditioned",
+        "editor.system_condition",
+        ">=",
+        CONDITION,
+        "stable",
+        "The system that the editor solved for {site} at edit {edit} has a condition of {number}: past 1e7 a solve in"
+        " float32 is noise.",
+    ),
+    Limit(
+        "covariance-singular",
+        "editor.covariance_condition",
+        ">=",
+        CONDITION,
+        "stable",
+        "The covariance of keys at {site} has a condition of {number}: past 1e7 its inverse in float32 is noise.",
+    ),
+    Limit(
+        "clamp-pinned",
+        "editor.clamp_hits",
+        ">",
+        0,
+        "stable",
+        "Since edit {since} the search for the value to write at {site} ends on its norm clamp in every edit.",
+        PINNED,
+    ),
+    Limit(
+        "nothing-preserved",
+        "editor.null_space_share",
+        ">=",
+        EVERYTHING,
+        "stable",
+        "The projection at {site} leaves {value:.2%} of the input directions free: next to nothing is preserved.",
+    ),
+    Limit(
+        "no-room",
+        "editor.null_space_share",
+        "<=",
+        NOTHING,
+        "stable",
+        "The projection at {site} leaves {value:.2%} of the input directions free: no room for an edit.",
+    ),
+    Limit(
+        "key-unreachable",
+        "editor.radius_min",
+        "<",
+        0,
+        "stable",
+        "A key of the codebook at {site} has a radius of {number} at edit {edit}, below zero: it answers to nothing.",
+    ),
+    Limit(
+        "cache-before",
+        "editor.cache_energy",
+        ">",
+        0,
+        "stable",
+        "The cache of edited keys at {site} was not empty before the first edit (its energy is {number}).",
+        when="start",
+    ),
+    Limit(
+        "codebook-before",
+        "editor.keys",
+        ">",
+        0,
+        "stable",
+        "The codebook at {site} held {number} keys before the first edit.",
+        when="start",
+    ),
+    Limit(
+        "side-memory-before",
+        "editor.side_drift",
+        ">",
+        0,
+        "stable",
+        "A side memory at {site} was {number} away from its layer's weight before the first edit.",
+        when="start",
+    ),
+)
+
+_COMPARE: Final = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
+
+
+class LimitFacts:
+    """Checks a row against every limit. Remembers, per limit and place, since when it has held."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._streaks: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def check(self, row: Flat) -> Iterator[Hit]:
+        """The hits of one row."""
+        for limit in LIMITS:
+            at = self._lookup.at(limit.metric)
+            if at.size and (limit.when == "any" or (row.edit == 0) == (limit.when == "start")):
+                yield from self._against(limit, row)
+
+    def _against(self, limit: Limit, row: Flat) -> Iterator[Hit]:
+        at = self._lookup.at(limit.metric)
+        at = at[~np.isnan(row.values[at])]
+        holds = _COMPARE[limit.compare](row.values[at], limit.limit)
+        for position, held in zip(at, holds, strict=True):
+            key = (limit.rule, int(row.places[position]))
+            if not held:
+                self._streaks.pop(key, None)
+                continue
+            length, since = self._streaks.get(key, (0, row.edit))
+            self._streaks[key] = (length + 1, since)
+            if length + 1 < limit.sustained:
+                continue
+            for place, value, metric, site in self._lookup.new(limit.rule, row, at[at == position]):
+                says = limit.says.format(
+                    value=value, number=number(value), site=place_name(site), edit=row.edit, since=since
+                )
+                start = since if limit.sustained > 1 else None
+                yield Hit(limit.rule, metric, place, value, float(limit.limit), limit.verdict, says, start)
