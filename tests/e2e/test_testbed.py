@@ -41,7 +41,7 @@ def test_single_edits_work_and_stay_local(loaded: tuple[Any, Any, Mend]) -> None
     model, tokenizer, mend = loaded
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = evaluation.single_edits(model, tokenizer, digits.edit_stream(777, 100), mend.edit)
-    assert found.efficacy >= 0.75
+    assert found.efficacy >= 0.765  # the report's figure
     assert found.rephrase >= 0.75
     assert found.image_rephrase >= 0.65
     assert found.text_locality >= 0.9
