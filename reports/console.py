@@ -113,6 +113,7 @@ def closing_table(run: Run) -> RenderableType:
         ("first bad", where),
         ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
         ("cause", clean(diagnosis.cause, 80)),
+        ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
         ("run", clean(run.path, 300)),

@@ -1,6 +1,6 @@
 """Arrays in, findings out: facts, drift, causes and the diagnosis. Pure NumPy; touches no model, renders nothing."""
 
 from stabilitylab.analysis.analyzer import Analyzer
-from stabilitylab.analysis.findings import VERDICTS, Diagnosis, Finding, Verdict, json_safe, severity
+from stabilitylab.analysis.findings import VERDICTS, Diagnosis, Finding, Forecast, Verdict, json_safe, severity
 
-__all__ = ["VERDICTS", "Analyzer", "Diagnosis", "Finding", "Verdict", "json_safe", "severity"]
+__all__ = ["VERDICTS", "Analyzer", "Diagnosis", "Finding", "Forecast", "Verdict", "json_safe", "severity"]

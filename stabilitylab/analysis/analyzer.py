@@ -10,6 +10,7 @@ from stabilitylab.analysis.diagnosis import diagnose
 from stabilitylab.analysis.drift import DriftBank
 from stabilitylab.analysis.facts import FactRules
 from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import Ledger
 from stabilitylab.readings import EditRow, Metric
@@ -29,6 +30,7 @@ class Analyzer:
         self._drift = DriftBank(self._columns)
         self._lead_in = LeadIn(self._columns)
         self._ledger = Ledger(self._columns)
+        self._forecaster = Forecaster(self._columns)
         self._edits = 0
         self._rows = 0
         self._alarm: int | None = None
@@ -45,11 +47,12 @@ class Analyzer:
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
         self._lead_in.observe(flat, alarmed=self._alarm is not None, nonfinite=worst == "non-finite")
+        self._forecaster.observe(flat)
 
     def diagnosis(self) -> Diagnosis:
         """What is known after the rows so far."""
         if self._diagnosis is None:
-            first_bad = self._ledger.first_bad()
+            worst, first_bad = self._ledger.worst, self._ledger.first_bad()
             findings = self._ledger.findings()
             cause = find_cause(
                 Evidence(
@@ -71,5 +74,6 @@ class Analyzer:
                 first_bad=first_bad,
                 findings=findings,
                 cause=cause,
+                forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),
             )
         return self._diagnosis

@@ -8,7 +8,7 @@ from typing import Final
 
 from stabilitylab.analysis.causes import Cause
 from stabilitylab.analysis.drift import BASELINE
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Verdict, severity
 from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.words import place_name
 from stabilitylab.readings import MODEL_SITE
@@ -59,6 +59,7 @@ def diagnose(
     first_bad: Finding | None,
     findings: tuple[Finding, ...],
     cause: Cause,
+    forecast: Forecast | None,
 ) -> Diagnosis:
     """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
     began = onset(findings, alarm)
@@ -79,6 +80,7 @@ def diagnose(
         findings=findings,
         says="",
         first_nonfinite_edit=min(nonfinite, default=None),
+        forecast=forecast,
     )
     if first_bad is not None:
         says = _bad(diagnosis, first_bad)

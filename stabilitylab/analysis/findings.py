@@ -12,6 +12,10 @@ VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "coll
 
 UNKNOWN_CAUSE: Final = "unknown"
 
+LimitKind = Literal["weight-overflow", "activation-overflow", "norm-overflow", "canary-lost"]
+Shape = Literal["exponential", "accelerating", "flattening"]
+"""How a reading goes towards its limit: by the same factor each edit, by ever more, or by ever less."""
+
 
 def severity(verdict: str) -> int:
     """0 for ``stable`` up to 4 for ``non-finite``."""
@@ -43,6 +47,31 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """How many edits are left until the nearest limit, or why that can't be told.
+
+    made_at: the edit after which it was made; edits_left (the median), low and high (the ends of a 90 % interval) count
+    from there, and at least 1. limit, site, metric: what will be reached, and the reading that goes there. When there
+    is no forecast, edits_left, low, high and shape are None and `why` is a sentence; limit, site and metric then name
+    the reading that may be on its way, if there is one.
+    """
+
+    made_at: int
+    says: str
+    limit: LimitKind | None = None
+    site: str | None = None
+    metric: str | None = None
+    edits_left: int | None = None
+    low: int | None = None
+    high: int | None = None
+    shape: Shape | None = None
+    why: str | None = None
+
+    def __str__(self) -> str:
+        return self.says
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What is known of a run so far.
 
@@ -53,7 +82,8 @@ class Diagnosis:
     and then by dataflow; where a run diverges without one, the drift alarm that says so. Where that reading is the
     whole model's (the canary), site and metric are those of the first layer that left its usual range.
     first_nonfinite_edit: the first NaN or infinity; later than first_bad_edit when a limit was passed before.
-    findings: in order of edit, then of dataflow. None: not the case.
+    findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite. None: not
+    the case.
     """
 
     verdict: Verdict
@@ -69,6 +99,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     says: str
     first_nonfinite_edit: int | None = None
+    forecast: Forecast | None = None
 
     def __str__(self) -> str:
         return self.says
