@@ -1,0 +1,39 @@
+"""The failure zoo: real edit loops on small real models, each with one known mechanism, and loops that are healthy.
+
+::
+
+    outcome = run(by_name("mend-feedback-fp16"), seed=0, folder=Path("runs/zoo"))
+    outcome.truth.cause, outcome.truth.first_bad_edit, outcome.truth.site
+"""
+
+from __future__ import annotations
+
+from stabilitylab.errors import UsageError, did_you_mean
+from stabilitylab.testbed.zoo import algebra, dtypes, feedback, inputs, normaliser, provenance, unknown
+from stabilitylab.testbed.zoo.healthy import HEALTHY
+from stabilitylab.testbed.zoo.scenario import Outcome, Scenario, State, Truth, run
+
+__all__ = ["HEALTHY", "SCENARIOS", "Outcome", "Scenario", "State", "Truth", "by_name", "run"]
+
+SCENARIOS: tuple[Scenario, ...] = (
+    *provenance.SCENARIOS,
+    *inputs.SCENARIOS,
+    *normaliser.SCENARIOS,
+    *algebra.SCENARIOS,
+    *dtypes.SCENARIOS,
+    *feedback.SCENARIOS,
+    *unknown.SCENARIOS,
+)
+"""Every failure, by family; the mechanisms that no rule is to know come last."""
+
+
+def by_name(name: str) -> Scenario:
+    """The scenario of that name, failing or healthy.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = {scenario.name: scenario for scenario in (*SCENARIOS, *HEALTHY)}
+    if name not in found:
+        raise UsageError(f"no scenario {name!r}{did_you_mean(name, found)}")
+    return found[name]
