@@ -339,7 +339,18 @@ class Forecaster:
                 if found.tells:
                     return self._said(series, found, self._edit - float(edits[-1]))
                 unsure = unsure or self._unsure(series, found)
-        return unsure or self._silent("Nothing falls steadily towards a limit.")
+        return unsure or self._reached() or self._silent("Nothing falls steadily towards a limit.")
+
+    def _reached(self) -> Forecast | None:
+        """Says which limit the first series that is past one has reached; None when none is."""
+        state = self._state
+        last = (np.arange(state.size), (state["count"] - 1) % WINDOW)
+        past = (state["count"] > 0) & (state["edits"][last] >= self._edit - STALE) & (state["path"][last] <= 0)
+        if not past.any():
+            return None
+        metric, site, limit = self._named(int(np.argmax(past)))
+        why = f"There is nothing left to forecast of {limit.what.format(place_name(site))}: the limit is reached."
+        return Forecast(made_at=self._edit, says=why, why=why, limit=limit.kind, site=site, metric=metric)
 
     def _history(self, series: int) -> tuple[Array, Array]:
         count = int(self._state["count"][series])

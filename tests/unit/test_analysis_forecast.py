@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import diagnose, row
+from rich.console import Console
+from stabilitylab.reports.console import closing_table
+from synthetic_runs import METRICS, diagnose, row
 
 from stabilitylab.analysis import Analyzer, Forecast
 from stabilitylab.analysis.forecast import LEAST, WINDOW, Crossing, crossing
 from stabilitylab.readings import Array, EditRow, Key
+from stabilitylab.run import load
+from stabilitylab.store import RunWriter
 
 WEIGHT = ("weight.headroom_bits", "decoder.layers.1.fc1")
 
@@ -115,6 +121,25 @@ def test_the_nearest_limit_is_named() -> None:
         for edit, wobble in enumerate(0.1 * rng.standard_normal(35))
     ]
     assert forecast(rows).site == "near"
+
+
+def test_a_limit_that_is_reached_is_not_forecast() -> None:
+    said = forecast([row(edit, {("canary.agreement", "model"): max(1.0 - edit / 20, 0.0)}) for edit in range(20)])
+    assert said.edits_left is None
+    assert said.limit == "canary-lost"
+    assert "reached" in str(said.why)
+
+
+def test_the_console_page_shows_it(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {}, METRICS)
+    rows = run_of(lambda edit: 15.0 - 0.25 * edit, 40)
+    for each in rows:
+        writer.append(each)
+    writer.close()
+    run, out = load(tmp_path / "run"), io.StringIO()
+    assert run.diagnosis().forecast == forecast(rows)
+    Console(file=out, width=250).print(closing_table(run))
+    assert f"forecast             {forecast(rows).says}" in out.getvalue()
 
 
 def test_none_once_the_run_is_lost() -> None:
