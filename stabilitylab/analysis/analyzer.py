@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabilitylab.analysis.causes import Evidence, find_cause
+from stabilitylab.analysis.causes import find_cause
 from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.diagnosis import diagnose
 from stabilitylab.analysis.drift import DriftBank
@@ -46,7 +46,9 @@ class Analyzer:
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
-        self._lead_in.observe(flat, alarmed=self._alarm is not None, nonfinite=worst == "non-finite")
+        alarmed = self._alarm is not None
+        lost = alarmed and self._ledger.has_hard_fact()
+        self._lead_in.observe(flat, alarmed=alarmed, lost=lost, nonfinite=worst == "non-finite")
         self._forecaster.observe(flat)
 
     def diagnosis(self) -> Diagnosis:
@@ -54,17 +56,7 @@ class Analyzer:
         if self._diagnosis is None:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
             findings = self._ledger.findings()
-            cause = find_cause(
-                Evidence(
-                    verdict=self._ledger.worst,
-                    findings=findings,
-                    first_bad=first_bad,
-                    crossed=self._lead_in.crossed,
-                    growth=self._lead_in.growth,
-                    largest_finite=self._lead_in.largest_finite(first_bad),
-                    overflowed=self._lead_in.overflowed(first_bad),
-                )
-            )
+            cause = find_cause(self._lead_in.evidence(worst, findings, first_bad))
             self._diagnosis = diagnose(
                 self._ledger.worst,
                 rows=self._rows,

@@ -81,6 +81,7 @@ def diagnose(
         says="",
         first_nonfinite_edit=min(nonfinite, default=None),
         forecast=forecast,
+        confidence=cause.confidence,
     )
     if first_bad is not None:
         says = _bad(diagnosis, first_bad)

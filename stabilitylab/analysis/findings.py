@@ -12,6 +12,10 @@ VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "coll
 
 UNKNOWN_CAUSE: Final = "unknown"
 
+Confidence = Literal["high", "medium", "low", "none"]
+"""In a cause. ``high``: the readings show the mechanism itself. ``medium``: they show what it leaves behind, which
+little else does. ``low``: they agree with it, and with other explanations as well. ``none``: no rule speaks."""
+
 LimitKind = Literal["weight-overflow", "activation-overflow", "norm-overflow", "canary-lost"]
 Shape = Literal["exponential", "accelerating", "flattening"]
 """How a reading goes towards its limit: by the same factor each edit, by ever more, or by ever less."""
@@ -82,8 +86,8 @@ class Diagnosis:
     and then by dataflow; where a run diverges without one, the drift alarm that says so. Where that reading is the
     whole model's (the canary), site and metric are those of the first layer that left its usual range.
     first_nonfinite_edit: the first NaN or infinity; later than first_bad_edit when a limit was passed before.
-    findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite. None: not
-    the case.
+    findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite.
+    confidence: in the cause. None: not the case.
     """
 
     verdict: Verdict
@@ -100,6 +104,7 @@ class Diagnosis:
     says: str
     first_nonfinite_edit: int | None = None
     forecast: Forecast | None = None
+    confidence: Confidence = "none"
 
     def __str__(self) -> str:
         return self.says

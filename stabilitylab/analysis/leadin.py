@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes import EditorInput, Growth
+from stabilitylab.analysis.causes import EditorInput, Evidence, FatalRow, Growth, Step
 from stabilitylab.analysis.columns import Columns, Flat, Places, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING
-from stabilitylab.analysis.findings import Finding
+from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.readings import EDITOR_SITE, Key
 
 WINDOWS: Final = (12, 30)
 LEAST: Final = 5
 CONFIDENCE: Final = 0.9
+STEPS: Final = 30
+SAME: Final = 0.01
+"""Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same: the edit began at the original weights."""
+SUSTAINED: Final = 3
 
 _INPUT: Final = f"{EDITOR_SITE}.input"
+_TELLS: Final = tuple(f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max"))
+_MASKED: Final = "attention.masked_rows"
+_KEYS: Final = f"{EDITOR_SITE}.keys"
+_WATCHED: Final = (
+    *_TELLS,
+    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", "weight.headroom_bits"),
+    *("gradient.nonfinite", "gradient.norm", _MASKED, _KEYS),
+)
 
 
 class LeadIn:
@@ -31,20 +44,37 @@ class LeadIn:
         self._at: dict[Key, int] = {}
         self._inputs: Places = np.zeros(0, dtype=np.intp)
         self._updates: Places = np.zeros(0, dtype=np.intp)
+        self._places: dict[str, Places] = dict.fromkeys(_WATCHED, self._updates)
         self._points: deque[tuple[float, float, float]] = deque(maxlen=max(WINDOWS))
         self._strongest: Growth | None = None
         self._crossed: EditorInput | None = None
         self._largest_finite: dict[Key, float] = {}
         self._infinite: set[Key] = set()
         self._frozen = False
+        self._steps: deque[Step] = deque(maxlen=STEPS)
+        self._kept: dict[str, tuple[Step, ...]] = {}
+        self._restored = 0
+        self._carried = 0
+        self._last_restored = 0
+        self._restored_until: int | None = None
+        self._moved = False
+        self._codebook = False
+        self._reported = False
+        self._masked = False
+        self._bits: dict[str, float] = {}
+        self._fatal: FatalRow | None = None
 
-    def observe(self, row: Flat, *, alarmed: bool, nonfinite: bool) -> None:
-        """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row."""
+    def observe(self, row: Flat, *, alarmed: bool, lost: bool, nonfinite: bool) -> None:
+        """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
+        hard fact, not by drift alone.
+        """
         if self._frozen:
             return
         if row.fresh:
             self._look_up(row)
         self._follow_inputs(row)
+        self._follow_steps(row)
+        self._keep_steps(alarmed, lost)
         inputs, updates = row.values[self._inputs], row.values[self._updates]
         inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
         if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
@@ -53,20 +83,26 @@ class LeadIn:
             self._strongest = self.growth
         if nonfinite:
             self._frozen = True
+            self._fatal = self._look_at_fatal(row)
             self._infinite = {
                 (kind_of(metric), site)
                 for (metric, site), at in self._at.items()
                 if metric.endswith(".max_abs") and math.isinf(row.values[at])
             }
+            return
+        self._masked = self._masked or any(row.values[self._places[_MASKED]] > 0)
+        bits = self._places["weight.headroom_bits"]
+        self._bits |= {self._site(row, at): float(row.values[at]) for at in bits}
 
     def _look_up(self, row: Flat) -> None:
         self._at = {self._columns.keys[place]: position for position, place in enumerate(row.places)}
-        chosen = {
-            name: [position for (metric, _), position in self._at.items() if metric == name]
-            for name in (f"{_INPUT}_max", "update.norm")
-        }
-        self._inputs = np.array(chosen[f"{_INPUT}_max"], dtype=np.intp)
-        self._updates = np.array(chosen["update.norm"], dtype=np.intp)
+        chosen: dict[str, list[int]] = {name: [] for name in _WATCHED}
+        for (metric, _), position in self._at.items():
+            if metric in chosen:
+                chosen[metric].append(position)
+        self._places = {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()}
+        self._inputs, self._updates = self._places[f"{_INPUT}_max"], self._places["update.norm"]
+        self._reported = self._reported or any(self._places[name].size for name in _TELLS)
         for (metric, site), position in self._at.items():
             kind, largest = kind_of(metric), float(row.values[position])
             bits = self._value(row, f"{kind}.headroom_bits", site)
@@ -74,6 +110,61 @@ class LeadIn:
                 # fp64 itself ends at 2^1024, where rounding would tip this over into infinity.
                 exponent = min(math.log2(largest) + bits, 1024 - 1e-9)
                 self._largest_finite.setdefault((kind, site), 2.0**exponent)
+
+    def _site(self, row: Flat, position: np.intp) -> str:
+        return self._columns.keys[int(row.places[position])][1]
+
+    def _follow_steps(self, row: Flat) -> None:
+        """How large each applied edit was, and whether it began at the original weights."""
+        self._codebook = self._codebook or bool((row.values[self._places[_KEYS]] > 0).any())
+        self._moved = self._moved or (row.edit > 0 and bool((row.values[self._updates] != 0).any()))
+        ratios, drifts = self._places["update.ratio"], self._places["drift.ratio"]
+        if not row.applied or not ratios.size or not drifts.size:
+            return
+        # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
+        sizes = np.where(row.finite[ratios], row.values[ratios], 0.0)
+        ways = np.where(row.finite[drifts], row.values[drifts], 0.0)
+        update, drift = int(sizes.argmax()), int(ways.argmax())
+        self._steps.append(
+            Step(
+                row.edit,
+                float(sizes[update]),
+                self._site(row, ratios[update]),
+                float(ways[drift]),
+                self._site(row, drifts[drift]),
+            )
+        )
+        self._follow_restoring(row)
+
+    def _keep_steps(self, alarmed: bool, lost: bool) -> None:
+        """Hold on to the steps up to the alarm, and up to the first hard fact, since either may be the first bad."""
+        for name, holds in (("alarmed", alarmed), ("lost", lost)):
+            if holds and name not in self._kept:
+                self._kept[name] = tuple(self._steps)
+
+    def _steps_to(self, bad: Finding | None) -> tuple[Step, ...]:
+        kept = [steps for steps in self._kept.values() if bad is not None and any(s.edit == bad.start for s in steps)]
+        return kept[0] if kept else ()
+
+    def _follow_restoring(self, row: Flat) -> None:
+        """The last of some edits that each began at the original weights, once three in a row did not."""
+        updates, drifts = self._updates, self._places["drift.norm"]
+        if updates.size != drifts.size or not (row.values[updates] > 0).any():
+            return
+        apart = np.abs(row.values[drifts] - row.values[updates])
+        if row.edit > 1 and (apart <= SAME * row.values[drifts]).all():
+            self._restored, self._carried = self._restored + 1, 0
+        elif self._restored >= SUSTAINED:
+            self._carried += 1
+            if self._carried == SUSTAINED and self._restored_until is None:
+                self._restored_until = self._last_restored
+        if self._carried == 0:
+            self._last_restored = row.edit
+
+    def _look_at_fatal(self, row: Flat) -> FatalRow:
+        bad, norms = self._places["gradient.nonfinite"], self._places["gradient.norm"]
+        sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
+        return FatalRow(row.edit, float(row.values[self._places[_MASKED]].sum()), not self._masked, sound)
 
     def _value(self, row: Flat, metric: str, site: str) -> float | None:
         at = self._at.get((metric, site))
@@ -124,3 +215,22 @@ class LeadIn:
     def overflowed(self, bad: Finding | None) -> bool:
         """Whether the weights or activations of a finding became infinite, not NaN, at the first non-finite edit."""
         return bad is not None and (kind_of(bad.metric), bad.site) in self._infinite
+
+    def evidence(self, verdict: Verdict, findings: Sequence[Finding], first_bad: Finding | None) -> Evidence:
+        """All that a cause may be read from, up to now."""
+        return Evidence(
+            verdict=verdict,
+            findings=findings,
+            first_bad=first_bad,
+            crossed=self.crossed,
+            growth=self.growth,
+            largest_finite=self.largest_finite(first_bad),
+            overflowed=self.overflowed(first_bad),
+            steps=self._steps_to(first_bad),
+            fatal=self._fatal,
+            headroom_before=None if first_bad is None else self._bits.get(first_bad.site),
+            restored_until=self._restored_until,
+            moved=self._moved,
+            codebook=self._codebook,
+            reported=self._reported,
+        )

@@ -68,6 +68,11 @@ class Ledger:
                 )
                 group.kept.append(((edit, *self._columns.order(hit.place)), finding))
 
+    def has_hard_fact(self) -> bool:
+        """Whether any finding that is ``diverging`` or worse is a hard fact."""
+        bad = self.first_bad()
+        return bad is not None and bad.rule not in DRIFT_RULES
+
     def first_bad(self) -> Finding | None:
         """The earliest hard fact that is ``diverging`` or worse, by the edit it is about and then by dataflow.
 

@@ -1,0 +1,228 @@
+"""Edits that add up or feed one another, and what is left when nothing moves any more."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Final
+
+from stabilitylab.analysis.causes.evidence import Evidence, Step
+from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.words import number
+
+FEEDBACK_FACTOR: Final = 10.0
+REPLACED: Final = 0.5
+"""An update of half the weight it leaves: one edit outweighs what is left of training."""
+UNUSUAL: Final = 5.0
+OUTWEIGHED: Final = 1.0
+"""Distance from the original weight, as a share of its norm, from which the edits outweigh what was trained."""
+MANY: Final = 10
+"""Edits, at least, that a slow accumulation takes."""
+
+
+def _feedback(evidence: Evidence) -> Claim | None:
+    growth = evidence.growth
+    if growth is None or growth.least < FEEDBACK_FACTOR:
+        return None
+    return Claim(
+        f"each edit fed the next: from edit {growth.first_edit} to {growth.last_edit} the editor's normalised input"
+        f" grew {number(growth.input_factor)}-fold and the update it made {number(growth.update_factor)}-fold.",
+        "high",
+    )
+
+
+def _at_first_bad(evidence: Evidence) -> tuple[list[Step], Step] | None:
+    """The steps before the first bad edit, and that edit's own; for a run that is lost."""
+    bad = evidence.first_bad
+    if bad is None or not evidence.is_past("drifting"):
+        return None
+    here = [step for step in evidence.steps if step.edit == bad.start]
+    return ([step for step in evidence.steps if step.edit < bad.start], here[0]) if here else None
+
+
+def _one_step(evidence: Evidence) -> Claim | None:
+    found = _at_first_bad(evidence)
+    if found is None:
+        return None
+    before, here = found
+    usual = median(step.update_ratio for step in before) if before else 0.0
+    if here.update_ratio < REPLACED or here.update_ratio < UNUSUAL * usual:
+        return None
+    beside = f", where {number(usual)} was usual" if before else ""
+    return Claim(
+        f"edit {here.edit} alone changed the weight of {here.update_site} by {number(here.update_ratio)} of its"
+        f" norm{beside}.",
+        "medium",
+    )
+
+
+def _accumulated(evidence: Evidence) -> Claim | None:
+    found = _at_first_bad(evidence)
+    if found is None:
+        return None
+    before, here = found
+    largest = max(step.update_ratio for step in (*before, here))
+    if len(before) < MANY or here.drift_ratio < OUTWEIGHED or here.drift_ratio < 2.0 * largest:
+        return None
+    return Claim(
+        f"{here.edit} edits have moved the weight of {here.drift_site} by {number(here.drift_ratio)} times its original"
+        f" norm, none of the last {len(before) + 1} by more than {number(largest)}: together they outweigh what was"
+        " trained.",
+        "medium",
+    )
+
+
+def _codebook(evidence: Evidence) -> Claim | None:
+    canary = evidence.of("canary-moved", "canary-lost", "canary-collapsed", "perplexity-lost")
+    if canary is None or evidence.moved or not evidence.codebook:
+        return None
+    return Claim(
+        "no watched weight has moved, so it is the codebook that answers the canary in the model's place since edit"
+        f" {canary.start}.",
+        "high",
+    )
+
+
+def _dead(evidence: Evidence) -> Claim | None:
+    dead = evidence.of("dead")
+    if dead is None or evidence.first_bad is None or evidence.first_bad.rule != "dead":
+        return None
+    return Claim(
+        f"all logits are equal since edit {dead.edit}, with every value finite: the model no longer depends on its"
+        " input, and its gradients vanish.",
+        "high",
+    )
+
+
+def _skipped(evidence: Evidence) -> Claim | None:
+    found, bad = evidence.of("edits-skipped"), evidence.first_bad
+    if found is None or bad is None or not bad.metric.startswith("gradient."):
+        return None
+    return Claim(
+        f"since edit {found.start} gradients are not finite, first at {bad.site}, and no edit moves a weight: something"
+        " skips such edits without a word.",
+        "medium",
+    )
+
+
+def _no_gradient(evidence: Evidence) -> Claim | None:
+    found = evidence.of("zero-gradient")
+    if found is None or evidence.is_past("drifting"):
+        return None
+    return Claim(f"since edit {found.start} the loss sends a gradient of exactly 0 to every watched layer.", "high")
+
+
+def _unchanged(evidence: Evidence) -> Claim | None:
+    if evidence.is_past("drifting"):
+        return None
+    never, stopped = evidence.of("never-moved"), evidence.of("stopped-moving")
+    if never is not None and not evidence.moved:
+        return Claim(f"edit {never.edit} left every watched weight as it was.", "high")
+    if stopped is not None:
+        return Claim(f"edits moved the watched weights until edit {stopped.start - 1}, and none since.", "high")
+    return None
+
+
+FEEDBACK = (
+    Rule(
+        "feedback-growth",
+        "growth",
+        _feedback,
+        "The editor was trained on the unedited model and is applied to its own results. Restore the weights between"
+        " edits, or batch the edits into one update (MALMEN), or keep them outside the weights (GRACE). A norm"
+        " constraint on the update or clamped inputs delays the end but costs edit success.",
+        "A hypernetwork makes its update from the gradients of the model that it has edited. Larger weights give larger"
+        " gradients, those a larger update, and that larger weights.",
+        "The largest input of the hypernetwork and its update have both grown at least tenfold over the last 12 or 30"
+        " edits, and both trends have a lower confidence bound above zero.",
+        "MEND on BLIP2-OPT, edit after edit, without restoring: inputs of 11 and updates of 4 become infinite within 30"
+        " edits. With factors from the unedited model the growth is gone.",
+    ),
+)
+
+ACCUMULATION = (
+    Rule(
+        "codebook-overreach",
+        "growth",
+        _codebook,
+        "Lower GRACE's initial radius (eps), use its \"cold\" replacement only at the answer's tokens, or put the"
+        " adapter into a later layer, whose inputs tell requests apart better.",
+        "A codebook answers for every input within the radius of a key. Radii that are too large, or a layer whose"
+        " inputs look alike, catch inputs that no edit was about.",
+        "The canary's predictions change although no watched weight ever moved and a codebook holds keys.",
+        "GRACE on the digit model with a radius of 1: the canary moves by one nat after some tens of edits.",
+    ),
+    Rule(
+        "single-edit-too-large",
+        "growth",
+        _one_step,
+        "Go back to the weights of before that edit. Lower its learning rate or number of steps (for fine-tuning, a"
+        " tenth), constrain the norm of the update to a few per cent of the weight's, and check an update before it is"
+        " committed.",
+        "An edit that changes a weight by half its norm has replaced what training put there. It mostly succeeds, and"
+        " the rest of the model is gone.",
+        "An update of at least half the weight's norm, and five times what is usual, at the first bad edit.",
+        "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",
+    ),
+    Rule(
+        "edits-outweigh-training",
+        "growth",
+        _accumulated,
+        "Edit less per layer: constrain ‖W − W₀‖ (a ball of a quarter to a half of ‖W₀‖), raise the weight on what"
+        " is to be preserved (mom2_update_weight), spread edits over more layers, or keep them outside the weights"
+        " (GRACE, WISE). Go back to before the onset edit, and retrain or batch from there.",
+        "Each edit is harmless; their sum is not. Past its original norm, a weight is more edits than training.",
+        "‖W − W₀‖ is at least ‖W₀‖ at the first bad edit, after ten edits or more, of which none is more than half of"
+        " that distance.",
+        "ROME, MEMIT and AlphaEdit on the digit model: weights 3 to 12 times their norm away when the canary is lost,"
+        " between edits 50 and 80.",
+    ),
+)
+
+NOTHING_MOVES = (
+    Rule(
+        "dead-logits",
+        "dead",
+        _dead,
+        "Go back to the weights of before that edit. Lower the edit's learning rate or constrain the norm of its"
+        " update; a check for NaN alone will never see this failure.",
+        "At weights of 1e18 the logits in float32 become exactly equal, the gradients 0 and the loss ln(vocabulary):"
+        " finite and dead.",
+        "All logits are equal, before anything is NaN.",
+        "Fine-tuning without a norm constraint in float32, whose final LayerNorm keeps every value finite.",
+    ),
+    Rule(
+        "gradients-skipped",
+        "dead",
+        _skipped,
+        "Find why the gradients are not finite: start at the first bad site. Lower the initial loss scale, or edit in"
+        " bfloat16; and make the loop say so when it skips an edit.",
+        "A gradient scaler or an isfinite check leaves out steps whose gradients are not finite. If all are, the editor"
+        " stops editing, and nothing says so.",
+        "Gradients that are not finite and updates of exactly 0, at three edits in a row.",
+        "torch.amp.GradScaler in float16: every step is skipped, and the loss looks steady.",
+    ),
+    Rule(
+        "zero-gradient",
+        "dead",
+        _no_gradient,
+        "See whether the layer's units are all dead (activation.dead_share), whether the loss was detached, and whether"
+        " the watched layers lie on its path; go back to the weights of before, and lower the learning rate.",
+        "Once every unit behind a layer is dead or saturated, the loss no longer depends on it, and no editor that"
+        " needs a gradient can do anything there.",
+        "Gradients of exactly 0 at every watched layer at three edits in a row, with a loss above 0.01.",
+        "A large edit pushes all biases of a ReLU layer below zero.",
+    ),
+    Rule(
+        "weights-unchanged",
+        "dead",
+        _unchanged,
+        "Check that the watched sites are the layers that the editor edits, and that the model it returns is handed"
+        " over (edit.returns). If edits did move them before, see whether the gradients are zero, or the update is"
+        " smaller than the dtype can add (bfloat16 has 8 bits: 1 + 0.003 is 1); keep the edited layers in float32."
+        " Adapters such as LoRA keep the weights as they are by design.",
+        "Either other layers are edited than are watched, or the update is zero or rounded away.",
+        "Updates of exactly 0 at every watched layer: at the first edit, or at three in a row after others did move"
+        " them. Not claimed where a codebook or a side memory holds the edits.",
+        "fc1 is watched, and ROME edits fc2.",
+    ),
+)

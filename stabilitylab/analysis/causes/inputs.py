@@ -1,0 +1,149 @@
+"""What went in: labels, masks, and what a hypernetwork normalises its inputs with."""
+
+from __future__ import annotations
+
+from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.columns import kind_of
+from stabilitylab.analysis.facts_editor import TINY_STD
+from stabilitylab.analysis.words import number
+
+
+def _labels(evidence: Evidence) -> Claim | None:
+    bad = evidence.first_bad
+    if bad is None or bad.rule != "labels-masked":
+        return None
+    return Claim(
+        f"the loss of edit {bad.edit} is NaN while every logit is finite: it is a mean over no label at all.", "high"
+    )
+
+
+def _mask(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
+        return None
+    inside = kind_of(bad.metric) in {"activation", "attention", "logits", "gradient"}
+    if not inside or fatal.masked_rows == 0 or not fatal.unmasked_before:
+        return None
+    return Claim(
+        f"{number(fatal.masked_rows)} rows of edit {fatal.edit}'s attention mask see no real token, as in no edit"
+        f" before, and {bad.metric} at {bad.site} is not finite in that edit: a softmax over nothing.",
+        "medium",
+    )
+
+
+def _not_loaded(evidence: Evidence) -> Claim | None:
+    bad = evidence.first_bad
+    if bad is None or bad.metric != "editor.nonfinite":
+        return None
+    if bad.edit <= 1:
+        return Claim(
+            f"{number(bad.value)} statistics of the editor's normaliser at {bad.site} are NaN or infinite before the"
+            " first edit.",
+            "high",
+        )
+    return None
+
+
+def _spoilt(evidence: Evidence) -> Claim | None:
+    bad = evidence.first_bad
+    if bad is None or bad.metric != "editor.nonfinite" or bad.edit <= 1:
+        return None
+    return Claim(
+        f"{number(bad.value)} statistics of the editor's normaliser at {bad.site}, finite until then, are NaN or"
+        f" infinite at edit {bad.edit}: they are updated while edits are made.",
+        "medium",
+    )
+
+
+def _zero_std(evidence: Evidence) -> Claim | None:
+    worst = evidence.crossed
+    if worst is None or worst.std is None or not worst.std <= TINY_STD:
+        return None
+    unit = "a unit" if worst.unit is None else f"unit {worst.unit}"
+    return Claim(
+        f"{unit} of the editor's frozen normaliser at {worst.site} was divided by a std of {number(worst.std)}: its"
+        f" normalised input reached {number(worst.largest)} at edit {worst.edit}.",
+        "high",
+    )
+
+
+def _restarted(evidence: Evidence) -> Claim | None:
+    found, begins = evidence.of("statistics-moved"), evidence.begins
+    if found is None or begins is None or begins < found.edit:
+        return None
+    return Claim(
+        f"the editor's normaliser at {found.site} is not frozen: its smallest std was {number(found.threshold)} and is"
+        f" {number(found.value)} at edit {found.edit}, before anything left its usual range.",
+        "medium",
+    )
+
+
+RULES = (
+    Rule(
+        "labels-masked",
+        "input",
+        _labels,
+        "Check the request's labels: at least one must differ from -100. A prompt that fills the whole length leaves no"
+        " room for its answer; truncate the prompt, not the answer, and skip requests without a label.",
+        "Cross-entropy is a mean over labels that are not -100. Where all of them are, it is 0/0.",
+        "The loss is NaN in a forward whose logits are all finite.",
+        "A tokenizer with truncation=True cuts the answer off the end of a long prompt.",
+    ),
+    Rule(
+        "fully-masked-row",
+        "input",
+        _mask,
+        "Check the attention mask of that request: drop empty rows, pad on the right, or use an attention"
+        " implementation"
+        ' that handles rows without keys (attn_implementation="sdpa" or "eager" of a recent transformers).',
+        "A query that may attend to nothing has a softmax over nothing, which is 0/0. Left padding makes such rows;"
+        " some attention implementations answer them with NaN.",
+        "Masked rows for the first time in the edit whose activations, attention or logits first are NaN.",
+        "A batch of two prompts, one of them empty, padded on the left.",
+    ),
+    Rule(
+        "normaliser-not-loaded",
+        "input",
+        _not_loaded,
+        "Load the editor's checkpoint with strict=True and check that its buffers came with it (u_mean, u_std, v_mean,"
+        " v_std in MEND); if they are NaN in the file itself, train again with batches of more than one row.",
+        "The buffers of a hypernetwork's normaliser begin as NaN, and stay so when a checkpoint lacks them.",
+        "NaN in the normaliser's mean or std before the first edit.",
+        "A MEND checkpoint saved from `parameters()` instead of `state_dict()`, which leaves buffers out.",
+    ),
+    Rule(
+        "normaliser-spoilt",
+        "input",
+        _spoilt,
+        "Freeze the statistics while edits are made: call the editor in evaluation mode, and check that nothing updates"
+        " them. Compute a std from one row as 0, not as NaN (unbiased=False), and skip batches that are not finite.",
+        "A running std that is updated with a single row divides by n − 1 = 0, and is NaN for good.",
+        "The normaliser's statistics are finite at first and NaN later, with nothing else bad before.",
+        "A MALMEN editor left in training mode, given one request of one token.",
+    ),
+    Rule(
+        "normaliser-zero-std",
+        "input",
+        _zero_std,
+        "Floor the normaliser's std (for example at 1% of its median) or clamp the normalised inputs, and collect its"
+        " statistics over more rows, so that no unit is constant in them. A NaN may still come later if edits are never"
+        " rolled back: restore the weights between edits, or edit in batches (MALMEN).",
+        "A unit that was constant while the statistics were collected, such as a dead ReLU, has a std of 0. MEND"
+        " divides by std + 1e-7, so the first time that the unit fires, its input is ten million times its own size.",
+        "An input to the hypernetwork beyond 100 standard deviations, at a unit whose std is at most 1e-6.",
+        "MEND on BLIP2-OPT: unit 117 has std 0 and fires with 0.032 at edit 6. Its normalised value is 3.2e5, and in"
+        " float16 the weights overflow in that very edit.",
+    ),
+    Rule(
+        "normaliser-restarted",
+        "input",
+        _restarted,
+        'Freeze the statistics while edits are made, and save their "initialised" flag or count with them, so that a'
+        " resumed run doesn't collect them anew.",
+        "A hypernetwork is trained for inputs of one scale. If the statistics behind that scale restart or go on"
+        " running, it sees inputs that it was never trained on.",
+        "The smallest std changes by more than 1% from one edit to another, before anything leaves its usual range.",
+        "A checkpoint without the flag that says that the statistics were collected: the first edit resets them.",
+    ),
+)

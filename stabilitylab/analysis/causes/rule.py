@@ -1,0 +1,47 @@
+"""A cause as a rule: what it claims of the evidence, and what a reader should know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.findings import Confidence
+
+Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dead"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rule says of one run: a sentence with its numbers, and how sure it is."""
+
+    says: str
+    confidence: Confidence
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One known cause.
+
+    claim: the claim that the evidence bears, or None. fix: what to do, for the diagnosis and for the documentation.
+    mechanism, seen, example: for the documentation: how it comes about, what shows, and a case.
+    """
+
+    name: str
+    group: Group
+    claim: Callable[[Evidence], Claim | None]
+    fix: str
+    mechanism: str
+    seen: str
+    example: str
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cause with a sentence that shows it, what to do, and how sure that is."""
+
+    cause: str
+    says: str
+    advice: str
+    confidence: Confidence
