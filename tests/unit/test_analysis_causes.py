@@ -98,3 +98,141 @@ def test_the_dtype_is_not_blamed_without_evidence() -> None:
 def test_a_stable_run_needs_no_cause() -> None:
     diagnosis = run({}, *[editor(5.0, 4, 0.1)] * 20)
     assert (diagnosis.cause, diagnosis.cause_says, diagnosis.advice) == ("unknown", "", "")
+
+
+M = "model"
+
+
+def claimed(*edits: Reading) -> tuple[str, str]:
+    diagnosis = diagnose(row(edit, readings) for edit, readings in enumerate(edits))
+    return diagnosis.cause, diagnosis.confidence
+
+
+def step(ratio: float, drift: float, norm: float = 1.0) -> Reading:
+    return {
+        ("update.norm", A): norm,
+        ("update.ratio", A): ratio,
+        ("drift.norm", A): norm * drift / ratio if ratio else 0.0,
+        ("drift.ratio", A): drift,
+        ("canary.kl", M): 0.1,
+    }
+
+
+LOST = {("canary.kl", M): 9.0}
+
+
+def test_labels_that_are_all_masked() -> None:
+    loss, logits = ("logits.loss", M), ("logits.nonfinite", M)
+    assert claimed({}, {loss: 2.0, logits: 0.0}, {loss: math.nan, logits: 0.0}) == ("labels-ignored", "high")
+    assert claimed({}, {loss: 2.0, logits: 0.0}, {loss: math.nan, logits: 4.0})[0] == "unknown"
+
+
+def test_a_masked_row_is_blamed_only_when_it_is_new() -> None:
+    rows, bad = ("attention.masked_rows", M), ("activation.nonfinite", A)
+    broken = {rows: 3.0, bad: 8.0}
+    assert claimed({}, {rows: 0.0, bad: 0.0}, broken) == ("masked-row", "medium")
+    assert claimed({}, {rows: 3.0, bad: 0.0}, broken)[0] == "unknown"
+    assert claimed({}, {rows: 0.0, bad: 0.0}, {rows: 0.0, bad: 8.0})[0] == "unknown"
+
+
+def test_statistics_that_are_nan() -> None:
+    bad = {("editor.nonfinite", U): 12.0}
+    assert claimed(bad) == ("normaliser-nan", "high")
+    assert claimed({("editor.nonfinite", U): 0.0}, {("editor.nonfinite", U): 0.0}, bad)[0] == "normaliser-nan"
+    assert claimed({("editor.nonfinite", U): 0.0} | {("weight.nonfinite", A): 1.0}, bad)[0] == "unknown"
+
+
+def test_statistics_that_restart() -> None:
+    still, moved = {("editor.std_min", U): 0.2}, {("editor.std_min", U): 0.5}
+    assert claimed(still, still, moved, moved | {("editor.input_max", U): 300.0})[0] == "statistics-restarted"
+    assert claimed(still, still, still | {("editor.input_max", U): 300.0}, moved)[0] == "unknown"
+
+
+def test_an_unstable_denominator() -> None:
+    def denominator(ratio: float, kl: float = 0.1) -> Reading:
+        return {("editor.denominator_ratio", A): ratio, ("canary.kl", M): kl}
+
+    usual = [denominator(0.2)] * 6
+    assert claimed({}, denominator(1e-5)) == ("unstable-denominator", "high")
+    assert claimed({}, *usual, denominator(0.01), *[denominator(0.2, 9.0)] * 3) == ("unstable-denominator", "medium")
+    assert claimed({}, *usual, denominator(0.1), *[denominator(0.2, 9.0)] * 3)[0] == "unknown"
+    assert claimed({}, *usual, denominator(0.01), *usual, *[denominator(0.2, 9.0)] * 3)[0] == "unknown"
+
+
+def test_a_singular_solve() -> None:
+    def solve(condition: float, residual: float) -> Reading:
+        return {("editor.system_condition", A): condition, ("editor.solve_residual", A): residual}
+
+    assert claimed({}, solve(6e10, 0.4)) == ("singular-solve", "high")
+    assert claimed({}, solve(6e10, 1e-6))[0] == "unknown"
+    assert claimed({}, solve(50.0, 0.4))[0] == "unknown"  # least squares leave a residual rightly
+    assert claimed({}, solve(6e10, 1e-6), {("weight.nonfinite", A): 3.0}) == ("singular-solve", "low")
+
+
+def test_a_null_space_of_everything() -> None:
+    assert claimed({("editor.null_space_share", A): 1.0}, *[LOST] * 3) == ("null-space-wrong", "medium")
+    assert claimed({("editor.null_space_share", A): 0.9}, *[LOST] * 3)[0] == "unknown"
+
+
+def test_a_search_that_is_pinned() -> None:
+    pinned, free = {("editor.clamp_hits", A): 5.0}, {("editor.clamp_hits", A): 0.0}
+    assert claimed({}, *[pinned] * 5, *[pinned | LOST] * 3) == ("target-pinned", "medium")
+    assert claimed({}, *[pinned] * 4, free, *[free | LOST] * 3)[0] == "unknown"
+
+
+def test_what_an_earlier_run_left() -> None:
+    assert claimed({("editor.cache_energy", A): 7.0}) == ("cache-leaked", "medium")
+    assert claimed({("editor.cache_energy", A): 7.0}, *[LOST] * 3) == ("cache-leaked", "low")
+    assert claimed({("editor.cache_energy", A): 0.0}, {("editor.cache_energy", A): 7.0})[0] == "unknown"
+    assert claimed({("editor.keys", A): 7.0})[0] == "reference-edited"
+
+
+def test_weights_that_are_no_longer_restored() -> None:
+    single, carried = step(0.1, 0.1), step(0.1, 0.3)
+    assert claimed({}, *[single] * 5, *[carried] * 3, *[carried | LOST] * 3) == ("weights-not-restored", "medium")
+    assert claimed({}, *[single] * 5, *[single | LOST] * 3, *[carried] * 5)[0] != "weights-not-restored"
+    assert claimed({}, *[carried] * 9, *[carried | LOST] * 3)[0] != "weights-not-restored"
+
+
+def test_adam_in_float16() -> None:
+    sound = {("gradient.norm", A): 1.0, ("gradient.nonfinite", A): 0.0}
+    nan = weights(0.3, 65_504.0) | {("weight.max_abs", A): math.nan, ("weight.nonfinite", A): 90.0}
+    before = weights(0.3, 65_504.0)
+    assert claimed(before, nan | sound) == ("adam-eps-underflow", "medium")
+    assert claimed(before, nan | sound | {("editor.denominator", A): 3.0})[0] == "unknown"
+    assert claimed(before, nan | {("gradient.norm", A): math.nan, ("gradient.nonfinite", A): 3.0})[0] == "unknown"
+    assert claimed(weights(0.3, 3.4e38), nan | sound)[0] == "unknown"
+
+
+def test_an_update_that_is_rounded_away() -> None:
+    lost, half = {("update.swallowed_share", A): 1.0}, {("update.swallowed_share", A): 0.5}
+    still = {("update.norm", A): 0.0}
+    assert claimed({}, *[lost | still] * 3) == ("update-absorbed", "high")
+    assert claimed({}, lost, lost, half, lost, lost)[0] == "unknown"
+
+
+def test_one_edit_that_is_too_large_and_many_that_add_up() -> None:
+    lost = step(0.9, 0.9) | LOST
+    assert claimed({}, lost, *[step(0.1, 0.9) | LOST] * 2) == ("learning-rate-too-high", "medium")
+    slow = [step(0.1, 0.1 * edit) for edit in range(1, 21)]
+    assert claimed({}, *slow, *[step(0.1, 2.1) | LOST] * 3) == ("norm-growth", "medium")
+    near = [step(0.05, 0.04 * edit) for edit in range(1, 21)]
+    assert claimed({}, *near, *[step(0.05, 0.8) | LOST] * 3)[0] == "unknown"
+
+
+def test_a_codebook_that_answers_too_much() -> None:
+    grace = {("update.norm", A): 0.0, ("editor.keys", A): 3.0}
+    moved = {("canary.kl", M): 1.5}
+    assert claimed({}, *[grace] * 9) == ("unknown", "none")
+    assert claimed({}, grace, *[grace | moved] * 3) == ("codebook-overreach", "high")
+    assert claimed({}, grace | {("update.norm", A): 1.0}, *[grace | moved] * 3)[0] == "unknown"
+
+
+def test_gradients_that_are_skipped_and_gradients_of_zero() -> None:
+    skipped = {("gradient.nonfinite", A): 5.0, ("update.norm", A): 0.0}
+    moving = {("gradient.nonfinite", A): 0.0, ("update.norm", A): 1.0}
+    assert claimed({}, moving, *[skipped] * 3) == ("gradients-skipped", "medium")
+    assert claimed({}, moving, *[skipped | {("update.norm", A): 1.0}] * 3)[0] == "unknown"
+    loss, norm = ("logits.loss", M), ("gradient.norm", A)
+    assert claimed({}, {loss: 3.0, norm: 1.0}, *[{loss: 3.0 + n, norm: 0.0} for n in range(3)])[0] == "zero-gradient"
+    assert claimed({}, {loss: 3.0, norm: 1.0}, *[{loss: 0.001, norm: 0.0}] * 3)[0] == "unknown"

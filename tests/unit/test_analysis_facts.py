@@ -211,3 +211,69 @@ def test_headroom_before_a_normalisation_is_headroom() -> None:
 @pytest.mark.parametrize("metric", ["weight.condition_number", "canary.perplexity", "editor.system_condition"])
 def test_what_may_rightly_be_infinite_proves_nothing(metric: str) -> None:
     assert run({}, {(metric, A): math.inf}).verdict == "stable"
+
+
+def test_perplexity_that_is_lost_may_be_infinite() -> None:
+    def canary(ratio: float) -> Reading:
+        return {("canary.perplexity_ratio", "model"): ratio}
+
+    assert run(*map(canary, [1.0, 200.0, math.inf, 40.0, 300.0])).verdict == "stable"
+    assert run(*map(canary, [1.0, 200.0, math.inf, 300.0])).verdict == "collapsed"
+    assert run(*map(canary, [1.0, math.nan, math.nan, math.nan])).verdict == "stable"
+
+
+@pytest.mark.parametrize("beside", [("editor.keys", 4.0), ("editor.side_norm", 9.0)])
+def test_weights_stand_still_by_design_beside_an_adapter(beside: tuple[str, float]) -> None:
+    diagnosis = run(*[{("update.norm", A): 0.0, (beside[0], B): beside[1]} if edit else {} for edit in range(6)])
+    assert diagnosis.findings == ()
+
+
+def test_an_empty_codebook_answers_nothing() -> None:
+    still = {("update.norm", A): 0.0, ("editor.keys", B): 0.0}
+    assert rules(run(still, still)) == [("never-moved", A, 1)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "sound", "odd", "rule"),
+    [
+        ("attention.masked_sequences", 0.0, 1.0, "masked-sequence"),
+        ("editor.denominator", 0.4, -0.4, "denominator-negative"),
+        ("editor.system_condition", 1e6, math.inf, "ill-conditioned"),
+        ("editor.covariance_condition", 1e6, 1e8, "covariance-singular"),
+        ("editor.null_space_share", 0.9, 0.995, "nothing-preserved"),
+        ("editor.null_space_share", 0.9, 0.005, "no-room"),
+        ("editor.radius_min", 0.2, -0.1, "key-unreachable"),
+    ],
+)
+def test_notes(metric: str, sound: float, odd: float, rule: str) -> None:
+    assert run({}, {(metric, A): sound}).findings == ()
+    diagnosis = run({}, {(metric, A): sound}, {(metric, A): odd}, {(metric, A): odd})
+    assert (diagnosis.verdict, rules(diagnosis)) == ("stable", [(rule, A, 2)])
+
+
+@pytest.mark.parametrize(("value", "said"), [(900.0, False), (2_000.0, True)])
+def test_an_original_that_is_lost_already(value: float, said: bool) -> None:
+    reading = {("canary.perplexity", "model"): value}
+    assert bool(run(reading, reading).findings) == said
+    assert run({}, reading).findings == ()
+
+
+def test_a_frozen_loss_is_a_note() -> None:
+    def losses(*values: float) -> Diagnosis:
+        return run({}, *[{("logits.loss", "model"): value} for value in values])
+
+    assert rules(losses(2.0, 3.0, 3.0, 3.0, 3.0, 3.0)) == [("frozen-loss", "model", 6)]
+    assert losses(3.0, 3.0, 3.0, 3.0, 3.1, 3.0).findings == ()
+    assert losses(*[0.0] * 9).findings == ()
+
+
+def test_a_gradient_that_never_was_is_a_note() -> None:
+    def edit(number: int) -> Reading:
+        return {("logits.loss", "model"): 3.0 + number, ("gradient.norm", A): 0.0, ("gradient.norm", B): 0.0}
+
+    assert run({}, edit(1), edit(2)).findings == ()
+    diagnosis = run({}, *map(edit, range(4)))
+    assert (diagnosis.verdict, rules(diagnosis)) == ("stable", [("zero-gradient", A, 3)])
+    reached = edit(9) | {("gradient.norm", B): 1e-9}
+    assert run({}, edit(1), edit(2), reached, edit(3), edit(4)).findings == ()
+    assert run({}, reached, *map(edit, range(4))).verdict == "drifting"

@@ -81,7 +81,7 @@ def _clamp(evidence: Evidence) -> Claim | None:
 
 RULES = (
     Rule(
-        "update-denominator",
+        "unstable-denominator",
         "update algebra",
         _denominator,
         "Go back to the weights of before that edit. Compute the key and u = C⁻¹k from the same prompts (r-ROME), add a"
@@ -94,7 +94,7 @@ RULES = (
         " (Rebuilding ROME, arXiv 2403.07175).",
     ),
     Rule(
-        "ill-conditioned-solve",
+        "singular-solve",
         "update algebra",
         _solve,
         "Solve in float64, add a ridge (a larger mom2_update_weight in MEMIT, a larger L2 in AlphaEdit, λ in MALMEN)"
@@ -107,7 +107,7 @@ RULES = (
         " torch.linalg.solve.",
     ),
     Rule(
-        "wrong-null-space",
+        "null-space-wrong",
         "update algebra",
         _null_space,
         "Compute AlphaEdit's projection from a covariance divided by its number of tokens, and choose"
@@ -119,7 +119,7 @@ RULES = (
         "Second moments summed, not averaged, over 100,000 tokens: no eigenvalue is below the threshold.",
     ),
     Rule(
-        "value-search-clamped",
+        "target-pinned",
         "update algebra",
         _clamp,
         "Stop the stream there. Fewer edits per layer, more layers (MEMIT), or an earlier one; a larger"

@@ -73,7 +73,7 @@ BEFORE_GROWTH = (
         "Fine-tuning SmolLM2 in float16 with Adam's defaults: 97% of the edited weights are bad after the first step.",
     ),
     Rule(
-        "update-swallowed",
+        "update-absorbed",
         "dtype",
         _swallowed,
         "Keep the edited layers in float32, or keep a float32 copy of their weights, add the update there, and cast.",

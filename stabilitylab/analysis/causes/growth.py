@@ -152,7 +152,7 @@ ACCUMULATION = (
         "GRACE on the digit model with a radius of 1: the canary moves by one nat after some tens of edits.",
     ),
     Rule(
-        "single-edit-too-large",
+        "learning-rate-too-high",
         "growth",
         _one_step,
         "Go back to the weights of before that edit. Lower its learning rate or number of steps (for fine-tuning, a"
@@ -164,7 +164,7 @@ ACCUMULATION = (
         "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",
     ),
     Rule(
-        "edits-outweigh-training",
+        "norm-growth",
         "growth",
         _accumulated,
         "Edit less per layer: constrain ‖W − W₀‖ (a ball of a quarter to a half of ‖W₀‖), raise the weight on what"

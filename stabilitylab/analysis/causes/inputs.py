@@ -32,27 +32,16 @@ def _mask(evidence: Evidence) -> Claim | None:
     )
 
 
-def _not_loaded(evidence: Evidence) -> Claim | None:
+def _statistics(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
     if bad is None or bad.metric != "editor.nonfinite":
         return None
     if bad.edit <= 1:
-        return Claim(
-            f"{number(bad.value)} statistics of the editor's normaliser at {bad.site} are NaN or infinite before the"
-            " first edit.",
-            "high",
-        )
-    return None
-
-
-def _spoilt(evidence: Evidence) -> Claim | None:
-    bad = evidence.first_bad
-    if bad is None or bad.metric != "editor.nonfinite" or bad.edit <= 1:
-        return None
+        when = "before the first edit: never loaded, or spoilt before they were saved"
+    else:
+        when = f"at edit {bad.edit}, and were finite until then: edits update them"
     return Claim(
-        f"{number(bad.value)} statistics of the editor's normaliser at {bad.site}, finite until then, are NaN or"
-        f" infinite at edit {bad.edit}: they are updated while edits are made.",
-        "medium",
+        f"{number(bad.value)} statistics of the editor's normaliser at {bad.site} are NaN or infinite {when}.", "high"
     )
 
 
@@ -81,7 +70,7 @@ def _restarted(evidence: Evidence) -> Claim | None:
 
 RULES = (
     Rule(
-        "labels-masked",
+        "labels-ignored",
         "input",
         _labels,
         "Check the request's labels: at least one must differ from -100. A prompt that fills the whole length leaves no"
@@ -91,7 +80,7 @@ RULES = (
         "A tokenizer with truncation=True cuts the answer off the end of a long prompt.",
     ),
     Rule(
-        "fully-masked-row",
+        "masked-row",
         "input",
         _mask,
         "Check the attention mask of that request: drop empty rows, pad on the right, or use an attention"
@@ -103,24 +92,16 @@ RULES = (
         "A batch of two prompts, one of them empty, padded on the left.",
     ),
     Rule(
-        "normaliser-not-loaded",
+        "normaliser-nan",
         "input",
-        _not_loaded,
+        _statistics,
         "Load the editor's checkpoint with strict=True and check that its buffers came with it (u_mean, u_std, v_mean,"
-        " v_std in MEND); if they are NaN in the file itself, train again with batches of more than one row.",
-        "The buffers of a hypernetwork's normaliser begin as NaN, and stay so when a checkpoint lacks them.",
-        "NaN in the normaliser's mean or std before the first edit.",
-        "A MEND checkpoint saved from `parameters()` instead of `state_dict()`, which leaves buffers out.",
-    ),
-    Rule(
-        "normaliser-spoilt",
-        "input",
-        _spoilt,
-        "Freeze the statistics while edits are made: call the editor in evaluation mode, and check that nothing updates"
-        " them. Compute a std from one row as 0, not as NaN (unbiased=False), and skip batches that are not finite.",
-        "A running std that is updated with a single row divides by n − 1 = 0, and is NaN for good.",
-        "The normaliser's statistics are finite at first and NaN later, with nothing else bad before.",
-        "A MALMEN editor left in training mode, given one request of one token.",
+        " v_std in MEND). If they turn NaN later, freeze them while edits are made (evaluation mode), and compute a std"
+        " from one row as 0, not as NaN (unbiased=False).",
+        "The buffers of a hypernetwork's normaliser begin as NaN, and stay so when a checkpoint lacks them. A running"
+        " std that is updated with a single row divides by n - 1 = 0, and is NaN for good.",
+        "NaN in the normaliser's mean or std, first of all readings; the sentence says whether from the start on.",
+        "A MEND checkpoint saved from parameters() instead of state_dict(), which leaves buffers out.",
     ),
     Rule(
         "normaliser-zero-std",
@@ -136,7 +117,7 @@ RULES = (
         " float16 the weights overflow in that very edit.",
     ),
     Rule(
-        "normaliser-restarted",
+        "statistics-restarted",
         "input",
         _restarted,
         'Freeze the statistics while edits are made, and save their "initialised" flag or count with them, so that a'

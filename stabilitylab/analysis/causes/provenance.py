@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabilitylab.analysis.causes.evidence import Evidence
 from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.words import number
 
 
 def _not_restored(evidence: Evidence) -> Claim | None:
@@ -19,14 +20,26 @@ def _not_restored(evidence: Evidence) -> Claim | None:
     )
 
 
-def _leaked(evidence: Evidence) -> Claim | None:
-    found = evidence.of("cache-before", "codebook-before", "side-memory-before")
+def _reference(evidence: Evidence) -> Claim | None:
+    found = evidence.of("codebook-before", "side-memory-before")
     if found is None:
         return None
-    # A leaked state holds updates back or answers in their place; it seldom blows anything up.
+    # What was edited before is no reason for values to grow.
     return Claim(
-        f"the editor's state at {found.site} was not empty before the first edit ({found.metric} was"
-        f" {found.value:.3g}): an earlier run left it, or this one goes on from it.",
+        f"the model was edited before the run began: {found.metric} at {found.site} is {number(found.value)} at edit 0."
+        " All that is compared with the original is compared with that.",
+        "low" if evidence.is_past("drifting") else "high",
+    )
+
+
+def _leaked(evidence: Evidence) -> Claim | None:
+    found = evidence.of("cache-before")
+    if found is None:
+        return None
+    # A leaked cache holds updates back; it seldom blows anything up.
+    return Claim(
+        f"the cache of edited keys at {found.site} was not empty before the first edit (energy {number(found.value)}):"
+        " an earlier run left it, or this one goes on from it.",
         "low" if evidence.is_past("drifting") else "medium",
     )
 
@@ -46,14 +59,26 @@ RULES = (
         " `keep_original_weight=True`.",
     ),
     Rule(
-        "editor-state-leaked",
+        "reference-edited",
+        "provenance",
+        _reference,
+        "Attach to a freshly loaded model, before its first edit, or take the adapter of the earlier edits off it."
+        " Nothing is to be done where the run is resumed on purpose.",
+        "Drift, the canary and locality compare with the model at attach. If that was edited already, the damage of the"
+        " earlier edits counts as original, and everything looks better than it is.",
+        "A codebook that holds keys, or a side memory away from its layer's weight, before the first edit. Edits to the"
+        " weights themselves leave no such trace.",
+        "A notebook cell that edits with GRACE is run twice over the same model object.",
+    ),
+    Rule(
+        "cache-leaked",
         "provenance",
         _leaked,
-        "Start the run with a fresh editor: set AlphaEdit's cache_c to zeros, and take GRACE's or WISE's adapter off"
-        " the model, or reload the model. Nothing is to be done where the run is resumed on purpose.",
-        "AlphaEdit keeps the keys of all edits in a module-level cache, GRACE and WISE keep theirs in the model. A"
-        " second run in the same process inherits them, and is held back by, or answers from, edits it never made.",
-        "A cache of keys, a codebook or a side memory that is not empty before the first edit.",
-        "Two AlphaEdit runs over two models in one notebook: the second one's updates avoid the first one's keys.",
+        "Set AlphaEdit's cache_c to zeros before each run, or start a new process. Nothing is to be done where the"
+        " run is resumed on purpose.",
+        "AlphaEdit keeps the keys of all edits in a module-level cache. A second run in the same process inherits them,"
+        " and its updates are held away from keys that it never edited.",
+        "A cache of keys whose energy is above zero before the first edit.",
+        "Two AlphaEdit runs over two models in one notebook.",
     ),
 )
