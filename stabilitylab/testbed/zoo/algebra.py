@@ -105,7 +105,7 @@ def _pinned(seed: int, **variant: Any) -> Loop:
     rome = rome_of(model, Search(steps=12, clamp=clamp, enough=0.1))
     witness = Witness()
     witness.saw(rome.sites[0], at=1)
-    return Loop(model, rome.sites, words.canary(), foreign.word_steps(rome.edit, seed, 40), witness, editor=rome)
+    return Loop(model, rome.sites, words.canary(), foreign.word_steps(rome.edit, seed, 25), witness, editor=rome)
 
 
 def _alphaedit(model: nn.Module) -> AlphaEdit:
@@ -123,7 +123,7 @@ def _leaking_cache(seed: int, **variant: Any) -> Loop:
     # The published code keeps `cache_c` in the module: the next run in the process begins with it.
     witness = Witness()
     witness.saw(editor.sites[0], at=0)
-    return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 40), witness, editor=editor)
+    return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 25), witness, editor=editor)
 
 
 def _wrong_null_space(seed: int, **variant: Any) -> Loop:
@@ -137,7 +137,7 @@ def _wrong_null_space(seed: int, **variant: Any) -> Loop:
     editor.P = torch.stack(spaces).float()
     witness = Witness()
     witness.saw(editor.sites[0], at=0)
-    return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 60), witness, editor=editor)
+    return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 40), witness, editor=editor)
 
 
 class _Inverting:

@@ -43,7 +43,7 @@ def _rate_too_high(seed: int, *, rate: float | None = None, **variant: Any) -> L
 def _norm_growth(seed: int, *, share: float | None = None, **variant: Any) -> Loop:
     """FT whose every edit may move the weight by a share of the norm that it has by then."""
     model, sites = foreign.word_model(seed)
-    share = float(foreign.draw(seed, "norm-growth").uniform(0.05, 0.09)) if share is None else share
+    share = float(foreign.draw(seed, "norm-growth").uniform(0.07, 0.11)) if share is None else share
     tuner = Finetune(
         sites,
         batch_of=words.WordPrompts().edit_batch,

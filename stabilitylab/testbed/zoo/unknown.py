@@ -61,7 +61,7 @@ def _transposed(seed: int, **variant: Any) -> Loop:
     """The update of a square matrix is added transposed, and nothing complains."""
     model: nn.Module = words.model_of("llama", seed % 3)
     sites = ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
-    rate = float(foreign.draw(seed, "transposed").uniform(0.2, 0.4))
+    rate = float(foreign.draw(seed, "transposed").uniform(1.0, 1.6))
 
     def edit(model: nn.Module, fact: words.Fact) -> nn.Module:
         for _ in range(4):
