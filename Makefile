@@ -29,8 +29,9 @@ install: $(CORE) ## Make .venv and install stabilitylab with what the demo needs
 demo: $(CORE) ## Edit a small BLIP2-OPT with MEND until it says NaN; the report is runs/demo/report.html
 	$(BIN)/python -m stabilitylab demo --out runs/demo
 
+# Two processes of one thread each, each file's tests in one of them.
 test: $(FULL) ## Run the whole test suite that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-browser: $(FULL) ## Run the tests that look at the report in headless Chromium
 	$(BIN)/python -m pytest -m browser

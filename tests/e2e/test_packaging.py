@@ -102,7 +102,11 @@ def test_package_data_is_in_the_wheel(wheel: Path) -> None:
     for wanted in ("stabilitylab/py.typed", "stabilitylab/reports/templates/report.html.j2", *texts):
         assert wanted in names
     checkpoints = [name for name in names if name.startswith("stabilitylab/testbed/checkpoints/")]
-    assert sorted(Path(name).name for name in checkpoints) == ["blip2_digits.safetensors", "mend.safetensors"]
+    assert sorted(Path(name).name for name in checkpoints) == [
+        "blip2_digits.safetensors",
+        "malmen.safetensors",
+        "mend.safetensors",
+    ]
     assert not [name for name in names if name.startswith(("probes/", "reports/", "tests/"))]
 
 
