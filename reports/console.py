@@ -17,6 +17,7 @@ from stabilitylab.reports.text import clean, number, percent, shorten
 from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
 
 from stabilitylab.analysis import Diagnosis, Finding, severity
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE
 from stabilitylab.readings import EditRow
 from stabilitylab.run import Run
 
@@ -112,7 +113,7 @@ def closing_table(run: Run) -> RenderableType:
         ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
         ("first bad", where),
         ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
-        ("cause", clean(diagnosis.cause, 80)),
+        ("cause", _cause(diagnosis)),
         ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
@@ -121,6 +122,11 @@ def closing_table(run: Run) -> RenderableType:
     for name, value in rows:
         table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
     return table
+
+
+def _cause(diagnosis: Diagnosis) -> str:
+    named = clean(diagnosis.cause, 80)
+    return named if diagnosis.cause == UNKNOWN_CAUSE else f"{named} ({diagnosis.confidence} confidence)"
 
 
 def _edit(edit: int | None) -> str:
