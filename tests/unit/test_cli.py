@@ -143,6 +143,7 @@ def test_a_terminal_without_unicode_gets_its_verdict(dying: Path, monkeypatch: p
 def test_ctrl_c_exits_with_130_and_no_traceback(tmp_path: Path) -> None:
     code = """
         import os, signal, stabilitylab.cli as cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
         cli.load = lambda run: os.kill(os.getpid(), signal.SIGINT)
         cli.sys.argv = ["stabilitylab", "check", "x"]
         cli.main()
