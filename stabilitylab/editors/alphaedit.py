@@ -8,17 +8,15 @@ keys K_p of all earlier edits got (eq. 14):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editors.at_token import down_sites
 from stabilitylab.editors.base import Located
-from stabilitylab.editors.layers import edited_layers
-from stabilitylab.editors.memit import DEPTH, LEAST, SEARCH, Solved, SpreadEditor
+from stabilitylab.editors.memit import SEARCH, Solved, SpreadEditor
 from stabilitylab.editors.second_moments import TOKENS, SecondMoments
 from stabilitylab.editors.target_value import Search
 
@@ -62,27 +60,6 @@ class AlphaEdit(SpreadEditor):
         self.l2 = l2
         self.P: Tensor | None = None
         self.cache_c: Tensor | None = None
-
-    @classmethod
-    def for_model(
-        cls,
-        model: nn.Module,
-        *,
-        locate: Callable[[Any], Located],
-        layers: Sequence[int] | None = None,
-        search: Search = SEARCH,
-        null_share: float = NULL_SHARE,
-        l2: float = L2,
-        tokens: int = TOKENS,
-    ) -> AlphaEdit:
-        """An editor of the decoder layers `layers` of `model`, by default those of MEMIT.
-
-        Raises:
-            SiteError: the model has no such layers.
-        """
-        sites = down_sites(model, layers, DEPTH, LEAST)
-        shapes = {found.name: found.shape for found in edited_layers(model, sites)}
-        return cls(shapes, locate=locate, search=search, null_share=null_share, l2=l2, tokens=tokens)
 
     def _learned(self, moments: SecondMoments) -> None:
         super()._learned(moments)

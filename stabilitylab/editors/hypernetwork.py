@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -55,7 +56,7 @@ class Transform(Protocol):
         ...
 
 
-class HypernetworkEditor(nn.Module):
+class HypernetworkEditor(nn.Module, ABC):
     """An editor that transforms the gradient's factors at each site. It does not hold the model that it edits.
 
     A subclass says what a transform is, and what is added to the weights when it has been asked.
@@ -97,13 +98,13 @@ class HypernetworkEditor(nn.Module):
                 {_key((m, n)): self.transform(n, m, rank, len(sites)) for (m, n), sites in kinds.items()}
             )
 
+    @abstractmethod
     def transform(self, inputs: int, outputs: int, rank: int, layers: int) -> nn.Module:
         """A new `Transform` for `layers` layers of one shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updates(self, factors: Factors) -> list[Tensor]:
         """What is added to each site's weight, float32 [outputs, inputs], from raw factors; differentiable."""
-        raise NotImplementedError
 
     @classmethod
     def for_model(

@@ -9,10 +9,11 @@ least squares over the keys of all requests and of ordinary text (eq. 14):
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ PRESERVATION = 0.1
 SEARCH = Search(clamp=1.5)
 """The authors' code clamps at 0.75 of ‖h‖: on the digit model that carried out only 11 of 20 edits, 1.5 all of them."""
 
+S = TypeVar("S", bound="SpreadEditor")
+
 
 @dataclass(frozen=True, eq=False)
 class Solved:
@@ -44,7 +47,7 @@ class Solved:
     """float64 [outputs, inputs]."""
 
 
-class SpreadEditor(KeyValueEditor):
+class SpreadEditor(KeyValueEditor, ABC):
     """What MEMIT and AlphaEdit share: z at the last layer, and one solve at each layer."""
 
     def __init__(
@@ -64,6 +67,26 @@ class SpreadEditor(KeyValueEditor):
         """
         super().__init__(shapes, locate=locate, tokens=tokens)
         self.search = search
+
+    @classmethod
+    def for_model(
+        cls: type[S],
+        model: nn.Module,
+        *,
+        locate: Callable[[Any], Located],
+        layers: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> S:
+        """An editor of the decoder layers `layers` of `model`, by default those at `DEPTH`.
+
+        settings: further ones of the constructor.
+
+        Raises:
+            SiteError: the model has no such layers.
+        """
+        sites = down_sites(model, layers, DEPTH, LEAST)
+        shapes = {found.name: found.shape for found in edited_layers(model, sites)}
+        return cls(shapes, locate=locate, **settings)
 
     def edit(self, model: nn.Module, request: Any) -> nn.Module:
         """Carry out `request`, or a list of requests together, on `model` in place.
@@ -110,9 +133,9 @@ class SpreadEditor(KeyValueEditor):
                 layer.matrix.copy_(weight)
             raise
 
+    @abstractmethod
     def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
         """The update of the layer at `place` among the sites, from K₁ [inputs, n] and R [outputs, n]."""
-        raise NotImplementedError
 
     def _report(self, update: Tensor, keys: Tensor, solved: Solved) -> EditorReport:
         return EditorReport(
@@ -161,27 +184,6 @@ class Memit(SpreadEditor):
         super().__init__(shapes, locate=locate, search=search, tokens=tokens)
         self.preservation = preservation
         self.ridge = ridge
-
-    @classmethod
-    def for_model(
-        cls,
-        model: nn.Module,
-        *,
-        locate: Callable[[Any], Located],
-        layers: Sequence[int] | None = None,
-        search: Search = SEARCH,
-        preservation: float = PRESERVATION,
-        ridge: float = RIDGE,
-        tokens: int = TOKENS,
-    ) -> Memit:
-        """An editor of the decoder layers `layers` of `model`, by default those at `DEPTH`.
-
-        Raises:
-            SiteError: the model has no such layers.
-        """
-        sites = down_sites(model, layers, DEPTH, LEAST)
-        shapes = {found.name: found.shape for found in edited_layers(model, sites)}
-        return cls(shapes, locate=locate, search=search, preservation=preservation, ridge=ridge, tokens=tokens)
 
     def _solve(self, place: int, keys: Tensor, residual: Tensor) -> Solved:
         covariance = self.known().padded(self.sites[place], self.ridge).to(keys.device)
