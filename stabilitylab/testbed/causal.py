@@ -20,6 +20,7 @@ from stabilitylab.reports.text import shorten
 from stabilitylab.testbed import facts, smollm2
 from stabilitylab.testbed.bed import SCORES, Outcomes
 from stabilitylab.testbed.counterfact import Fact, load_facts
+from stabilitylab.testbed.local_models import load_folder
 
 SMOLLM2 = "smollm2"
 TEXTS = Path(__file__).parent / "texts"
@@ -140,10 +141,10 @@ class CausalBed:
     def from_folder(
         cls, folder: str | Path, precision: str = "fp32", *, data: Path | None = None, text: Path | None = None
     ) -> CausalBed:
-        """The model in a local folder, see `smollm2.load_folder`."""
+        """The model in a local folder, see `local_models.load_folder`."""
         about = {"precision": precision, "folder": str(Path(folder).resolve())}
         name = Path(folder).resolve().name
-        return cls(name, lambda: smollm2.load_folder(folder, precision), data=data, text=text, about=about)
+        return cls(name, lambda: load_folder(folder, precision), data=data, text=text, about=about)
 
     def load(self) -> nn.Module:
         """The unedited model: a new object each time."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from stabilitylab.editors.base import Progress
 from stabilitylab.errors import UsageError
 from stabilitylab.testbed import smollm2
+from stabilitylab.testbed.local_models import load_folder
 from tests import tiny_lm
 
 Writer = Callable[[Path, Path, Progress], None]
@@ -210,13 +211,13 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def test_a_local_folder_is_loaded(model_folder: Path) -> None:
-    model, tokenizer = smollm2.load_folder(model_folder, "fp16")
+    model, tokenizer = load_folder(model_folder, "fp16")
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert tokenizer.is_fast
 
 
 def test_a_folder_that_is_not_there_names_its_neighbour(model_folder: Path) -> None:
-    found = message(lambda: smollm2.load_folder(model_folder.parent / "modell"))
+    found = message(lambda: load_folder(model_folder.parent / "modell"))
     assert "no such folder" in found
     assert "did you mean 'model'?" in found
 
@@ -257,7 +258,7 @@ def test_a_folder_that_is_no_causal_model_is_said_in_one_line(
     model_folder: Path, spoil: Callable[[Path], Any], says: str
 ) -> None:
     spoil(model_folder)
-    found = message(lambda: smollm2.load_folder(model_folder))
+    found = message(lambda: load_folder(model_folder))
     assert says in found
     assert str(model_folder) in found
 
