@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.analysis import Finding, Verdict
+from stabilitylab.analysis import Finding, Verdict, severity
 from stabilitylab.run import Run
 
 
@@ -64,8 +64,11 @@ def strip(run: Run) -> list[Stretch]:
     diagnosis, start, end = run.diagnosis(), run.edits[0].edit, run.edits[-1].edit
     bad = diagnosis.first_bad_edit
     onset = diagnosis.onset_edit if diagnosis.onset_edit is not None else bad
+    flagged = [finding.start for finding in diagnosis.findings if severity(finding.verdict) > 0]
+    # Something odd long before, with nothing between, is no part of the onset; but it was flagged.
+    quiet = "nothing flagged" if onset is None or min(flagged, default=onset) >= onset else "before the onset"
     cuts = [
-        ("quiet", "nothing flagged", start),
+        ("quiet", quiet, start),
         ("onset", "trouble building", onset),
         ("bad", "past the first bad value", bad),
     ]
