@@ -12,7 +12,7 @@ import torch
 
 from stabilitylab.errors import UsageError
 from stabilitylab.run import load
-from stabilitylab.testbed.zoo import HEALTHY, SCENARIOS, Outcome, Scenario, by_name, run, words
+from stabilitylab.testbed.zoo import HEALTHY, HELD_OUT_SEEDS, SCENARIOS, Outcome, Scenario, by_name, foreign, run, words
 
 FINDINGS_MECHANISMS = range(1, 21)
 
@@ -47,9 +47,18 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
         by_name("empty-maks")
 
 
-@pytest.mark.parametrize("family", words.FAMILIES)
-def test_the_small_language_models_know_their_language(family: words.Family) -> None:
-    assert words.knows(words.model_of(family)) > 0.95
+@pytest.mark.parametrize("seed", [0, 1, HELD_OUT_SEEDS, HELD_OUT_SEEDS + 1])
+def test_the_small_language_models_know_their_language(seed: int) -> None:
+    assert words.knows(foreign.word_model(seed)[0]) > 0.95
+
+
+def test_a_held_out_seed_chooses_models_that_smaller_seeds_never_choose() -> None:
+    """Their numbers; that they are others, too: trained from other weights on other sentences."""
+    small, held_out = ({words.number_of(s, s) for s in range(start, start + 9)} for start in (0, HELD_OUT_SEEDS))
+    assert len(small) == len(held_out) == 3
+    assert not small & held_out
+    (one, _), (other, _) = foreign.word_model(0), foreign.word_model(HELD_OUT_SEEDS)
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
 
 
 def test_the_same_seed_makes_the_same_run_and_another_seed_another(tmp_path: Path) -> None:

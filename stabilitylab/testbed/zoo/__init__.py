@@ -12,8 +12,9 @@ from stabilitylab.errors import UsageError, did_you_mean
 from stabilitylab.testbed.zoo import algebra, dtypes, feedback, inputs, normaliser, provenance, unknown
 from stabilitylab.testbed.zoo.healthy import HEALTHY
 from stabilitylab.testbed.zoo.scenario import Outcome, Scenario, State, Truth, run
+from stabilitylab.testbed.zoo.words import HELD_OUT_SEEDS
 
-__all__ = ["HEALTHY", "SCENARIOS", "Outcome", "Scenario", "State", "Truth", "by_name", "run"]
+__all__ = ["HEALTHY", "HELD_OUT_SEEDS", "SCENARIOS", "Outcome", "Scenario", "State", "Truth", "by_name", "run"]
 
 SCENARIOS: tuple[Scenario, ...] = (
     *provenance.SCENARIOS,

@@ -110,7 +110,7 @@ def _skipped(seed: int, **variant: Any) -> Loop:
 
 def _dead_logits(seed: int, **variant: Any) -> Loop:
     """One request's own rate has lost the minus of its exponent: 1e19. RMSNorm divides by the root of infinity."""
-    model: nn.Module = words.model_of("llama", seed % 3)
+    model: nn.Module = words.model_of("llama", words.number_of(seed, seed))
     sites = foreign.down_matrix(model, 2)
     witness, draw = Witness(), foreign.draw(seed, "dead-logits")
     strikes, rate = int(draw.integers(5, 40)), 10.0 ** float(draw.uniform(19, 22))

@@ -121,7 +121,7 @@ def word_steps(
 
 def word_model(seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """A language model of the family that the seed gives, and both MLP matrices of its last two layers."""
-    model: nn.Module = words.model_of(words.FAMILIES[seed % 2], seed // 2 % 3)
+    model: nn.Module = words.model_of(words.FAMILIES[seed % 2], words.number_of(seed, seed // 2))
     return model, last_mlp_layers(model, 2)
 
 

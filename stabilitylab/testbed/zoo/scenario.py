@@ -89,7 +89,8 @@ class Scenario:
     """A mechanism and a loop in which it is at work.
 
     mechanism: its number in the list of FINDINGS section 10, None for one that is not listed there. cause: the true
-    cause's name. known: False for a mechanism that no rule is to know: "unknown" is then the right answer. healthy:
+    cause's name. known: False for a mechanism that no rule is to know: "unknown" is then the right answer. held_out:
+    never used for tuning, on whatever seed: another editor, model or parameter than those that tuning saw. healthy:
     nothing is wrong.
     """
 
@@ -102,6 +103,7 @@ class Scenario:
     model: str
     make: Make
     known: bool = True
+    held_out: bool = False
 
     @property
     def healthy(self) -> bool:

@@ -59,7 +59,7 @@ def _misplaced(seed: int, **variant: Any) -> Loop:
 
 def _transposed(seed: int, **variant: Any) -> Loop:
     """The update of a square matrix is added transposed, and nothing complains."""
-    model: nn.Module = words.model_of("llama", seed % 3)
+    model: nn.Module = words.model_of("llama", words.number_of(seed, seed))
     sites = ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
     rate = float(foreign.draw(seed, "transposed").uniform(1.0, 1.6))
 

@@ -30,6 +30,10 @@ WORDS: Final = 62
 EDITED: Final = range(10, 26)
 """Subjects that edits are about; the canary asks about the others."""
 _WIDTH, _LAYERS, _STEPS = 32, 3, 220
+_MODELS = 3
+"""Of each family and part, see `number_of`."""
+HELD_OUT_SEEDS: Final = 1000
+"""From here on a seed is held out: tuning uses smaller ones only, which never choose the models that these choose."""
 _IGNORED = -100
 
 
@@ -120,14 +124,14 @@ def _sentences(rng: np.random.Generator) -> list[Fact]:
     ]
 
 
-def _untrained(family: Family) -> nn.Module:
+def _untrained(family: Family, width: int, layers: int) -> nn.Module:
     if family == "llama":
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=WORDS,
-                hidden_size=_WIDTH,
-                intermediate_size=2 * _WIDTH,
-                num_hidden_layers=_LAYERS,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=32,
@@ -141,8 +145,8 @@ def _untrained(family: Family) -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=WORDS,
-            n_embd=_WIDTH,
-            n_layer=_LAYERS,
+            n_embd=width,
+            n_layer=layers,
             n_head=4,
             n_positions=32,
             pad_token_id=PAD,
@@ -158,10 +162,10 @@ def _untrained(family: Family) -> nn.Module:
 
 
 @cache
-def _trained(family: Family, number: int) -> nn.Module:
+def _trained(family: Family, number: int, width: int, layers: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + number)
-        model = _untrained(family)
+        model = _untrained(family, width, layers)
         rng = np.random.default_rng(number)
         adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
         for step in range(_STEPS):
@@ -174,9 +178,17 @@ def _trained(family: Family, number: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def model_of(family: Family, number: int = 0) -> Any:
-    """A trained model, float32, in eval mode: a new object each time. number: which of several, up to you."""
-    return copy.deepcopy(_trained(family, number))
+def number_of(seed: int, which: int) -> int:
+    """The number of one of three models, chosen by `which`: of three others where the seed is held out."""
+    return which % _MODELS + (_MODELS if seed >= HELD_OUT_SEEDS else 0)
+
+
+def model_of(family: Family, number: int = 0, *, width: int = _WIDTH, layers: int = _LAYERS) -> Any:
+    """A trained model, float32, in eval mode: a new object each time.
+
+    number: which of several, up to you. width, layers: of the decoder; the width a multiple of 8.
+    """
+    return copy.deepcopy(_trained(family, number, width, layers))
 
 
 def knows(model: nn.Module) -> float:
