@@ -125,7 +125,7 @@ def _series(rng: np.random.Generator, edits: int, rise: Array, drifts: bool = Tr
     for kind in ("logits", "canary"):
         half = 6.0 * np.exp(_noise(rng, edits, rng.uniform(0.01, 0.2)) + 0.2 * weakly)
         series[f"{kind}.min", "model"], series[f"{kind}.max", "model"] = -half, half
-    series["canary.agreement", "model"] = np.maximum(0.4, 1.0 - rng.uniform(0.0, 0.005) * time)
+    series["canary.agreement", "model"] = np.maximum(0.7, 1.0 - rng.uniform(0.0, 0.005) * time)
     series["canary.kl", "model"] = np.minimum(0.8, 1e-4 * np.sqrt(time) * np.exp(_noise(rng, edits, 0.5)))
     return series
 

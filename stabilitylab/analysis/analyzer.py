@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from stabilitylab.analysis.causes import find_cause
 from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.diagnosis import diagnose
-from stabilitylab.analysis.drift import DriftBank
+from stabilitylab.analysis.distance import DistanceBank
+from stabilitylab.analysis.drift import BASELINE, DriftBank
 from stabilitylab.analysis.facts import FactRules
 from stabilitylab.analysis.findings import Diagnosis, severity
 from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import Ledger
+from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.readings import EditRow, Metric
 
 
@@ -23,11 +26,16 @@ class Analyzer:
     agree at every edit.
     """
 
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        """metrics: descriptions of what the rows hold. A row may hold others: they count as taken after the edit."""
+    def __init__(self, metrics: Sequence[Metric], thresholds: Thresholds | None = None) -> None:
+        """metrics: descriptions of what the rows hold. A row may hold others: they count as taken after the edit.
+        thresholds: from which statistics on a run is diverging; by default those of the package.
+        """
+        self._thresholds = thresholds or shipped()
         self._columns = Columns(metrics)
         self._facts = FactRules(self._columns)
-        self._drift = DriftBank(self._columns)
+        self._drift = DriftBank(self._columns, self._thresholds)
+        self._distance = DistanceBank(self._columns, self._thresholds)
+        self._dry_edits = 0
         self._lead_in = LeadIn(self._columns)
         self._ledger = Ledger(self._columns)
         self._forecaster = Forecaster(self._columns)
@@ -36,13 +44,29 @@ class Analyzer:
         self._alarm: int | None = None
         self._diagnosis: Diagnosis | None = None
 
+    def observe_dry(self, row: EditRow) -> None:
+        """Take in an edit that was rolled back, before the first edit that wasn't. It is for baselines alone.
+
+        Raises:
+            ValueError: an edit was observed already.
+        """
+        if self._edits:
+            raise ValueError(f"a dry edit after {self._edits} edits; expected all of them before the first edit")
+        self._dry_edits += 1
+        self._drift.observe_dry(self._columns.flatten(row))
+
+    @property
+    def peaks(self) -> Mapping[str, float]:
+        """The largest statistic so far of each detector whose limit is calibrated."""
+        return self._drift.peaks | self._distance.peaks
+
     def observe(self, row: EditRow) -> None:
         """Take in the next edit's row. Costs nothing that grows with the number of edits before it."""
         self._diagnosis = None
         self._rows += 1
         self._edits += row.edit > 0
         flat = self._columns.flatten(row)
-        self._ledger.add(row.edit, self._facts.check(flat) + self._drift.observe(flat))
+        self._ledger.add(row.edit, self._facts.check(flat) + self._drift.observe(flat) + self._distance.observe(flat))
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
@@ -57,7 +81,7 @@ class Analyzer:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
             findings = self._ledger.findings()
             cause = find_cause(self._lead_in.evidence(worst, findings, first_bad))
-            self._diagnosis = diagnose(
+            diagnosis = diagnose(
                 self._ledger.worst,
                 rows=self._rows,
                 edits=self._edits,
@@ -68,4 +92,13 @@ class Analyzer:
                 cause=cause,
                 forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),
             )
+            self._diagnosis = replace(diagnosis, baseline=self._baseline(), thresholds=str(self._thresholds))
         return self._diagnosis
+
+    def _baseline(self) -> str:
+        """What is compared with, for a reader."""
+        if self._dry_edits >= BASELINE:
+            return f"{self._dry_edits} dry edits"
+        if self._drift.ready:
+            return f"each reading's first {BASELINE} edits, with the spread that its kind usually has"
+        return "none yet"

@@ -1,23 +1,19 @@
-"""Slow trouble: series that leave their own baseline, or grow faster than edits can add up.
+"""Series against their own baseline: slow trouble, and sudden.
 
 Everything is on natural logs, per series (a metric at a site):
 
-- **Baseline**: the median of the first ``BASELINE`` readings in applied edits, fixed from then on, since one that
-  adapts learns the drift and never fires. Its spread comes from successive differences, so that growth which has begun
-  already does not widen it, and is pulled towards a prior per metric, so that a few quiet edits don't make it
-  hair-triggered.
+- **Baseline**: from dry edits where there are any (the median of single edits, each of which was rolled back), else
+  the median of the first ``BASELINE`` readings in applied edits. Fixed from then on, since one that adapts learns the
+  drift and never fires. Of the first edits, the spread comes from successive differences, so that growth which has
+  begun already does not widen it. Either is pulled towards a prior per metric, so that a few quiet edits don't make
+  it hair-triggered.
 - ``drift`` (verdict ``drifting``): three readings in a row beyond 4 spreads and a factor of 3.
-- ``growth`` (verdict ``diverging``), by any of: three readings in a row beyond 8 spreads and a factor of 100; three
-  that climb past a quarter, a half and the whole of that distance; or a trend: the median of the last three is beyond 3
-  spreads and a factor of 3, and the lower confidence bound of the Theil–Sen slope over the last 12 (or 30) readings
-  amounts to a factor of 1.5 over the window, and times the number of the edit in the window's middle to at least 2.
-  That product is the exponent of a power law: random steps of equal size add up as t^½, steps in one direction as t.
-  From 2 on it is acceleration, which healthy accumulation does not show.
-- ``shrink``: three in a row below the baseline by 8 spreads and a factor of its own per metric: a gradient may rightly
-  be small when an edit was right already, but logits that draw together die.
+- ``growth`` (verdict ``diverging``): `level` or `trend` of `stabilitylab.analysis.detectors` reach their limits.
+- ``jump`` (verdict ``diverging``): one update does.
+- ``shrink``: a gradient may rightly be small when an edit was right already, but logits that draw together die.
 
-A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) and the
-canary's agreement and KL (change gently, and have absolute limits) are left out on purpose.
+A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
+out on purpose; the canary has detectors of its own, without a baseline.
 """
 
 from __future__ import annotations
@@ -27,11 +23,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from stabilitylab.analysis import detectors
 from stabilitylab.analysis.columns import Columns, Flat, Once, Places
+from stabilitylab.analysis.detectors import LAST, LEAST
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
-from stabilitylab.analysis.trends import theil_sen
+from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.readings import Array
 
@@ -40,16 +39,9 @@ PRIOR_WEIGHT: Final = 4.0
 SHORT: Final = 12
 LONG: Final = 30
 LONG_EVERY: Final = 4
-CONFIDENCE: Final = 0.9995
-EXPONENT: Final = 2.0
 
 DRIFT_SPREADS: Final = 4.0
 DRIFT_LOG: Final = math.log(3.0)
-GROWTH_SPREADS: Final = 8.0
-GROWTH_LOG: Final = math.log(100.0)
-TREND_SPREADS: Final = 3.0
-TREND_LOG: Final = math.log(3.0)
-TREND_LEAST: Final = math.log(1.5)
 BAND_SPREADS: Final = 2.0
 BAND_LOG: Final = math.log(1.5)
 VANISHED: Final = 1e-30
@@ -62,7 +54,7 @@ class Tracked:
 
     spread: prior standard deviation of its log from edit to edit. shrinks: the factor by which it must fall to count,
     infinite where a fall means nothing. fallen: what such a fall is. minus: the metric to subtract, for a range.
-    trend: whether its slope is tested.
+    trend: whether its slope is tested. jumps: whether one reading alone may be a jump.
     """
 
     spread: float
@@ -70,11 +62,13 @@ class Tracked:
     fallen: Verdict = "drifting"
     minus: str | None = None
     trend: bool = True
+    jumps: bool = False
 
 
 TRACKED: Final = {
-    "update.norm": Tracked(0.5, 1e4),
+    "update.norm": Tracked(0.5, 1e4, jumps=True),
     "weight.max_abs": Tracked(0.1),
+    "weight.spectral_norm": Tracked(0.1),
     "activation.rms": Tracked(0.2, 100.0),
     "activation.max_abs": Tracked(0.3, 100.0),
     "activation.rms_beyond_first": Tracked(0.2, 100.0),
@@ -94,7 +88,9 @@ _STATE: Final = np.dtype(
         ("place", np.intp),
         ("prior", np.float64),
         ("shrinks", np.float64),
+        ("dies", np.bool_),
         ("trend", np.bool_),
+        ("jumps", np.bool_),
         ("count", np.intp),
         ("middle", np.float64),
         ("spread", np.float64),
@@ -106,19 +102,21 @@ _STATE: Final = np.dtype(
         ("logs", np.float64, (LONG,)),
     ]
 )
+_FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps")
+"""What is known of a series before its first reading."""
 UP: Final = 0
 DOWN: Final = 1
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What one rule says of some series. limits: logs over the baseline, by series."""
+    """What one rule says of some series. limits: logs over the baseline, by series. says: where a sentence is made."""
 
     rule: str
     series: Places
     limits: Array
     side: int = UP
-    trends: tuple[str, ...] | None = None
+    says: tuple[str, ...] | None = None
 
 
 def _rate(slope: float) -> str:
@@ -129,21 +127,46 @@ def _rate(slope: float) -> str:
 class DriftBank:
     """Watches every tracked series at once.
 
-    Only applied edits and finite readings enter; a series may begin late, pause or end.
+    Only applied edits and finite readings enter; a series may begin late, pause or end. peaks: the largest statistic of
+    each detector so far.
     """
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, thresholds: Thresholds) -> None:
+        self.peaks: dict[str, float] = {}
         self._columns = columns
+        self._limits = {detector: thresholds.limit(detector) for detector in detectors.DETECTORS}
         self._once = Once()
         self._number: dict[int, int] = {}
         self._state = np.zeros(0, dtype=_STATE)
+        self._dry: dict[int, list[float]] = {}
         nothing = np.zeros(0, dtype=np.intp)
         self._taken, self._minus, self._series = nothing, nothing, nothing
 
     @property
     def ready(self) -> int:
         """How many series have a baseline."""
-        return int(np.count_nonzero(self._state["count"] >= BASELINE))
+        return int(np.count_nonzero(self._has_baseline(slice(None))))
+
+    def _has_baseline(self, series: Places | slice) -> NDArray[np.bool_]:
+        known: NDArray[np.bool_] = np.isfinite(self._state["middle"][series])
+        return known
+
+    def observe_dry(self, row: Flat) -> None:
+        """Take in a dry edit, which is for the baseline alone. From ``BASELINE`` of them on there is one."""
+        if row.fresh:
+            self._look_up(row)
+        if not self._taken.size:
+            return
+        state = self._state
+        for one, log in zip(*self._read(row), strict=True):
+            logs = self._dry.setdefault(int(one), [])
+            logs.append(float(log))
+            if len(logs) < BASELINE:
+                continue
+            # Dry edits are independent of one another: deviations from their median say how they spread.
+            state["middle"][one] = middle = np.median(logs)
+            spread = 1.4826 * float(np.median(np.abs(np.array(logs) - middle)))
+            state["spread"][one] = _with_prior(state["prior"][one], spread, len(logs))
 
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
@@ -155,10 +178,10 @@ class DriftBank:
         state, at = self._state, self._state["count"][series] % LONG
         state["logs"][series, at], state["edits"][series, at] = logs, row.edit
         state["count"][series] += 1
-        count = state["count"][series]
-        self._follow_band(series[count > BASELINE], logs[count > BASELINE], row.edit)
-        self._make_baselines(series[count == BASELINE])
-        judged = series[count >= BASELINE]
+        known = self._has_baseline(series)
+        self._follow_band(series[known], logs[known], row.edit)
+        self._make_baselines(series[~known & (state["count"][series] == BASELINE)])
+        judged = series[self._has_baseline(series)]
         return self._judge(judged, row.edit) if judged.size else []
 
     def _look_up(self, row: Flat) -> None:
@@ -174,13 +197,15 @@ class DriftBank:
             place = int(row.places[position])
             if place not in self._number:
                 self._number[place] = len(self._number)
-                new.append((place, rule.spread, math.log(rule.shrinks), rule.trend))
+                dies = rule.fallen == "diverging"
+                new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps))
             minus = -1 if rule.minus is None else positions[rule.minus, site]
             found.append((position, minus, self._number[place]))
         self._taken, self._minus, self._series = np.array(found, dtype=np.intp).reshape(-1, 3).T
         if new:
             state = np.zeros(len(new), dtype=_STATE)
-            state["place"], state["prior"], state["shrinks"], state["trend"] = zip(*new, strict=True)
+            for field, column in zip(_FIXED, zip(*new, strict=True), strict=True):
+                state[field] = column
             state["middle"], state["spread"], state["since"] = np.nan, np.nan, np.nan
             self._state = np.concatenate((self._state, state))
 
@@ -190,7 +215,7 @@ class DriftBank:
         good = row.finite[self._taken] & (~ranged | row.finite[self._minus])
         taken, minus, ranged, series = self._taken[good], self._minus[good], ranged[good], self._series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
-        good = (values > 0) | ((values == 0) & (self._state["count"][series] >= BASELINE))
+        good = (values > 0) | ((values == 0) & self._has_baseline(series))
         return series[good], np.log(np.maximum(values[good], VANISHED))
 
     def _last(self, series: Places, points: int) -> tuple[Array, Array]:
@@ -206,8 +231,7 @@ class DriftBank:
         state["middle"][series] = np.median(logs, axis=1)
         # 1.4826 makes a median of absolute values a standard deviation; a difference has √2 times that of a reading.
         spread = 1.4826 / math.sqrt(2.0) * np.median(np.abs(np.diff(logs, axis=1)), axis=1)
-        weight = PRIOR_WEIGHT / (PRIOR_WEIGHT + BASELINE)
-        state["spread"][series] = np.sqrt(weight * state["prior"][series] ** 2 + (1.0 - weight) * spread**2)
+        state["spread"][series] = _with_prior(state["prior"][series], spread, BASELINE)
         for point in range(BASELINE):
             self._follow_band(series, logs[:, point], edits[:, point])
 
@@ -224,27 +248,66 @@ class DriftBank:
 
     def _judge(self, series: Places, edit: int) -> list[Hit]:
         state = self._state
+        hits = self._jumps(series[state["jumps"][series]], edit)
+        series = series[state["count"][series] >= LAST]
+        if not series.size:
+            return hits
         spread = state["spread"][series]
-        rise = self._last(series, 3)[1] - state["middle"][series, None]
-        far = np.maximum(GROWTH_SPREADS * spread, GROWTH_LOG)
-        left = np.maximum(DRIFT_SPREADS * spread, DRIFT_LOG)
-        near = np.maximum(TREND_SPREADS * spread, TREND_LOG)
-        fall = np.maximum(GROWTH_SPREADS * spread, state["shrinks"][series])
-        lowest = rise.min(axis=1)
-        climbs = (np.diff(rise, axis=1) > 0).all(axis=1) & (rise > far[:, None] * (0.25, 0.5, 1.0)).all(axis=1)
-        growth, drift, fallen = (lowest > far) | climbs, lowest > left, rise.max(axis=1) < -fall
-        silent = ~growth & ~self._once.said("growth", state["place"][series])
-        tested = (np.median(rise, axis=1) > near) & silent & state["trend"][series]
-        hits = self._hits(_Claim("growth", series[growth], far[growth]), edit)
-        for claim in self._trends(series[tested], near[tested]):
+        rise = self._last(series, LAST)[1] - state["middle"][series, None]
+        level = self._peak("level", detectors.level(rise, detectors.far(spread)))
+        hits += self._levels(series, level, edit)
+        for claim in self._trends(series, rise, spread):
             hits += self._hits(claim, edit)
+        left = np.maximum(DRIFT_SPREADS * spread, DRIFT_LOG)
+        drift = rise.min(axis=1) > left
         drift &= ~self._once.said("growth", state["place"][series])  # which says more
         hits += self._hits(_Claim("drift", series[drift], left[drift]), edit)
-        return hits + self._hits(_Claim("shrink", series[fallen], -fall[fallen], DOWN), edit)
+        return hits + self._falls(series, rise, spread, edit)
 
-    def _trends(self, series: Places, limits: Array) -> list[_Claim]:
+    def _peak(self, detector: str, statistics: Array) -> Array:
+        if statistics.size:
+            self.peaks[detector] = max(self.peaks.get(detector, 0.0), float(statistics.max()))
+        return statistics
+
+    def _levels(self, series: Places, level: Array, edit: int) -> list[Hit]:
+        high = level >= self._limits["level"]
+        limits = self._limits["level"] * detectors.far(self._state["spread"][series[high]])
+        return self._hits(_Claim("growth", series[high], limits), edit)
+
+    def _falls(self, series: Places, rise: Array, spread: Array, edit: int) -> list[Hit]:
+        """A fall that makes a run diverge is calibrated; one that is only drift has the metric's own limit."""
+        unit = np.maximum(detectors.FAR_SPREADS * spread, self._state["shrinks"][series])
+        fall, dies = detectors.fall(rise, unit), self._state["dies"][series]
+        self._peak("shrink", fall[dies])
+        limits = np.where(dies, self._limits["shrink"], 1.0)
+        low = fall >= limits
+        return self._hits(_Claim("shrink", series[low], -(limits * unit)[low], DOWN), edit)
+
+    def _jumps(self, series: Places, edit: int) -> list[Hit]:
+        """An update that is far beyond the baseline, and beyond those just before it."""
+        state = self._state
+        series = series[state["count"][series] >= 1]
+        points = np.minimum(state["count"][series], LAST + 1)
+        claims = []
+        for length in np.unique(points):
+            here = series[points == length]
+            rise = self._last(here, int(length))[1] - state["middle"][here, None]
+            before = np.median(rise[:, :-1], axis=1) if length > 1 else np.zeros(here.size)
+            unit = detectors.huge(state["spread"][here])
+            jump = self._peak("jump", detectors.jump(rise[:, -1], before, unit))
+            high = jump >= self._limits["jump"]
+            claims.append(_Claim("jump", here[high], self._limits["jump"] * unit[high]))
+        return [hit for claim in claims for hit in self._hits(claim, edit)]
+
+    def _trends(self, series: Places, rise: Array, spread: Array) -> list[_Claim]:
         """Growth that is faster than edits of one size can add up to."""
-        count = self._state["count"][series]
+        state, limit = self._state, self._limits["trend"]
+        near = detectors.near(spread)
+        # Below LEAST nothing counts, so that nothing needs be fitted.
+        tested = (np.median(rise, axis=1) >= LEAST * near) & state["trend"][series]
+        tested &= state["count"][series] >= BASELINE
+        series, rise, near = series[tested], rise[tested], near[tested]
+        count = state["count"][series]
         points = np.minimum(count, SHORT)
         windows = [(int(length), points == length) for length in np.unique(points)]
         windows.append((LONG, (count >= LONG) & ((count + series) % LONG_EVERY == 0)))
@@ -253,16 +316,14 @@ class DriftBank:
             if not chosen.any():
                 continue
             edits, logs = self._last(series[chosen], length)
-            slope, lower, _ = theil_sen(edits, logs, CONFIDENCE)
-            fast = (lower * np.median(edits, axis=1) >= EXPONENT) & (
-                lower * (edits[:, -1] - edits[:, 0]) >= TREND_LEAST
-            )
+            statistic, slope, lower = detectors.trend(edits, logs, rise[chosen], near[chosen])
+            fast = self._peak("trend", statistic) >= limit
             says = tuple(
                 f"grows by {_rate(here)} per edit (at least {_rate(least)}, over {length} edits), faster than edits"
                 " add up"
                 for here, least in zip(slope[fast], lower[fast], strict=True)
             )
-            claims.append(_Claim("growth", series[chosen][fast], limits[chosen][fast], trends=says))
+            claims.append(_Claim("growth", series[chosen][fast], limit * near[chosen][fast], says=says))
         return claims
 
     def _hits(self, claim: _Claim, edit: int) -> list[Hit]:
@@ -274,19 +335,28 @@ class DriftBank:
             log = float(self._last(series, 1)[1][0, 0])
             value = 0.0 if log <= math.log(VANISHED) else math.exp(log)
             left = float(state["since"][series[0], claim.side])
-            since = edit if math.isnan(left) else int(left)
+            since = edit if math.isnan(left) or claim.rule == "jump" else int(left)
             name = f"{_NAMES.get(metric, metric)} at {place_name(site)}"
             factor = f"{number(value / base)} times its baseline of {number(base)}"
             side = "below" if claim.side == DOWN else "above"
             says = f"{name} is {factor} at edit {edit}, and {side} its band since edit {since}."
-            if claim.trends is not None:
-                says = f"{name} {claim.trends[at]}; at edit {edit} it is {factor}."
-            verdict: Verdict = "drifting"
-            if claim.rule == "growth":
-                verdict = "diverging"
-            elif claim.rule == "shrink":
-                verdict = TRACKED[metric].fallen
-            threshold = base * math.exp(float(claim.limits[at]))
+            if claim.rule == "jump":
+                says = f"{name} jumped at edit {edit}: it is {factor}."
+            if claim.says is not None:
+                says = f"{name} {claim.says[at]}; at edit {edit} it is {factor}."
+            threshold = base * math.exp(min(float(claim.limits[at]), 700.0))
             says = says[0].upper() + says[1:] if metric in _NAMES else says
-            hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since))
+            hits.append(Hit(claim.rule, metric, place, value, threshold, _verdict(claim.rule, metric), says, since))
         return hits
+
+
+def _verdict(rule: str, metric: str) -> Verdict:
+    if rule == "shrink":
+        return TRACKED[metric].fallen
+    return "drifting" if rule == "drift" else "diverging"
+
+
+def _with_prior(prior: Array, spread: Array | float, readings: int) -> Array:
+    """A spread pulled towards its metric's prior, which counts for ``PRIOR_WEIGHT`` readings."""
+    weight = PRIOR_WEIGHT / (PRIOR_WEIGHT + readings)
+    return np.sqrt(weight * prior**2 + (1.0 - weight) * spread**2)

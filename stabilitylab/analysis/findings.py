@@ -87,7 +87,8 @@ class Diagnosis:
     whole model's (the canary), site and metric are those of the first layer that left its usual range.
     first_nonfinite_edit: the first NaN or infinity; later than first_bad_edit when a limit was passed before.
     findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite.
-    confidence: in the cause. None: not the case.
+    confidence: in the cause. baseline: what series are compared with. thresholds: where the limits of statistical
+    claims come from. None: not the case.
     """
 
     verdict: Verdict
@@ -105,6 +106,8 @@ class Diagnosis:
     first_nonfinite_edit: int | None = None
     forecast: Forecast | None = None
     confidence: Confidence = "none"
+    baseline: str = ""
+    thresholds: str = ""
 
     def __str__(self) -> str:
         return self.says

@@ -12,8 +12,8 @@ from stabilitylab.analysis.findings import Finding, Verdict, severity
 KEPT: Final = 3
 """Sites that are reported by name for one rule and group; the others are counted."""
 
-DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink"})
-"""Rules that compare a series with its own baseline; all others are hard facts."""
+DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink", "jump", "large-step", "canary-far"})
+"""Rules that compare a series with its own baseline, or with what healthy runs show; all others are hard facts."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from synthetic_runs import METRICS, growing, healthy
 
 from stabilitylab.analysis import Analyzer
 from stabilitylab.analysis.drift import TRACKED
+from stabilitylab.analysis.thresholds import NOMINAL
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.readings import EditRow, Key
 
@@ -77,7 +79,7 @@ def _naive(metric: str, history: list[tuple[int, float]], number: int) -> tuple[
 @pytest.mark.parametrize("how", ["healthy", "exponential", "super-exponential"])
 def test_the_first_hits_are_those_of_the_written_rules(seed: int, how: str) -> None:
     rows = (healthy(seed) if how == "healthy" else growing(seed, how)).rows[:-1]
-    analyzer = Analyzer(METRICS)
+    analyzer = Analyzer(METRICS, NOMINAL)
     for row in rows:
         analyzer.observe(row)
     found = {
@@ -89,3 +91,35 @@ def test_the_first_hits_are_those_of_the_written_rules(seed: int, how: str) -> N
     naive = [_naive(key[0], histories.get(key, []), number) for number, key in enumerate(seen)]
     assert found["drift"] == min((edit for edit, _ in naive if edit is not None), default=None)
     assert found["growth"] == min((edit for _, edit in naive if edit is not None), default=None)
+
+
+def _naive_peaks(metric: str, history: list[tuple[int, float]]) -> tuple[float, float]:
+    """The largest statistic of ``level`` and of ``jump`` over a series, reading by reading."""
+    if len(history) < 8:
+        return 0.0, 0.0
+    logs = [log for _, log in history]
+    middle, steps = statistics.median(logs[:8]), [abs(b - a) for a, b in itertools.pairwise(logs[:8])]
+    own = 1.4826 / math.sqrt(2) * statistics.median(steps)
+    spread = math.sqrt(TRACKED[metric].spread ** 2 / 3 + own**2 * 2 / 3)
+    far, huge = max(8 * spread, math.log(100)), max(8 * spread, math.log(1000))
+    level = jump = 0.0
+    for count in range(8, len(logs) + 1):
+        a, b, c = (log - middle for log in logs[count - 3 : count])
+        climb = min(4 * a, 2 * b, c) if a < b < c else -math.inf
+        level = max(level, min(a, b, c) / far, climb / far)
+        usual = max(statistics.median(logs[count - 4 : count - 1]) - middle, 0.0)
+        jump = max(jump, (c - usual) / huge)
+    return level, jump
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("how", ["healthy", "exponential"])
+def test_the_largest_statistics_are_those_of_a_naive_pass(seed: int, how: str) -> None:
+    rows = (healthy(seed) if how == "healthy" else growing(seed, how)).rows[:-1]
+    analyzer = Analyzer(METRICS)
+    for row in rows:
+        analyzer.observe(row)
+    naive = {key: _naive_peaks(key[0], history) for key, history in _histories(rows).items()}
+    assert analyzer.peaks["level"] == pytest.approx(max(level for level, _ in naive.values()))
+    jumps = [jump for (metric, _), (_, jump) in naive.items() if TRACKED[metric].jumps]
+    assert analyzer.peaks["jump"] == pytest.approx(max(jumps))

@@ -43,13 +43,29 @@ def noisy(edits: int, spread: float = 0.1) -> np.ndarray:
 def test_spikes_that_recover_are_no_divergence() -> None:
     values = noisy(80)
     values[[20, 40, 41, 60]] *= 1e5
+    assert series(values.tolist(), "activation.rms").verdict == "stable"
+
+
+def test_one_huge_update_is_a_jump_at_once_and_a_large_one_is_not() -> None:
+    values = noisy(40)
+    values[20] *= 1e5
+    diagnosis = series(values.tolist())
+    assert (diagnosis.verdict, diagnosis.onset_edit, diagnosis.alarm_edit) == ("diverging", 21, 21)
+    assert "jumped at edit 21" in diagnosis.says
+    values[20] /= 1e3
     assert series(values.tolist()).verdict == "stable"
+
+
+def test_a_jump_is_measured_against_what_is_usual_by_now() -> None:
+    values = noisy(60, 0.02) * np.geomspace(1.0, 50.0, 60)
+    values[40] *= 200
+    assert not [finding for finding in series(values.tolist()).findings if finding.rule == "jump"]
 
 
 def test_one_huge_step_that_stays_is_diverging() -> None:
     values = noisy(40)
     values[20:] *= 1e4
-    diagnosis = series(values.tolist())
+    diagnosis = series(values.tolist(), "activation.rms")
     assert (diagnosis.verdict, diagnosis.onset_edit, diagnosis.alarm_edit) == ("diverging", 21, 23)
     assert (diagnosis.first_bad_edit, diagnosis.first_bad_site) == (23, A)  # no hard fact: the alarm is named
 

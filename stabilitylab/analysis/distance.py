@@ -1,0 +1,142 @@
+"""What needs no baseline: how large an update is beside its weight, and how far the canary is from the original.
+
+The statistics are those of `stabilitylab.analysis.detectors`, their limits are calibrated. One reading is enough, so
+that the first edit of a run can raise the alarm. Like drift, and unlike a hard fact, it is a claim about what healthy
+runs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from stabilitylab.analysis import detectors
+from stabilitylab.analysis.columns import Columns, Flat, Once, Places
+from stabilitylab.analysis.ledger import Hit
+from stabilitylab.analysis.thresholds import Thresholds
+from stabilitylab.analysis.words import number, place_name
+from stabilitylab.readings import Array
+
+
+@dataclass(frozen=True)
+class Distance:
+    """detector: whose limit counts. statistic: of readings; reading: the opposite. twice: whether two readings in a row
+    must say so, since an edit that is taken back leaves one. says: over ``number``, ``share``, ``site``, ``edit`` and
+    ``since``.
+    """
+
+    detector: str
+    rule: str
+    metric: str
+    statistic: Callable[[Array], Array]
+    reading: Callable[[float], float]
+    says: str
+    twice: bool = False
+
+
+STEP: Final = Distance(
+    "step",
+    "large-step",
+    "update.norm",
+    lambda ratio: ratio,
+    lambda statistic: statistic,
+    "Edit {edit} changed the weight of {site} by {number} times the norm that it had before any edit.",
+)
+CANARY: Final = (
+    Distance(
+        "canary-kl",
+        "canary-far",
+        "canary.kl",
+        lambda kl: kl / detectors.KL_NATS,
+        lambda statistic: statistic * detectors.KL_NATS,
+        "The canary's predictions are {number} nats from the original's at edit {edit}, and far since edit {since}.",
+        twice=True,
+    ),
+    Distance(
+        "canary-agreement",
+        "canary-far",
+        "canary.agreement",
+        lambda agreement: (1.0 - agreement) / detectors.CHANGED,
+        lambda statistic: 1.0 - statistic * detectors.CHANGED,
+        "At edit {edit} the model agrees with the original on only {share} of the canary; on few since edit {since}.",
+        twice=True,
+    ),
+)
+
+
+class DistanceBank:
+    """Checks each row of an applied edit. peaks: the largest statistic of each detector so far."""
+
+    def __init__(self, columns: Columns, thresholds: Thresholds) -> None:
+        self.peaks: dict[str, float] = {}
+        self._columns = columns
+        self._limits = {distance.detector: thresholds.limit(distance.detector) for distance in (STEP, *CANARY)}
+        self._once = Once()
+        self._at: dict[str, Places] = {}
+        self._weights: Places = np.zeros((0, 3), dtype=np.intp)
+        self._before: dict[tuple[str, int], tuple[int, float]] = {}
+
+    def observe(self, row: Flat) -> list[Hit]:
+        """The hits of one row; a claim that was made at a site before is not made again."""
+        if row.fresh:
+            self._look_up(row)
+        if row.edit == 0 or not row.applied:
+            return []
+        hits = self._check(STEP, row, *self._steps(row))
+        for distance in CANARY:
+            at = self._at[distance.metric]
+            at = at[row.finite[at]]
+            hits += self._check(distance, row, at, row.values[at])
+        return hits
+
+    def _look_up(self, row: Flat) -> None:
+        keys = [self._columns.keys[place] for place in row.places]
+        positions = {key: position for position, key in enumerate(keys)}
+        for distance in CANARY:
+            found = [position for position, (metric, _) in enumerate(keys) if metric == distance.metric]
+            self._at[distance.metric] = np.array(found, dtype=np.intp)
+        weights = [
+            [positions.get((metric, site), -1) for metric in ("update.norm", "drift.norm", "drift.ratio")]
+            for site in dict.fromkeys(site for metric, site in keys if metric == "update.norm")
+        ]
+        known = np.array(weights, dtype=np.intp).reshape(-1, 3)
+        self._weights = known[(known >= 0).all(axis=1)]
+
+    def _steps(self, row: Flat) -> tuple[Places, Array]:
+        """(positions of updates, each over the norm of the original weight). ``update.ratio`` is over the norm that the
+        update left, and ends at 1.
+        """
+        update, drift, ratio = row.values[self._weights].T
+        known = row.finite[self._weights].all(axis=1) & (drift > 0) & (ratio > 0)
+        return self._weights[known, 0], update[known] * ratio[known] / drift[known]
+
+    def _check(self, distance: Distance, row: Flat, at: Places, values: Array) -> list[Hit]:
+        if not at.size:
+            return []
+        statistic, since = distance.statistic(values), np.full(at.size, row.edit)
+        if distance.twice:
+            statistic, since = self._least_of_two(distance.detector, row, at, statistic)
+        self.peaks[distance.detector] = max(self.peaks.get(distance.detector, 0.0), float(statistic.max()))
+        high = np.flatnonzero(statistic >= self._limits[distance.detector])
+        new = high[self._once.new(distance.rule, row.places[at[high]])]
+        return [
+            self._hit(distance, row, int(row.places[at[number]]), float(values[number]), int(since[number]))
+            for number in new
+        ]
+
+    def _least_of_two(self, detector: str, row: Flat, at: Places, statistic: Array) -> tuple[Array, Places]:
+        """(the lesser of this reading and the one before, 0 where there is none; the edit of the one before)."""
+        keys = [(detector, int(place)) for place in row.places[at]]
+        before = [self._before.get(key, (row.edit, 0.0)) for key in keys]
+        self._before |= {key: (row.edit, float(value)) for key, value in zip(keys, statistic, strict=True)}
+        edits, values = zip(*before, strict=True)
+        return np.minimum(statistic, values), np.array(edits, dtype=np.intp)
+
+    def _hit(self, distance: Distance, row: Flat, place: int, value: float, since: int) -> Hit:
+        site = place_name(self._columns.keys[place][1])
+        says = distance.says.format(number=number(value), share=f"{value:.0%}", site=site, edit=row.edit, since=since)
+        threshold = distance.reading(self._limits[distance.detector])
+        return Hit(distance.rule, distance.metric, place, value, threshold, "diverging", says, since)
