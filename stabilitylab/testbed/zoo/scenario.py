@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -255,38 +257,66 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
+CarryOut = Callable[[nn.Module, Step], nn.Module]
+"""Carries out one edit: the model in, the model out. What it raises is the edit's own failure, see `watched`."""
+Watch = Callable[[Loop], AbstractContextManager[CarryOut]]
+"""Watches a loop from before its first edit to after its last."""
+
+
 def run(scenario: Scenario, seed: int, folder: Path, **variant: Any) -> Outcome:
     """Go through the scenario's loop under a monitor that writes the run `folder`; it ends some edits after the model.
 
     The global random state is as before. seed: of the loop, see `Make`. variant: further arguments of `scenario.make`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        loop = scenario.make(seed, **variant)
-        states = _go(loop, folder, {"zoo": scenario.name, "seed": seed, **loop.config})
+    watch = partial(_monitored, folder=folder, config={"zoo": scenario.name, "seed": seed})
+    loop, states = _go(scenario, seed, watch, variant)
     return Outcome(scenario, seed, folder, _truth(scenario, loop, states), tuple(states))
 
 
-def _go(loop: Loop, folder: Path, config: Mapping[str, Any]) -> list[State]:
-    model = loop.model
-    sight = Sight(model, loop.sites, loop.canary)
-    states = [sight.look(model, 0)]
+def watched(scenario: Scenario, seed: int, watch: Watch, **variant: Any) -> tuple[State, ...]:
+    """Go through the same loop under another watch, with no monitor, and tell what plain torch saw: edit 0 first.
+
+    An ArithmeticError, RuntimeError or ValueError fails the edit, and the loop goes on; anything else ends the loop and
+    is passed on. The rest is as in `run`.
+    """
+    return tuple(_go(scenario, seed, watch, variant)[1])
+
+
+@contextmanager
+def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any]) -> Iterator[CarryOut]:
     with attach(
-        model,
+        loop.model,
         sites=loop.sites,
         run=folder,
         editor=loop.editor,
         canary=loop.canary,
         probes=loop.probes,
-        config=config,
+        config={**config, **loop.config},
     ) as monitor:
+
+        def carry_out(model: nn.Module, step: Step) -> nn.Module:
+            with monitor.edit(label=step.label) as edit:
+                return edit.returns(step.apply(model))
+
+        yield carry_out
+
+
+def _go(scenario: Scenario, seed: int, watch: Watch, variant: Mapping[str, Any]) -> tuple[Loop, list[State]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loop = scenario.make(seed, **variant)
+        return loop, _edited(loop, watch)
+
+
+def _edited(loop: Loop, watch: Watch) -> list[State]:
+    model = loop.model
+    sight = Sight(model, loop.sites, loop.canary)
+    states = [sight.look(model, 0)]
+    with watch(loop) as carry_out:
         for number, step in enumerate(loop.steps, start=1):
             loop.witness.edit = number
-            try:
-                with monitor.edit(label=step.label) as edit:
-                    model = edit.returns(step.apply(model))
-            except (ArithmeticError, RuntimeError, ValueError):  # such as a solve of NaN: it is in the run as failed
-                pass
+            with suppress(ArithmeticError, RuntimeError, ValueError):  # such as a solve of NaN: the run says it failed
+                model = carry_out(model, step)
             states.append(sight.look(model, number))
             if step.between is not None:
                 step.between(model)
