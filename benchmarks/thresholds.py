@@ -12,11 +12,12 @@ import argparse
 import json
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from zoo_runs import Case, folder_of, make
+from zoo_runs import Case, folder_of, make, spread
 
 from stabilitylab.analysis import Analyzer, calibration
 from stabilitylab.analysis.thresholds import NOMINAL
@@ -54,7 +55,8 @@ def main() -> None:
         scoring = [(loop, seed) for seed in SCORE_SEEDS for loop in loops]
         with Progress(console=Console(stderr=True), disable=None) as progress:
             task = progress.add_task("healthy loops", total=len(scaling) + len(scoring))
-            make([*scaling, *scoring], runs, processes=arguments.processes, done=lambda case: progress.advance(task))
+            for _ in spread(partial(make, runs=runs), [*scaling, *scoring], arguments.processes):
+                progress.advance(task)
         scales = calibration.scales_of([peaks_of(case, runs) for case in scaling])
         peaks = {case: peaks_of(case, runs) for case in scoring}
         source = f"{len(loops)} kinds of loop on small models"
