@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from stabilitylab.analysis.causes import Cause
+from stabilitylab.analysis.causes import Cause, Place
 from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Verdict, severity
 from stabilitylab.analysis.ledger import DRIFT_RULES
@@ -37,13 +37,15 @@ def onset(findings: Sequence[Finding], alarm: int | None) -> int | None:
     return begin
 
 
-def place_of(first_bad: Finding, findings: Sequence[Finding]) -> Finding:
-    """The finding that says where: `first_bad` itself, unless it is about the model as a whole.
+def place_of(cause: Cause, first_bad: Finding | None, findings: Sequence[Finding]) -> Place | Finding | None:
+    """What says where: the cause, where it knows; else `first_bad`, unless it is about the model as a whole.
 
     The canary's logits show that the model is bad, not which layer made it so. Then the layer (or the editor's part)
     whose readings left their usual range first is named; of several at one edit, the first in dataflow.
     """
-    if first_bad.site != MODEL_SITE:
+    if cause.place is not None:
+        return cause.place
+    if first_bad is None or first_bad.site != MODEL_SITE:
         return first_bad
     placed = [finding for finding in findings if finding.site != MODEL_SITE and severity(finding.verdict) > 0]
     return min(placed, key=lambda finding: finding.start, default=first_bad)
@@ -65,13 +67,17 @@ def diagnose(
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
     by_drift = first_bad is not None and first_bad.rule in DRIFT_RULES
-    where = None if first_bad is None else place_of(first_bad, findings)
+    where = place_of(cause, first_bad, findings)
+    if first_bad is None:  # edits are lost, or a fault was there before the first: where it is found is the first bad
+        first_edit = None if where is None else where.edit
+    else:
+        first_edit = first_bad.edit if by_drift else first_bad.start
     diagnosis = Diagnosis(
         verdict=verdict,
         edits=edits,
         onset_edit=began,
         alarm_edit=alarm,
-        first_bad_edit=None if first_bad is None else first_bad.edit if by_drift else first_bad.start,
+        first_bad_edit=first_edit,
         first_bad_site=where.site if where else None,
         first_bad_metric=where.metric if where else None,
         cause=cause.cause,

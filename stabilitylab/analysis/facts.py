@@ -5,11 +5,17 @@ This module has those of any model; `stabilitylab.analysis.limits` those that ar
 
 - ``HEADROOM_BITS``: under 2 bits a tensor is two doublings from infinity. Only a *fall* to there counts: a massive
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
-- ``STILL``: an edit that is right already may rightly move nothing, so weights that used to move must stand still for
-  three applied edits in a row. Weights that a codebook or a side memory answers for stand still by design.
+- ``STILL``: weights that used to move stand still for three applied edits in a row. An edit that is right already may
+  rightly move nothing, so those that begin with a loss of at most ``ALREADY`` (the answer has nine tenths of the
+  probability, where editors stop) don't count. Weights that a codebook or a side memory answers for stand still by
+  design.
 - ``RIGHT``: below a loss of 0.01 the gradient may round to zero rightly, since bfloat16 holds 1 − p only above 0.004.
 - ``FROZEN_LOSS``: a loss that is the same to the last bit at five edits in a row, which differing requests never give.
   A note, since the same request against restored weights does give it.
+- ``LEAP``, ``ALONE``: after an edit the largest entry of a weight is a hundred times what it was, and the whole
+  update's norm is that one entry, to 2% (its old value is 1% of it): all other entries together moved by less than a
+  fifth of it. An editor's update is a sum of outer products, which single no entry out; a memory error or a stray index
+  does.
 - A loss that is NaN over logits that are all finite is a mean over nothing: no label was left unmasked.
 """
 
@@ -34,7 +40,10 @@ __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
 HEADROOM_BITS: Final = 2.0
 STILL: Final = 3
+ALREADY: Final = 0.1
 RIGHT: Final = 0.01
+LEAP: Final = 100.0
+ALONE: Final = 0.02
 FROZEN_LOSS: Final = 5
 
 LOSS: Final = "logits.loss"
@@ -68,6 +77,7 @@ class FactRules:
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
         self._first_headroom: dict[int, float] = {}
+        self._largest: dict[int, float] = {}
         self._still = 0
         self._still_since = 0
         self._moved = False
@@ -89,6 +99,7 @@ class FactRules:
             self._labels,
             self._dead,
             self._headroom,
+            self._lone_entry,
             self._limits.check,
             self._editor.check,
             self._unmoved,
@@ -167,6 +178,24 @@ class FactRules:
             says = f"{_what_is_near(metric, site)} is {number(bits)} bits (doublings) from {limit} at edit {row.edit}."
             yield Hit("headroom", metric, place, bits, HEADROOM_BITS, "diverging", says)
 
+    def _lone_entry(self, row: Flat) -> Iterator[Hit]:
+        """An update that is one entry, which leapt."""
+        before, self._largest = self._largest, {}
+        for position in self._lookup.at("weight.max_abs"):
+            place, largest = int(row.places[position]), float(row.values[position])
+            self._largest[place] = largest
+            site = self._lookup.key(row, position)[1]
+            update = self._lookup.value(row, "update.norm", site)
+            was = before.get(place, math.inf)
+            if update is None or not LEAP * was <= largest < math.inf or not abs(update - largest) <= ALONE * largest:
+                continue
+            for _, _, metric, _ in self._lookup.new("one-entry", row, np.array([position])):
+                says = (
+                    f"Edit {row.edit} changed one entry of {site} alone, from at most {number(was)} to"
+                    f" {number(largest)}: no editor does that; look for a memory error or a stray index."
+                )
+                yield Hit("one-entry", metric, place, largest, LEAP * was, "diverging", says)
+
     def _unmoved(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at("update.norm")
         if not row.applied or not at.size:
@@ -177,6 +206,9 @@ class FactRules:
             return
         if row.values[at].any():
             self._moved, self._still = True, 0
+            return
+        loss = self._lookup.value(row, LOSS, MODEL_SITE)
+        if loss is not None and loss <= ALREADY:  # nothing was left to do
             return
         self._still_since = self._still_since if self._still else row.edit
         self._still += 1

@@ -6,33 +6,40 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes import EditorInput, Evidence, FatalRow, Growth, Step
+from stabilitylab.analysis.causes import EditorInput, Evidence, FatalRow, Growth, Learning, Step
 from stabilitylab.analysis.columns import Columns, Flat, Places, kind_of
-from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING
+from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
+from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.trends import theil_sen
-from stabilitylab.readings import EDITOR_SITE, Key
+from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Key
 
 WINDOWS: Final = (12, 30)
 LEAST: Final = 5
 CONFIDENCE: Final = 0.9
 STEPS: Final = 30
-SAME: Final = 0.01
-"""Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same: the edit began at the original weights."""
-SUSTAINED: Final = 3
+LARGE: Final = 0.5
+"""An update of half of a weight's original norm: one edit replaces what training put there."""
+REACHED: Final = 0.05
+"""Of an edit's first gradient, at most so much is left in its last pass: it has reached what it asked for."""
+FLOAT16_MAX: Final = 65_504.0
 
 _INPUT: Final = f"{EDITOR_SITE}.input"
-_TELLS: Final = tuple(f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max"))
+_TELLS: Final = tuple(
+    f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max", "value_ratio", "clamp_hits")
+)
 _MASKED: Final = "attention.masked_rows"
 _KEYS: Final = f"{EDITOR_SITE}.keys"
+_LAST: Final = "gradient.norm_last"
 _WATCHED: Final = (
     *_TELLS,
-    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", "weight.headroom_bits"),
-    *("gradient.nonfinite", "gradient.norm", _MASKED, _KEYS),
+    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", "weight.headroom_bits", "weight.nonfinite"),
+    *("gradient.nonfinite", "gradient.norm", _LAST, "activation.nonfinite", "logits.nonfinite", _MASKED, _KEYS),
 )
 
 
@@ -48,16 +55,16 @@ class LeadIn:
         self._points: deque[tuple[float, float, float]] = deque(maxlen=max(WINDOWS))
         self._strongest: Growth | None = None
         self._crossed: EditorInput | None = None
+        self._divided: EditorInput | None = None
         self._largest_finite: dict[Key, float] = {}
         self._infinite: set[Key] = set()
         self._frozen = False
         self._steps: deque[Step] = deque(maxlen=STEPS)
         self._kept: dict[str, tuple[Step, ...]] = {}
-        self._restored = 0
-        self._carried = 0
-        self._last_restored = 0
-        self._restored_until: int | None = None
+        self._restoring = Restoring()
+        self._learning = Learning(0, 0)
         self._moved = False
+        self._moved_before = False
         self._codebook = False
         self._reported = False
         self._masked = False
@@ -115,16 +122,22 @@ class LeadIn:
         return self._columns.keys[int(row.places[position])][1]
 
     def _follow_steps(self, row: Flat) -> None:
-        """How large each applied edit was, and whether it began at the original weights."""
+        """How large each applied edit was, whether it began at the original weights, and reached what it asked for."""
+        self._moved_before = self._moved
         self._codebook = self._codebook or bool((row.values[self._places[_KEYS]] > 0).any())
         self._moved = self._moved or (row.edit > 0 and bool((row.values[self._updates] != 0).any()))
         ratios, drifts = self._places["update.ratio"], self._places["drift.ratio"]
-        if not row.applied or not ratios.size or not drifts.size:
+        if not row.applied:
+            return
+        self._follow_learning(row)
+        self._follow_restoring(row)
+        if not ratios.size or not drifts.size:
             return
         # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
         sizes = np.where(row.finite[ratios], row.values[ratios], 0.0)
         ways = np.where(row.finite[drifts], row.values[drifts], 0.0)
         update, drift = int(sizes.argmax()), int(ways.argmax())
+        before = self._steps[-1] if self._steps else None
         self._steps.append(
             Step(
                 row.edit,
@@ -132,9 +145,36 @@ class LeadIn:
                 self._site(row, ratios[update]),
                 float(ways[drift]),
                 self._site(row, drifts[drift]),
+                (before.number if before else 0) + bool(sizes.any()),
+                (before.large if before else 0) + self._is_large(row),
+                max(float(sizes[update]), before.largest if before else 0.0),
             )
         )
-        self._follow_restoring(row)
+
+    def _is_large(self, row: Flat) -> bool:
+        """Whether an edit moved some weight by at least half of the norm that it had originally."""
+        for at in self._updates:
+            site, update = self._site(row, at), float(row.values[at])
+            drift, share = self._value(row, "drift.norm", site), self._value(row, "drift.ratio", site)
+            if drift and share and math.isfinite(drift) and update * share >= LARGE * drift:
+                return True
+        return False
+
+    def _follow_restoring(self, row: Flat) -> None:
+        drifts = self._places["drift.norm"]
+        sites = [self._site(row, at) for at in self._updates]
+        if sites == [self._site(row, at) for at in drifts]:
+            self._restoring.follow(row.edit, sites, row.values[self._updates], row.values[drifts])
+
+    def _follow_learning(self, row: Flat) -> None:
+        left = []
+        for at in self._places[_LAST]:
+            first = self._value(row, "gradient.norm", self._site(row, at))
+            if first and math.isfinite(first):
+                left.append(float(row.values[at]) / first)
+        if left:
+            reached = self._learning.reached + (median(left) <= REACHED)
+            self._learning = Learning(self._learning.tried + 1, reached)
 
     def _keep_steps(self, alarmed: bool, lost: bool) -> None:
         """Hold on to the steps up to the alarm, and up to the first hard fact, since either may be the first bad."""
@@ -146,43 +186,44 @@ class LeadIn:
         kept = [steps for steps in self._kept.values() if bad is not None and any(s.edit == bad.start for s in steps)]
         return kept[0] if kept else ()
 
-    def _follow_restoring(self, row: Flat) -> None:
-        """The last of some edits that each began at the original weights, once three in a row did not."""
-        updates, drifts = self._updates, self._places["drift.norm"]
-        if updates.size != drifts.size or not (row.values[updates] > 0).any():
-            return
-        apart = np.abs(row.values[drifts] - row.values[updates])
-        if row.edit > 1 and (apart <= SAME * row.values[drifts]).all():
-            self._restored, self._carried = self._restored + 1, 0
-        elif self._restored >= SUSTAINED:
-            self._carried += 1
-            if self._carried == SUSTAINED and self._restored_until is None:
-                self._restored_until = self._last_restored
-        if self._carried == 0:
-            self._last_restored = row.edit
-
     def _look_at_fatal(self, row: Flat) -> FatalRow:
         bad, norms = self._places["gradient.nonfinite"], self._places["gradient.norm"]
-        sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
-        return FatalRow(row.edit, float(row.values[self._places[_MASKED]].sum()), not self._masked, sound)
+        outputs, logits = self._places["activation.nonfinite"], self._places["logits.nonfinite"]
+        forward = np.concatenate((outputs, logits))
+        weights = [at for at in self._places["weight.nonfinite"] if row.values[at] > 0]
+        weight = self._site(row, weights[0]) if weights else None
+        largest = None if weight is None else self._value(row, "weight.max_abs", weight)
+        return FatalRow(
+            edit=row.edit,
+            masked_rows=float(row.values[self._places[_MASKED]].sum()),
+            unmasked_before=not self._masked,
+            sound_forward=bool(outputs.size and logits.size and (row.values[forward] == 0).all()),
+            sound_gradients=bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all()),
+            no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),
+            loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
+            moved_before=self._moved_before,
+            weight=weight,
+            overflowed=largest is not None and math.isinf(largest),
+            headroom=None if weight is None else self._bits.get(weight),
+            limit=None if weight is None else self._largest_finite.get(("weight", weight)),
+        )
 
     def _value(self, row: Flat, metric: str, site: str) -> float | None:
         at = self._at.get((metric, site))
         return None if at is None else float(row.values[at])
 
     def _follow_inputs(self, row: Flat) -> None:
-        """The first editor input past a limit (the higher limit takes over), and how far the same unit went."""
+        """The first editor input past a limit, and the first over next to no std, see `_taken_over`."""
         for position in self._inputs:
             site, value = self._columns.keys[row.places[position]][1], float(row.values[position])
             if not INPUT_DRIFTING <= value < math.inf:
                 continue
             unit, std = self._value(row, f"{_INPUT}_unit", site), self._value(row, f"{_INPUT}_unit_std", site)
             number = int(unit) if unit is not None and math.isfinite(unit) else None
-            here, known = EditorInput(row.edit, site, value, number, std), self._crossed
-            if known is None or known.largest < INPUT_DIVERGING <= value:
-                self._crossed = here
-            elif (known.site, known.unit) == (site, number) and known.largest < value:
-                self._crossed = replace(here, std=known.std)
+            here = EditorInput(row.edit, site, value, number, std)
+            self._crossed = _taken_over(self._crossed, here)
+            if std is not None and std <= TINY_STD and site.endswith(".u"):
+                self._divided = _taken_over(self._divided, here)
 
     @property
     def crossed(self) -> EditorInput | None:
@@ -223,14 +264,26 @@ class LeadIn:
             findings=findings,
             first_bad=first_bad,
             crossed=self.crossed,
+            divided=self._divided,
             growth=self.growth,
             largest_finite=self.largest_finite(first_bad),
+            narrow=any(limit < 2.0 * FLOAT16_MAX for limit in self._largest_finite.values()),
             overflowed=self.overflowed(first_bad),
             steps=self._steps_to(first_bad),
+            learning=self._learning,
             fatal=self._fatal,
-            headroom_before=None if first_bad is None else self._bits.get(first_bad.site),
-            restored_until=self._restored_until,
+            restored_until=self._restoring.until,
+            forgotten=self._restoring.forgotten,
             moved=self._moved,
             codebook=self._codebook,
             reported=self._reported,
         )
+
+
+def _taken_over(known: EditorInput | None, here: EditorInput) -> EditorInput:
+    """The first input past a limit; the higher limit takes over, and of one unit the furthest that it went."""
+    if known is None or known.largest < INPUT_DIVERGING <= here.largest:
+        return here
+    if (known.site, known.unit) == (here.site, here.unit) and known.largest < here.largest:
+        return replace(here, std=known.std)
+    return known

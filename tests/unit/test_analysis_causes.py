@@ -9,7 +9,7 @@ from synthetic_runs import diagnose, row
 from stabilitylab.analysis import Diagnosis
 from stabilitylab.readings import Key
 
-A, U = "decoder.layers.1.fc2", "editor.mlp.0.u"
+A, B, U = "decoder.layers.1.fc2", "decoder.layers.2.fc2", "editor.mlp.0.u"
 ACTION = ("restore", "batch", "floor", "bfloat16", "check", "go back", "see whether")
 Reading = dict[Key, float]
 
@@ -119,6 +119,12 @@ def step(ratio: float, drift: float, norm: float = 1.0) -> Reading:
 
 
 LOST = {("canary.kl", M): 9.0}
+SOUND = {
+    ("activation.nonfinite", A): 0.0,
+    ("logits.nonfinite", M): 0.0,
+    ("gradient.norm", A): 1.0,
+    ("gradient.nonfinite", A): 0.0,
+}
 
 
 def test_labels_that_are_all_masked() -> None:
@@ -135,6 +141,17 @@ def test_a_masked_row_is_blamed_only_when_it_is_new() -> None:
     assert claimed({}, {rows: 0.0, bad: 0.0}, {rows: 0.0, bad: 8.0})[0] == "unknown"
 
 
+def test_a_loss_over_no_token() -> None:
+    finite = SOUND | {("weight.nonfinite", A): 0.0, ("weight.nonfinite", B): 0.0, ("gradient.nonfinite", B): 0.0}
+    nan = {("gradient.nonfinite", A): 64.0, ("gradient.nonfinite", B): 64.0, ("gradient.norm", A): math.nan}
+    bad = finite | nan | {("weight.nonfinite", A): 9.0, ("weight.nonfinite", B): 9.0}
+    assert claimed(finite, finite, bad) == ("empty-mask", "medium")
+    assert claimed(finite, finite, bad | {("activation.nonfinite", A): 3.0})[0] == "unknown"
+    assert claimed(finite, finite, bad | {("gradient.nonfinite", B): 0.0})[0] == "unknown"
+    assert claimed(finite, finite, bad | {("logits.loss", M): 2.0})[0] == "unknown"  # the loss is sound
+    assert claimed(weights(0.3, 65_504.0) | finite, bad)[0] == "unknown"  # float16 gradients overflow by themselves
+
+
 def test_statistics_that_are_nan() -> None:
     bad = {("editor.nonfinite", U): 12.0}
     assert claimed(bad) == ("normaliser-nan", "high")
@@ -144,8 +161,12 @@ def test_statistics_that_are_nan() -> None:
 
 def test_statistics_that_restart() -> None:
     still, moved = {("editor.std_min", U): 0.2}, {("editor.std_min", U): 0.5}
-    assert claimed(still, still, moved, moved | {("editor.input_max", U): 300.0})[0] == "statistics-restarted"
+    assert claimed(still, still, moved) == ("statistics-restarted", "medium")
     assert claimed(still, still, still | {("editor.input_max", U): 300.0}, moved)[0] == "unknown"
+    running = [{("editor.std_min", U): 0.2 * 1.1**edit} for edit in range(9)]
+    assert claimed(*running, running[-1] | {("editor.input_max", U): 300.0})[0] == "unknown"
+    other = {("editor.std_min", "editor.mlp.1.u"): 0.3}
+    assert claimed(still | other, still | other, moved | other)[0] == "unknown"
 
 
 def test_an_unstable_denominator() -> None:
@@ -169,15 +190,38 @@ def test_a_singular_solve() -> None:
     assert claimed({}, solve(6e10, 1e-6), {("weight.nonfinite", A): 3.0}) == ("singular-solve", "low")
 
 
+def test_a_direction_that_is_noise() -> None:
+    def denominator(value: float, ratio: float) -> Reading:
+        return {("editor.denominator", A): value, ("editor.denominator_ratio", A): ratio}
+
+    noise = denominator(-4e6, 0.01)
+    assert claimed({}, noise, *[noise | LOST] * 3) == ("singular-solve", "medium")
+    assert claimed({}, noise, *[denominator(2e6, 1e-5)] * 2) == ("singular-solve", "medium")  # explains that too
+    assert claimed({}, denominator(-0.4, 0.01), *[noise | LOST] * 3)[0] == "unknown"  # another key may do that
+    assert claimed({}, *[LOST] * 3, *[LOST] * 5, noise)[0] == "unknown"
+
+
 def test_a_null_space_of_everything() -> None:
     assert claimed({("editor.null_space_share", A): 1.0}, *[LOST] * 3) == ("null-space-wrong", "medium")
     assert claimed({("editor.null_space_share", A): 0.9}, *[LOST] * 3)[0] == "unknown"
 
 
+def test_a_null_space_without_room() -> None:
+    little, still = {("editor.null_space_share", A): 0.04}, {("update.norm", A): 0.0}
+    assert claimed(little, little | still) == ("null-space-wrong", "medium")
+    assert claimed(little, little | {("update.norm", A): 1.0}) == ("null-space-wrong", "low")
+    assert claimed({("editor.null_space_share", A): 0.3}, still)[0] == "weights-unchanged"
+
+
 def test_a_search_that_is_pinned() -> None:
-    pinned, free = {("editor.clamp_hits", A): 5.0}, {("editor.clamp_hits", A): 0.0}
-    assert claimed({}, *[pinned] * 5, *[pinned | LOST] * 3) == ("target-pinned", "medium")
-    assert claimed({}, *[pinned] * 4, free, *[free | LOST] * 3)[0] == "unknown"
+    def search(hits: float) -> Reading:
+        return {("editor.clamp_hits", A): hits, ("logits.passes", M): 12.0}
+
+    assert claimed({}, *[search(12)] * 5) == ("target-pinned", "medium")
+    assert claimed({}, *[search(12)] * 5, *[search(12) | LOST] * 3) == ("target-pinned", "medium")
+    assert claimed({}, *[search(10)] * 9)[0] == "unknown"  # most steps, and not the first ones: usual
+    assert claimed({}, *[search(12)] * 4, search(1), *[search(12) | LOST] * 3)[0] == "unknown"
+    assert claimed({}, *[LOST] * 3, *[search(12) | LOST] * 6)[0] == "unknown"
 
 
 def test_what_an_earlier_run_left() -> None:
@@ -194,14 +238,48 @@ def test_weights_that_are_no_longer_restored() -> None:
     assert claimed({}, *[carried] * 9, *[carried | LOST] * 3)[0] != "weights-not-restored"
 
 
+def test_one_layer_that_is_not_restored() -> None:
+    def edit(number: int, *, other: bool) -> Reading:
+        drift = 0.1 * number if other else 0.1
+        both = (
+            (("update.norm", A), 0.2),
+            (("drift.norm", A), 0.2),
+            (("update.norm", B), 0.1),
+            (("drift.norm", B), drift),
+        )
+        return dict(both) | {("canary.kl", M): 0.1}
+
+    diagnosis = run({}, *[edit(number, other=True) for number in range(1, 8)])
+    assert (diagnosis.cause, diagnosis.confidence) == ("weights-not-restored", "high")
+    assert (diagnosis.first_bad_edit, diagnosis.first_bad_site) == (2, B)
+    assert run({}, *[edit(number, other=True) for number in range(1, 5)]).cause == "unknown"
+    assert run({}, *[edit(number, other=False) for number in range(1, 12)]).cause == "unknown"
+
+
+def test_weights_that_overflow_say_nothing_of_restoring() -> None:
+    infinite = {("update.norm", A): math.inf, ("drift.norm", A): math.inf, ("weight.nonfinite", A): 2.0}
+    assert claimed({}, *[step(0.1, 0.1)] * 3, infinite)[0] == "unknown"
+
+
 def test_adam_in_float16() -> None:
-    sound = {("gradient.norm", A): 1.0, ("gradient.nonfinite", A): 0.0}
     nan = weights(0.3, 65_504.0) | {("weight.max_abs", A): math.nan, ("weight.nonfinite", A): 90.0}
     before = weights(0.3, 65_504.0)
-    assert claimed(before, nan | sound) == ("adam-eps-underflow", "medium")
-    assert claimed(before, nan | sound | {("editor.denominator", A): 3.0})[0] == "unknown"
-    assert claimed(before, nan | {("gradient.norm", A): math.nan, ("gradient.nonfinite", A): 3.0})[0] == "unknown"
-    assert claimed(weights(0.3, 3.4e38), nan | sound)[0] == "unknown"
+    assert claimed(before, nan | SOUND) == ("adam-eps-underflow", "medium")
+    assert claimed(before, nan | SOUND | {("activation.max_abs_last", A): math.nan})[0] == "adam-eps-underflow"
+    assert claimed(before, nan | SOUND | {("editor.denominator", A): 3.0})[0] == "unknown"
+    assert claimed(before, nan | SOUND | {("gradient.norm", A): math.nan, ("gradient.nonfinite", A): 3.0})[0] != (
+        "adam-eps-underflow"
+    )
+    assert claimed(weights(0.3, 3.4e38), nan | SOUND)[0] == "unknown"
+    moved = before | SOUND | {("update.norm", A): 0.1}
+    assert claimed(before, moved, nan | SOUND)[0] == "unknown"  # its first step is the one that divides by zero
+
+
+def test_an_update_that_overflows_once_it_is_cast() -> None:
+    before, after = weights(0.3, 65_504.0), weights(math.inf, 65_504.0)
+    again = {("activation.max_abs_last", A): math.nan}
+    assert claimed(before, after | SOUND | again) == ("dtype-overflow", "high")
+    assert claimed(before, after | SOUND | again | {("activation.nonfinite", A): 2.0})[0] == "unknown"
 
 
 def test_an_update_that_is_rounded_away() -> None:
@@ -211,13 +289,49 @@ def test_an_update_that_is_rounded_away() -> None:
     assert claimed({}, lost, lost, half, lost, lost)[0] == "unknown"
 
 
-def test_one_edit_that_is_too_large_and_many_that_add_up() -> None:
-    lost = step(0.9, 0.9) | LOST
-    assert claimed({}, lost, *[step(0.1, 0.9) | LOST] * 2) == ("learning-rate-too-high", "medium")
+def passes(left: float) -> Reading:
+    return {("gradient.norm", A): 1.0, ("gradient.norm_last", A): left}
+
+
+def test_edits_that_are_all_too_large() -> None:
+    learned = [step(0.9, 0.9 * edit) | passes(0.001) for edit in range(1, 6)]
+    assert claimed({}, learned[0] | LOST, *[each | LOST for each in learned[1:]]) == (
+        "learning-rate-too-high",
+        "medium",
+    )
+    astray = [each | passes(0.6) | LOST for each in learned]
+    assert claimed({}, *astray)[0] == "unknown"  # as far, and to no end: it may be the wrong way
+    single = [step(0.01, 0.1) | passes(0.001)] * 9
+    assert claimed({}, *single, step(0.9, 0.9) | passes(0.001) | LOST, *[single[0] | LOST] * 5)[0] == "unknown"
+    searched = [each | LOST | {("editor.value_ratio", A): 1.2} for each in learned]
+    assert claimed({}, *searched)[0] == "unknown"
+
+
+def test_many_edits_that_add_up() -> None:
     slow = [step(0.1, 0.1 * edit) for edit in range(1, 21)]
     assert claimed({}, *slow, *[step(0.1, 2.1) | LOST] * 3) == ("norm-growth", "medium")
-    near = [step(0.05, 0.04 * edit) for edit in range(1, 21)]
-    assert claimed({}, *near, *[step(0.05, 0.8) | LOST] * 3)[0] == "unknown"
+    near = [step(0.05, 0.02 * edit) for edit in range(1, 21)]
+    assert claimed({}, *near, *[step(0.05, 0.4) | LOST] * 3)[0] == "unknown"
+    large = [step(0.4, 0.1 * edit) for edit in range(1, 21)]
+    assert claimed({}, large[0], *slow[1:], *[step(0.1, 2.1) | LOST] * 3)[0] == "unknown"
+    far = {("editor.input_max", U): 150.0}
+    assert claimed({}, *[each | far for each in slow], *[step(0.1, 2.1) | LOST] * 3)[0] == "unknown"
+
+
+def test_a_single_entry_that_leaps_has_no_cause_that_is_known() -> None:
+    def weight(largest: float, update: float, bits: float) -> Reading:
+        return {
+            ("weight.max_abs", A): largest,
+            ("update.norm", A): update,
+            ("weight.headroom_bits", A): bits,
+        }
+
+    calm = weight(0.5, 0.1, 17.0)
+    flipped = [weight(32_000.0, 31_999.5, 1.03)] * 2
+    diagnosis = diagnose(row(edit, each) for edit, each in enumerate([calm, calm, *flipped]))
+    assert (diagnosis.cause, diagnosis.first_bad_edit, diagnosis.first_bad_site) == ("unknown", 2, A)
+    assert any(finding.rule == "one-entry" for finding in diagnosis.findings)
+    assert claimed(calm, calm, *[weight(32_000.0, 90_000.0, 1.03)] * 2) == ("dtype-overflow", "high")
 
 
 def test_a_codebook_that_answers_too_much() -> None:

@@ -154,6 +154,49 @@ def test_weights_that_stop_moving_are_drift() -> None:
     assert diagnosis.alarm_edit is None
 
 
+def test_edits_that_were_right_already_are_not_counted_as_still() -> None:
+    def edit(loss: float, update: float) -> Reading:
+        return {("update.norm", A): update, ("logits.loss", "model"): loss}
+
+    assert run({}, edit(3.0, 1.0), *[edit(0.05, 0.0)] * 9).verdict == "stable"
+    wrong = [edit(3.0 + number, 0.0) for number in range(3)]
+    assert run({}, edit(3.0, 1.0), wrong[0], edit(0.05, 0.0), *wrong[1:]).onset_edit == 2
+
+
+def test_an_update_that_is_a_single_entry() -> None:
+    def edit(largest: float, update: float) -> Reading:
+        return {("weight.max_abs", A): largest, ("update.norm", A): update}
+
+    before = edit(0.5, 0.1)
+    diagnosis = run(before, before, edit(3e38, 3e38), edit(3e38, 0.1))
+    assert rules(diagnosis)[0] == ("one-entry", A, 2)
+    assert (diagnosis.verdict, diagnosis.first_bad_edit, diagnosis.first_bad_site) == ("diverging", 2, A)
+    for other in (edit(40.0, 39.5), edit(60.0, 90.0), edit(math.inf, math.inf), edit(0.5, 0.5)):
+        assert "one-entry" not in [rule for rule, _, _ in rules(run(before, before, other))]
+
+
+def test_a_normaliser_that_begins_anew() -> None:
+    def edit(one: float, other: float) -> Reading:
+        return {("editor.std_min", U): one, ("editor.std_min", V): other}
+
+    assert ("statistics-restarted", U, 3) in rules(run(*[edit(0.2, 0.01)] * 3, edit(0.1, 0.0)))
+    assert run(*[edit(0.2, 0.0)] * 3, edit(0.1, 0.0)).verdict == "drifting"  # what stays 0 says nothing
+    assert run(*[edit(0.2, 0.01)] * 3, edit(0.1, 0.01)).verdict == "stable"
+    assert run(*[edit(0.2, 0.0)] * 3).verdict == "stable"
+
+
+def test_a_search_that_ends_on_its_clamp_after_every_step_is_a_note() -> None:
+    def search(hits: float, steps: float = 12.0) -> Reading:
+        return {("editor.clamp_hits", A): hits, ("logits.passes", "model"): steps}
+
+    assert rules(run({}, *[search(12)] * 5)) == [("clamp-pinned", A, 5)]
+    assert run({}, *[search(12)] * 5).verdict == "stable"
+    assert run({}, *[search(11)] * 9).findings == ()
+    assert run({}, *[search(12)] * 4, search(11), *[search(12)] * 4).findings == ()
+    assert run({}, *[search(0, 0)] * 9).findings == ()
+    assert run({}, *[{("editor.clamp_hits", A): 12.0}] * 9).findings == ()
+
+
 def test_a_frozen_normaliser_with_zero_std_is_a_note() -> None:
     diagnosis = run({}, {("editor.std_zeros", U): 7.0, ("editor.std_min", V): 1e-9, ("editor.std_min", U): 1e-8})
     assert diagnosis.verdict == "stable"
@@ -242,7 +285,7 @@ def test_an_empty_codebook_answers_nothing() -> None:
         ("editor.system_condition", 1e6, math.inf, "ill-conditioned"),
         ("editor.covariance_condition", 1e6, 1e8, "covariance-singular"),
         ("editor.null_space_share", 0.9, 0.995, "nothing-preserved"),
-        ("editor.null_space_share", 0.9, 0.005, "no-room"),
+        ("editor.null_space_share", 0.9, 0.05, "no-room"),
         ("editor.radius_min", 0.2, -0.1, "key-unreachable"),
     ],
 )

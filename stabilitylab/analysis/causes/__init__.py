@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from stabilitylab.analysis.causes import algebra, dtypes, growth, inputs, provenance
-from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Step
+from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Place, Step
 from stabilitylab.analysis.causes.rule import Cause, Claim, Rule
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE
 
@@ -17,6 +17,8 @@ __all__ = [
     "Evidence",
     "FatalRow",
     "Growth",
+    "Learning",
+    "Place",
     "Rule",
     "Step",
     "find_cause",
@@ -37,13 +39,17 @@ left when nothing moves. An overflow comes after feedback: the dtype is where gr
 
 
 def find_cause(evidence: Evidence) -> Cause:
-    """The first rule that claims with high or medium confidence; else the first with low; else ``unknown``."""
+    """The first rule that claims with high or medium confidence; else the first with low; else ``unknown``.
+
+    Where a rule doesn't say where its cause sits, and the first bad reading is the whole model's, the weight that was
+    furthest from its original is named.
+    """
     unsure: Cause | None = None
     for rule in RULES:
         claim = rule.claim(evidence)
         if claim is None:
             continue
-        cause = Cause(rule.name, claim.says, rule.fix, claim.confidence)
+        cause = Cause(rule.name, claim.says, rule.fix, claim.confidence, claim.place or evidence.furthest)
         if claim.confidence != "low":
             return cause
         unsure = unsure or cause
@@ -56,4 +62,5 @@ def find_cause(evidence: Evidence) -> Cause:
         "no rule explains this from what was recorded.",
         "Begin at the first finding and its site; go back to the weights of before the onset edit.",
         "none",
+        evidence.furthest,
     )

@@ -4,44 +4,56 @@ from __future__ import annotations
 
 from typing import Final
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.words import number
 
 SOON: Final = 3
 """Edits within which a fallen denominator must show in what follows."""
+NOISE: Final = 1e4
+"""Beyond the dimension of usual layers: kᵀC⁻¹k has that dimension for its mean over the keys that C is made of."""
 
 _WEIGHTS: Final = frozenset({"update.norm", "weight.max_abs", "weight.headroom_bits", "weight.nonfinite"})
 
 
 def _denominator(evidence: Evidence) -> Claim | None:
-    found, begins = evidence.of("denominator-near-zero"), evidence.begins
-    if found is not None and begins is not None and found.edit <= begins + SOON:
+    found, bad = evidence.of("denominator-near-zero"), evidence.first_bad
+    if found is not None and bad is not None and found.edit <= bad.start + SOON:
         return Claim(
             f"the update of {found.site} at edit {found.edit} was divided by a uᵀk of only {number(found.value)}"
             f" ‖u‖‖k‖: it is {number(1.0 / found.value) if found.value else 'infinitely many'} times what the same"
             " change of value needs along the key.",
             "high",
+            Place(found.edit, found.metric, found.site),
         )
     fell = evidence.of("denominator-fell")
-    if fell is not None and begins is not None and fell.edit <= begins <= fell.edit + SOON:
+    if fell is not None and bad is not None and fell.edit <= bad.start <= fell.edit + SOON:
         return Claim(
             f"what the update of {fell.site} is divided by fell to {number(fell.value)} ‖u‖‖k‖ at edit {fell.edit}, a"
-            f" tenth of its usual size, and trouble began at edit {begins}.",
+            f" tenth of its usual size, and the first bad edit is {bad.start}.",
             "medium",
+            Place(fell.edit, fell.metric, fell.site),
         )
     return None
 
 
 def _solve(evidence: Evidence) -> Claim | None:
-    failed = evidence.of("solve-failed")
+    failed, bad = evidence.of("solve-failed"), evidence.first_bad
     if failed is not None:
         return Claim(
             f"the editor's solve for {failed.site} at edit {failed.edit} left {failed.value:.0%} of its right side"
             " unanswered, with a system too ill-conditioned for its dtype.",
             "high",
         )
-    ill, bad = evidence.of("ill-conditioned", "covariance-singular"), evidence.first_bad
+    negative = evidence.of("denominator-negative")
+    if negative is not None and bad is not None and negative.value <= -NOISE and negative.edit <= bad.start + SOON:
+        return Claim(
+            f"uᵀk of {negative.site} at edit {negative.edit} is {number(negative.value)}: for u = C⁻¹k it is positive,"
+            " and about as large as the layer has inputs. What was solved for u is noise.",
+            "medium",
+            Place(negative.edit, negative.metric, negative.site),
+        )
+    ill = evidence.of("ill-conditioned", "covariance-singular")
     if ill is None or bad is None or bad.metric not in _WEIGHTS or bad.edit < ill.edit:
         return None
     return Claim(
@@ -58,41 +70,32 @@ def _null_space(evidence: Evidence) -> Claim | None:
             f"the projection at {everything.site} leaves {everything.value:.2%} of the input directions free: edits are"
             " kept away from next to nothing.",
             "medium",
+            Place(everything.edit, everything.metric, everything.site),
         )
-    if nothing is not None and evidence.of("never-moved", "update-swallowed", "clamp-pinned") is not None:
-        return Claim(
-            f"the projection at {nothing.site} leaves {nothing.value:.2%} of the input directions free: there is no"
-            " room for an edit.",
-            "medium",
-        )
-    return None
+    if nothing is None:
+        return None
+    lost = evidence.of("never-moved", "update-swallowed", "clamp-pinned") is not None
+    return Claim(
+        f"the projection at {nothing.site} leaves {nothing.value:.2%} of the input directions free: there is little"
+        " room for an edit.",
+        "medium" if lost else "low",
+        Place(nothing.edit, nothing.metric, nothing.site),
+    )
 
 
 def _clamp(evidence: Evidence) -> Claim | None:
-    found, begins = evidence.of("clamp-pinned"), evidence.begins
-    if found is None or begins is None or found.start > begins:
+    found, bad = evidence.of("clamp-pinned"), evidence.first_bad
+    if found is None or (bad is not None and found.start > bad.start):
         return None
     return Claim(
-        f"since edit {found.start} the search for the value to write at {found.site} ends on its norm clamp in every"
-        " edit: it no longer finds a value that the model accepts, and writes the largest that it may.",
+        f"since edit {found.start} the search for the value to write at {found.site} ends on its norm clamp after every"
+        " step: the clamp, and not the answer, says what is written.",
         "medium",
+        Place(found.start, found.metric, found.site),
     )
 
 
 RULES = (
-    Rule(
-        "unstable-denominator",
-        "update algebra",
-        _denominator,
-        "Go back to the weights of before that edit. Compute the key and u = C⁻¹k from the same prompts (r-ROME), add a"
-        " ridge to C, and refuse an edit whose uᵀk is below a tenth of its usual share of ‖u‖‖k‖.",
-        "ROME's update is (v* − v₀)uᵀ / (uᵀk). If u and k come from different averages of prompts, uᵀk may be near zero"
-        " or negative, and a single edit then disables the model.",
-        "|uᵀk| / (‖u‖‖k‖) below 6e-4, which no covariance that float32 can invert gives; or a tenth of its own median,"
-        " with trouble within three edits.",
-        "The original ROME code used the key averaged over prefixes for u and the bare prompt's key to divide by"
-        " (Rebuilding ROME, arXiv 2403.07175).",
-    ),
     Rule(
         "singular-solve",
         "update algebra",
@@ -102,9 +105,23 @@ RULES = (
         "A system that is singular to working precision is solved without an exception; the answer is noise of any"
         " size.",
         "A condition past 1e7 together with a residual of at least 1% of the right side; the condition alone, where the"
-        ' weights are what first goes bad, gives a low confidence. Both are measured at probes="deep".',
+        ' weights are what first goes bad, gives a low confidence. Both are measured at probes="deep". With any'
+        " probes: a uᵀk (ROME) below -1e4, which no covariance gives.",
         "A covariance from 300 tokens for a layer of 1,536 inputs: condition 6e10, and no error from"
         " torch.linalg.solve.",
+    ),
+    Rule(
+        "unstable-denominator",
+        "update algebra",
+        _denominator,
+        "Go back to the weights of before that edit. Compute the key and u = C⁻¹k from the same prompts (r-ROME), add a"
+        " ridge to C, and refuse an edit whose uᵀk is below a tenth of its usual share of ‖u‖‖k‖.",
+        "ROME's update is (v* − v₀)uᵀ / (uᵀk). If u and k come from different averages of prompts, uᵀk may be near zero"
+        " or negative, and a single edit then disables the model.",
+        "|uᵀk| / (‖u‖‖k‖) below 6e-4, which no covariance that float32 can invert gives; or a tenth of its own median,"
+        " with the first bad edit within three. Where a failed solve explains it, that is named instead.",
+        "The original ROME code used the key averaged over prefixes for u and the bare prompt's key to divide by"
+        " (Rebuilding ROME, arXiv 2403.07175).",
     ),
     Rule(
         "null-space-wrong",
@@ -115,18 +132,20 @@ RULES = (
         " editor.null_space_share before the first edit.",
         "AlphaEdit projects its update onto directions in which ordinary keys are small. A covariance that was not"
         " normalised, or a wrong threshold, makes that all directions, or none.",
-        "A share of free directions of at least 99% in a run that drifts, or of at most 1% where nothing is written.",
+        "A share of free directions of at least 99% in a run that drifts, or of at most a tenth; low confidence where"
+        " edits still move the weights.",
         "Second moments summed, not averaged, over 100,000 tokens: no eigenvalue is below the threshold.",
     ),
     Rule(
         "target-pinned",
         "update algebra",
         _clamp,
-        "Stop the stream there. Fewer edits per layer, more layers (MEMIT), or an earlier one; a larger"
-        " clamp_norm_factor only makes the writes larger.",
-        "ROME and MEMIT search for a value v* within a norm clamp around v₀. In a model that earlier edits have"
-        " bent, no such value gives the answer any more, and each edit writes the largest value that it may.",
-        "Steps that end on the clamp at five edits in a row, from before anything else left its range.",
-        "ROME with an identity covariance on SmolLM2: from some edit on every search ends on the clamp.",
+        "Look at the clamp first (clamp_norm_factor is 4 in ROME, 0.75 in MEMIT) and at the search's loss. If the clamp"
+        " is as published, stop the stream there: fewer edits per layer, more layers (MEMIT), or an earlier one.",
+        "ROME and MEMIT search for a value v* within a norm clamp around v₀. Where the clamp is too small, or earlier"
+        " edits have bent the model, no such value gives the answer, and each edit writes the largest that it may.",
+        "Every step of the search, the first included, ends on the clamp, at five edits in a row, from before the first"
+        " bad edit. That most steps do is usual.",
+        "ROME with a clamp of a tenth of ‖v₀‖: no edit says what it should, and nothing else looks odd.",
     ),
 )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, FatalRow, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
-from stabilitylab.analysis.columns import kind_of
 from stabilitylab.analysis.words import number
 
 FP16_MAX: Final = 65_504.0
@@ -15,23 +14,25 @@ FAR: Final = 8.0
 """Bits of headroom in the edit before, from which a weight does not overflow by growing."""
 
 
-def _in_float16(evidence: Evidence) -> bool:
-    largest = evidence.largest_finite
-    return largest is not None and math.isclose(largest, FP16_MAX, rel_tol=1e-3)
+def _is_float16(limit: float | None) -> bool:
+    return limit is not None and math.isclose(limit, FP16_MAX, rel_tol=1e-3)
 
 
 def _adam(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
-    if bad is None or fatal is None or bad.edit != fatal.edit or kind_of(bad.metric) != "weight":
+    if bad is None or fatal is None or bad.edit != fatal.edit or fatal.weight is None or not _is_float16(fatal.limit):
         return None
-    sudden = evidence.headroom_before is not None and evidence.headroom_before >= FAR
-    if not (_in_float16(evidence) and fatal.sound_gradients and sudden) or evidence.reported:
+    if not (fatal.sound_gradients and fatal.sound_forward) or fatal.overflowed or evidence.reported:
+        return None
+    # Adam's first step is the one that divides by zero: a loop that made sound edits has another optimiser.
+    if fatal.moved_before or fatal.headroom is None or fatal.headroom < FAR:
         return None
     return Claim(
-        f"the float16 weights of {bad.site} are no longer finite after edit {bad.edit}, whose first gradients are all"
-        f" finite, and which began {number(evidence.headroom_before or 0.0)} bits from overflow: the optimiser's"
-        " step itself divided by zero.",
+        f"the float16 weights of {fatal.weight} are NaN after edit {fatal.edit}, the first that moved them, whose first"
+        f" outputs and gradients are all finite, and which began {number(fatal.headroom)} bits from overflow: the"
+        " optimiser's step itself divided by zero.",
         "medium",
+        Place(fatal.edit, "weight.nonfinite", fatal.weight),
     )
 
 
@@ -43,20 +44,29 @@ def _swallowed(evidence: Evidence) -> Claim | None:
         f"since edit {found.start} the dtype of {found.site} rounds the edits away: {found.value:.0%} of the entries"
         " that were to change are the same as before.",
         "high",
+        Place(found.start, found.metric, found.site),
     )
 
 
 def _overflow(evidence: Evidence) -> Claim | None:
-    bad = evidence.first_bad
-    if bad is None or not _in_float16(evidence):
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or evidence.lone_entry:
         return None
-    if bad.rule == "headroom":
+    site = bad.site
+    if _is_float16(evidence.largest_finite) and bad.rule == "headroom":
         how = f"had {number(bad.value)} bits of headroom left at edit {bad.edit}"
-    elif evidence.overflowed:
+    elif _is_float16(evidence.largest_finite) and evidence.overflowed:
         how = f"became infinite at edit {bad.edit} while all that was read before it in that edit was finite"
+    elif fatal is not None and bad.edit == fatal.edit and _overflowed_in_step(fatal):
+        site = fatal.weight or site
+        how = f"became infinite at edit {fatal.edit}, whose first outputs and gradients are all finite"
     else:
         return None
-    return Claim(f"values at {bad.site} are kept in float16, which ends at 65,504, and {how}.", "high")
+    return Claim(f"values at {site} are kept in float16, which ends at 65,504, and {how}.", "high")
+
+
+def _overflowed_in_step(fatal: FatalRow) -> bool:
+    return fatal.overflowed and fatal.sound_forward and fatal.sound_gradients and _is_float16(fatal.limit)
 
 
 BEFORE_GROWTH = (
@@ -68,8 +78,9 @@ BEFORE_GROWTH = (
         " 1e-4 instead of 1e-8.",
         "Adam divides by √v + eps. In float16 an eps of 1e-8 is 0, and so is the square of a gradient below 2e-4: the"
         " very first step is a division by zero.",
-        "Float16 weights that stop being finite in one edit, far from overflow, with finite gradients in its first"
-        " pass, by an editor that tells of no denominator, solve or normaliser.",
+        "Float16 weights that are NaN, not infinite, after the first edit that moves them, far from overflow, with"
+        " finite outputs and gradients in its first pass, by an editor that tells of no denominator, solve or"
+        " normaliser.",
         "Fine-tuning SmolLM2 in float16 with Adam's defaults: 97% of the edited weights are bad after the first step.",
     ),
     Rule(
@@ -95,7 +106,8 @@ AFTER_GROWTH = (
         "Float16 ends at 65,504. A float32 update that is cast to the weight's dtype, or a weight that has grown for"
         " many edits, becomes infinite there. Where feedback is seen before it, that is named instead: the dtype is"
         " only where the growth ends.",
-        "Less than two bits of headroom, or an infinity (not NaN), first of all readings, in a float16 tensor.",
+        "Less than two bits of headroom, or an infinity (not NaN), first of all readings, in a float16 tensor; or"
+        " float16 weights that are infinite after an edit whose first pass was finite. Not where a single entry leapt.",
         "EasyEdit loads BLIP2's OPT decoder in float16, whatever the rest is kept in.",
     ),
 )

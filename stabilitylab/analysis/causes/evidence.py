@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabilitylab.analysis.findings import Finding, Verdict, severity
+from stabilitylab.analysis.restoring import Forgotten
+from stabilitylab.readings import MODEL_SITE
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,21 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where something is: a reading's metric and site, at an edit."""
+
+    edit: int
+    metric: str
+    site: str
+
+
+@dataclass(frozen=True)
 class Step:
     """One applied edit: the largest update as a share of its weight, and the furthest weight from its original as a
     share of that one's norm.
+
+    Of the run up to this edit: number: how many edits moved a weight. large: how many of them moved one by at least
+    half of its original norm. largest: the largest `update_ratio`.
     """
 
     edit: int
@@ -45,6 +59,19 @@ class Step:
     update_site: str
     drift_ratio: float
     drift_site: str
+    number: int
+    large: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Whether edits reach what they ask for. tried: edits that looked at their gradient more than once. reached: those
+    whose last gradient was next to nothing beside their first, at the median layer.
+    """
+
+    tried: int
+    reached: int
 
 
 @dataclass(frozen=True)
@@ -52,40 +79,56 @@ class FatalRow:
     """The row with the first non-finite value.
 
     masked_rows: query rows without a real token. unmasked_before: whether none had any in the edits before.
-    sound_gradients: whether the edit's first pass had gradients, all finite.
+    sound_forward: whether the first forward's outputs and logits were read, and all finite. sound_gradients: whether
+    the edit's first pass had gradients, all finite; no_gradients: whether it had some, none of them finite. loss_read:
+    whether the model's own loss was. moved_before: whether any edit before moved a watched weight. weight: the first
+    watched layer whose weight is not finite, None when all are. For that weight: overflowed: whether its largest entry
+    is infinite, not NaN; headroom: the bits that it had left when last read before; limit: what its dtype can hold;
+    None where nothing says it.
     """
 
     edit: int
     masked_rows: float
     unmasked_before: bool
+    sound_forward: bool
     sound_gradients: bool
+    no_gradients: bool
+    loss_read: bool
+    moved_before: bool
+    weight: str | None
+    overflowed: bool
+    headroom: float | None
+    limit: float | None
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What is known of a run by now.
 
-    crossed: the first editor input past a limit, None when none was. growth: of editor input and update together.
-    largest_finite: what the live dtype at the site of the first bad reading can hold, where known. overflowed: whether
-    a value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the alarm or the first
-    hard fact, whichever holds the first bad edit. fatal: the first non-finite row. headroom_before: bits that the
-    weight at the first bad site had left when last read before that row. restored_until: the last edit of at least
-    three that each began at the original weights, None when there were none or it went on so. moved: whether any
-    watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of a denominator or
-    a solve, or has a normaliser.
+    crossed: the first editor input past a limit, None when none was. divided: the same among layer inputs whose std is
+    next to nothing. growth: of editor input and update together. largest_finite: what the live dtype at the site of the
+    first bad reading can hold, where known. narrow: whether any watched tensor is in float16. overflowed: whether a
+    value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the alarm or the first hard
+    fact, whichever holds the first bad edit. learning: over all edits until a value is not finite. fatal: the first
+    non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`. moved: whether any watched weight
+    ever moved. codebook: whether one holds keys. reported: whether the editor told of a value that it searches for, a
+    denominator or a solve, or has a normaliser: it makes its updates in another way than by descending.
     """
 
     verdict: Verdict
     findings: Sequence[Finding]
     first_bad: Finding | None
     crossed: EditorInput | None
+    divided: EditorInput | None
     growth: Growth | None
     largest_finite: float | None
+    narrow: bool
     overflowed: bool
     steps: Sequence[Step]
+    learning: Learning
     fatal: FatalRow | None
-    headroom_before: float | None
     restored_until: int | None
+    forgotten: Forgotten | None
     moved: bool
     codebook: bool
     reported: bool
@@ -102,3 +145,23 @@ class Evidence:
     def begins(self) -> int | None:
         """The edit of the first finding that is more than a note."""
         return min((finding.start for finding in self.findings if severity(finding.verdict) > 0), default=None)
+
+    @property
+    def lone_entry(self) -> bool:
+        """Whether the first bad edit is one that changed a single entry of a weight, as no editor does."""
+        found, bad = self.of("one-entry"), self.first_bad
+        return found is not None and bad is not None and found.edit <= bad.start
+
+    @property
+    def step(self) -> Step | None:
+        """The first bad edit's own."""
+        bad = self.first_bad
+        return None if bad is None else next((step for step in self.steps if step.edit == bad.start), None)
+
+    @property
+    def furthest(self) -> Place | None:
+        """Where the first bad reading is the whole model's: the weight that was furthest from its original then."""
+        bad, step = self.first_bad, self.step
+        if bad is None or bad.site != MODEL_SITE or step is None or step.drift_ratio == 0:
+            return None
+        return Place(step.edit, "drift.ratio", step.drift_site)

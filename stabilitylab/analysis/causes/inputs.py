@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.columns import kind_of
-from stabilitylab.analysis.facts_editor import TINY_STD
 from stabilitylab.analysis.words import number
 
 
@@ -32,6 +31,20 @@ def _mask(evidence: Evidence) -> Claim | None:
     )
 
 
+def _no_token(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit or evidence.narrow:
+        return None
+    if not (fatal.sound_forward and fatal.no_gradients) or fatal.loss_read:
+        return None
+    return Claim(
+        f"the loss of edit {fatal.edit} sends NaN to every watched layer, while their outputs and the logits are all"
+        " finite: the loss itself is 0/0, as a mean over a mask that leaves no token is.",
+        "medium",
+        None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
+    )
+
+
 def _statistics(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
     if bad is None or bad.metric != "editor.nonfinite":
@@ -46,25 +59,27 @@ def _statistics(evidence: Evidence) -> Claim | None:
 
 
 def _zero_std(evidence: Evidence) -> Claim | None:
-    worst = evidence.crossed
-    if worst is None or worst.std is None or not worst.std <= TINY_STD:
+    worst = evidence.divided
+    if worst is None or worst.std is None:
         return None
     unit = "a unit" if worst.unit is None else f"unit {worst.unit}"
     return Claim(
         f"{unit} of the editor's frozen normaliser at {worst.site} was divided by a std of {number(worst.std)}: its"
         f" normalised input reached {number(worst.largest)} at edit {worst.edit}.",
         "high",
+        Place(worst.edit, "editor.input_max", worst.site),
     )
 
 
 def _restarted(evidence: Evidence) -> Claim | None:
-    found, begins = evidence.of("statistics-moved"), evidence.begins
+    found, begins = evidence.of("statistics-restarted"), evidence.begins
     if found is None or begins is None or begins < found.edit:
         return None
     return Claim(
-        f"the editor's normaliser at {found.site} is not frozen: its smallest std was {number(found.threshold)} and is"
-        f" {number(found.value)} at edit {found.edit}, before anything left its usual range.",
+        f"the statistics of the editor's normaliser began anew at edit {found.edit}: at {found.site} the smallest std"
+        f" was {number(found.threshold)} and is {number(found.value)}, and all the others jumped with it.",
         "medium",
+        Place(found.edit, found.metric, found.site),
     )
 
 
@@ -90,6 +105,18 @@ RULES = (
         " some attention implementations answer them with NaN.",
         "Masked rows for the first time in the edit whose activations, attention or logits first are NaN.",
         "A batch of two prompts, one of them empty, padded on the left.",
+    ),
+    Rule(
+        "empty-mask",
+        "input",
+        _no_token,
+        "Check the mask that the loss is averaged over: at least one token of the answer must be left after truncation."
+        " Divide by the number of tokens only where it is above zero, and skip the request otherwise.",
+        "A loop's own loss is often a mean over the answer's tokens, by a mask. Where the mask is empty it is 0/0, and"
+        " every gradient is NaN.",
+        "In the first pass of an edit no watched layer has a finite gradient, while all their outputs and the logits"
+        " are finite, in a dtype wide enough for gradients. Only where the loss is not the model's own, which is read.",
+        "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
     ),
     Rule(
         "normaliser-nan",
@@ -124,7 +151,8 @@ RULES = (
         " resumed run doesn't collect them anew.",
         "A hypernetwork is trained for inputs of one scale. If the statistics behind that scale restart or go on"
         " running, it sees inputs that it was never trained on.",
-        "The smallest std changes by more than 1% from one edit to another, before anything leaves its usual range.",
+        "The smallest std of every one of its sites changes by a quarter or more in a single edit, before anything else"
+        " leaves its usual range.",
         "A checkpoint without the flag that says that the statistics were collected: the first edit resets them.",
     ),
 )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.words import number
 
 
 def _not_restored(evidence: Evidence) -> Claim | None:
+    forgotten = evidence.forgotten
+    if forgotten is not None:
+        return Claim(
+            f"{forgotten.site} is not put back between edits while another layer is: since edit {forgotten.since} its"
+            " edits build on those before.",
+            "high",
+            Place(forgotten.since, "drift.norm", forgotten.site),
+        )
     if evidence.restored_until is None or not evidence.is_past("stable"):
         return None
     begins = evidence.begins
@@ -29,6 +37,7 @@ def _reference(evidence: Evidence) -> Claim | None:
         f"the model was edited before the run began: {found.metric} at {found.site} is {number(found.value)} at edit 0."
         " All that is compared with the original is compared with that.",
         "low" if evidence.is_past("drifting") else "high",
+        Place(found.edit, found.metric, found.site),
     )
 
 
@@ -41,6 +50,7 @@ def _leaked(evidence: Evidence) -> Claim | None:
         f"the cache of edited keys at {found.site} was not empty before the first edit (energy {number(found.value)}):"
         " an earlier run left it, or this one goes on from it.",
         "low" if evidence.is_past("drifting") else "medium",
+        Place(found.edit, found.metric, found.site),
     )
 
 
@@ -53,8 +63,9 @@ RULES = (
         " keep_original_weight=True; in a loop of one's own, copy the weights that the editor returns back.",
         "Single edits are evaluated on the original model only if the weights are put back after each. Where that is"
         " forgotten, every edit is a sequential one, and their damage adds up.",
-        "‖W_t − W_0‖ equals ‖W_t − W_{t−1}‖ for some edits, and then exceeds it for three in a row. A loop that never"
-        " restored anything can't be told from one that is sequential on purpose.",
+        "‖W_t − W_0‖ equals ‖W_t − W_{t−1}‖ for some edits, and then exceeds it for three in a row; or it does so at"
+        " one layer and not at another, for five edits. A loop that never restored anything can't be told from one"
+        " that is sequential on purpose.",
         "EasyEdit's `edit_dataset` never restores; `edit(sequential_edit=False)` does only with"
         " `keep_original_weight=True`.",
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.findings import Confidence
 
 Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dead"]
@@ -14,10 +14,13 @@ Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dea
 
 @dataclass(frozen=True)
 class Claim:
-    """What a rule says of one run: a sentence with its numbers, and how sure it is."""
+    """What a rule says of one run: a sentence with its numbers, how sure it is, and where the cause sits, if that is
+    known and is not the first bad reading's own place.
+    """
 
     says: str
     confidence: Confidence
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause with a sentence that shows it, what to do, and how sure that is."""
+    """A cause with a sentence that shows it, what to do, and how sure that is. place: see `Claim`."""
 
     cause: str
     says: str
     advice: str
     confidence: Confidence
+    place: Place | None = None
