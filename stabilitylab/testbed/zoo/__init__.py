@@ -9,8 +9,20 @@
 from __future__ import annotations
 
 from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.testbed.zoo import algebra, dtypes, feedback, inputs, normaliser, provenance, unknown
-from stabilitylab.testbed.zoo.healthy import HEALTHY
+from stabilitylab.testbed.zoo import (
+    algebra,
+    dtypes,
+    feedback,
+    healthy,
+    held_out_faults,
+    held_out_healthy,
+    held_out_unknown,
+    held_out_updates,
+    inputs,
+    normaliser,
+    provenance,
+    unknown,
+)
 from stabilitylab.testbed.zoo.scenario import Outcome, Scenario, State, Truth, run
 from stabilitylab.testbed.zoo.words import HELD_OUT_SEEDS
 
@@ -23,9 +35,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     *algebra.SCENARIOS,
     *dtypes.SCENARIOS,
     *feedback.SCENARIOS,
+    *held_out_updates.SCENARIOS,
+    *held_out_faults.SCENARIOS,
     *unknown.SCENARIOS,
+    *held_out_unknown.SCENARIOS,
 )
 """Every failure, by family; the mechanisms that no rule is to know come last."""
+
+HEALTHY: tuple[Scenario, ...] = (*healthy.HEALTHY, *held_out_healthy.HEALTHY)
+"""Every loop with nothing wrong."""
 
 
 def by_name(name: str) -> Scenario:

@@ -74,11 +74,17 @@ def _plain_attention(
 _PLAIN = "stabilitylab_zoo_plain"
 
 
-def _masked_row(seed: int, **variant: Any) -> Loop:
+def plain_attention(model: nn.Module) -> nn.Module:
+    """The same model, with attention written by hand."""
     AttentionInterface.register(_PLAIN, _plain_attention)
     AttentionMaskInterface.register(_PLAIN, eager_mask)
-    model, sites = foreign.word_model(seed)
     model.set_attn_implementation(_PLAIN)  # type: ignore[operator]
+    return model
+
+
+def _masked_row(seed: int, **variant: Any) -> Loop:
+    model, sites = foreign.word_model(seed)
+    plain_attention(model)
     witness, strikes = Witness(), int(foreign.draw(seed, "masked-row").integers(8, 60))
 
     def edit(model: nn.Module, fact: words.Fact) -> nn.Module:
