@@ -91,6 +91,10 @@ class Run:
         self.edits: tuple[Edit, ...] = tuple(
             Edit(_row(columns, layouts), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
         )
+        self.dry_edits: tuple[EditRow, ...] = ()
+        """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
+        if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:  # since schema 2
+            self.dry_edits = tuple(_row(columns, layouts) for columns in _columns(db, "dry"))
         self.alarms: tuple[Alarm, ...] = tuple(
             Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
         )
@@ -192,7 +196,12 @@ class Run:
     @cached_property
     def _diagnosis(self) -> Diagnosis:
         analyzer = Analyzer(self.metrics)
-        for edit in self.edits:
+        started = [edit.row for edit in self.edits if edit.edit == 0]
+        for row in started:  # in the order in which the monitor saw them: calibrating comes after edit 0
+            analyzer.observe(row)
+        for row in self.dry_edits:
+            analyzer.observe_dry(row)
+        for edit in self.edits[len(started) :]:
             analyzer.observe(edit.row)
         return analyzer.diagnosis()
 

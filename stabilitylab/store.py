@@ -23,21 +23,25 @@ from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, Outc
 
 FILE_NAME = "run.db"
 APPLICATION_ID = 0x57AB1AB0
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added the table `dry`; a file of version 1 has none."""
 LABEL_LIMIT = 4_000
 
-_SCHEMA = """
+_ROW = """(
+    edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
+    probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
+    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL
+)"""
+
+_SCHEMA = f"""
 CREATE TABLE manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE metric (
     name TEXT PRIMARY KEY, unit TEXT NOT NULL, scale TEXT NOT NULL, phase TEXT NOT NULL,
     meaning TEXT NOT NULL, formula TEXT NOT NULL, source TEXT NOT NULL, length INTEGER NOT NULL
 );
 CREATE TABLE layout (id INTEGER PRIMARY KEY, entries TEXT NOT NULL);
-CREATE TABLE edit (
-    edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
-    probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
-    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL
-);
+CREATE TABLE edit {_ROW};
+CREATE TABLE dry {_ROW};
 CREATE TABLE outcome (
     id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, outcome TEXT NOT NULL, observed_at REAL NOT NULL
 );
@@ -110,6 +114,11 @@ def unpack(present: bytes, data: bytes, layout: Layout) -> dict[Key, Array]:
     return readings
 
 
+def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
+    places = {(metric, site): length for metric, site, length in layout}
+    return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
+
+
 class RunWriter:
     """Appends to one run file. Each call is one committed transaction."""
 
@@ -156,13 +165,9 @@ class RunWriter:
             )
         self._metrics.update({metric.name: metric for metric in metrics})
 
-    def _fits(self, readings: Mapping[Key, Array]) -> bool:
-        places = {(metric, site): length for metric, site, length in self._layout}
-        return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
-
-    def _grown(self, readings: Mapping[Key, Array]) -> Layout:
-        """The present layout, with a place for each of these readings."""
-        places = {(metric, site): length for metric, site, length in self._layout}
+    def _grown(self, readings: Mapping[Key, Array], layout: Layout) -> Layout:
+        """`layout` with a place for each of these readings."""
+        places = {(metric, site): length for metric, site, length in layout}
         for (metric, site), reading in readings.items():
             described = self._metrics.get(metric)
             declared = described.length if described else 1
@@ -174,30 +179,39 @@ class RunWriter:
 
         Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
         """
+        self._insert("edit", [row])
+
+    def append_dry(self, rows: Sequence[EditRow]) -> int:
+        """Commit the rows of all dry edits at once; returns how many. Raises as `append` does, with none written."""
+        self._insert("dry", rows)
+        return len(rows)
+
+    def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
         layout, number = self._layout, self._layout_id
         with self._db:
-            if number is None or not self._fits(row.readings):
-                layout = self._grown(row.readings)
-                entries = json.dumps(layout, ensure_ascii=True)
-                number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
-            present, data = _pack(row.readings, layout)
-            self._db.execute(
-                "INSERT INTO edit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    row.edit,
-                    plain_text(row.label),
-                    row.status,
-                    row.started,
-                    row.seconds,
-                    row.probe_seconds,
-                    row.canary_seconds,
-                    None if row.error is None else plain_text(row.error),
-                    number,
-                    present,
-                    data,
-                ),
-            )
-        # Only now: where the row was rolled back, its new layout is not in the file either.
+            for row in rows:
+                if number is None or not _fits(row.readings, layout):
+                    layout = self._grown(row.readings, layout)
+                    entries = json.dumps(layout, ensure_ascii=True)
+                    number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
+                present, data = _pack(row.readings, layout)
+                self._db.execute(
+                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        row.edit,
+                        plain_text(row.label),
+                        row.status,
+                        row.started,
+                        row.seconds,
+                        row.probe_seconds,
+                        row.canary_seconds,
+                        None if row.error is None else plain_text(row.error),
+                        number,
+                        present,
+                        data,
+                    ),
+                )
+        # Only now: where the rows were rolled back, their new layouts are not in the file either.
         self._layout, self._layout_id = layout, number
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:

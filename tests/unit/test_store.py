@@ -302,3 +302,41 @@ def test_labels_that_sqlite_can_not_hold_are_spelled_out(tmp_path: Path) -> None
     assert labels[0] == "a\\ud800b\x00c"
     assert len(labels[1]) == store.LABEL_LIMIT
     assert labels[1].endswith("…")
+
+
+def test_dry_edits_have_a_table_and_numbers_of_their_own(tmp_path: Path) -> None:
+    run = writer(tmp_path / "run")
+    run.append(row(0, {("update.norm", "a"): 0.0}, status="start"))
+    dry = [row(edit, {("update.norm", "a"): edit, ("update.norm", "b"): np.nan}) for edit in (1, 2)]
+    assert run.append_dry(dry) == len(dry)
+    run.append(row(1, {("update.norm", "a"): 7.0}))
+    run.close()
+    found = load(tmp_path / "run")
+    assert [each.edit for each in found.dry_edits] == [1, 2]
+    assert found.dry_edits[1].scalar("update.norm", "a") == 2.0
+    assert np.isnan(found.dry_edits[0].readings[("update.norm", "b")])
+    assert ("update.norm", "b") not in found.edits[1].row.readings
+    assert len(found) == 1
+    np.testing.assert_array_equal(found.series("update.norm", "a"), [0.0, 7.0])
+
+
+def test_dry_edits_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    run = writer(tmp_path / "run")
+    with pytest.raises(sqlite3.IntegrityError):
+        run.append_dry([row(1, {("update.norm", "a"): 1.0}), row(1, {("update.norm", "b"): 2.0})])
+    run.append(row(1, {("update.norm", "b"): 2.0}))
+    run.close()
+    assert load(tmp_path / "run").dry_edits == ()
+    np.testing.assert_array_equal(load(tmp_path / "run").series("update.norm", "b"), [2.0])
+
+
+def test_a_file_of_schema_1_has_no_dry_edits(tmp_path: Path) -> None:
+    run = writer(tmp_path / "run")
+    run.append(row(1, {("update.norm", "a"): 1.0}))
+    run.close()
+    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as db:
+        db.execute("DROP TABLE dry")
+        db.execute("PRAGMA user_version=1")
+    found = load(tmp_path / "run")
+    assert found.dry_edits == ()
+    assert found.diagnosis().verdict == "stable"
