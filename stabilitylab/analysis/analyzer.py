@@ -52,6 +52,7 @@ class Analyzer:
         """
         if self._edits:
             raise ValueError(f"a dry edit after {self._edits} edits; expected all of them before the first edit")
+        self._diagnosis = None
         self._dry_edits += 1
         self._drift.observe_dry(self._columns.flatten(row))
 

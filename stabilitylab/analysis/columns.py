@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.packed import Frame, PackedReadings
 from stabilitylab.readings import Array, EditRow, Key, Metric
 
 Places = NDArray[np.intp]
+
+SHAPES: Final = 16
+"""Sets of readings that are remembered at once: probes that read every so many edits make several alternate."""
 
 _PHASES: Final = {"before": 0, "during": 1, "after": 2}
 _KINDS: Final = {
@@ -30,20 +35,42 @@ def kind_of(metric: str) -> str:
     return _KIND_OF.get(family, family)
 
 
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Which readings a row holds. keys: in the row's order. places: where each belongs among all pairs of the run.
+
+    Compared by identity, and may be weakly referred to: what follows from a shape alone is worked out once and goes with
+    it.
+    """
+
+    keys: tuple[Key, ...]
+    places: Places
+
+    @cached_property
+    def position(self) -> dict[Key, int]:
+        """Where in the row each reading stands."""
+        return {key: position for position, key in enumerate(self.keys)}
+
+
 @dataclass(frozen=True)
 class Flat:
     """One row as parallel arrays over the readings that were taken.
 
-    places: where each belongs among all (metric, site) pairs of the run. values: its first value. finite: whether all
-    of its values are. fresh: whether the set of readings differs from the row before, so that lookups must be redone.
+    values: each reading's first value. finite: whether all of its values are. fresh: whether the shape differs from that
+    of the row before.
     """
 
     edit: int
     applied: bool
-    places: Places
+    shape: Shape
     values: Array
     finite: NDArray[np.bool_]
     fresh: bool
+
+    @property
+    def places(self) -> Places:
+        """Where each reading belongs among all (metric, site) pairs of the run."""
+        return self.shape.places
 
 
 class Columns:
@@ -57,8 +84,9 @@ class Columns:
         self._place: dict[Key, int] = {}
         self._sites: dict[str, int] = {}
         self._phase = {metric.name: _PHASES[metric.phase] for metric in metrics}
-        self._last_keys: tuple[Key, ...] | None = None
-        self._last_places: Places = np.zeros(0, dtype=np.intp)
+        self._shape = Shape((), np.zeros(0, dtype=np.intp))
+        self._shapes: dict[tuple[Key, ...], Shape] = {}
+        self._frames: dict[Frame, Shape] = {}
 
     def order(self, place: int) -> tuple[int, int, int, int]:
         """A sort key: what comes earlier within one edit can be the cause of what comes later.
@@ -73,24 +101,47 @@ class Columns:
 
     def flatten(self, row: EditRow) -> Flat:
         """The row as arrays. A reading without any value counts as not taken."""
-        keys, readings = tuple(row.readings), list(row.readings.values())
-        sizes = np.fromiter(map(len, readings), dtype=np.intp, count=len(readings))
-        if keys != self._last_keys:
-            self._register(keys)
-        if not sizes.all():
-            keys = tuple(key for key, size in zip(keys, sizes, strict=True) if size)
-            readings = [reading for reading in readings if len(reading)]
-            sizes = sizes[sizes > 0]
-        fresh = keys != self._last_keys
-        if fresh:
-            self._last_keys = keys
-            self._last_places = np.array([self._place[key] for key in keys], dtype=np.intp)
+        before = self._shape
+        if isinstance(row.readings, PackedReadings):
+            flat, starts = row.readings.flat, row.readings.frame.starts
+            self._shape = self._of_frame(row.readings.frame)
+        else:
+            flat, starts = self._joined(row.readings)
         values, finite = np.zeros(0), np.zeros(0, dtype=bool)
-        if readings:
-            flat = np.concatenate(readings)
-            starts = np.cumsum(sizes) - sizes
+        if starts.size:
             values, finite = flat[starts], np.logical_and.reduceat(np.isfinite(flat), starts)
-        return Flat(row.edit, row.status == "applied", self._last_places, values, finite, fresh)
+        return Flat(row.edit, row.status == "applied", self._shape, values, finite, self._shape is not before)
+
+    def _joined(self, row: Mapping[Key, Array]) -> tuple[Array, Places]:
+        """(the values of all readings, where each begins)."""
+        keys, readings = tuple(row), list(row.values())
+        sizes = np.fromiter(map(len, readings), dtype=np.intp, count=len(readings))
+        if not sizes.all():
+            self._register(keys)
+            keys = tuple(key for key, size in zip(keys, sizes, strict=True) if size)
+            sizes = sizes[sizes > 0]
+        self._shape = self._of_keys(keys)
+        return np.concatenate(readings) if readings else np.zeros(0), np.cumsum(sizes) - sizes
+
+    def _of_frame(self, frame: Frame) -> Shape:
+        shape = self._frames.get(frame)
+        if shape is None:
+            shape = self._of_keys(frame.keys)
+            self._frames[frame] = shape
+        return shape
+
+    def _of_keys(self, keys: tuple[Key, ...]) -> Shape:
+        if keys == self._shape.keys:
+            return self._shape
+        shape = self._shapes.get(keys)
+        if shape is None:
+            if len(self._shapes) >= SHAPES:
+                self._shapes.clear()
+                self._frames.clear()
+            self._register(keys)
+            shape = Shape(keys, np.array([self._place[key] for key in keys], dtype=np.intp))
+            self._shapes[keys] = shape
+        return shape
 
     def _register(self, keys: Sequence[Key]) -> None:
         for key in keys:

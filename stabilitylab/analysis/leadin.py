@@ -270,6 +270,7 @@ class LeadIn:
             narrow=any(limit < 2.0 * FLOAT16_MAX for limit in self._largest_finite.values()),
             overflowed=self.overflowed(first_bad),
             steps=self._steps_to(first_bad),
+            latest=self._steps[-1] if self._steps else None,
             learning=self._learning,
             fatal=self._fatal,
             restored_until=self._restoring.until,

@@ -217,11 +217,11 @@ def test_a_search_that_is_pinned() -> None:
     def search(hits: float) -> Reading:
         return {("editor.clamp_hits", A): hits, ("logits.passes", M): 12.0}
 
-    assert claimed({}, *[search(12)] * 5) == ("target-pinned", "medium")
-    assert claimed({}, *[search(12)] * 5, *[search(12) | LOST] * 3) == ("target-pinned", "medium")
-    assert claimed({}, *[search(10)] * 9)[0] == "unknown"  # most steps, and not the first ones: usual
-    assert claimed({}, *[search(12)] * 4, search(1), *[search(12) | LOST] * 3)[0] == "unknown"
-    assert claimed({}, *[LOST] * 3, *[search(12) | LOST] * 6)[0] == "unknown"
+    assert claimed({}, *[search(12)] * 8) == ("target-pinned", "medium")
+    assert claimed({}, *[search(12)] * 8, *[search(12) | LOST] * 3) == ("target-pinned", "medium")
+    assert claimed({}, *[search(10)] * 19)[0] == "unknown"  # most steps, and not the first ones: usual
+    assert claimed({}, *[search(12)] * 7, search(1), *[search(12) | LOST] * 3)[0] == "unknown"
+    assert claimed({}, *[LOST] * 3, search(1) | LOST, *[search(12) | LOST] * 9)[0] == "unknown"
 
 
 def test_what_an_earlier_run_left() -> None:
@@ -301,6 +301,8 @@ def test_edits_that_are_all_too_large() -> None:
     )
     astray = [each | passes(0.6) | LOST for each in learned]
     assert claimed({}, *astray)[0] == "unknown"  # as far, and to no end: it may be the wrong way
+    once = [step(0.01, 0.9) | passes(0.001) | LOST] * 5
+    assert claimed({}, learned[0] | LOST, *once)[0] == "unknown"  # the first, and none after it
     single = [step(0.01, 0.1) | passes(0.001)] * 9
     assert claimed({}, *single, step(0.9, 0.9) | passes(0.001) | LOST, *[single[0] | LOST] * 5)[0] == "unknown"
     searched = [each | LOST | {("editor.value_ratio", A): 1.2} for each in learned]
@@ -314,6 +316,8 @@ def test_many_edits_that_add_up() -> None:
     assert claimed({}, *near, *[step(0.05, 0.4) | LOST] * 3)[0] == "unknown"
     large = [step(0.4, 0.1 * edit) for edit in range(1, 21)]
     assert claimed({}, large[0], *slow[1:], *[step(0.1, 2.1) | LOST] * 3)[0] == "unknown"
+    astray = [each | passes(0.6) for each in slow]
+    assert claimed({}, *astray, *[step(0.1, 2.1) | LOST] * 3)[0] == "unknown"
     far = {("editor.input_max", U): 150.0}
     assert claimed({}, *[each | far for each in slow], *[step(0.1, 2.1) | LOST] * 3)[0] == "unknown"
 

@@ -189,10 +189,11 @@ def test_a_search_that_ends_on_its_clamp_after_every_step_is_a_note() -> None:
     def search(hits: float, steps: float = 12.0) -> Reading:
         return {("editor.clamp_hits", A): hits, ("logits.passes", "model"): steps}
 
-    assert rules(run({}, *[search(12)] * 5)) == [("clamp-pinned", A, 5)]
-    assert run({}, *[search(12)] * 5).verdict == "stable"
-    assert run({}, *[search(11)] * 9).findings == ()
-    assert run({}, *[search(12)] * 4, search(11), *[search(12)] * 4).findings == ()
+    assert rules(run({}, *[search(12)] * 8)) == [("clamp-pinned", A, 8)]
+    assert run({}, *[search(12)] * 8).verdict == "stable"
+    assert rules(run({}, *[search(12)] * 3, search(9), *[search(12)] * 4)) == [("clamp-pinned", A, 8)]
+    assert run({}, *[search(11)] * 19).findings == ()
+    assert run({}, *[search(12)] * 7, search(1), *[search(12)] * 7).findings == ()
     assert run({}, *[search(0, 0)] * 9).findings == ()
     assert run({}, *[{("editor.clamp_hits", A): 12.0}] * 9).findings == ()
 

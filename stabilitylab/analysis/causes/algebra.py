@@ -89,7 +89,7 @@ def _clamp(evidence: Evidence) -> Claim | None:
         return None
     return Claim(
         f"since edit {found.start} the search for the value to write at {found.site} ends on its norm clamp after every"
-        " step: the clamp, and not the answer, says what is written.",
+        " step, at most edits: the clamp, and not the answer, says what is written.",
         "medium",
         Place(found.start, found.metric, found.site),
     )
@@ -144,8 +144,8 @@ RULES = (
         " is as published, stop the stream there: fewer edits per layer, more layers (MEMIT), or an earlier one.",
         "ROME and MEMIT search for a value v* within a norm clamp around v₀. Where the clamp is too small, or earlier"
         " edits have bent the model, no such value gives the answer, and each edit writes the largest that it may.",
-        "Every step of the search, the first included, ends on the clamp, at five edits in a row, from before the first"
-        " bad edit. That most steps do is usual.",
+        "Every step of the search, the first included, ends on the clamp, at three quarters of eight edits in a row or"
+        " more, and most steps at the others; from before the first bad edit. That most steps do is usual.",
         "ROME with a clamp of a tenth of ‖v₀‖: no edit says what it should, and nothing else looks odd.",
     ),
 )

@@ -109,10 +109,11 @@ class Evidence:
     next to nothing. growth: of editor input and update together. largest_finite: what the live dtype at the site of the
     first bad reading can hold, where known. narrow: whether any watched tensor is in float16. overflowed: whether a
     value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the alarm or the first hard
-    fact, whichever holds the first bad edit. learning: over all edits until a value is not finite. fatal: the first
-    non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`. moved: whether any watched weight
-    ever moved. codebook: whether one holds keys. reported: whether the editor told of a value that it searches for, a
-    denominator or a solve, or has a normaliser: it makes its updates in another way than by descending.
+    fact, whichever holds the first bad edit. latest, learning: the last edit's step, and all edits, until a value is
+    not finite. fatal: the first non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`.
+    moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
+    a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
+    than by descending.
     """
 
     verdict: Verdict
@@ -125,6 +126,7 @@ class Evidence:
     narrow: bool
     overflowed: bool
     steps: Sequence[Step]
+    latest: Step | None
     learning: Learning
     fatal: FatalRow | None
     restored_until: int | None

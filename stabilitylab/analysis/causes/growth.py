@@ -13,6 +13,8 @@ USUALLY: Final = 0.8
 """Share of a run's edits that makes their size its own, not an accident."""
 TRIED: Final = 5
 """Edits from which it can be said whether they reach what they ask for."""
+SELDOM: Final = 0.05
+"""Share of edits that reach what they ask for, below which an editor gets nowhere: it has another fault."""
 SMALL: Final = 0.25
 """An update of more than a quarter of its weight is no small one."""
 OUTWEIGHED: Final = 0.5
@@ -35,31 +37,34 @@ def _feedback(evidence: Evidence) -> Claim | None:
 
 
 def _all_too_large(evidence: Evidence) -> Claim | None:
-    here, learning = evidence.step, evidence.learning
-    if here is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.reported:
+    here, now, learning = evidence.step, evidence.latest, evidence.learning
+    if here is None or now is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.reported:
         return None
-    if here.large == 0 or here.large < USUALLY * here.number:
+    if now.number < TRIED or any(step.large < USUALLY * step.number for step in (here, now)):
         return None
     # What moves weights as far without getting anywhere has another fault: a wrong sign, a wrong place.
     if learning.tried < TRIED or learning.reached <= learning.tried / 2:
         return None
     return Claim(
-        f"{here.large} of {here.number} edits up to edit {here.edit} each moved a weight by at least half of its"
-        f" original norm, and most edits reach what they ask for ({learning.reached} of {learning.tried}).",
+        f"{now.large} of {now.number} edits up to edit {now.edit} each moved a weight by at least half of its original"
+        f" norm, and most edits reach what they ask for ({learning.reached} of {learning.tried}).",
         "medium",
     )
 
 
 def _accumulated(evidence: Evidence) -> Claim | None:
-    here = evidence.step
-    if here is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.crossed is not None:
+    here, now, learning = evidence.step, evidence.latest, evidence.learning
+    if here is None or now is None or not evidence.is_past("drifting") or evidence.lone_entry:
         return None
-    if here.number < MANY or here.largest > SMALL or here.drift_ratio < max(OUTWEIGHED, SUM * here.largest):
+    if evidence.crossed is not None or learning.reached < SELDOM * learning.tried:
+        return None
+    if here.number < MANY or now.largest > SMALL or here.drift_ratio < SUM * here.largest:
+        return None
+    if now.drift_ratio < OUTWEIGHED:
         return None
     return Claim(
-        f"{here.number} edits have moved the weight of {here.drift_site} by {number(here.drift_ratio)} times its"
-        f" original norm, none of them by more than {number(here.largest)}: together they weigh as much"
-        " as what was trained.",
+        f"{now.number} edits have moved the weight of {now.drift_site} by {number(now.drift_ratio)} times its original"
+        f" norm, none of them by more than {number(now.largest)}: together they weigh as much as what was trained.",
         "medium",
     )
 
@@ -153,9 +158,9 @@ ACCUMULATION = (
         " committed.",
         "An edit that changes a weight by half its norm has replaced what training put there. It mostly succeeds, and"
         " the rest of the model is gone.",
-        "Four in five edits, up to the first bad one, each move a weight by at least half of its original norm, and"
-        " most edits reach what they ask for: their gradient falls to a twentieth within them. Needs five edits. A"
-        " single edit that is out of line has another cause.",
+        "Four in five edits, up to the first bad one and after it, each move a weight by at least half of its original"
+        " norm, and most edits reach what they ask for: their gradient falls to a twentieth within them. Needs five"
+        " edits. A single edit that is out of line has another cause.",
         "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",
     ),
     Rule(
@@ -166,9 +171,9 @@ ACCUMULATION = (
         " is to be preserved (mom2_update_weight), spread edits over more layers, or keep them outside the weights"
         " (GRACE, WISE). Go back to before the onset edit, and retrain or batch from there.",
         "Each edit is harmless; their sum is not.",
-        "‖W − W₀‖ is at least half of ‖W₀‖ at the first bad edit, after ten edits or more, and four times the largest"
-        " of them, of which none moved a weight by more than a quarter. Not where the editor's inputs are past a"
-        " limit.",
+        "‖W − W₀‖ comes to half of ‖W₀‖. At the first bad edit it is the work of ten edits or more, four times the"
+        " largest of them; none moved a weight by more than a quarter. Not where the editor's inputs are past a limit,"
+        " or where hardly any edit's gradient falls within it.",
         "FT within a ball of a tenth of the norm that a weight has by then: the canary is lost between edits 20 and"
         " 90.",
     ),

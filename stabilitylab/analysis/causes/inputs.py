@@ -38,8 +38,8 @@ def _no_token(evidence: Evidence) -> Claim | None:
     if not (fatal.sound_forward and fatal.no_gradients) or fatal.loss_read:
         return None
     return Claim(
-        f"the loss of edit {fatal.edit} sends NaN to every watched layer, while their outputs and the logits are all"
-        " finite: the loss itself is 0/0, as a mean over a mask that leaves no token is.",
+        f"the loss of edit {fatal.edit} sends NaN or infinity to every watched layer, while their outputs and the"
+        " logits are all finite: the loss itself is not finite, as a mean over a mask that leaves no token is.",
         "medium",
         None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
     )
