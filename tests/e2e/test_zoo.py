@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from stabilitylab.errors import UsageError
 from stabilitylab.run import load
-from stabilitylab.testbed.zoo import HEALTHY, HELD_OUT_SEEDS, SCENARIOS, Outcome, Scenario, by_name, foreign, run, words
+from stabilitylab.testbed.zoo import (
+    HEALTHY,
+    SCENARIOS,
+    Outcome,
+    Scenario,
+    State,
+    by_name,
+    foreign,
+    run,
+    words,
+)
+from stabilitylab.testbed.zoo.scenario import CarryOut, Loop, Step, watched
 
 FINDINGS_MECHANISMS = range(1, 21)
 
@@ -26,6 +42,16 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
         return run(by_name(name), 0, tmp_path_factory.mktemp("zoo") / name)
 
     return made
+
+
+@contextmanager
+def nobody(loop: Loop) -> Iterator[CarryOut]:
+    """Carries out the edits, and watches nothing."""
+
+    def carry_out(model: nn.Module, step: Step) -> nn.Module:
+        return step.apply(model)
+
+    yield carry_out
 
 
 def test_names_are_unique_and_every_mechanism_of_the_findings_is_there() -> None:
@@ -47,18 +73,9 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
         by_name("empty-maks")
 
 
-@pytest.mark.parametrize("seed", [0, 1, HELD_OUT_SEEDS, HELD_OUT_SEEDS + 1])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_small_language_models_know_their_language(seed: int) -> None:
     assert words.knows(foreign.word_model(seed)[0]) > 0.95
-
-
-def test_a_held_out_seed_chooses_models_that_smaller_seeds_never_choose() -> None:
-    """Their numbers; that they are others, too: trained from other weights on other sentences."""
-    small, held_out = ({words.number_of(s, s) for s in range(start, start + 9)} for start in (0, HELD_OUT_SEEDS))
-    assert len(small) == len(held_out) == 3
-    assert not small & held_out
-    (one, _), (other, _) = foreign.word_model(0), foreign.word_model(HELD_OUT_SEEDS)
-    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
 
 
 def test_the_same_seed_makes_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
@@ -74,7 +91,7 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if not s.held_out], ids=lambda scenario: scenario.name)
 def test_what_is_true_of_a_run_is_in_its_file(scenario: Scenario, outcome: Callable[[str], Outcome]) -> None:
     found = outcome(scenario.name)
     stored = load(found.run)
@@ -95,7 +112,6 @@ LOST_IN_NAN = (
     "single-row-std",
     "fp16-overflow",
     "adam-eps-fp16",
-    "bit-flip",
 )
 LOST_WHILE_FINITE = (
     "not-restored",
@@ -129,8 +145,7 @@ def test_it_ends_in_nan_at_the_edit_that_strikes(name: str, outcome: Callable[[s
     state = found.states[edit]
     site = found.truth.site
     assert site is not None
-    # A flipped bit leaves a weight that is finite, and 2^128 times what it was.
-    assert site in {*state.bad_weights, *state.bad_outputs} or state.updates[site] > 1e30
+    assert site in {*state.bad_weights, *state.bad_outputs}
 
 
 @pytest.mark.parametrize("name", LOST_WHILE_FINITE)
@@ -146,21 +161,70 @@ def test_the_fault_is_silent(name: str, outcome: Callable[[str], Outcome]) -> No
     assert outcome(name).truth.lost_edit is None
 
 
-@pytest.mark.parametrize("name", ["mend-feedback-fp16", "mend-feedback-bf16", "mend-feedback-fp32"])
-def test_feedback_grows_to_the_end_and_the_canary_goes_first(name: str, outcome: Callable[[str], Outcome]) -> None:
-    found = outcome(name)
-    lost = found.truth.lost_edit
+def test_a_flipped_bit_leaves_one_weight_that_is_finite_and_far_beyond_the_others(
+    outcome: Callable[[str], Outcome],
+) -> None:
+    found = outcome("bit-flip")
+    edit, site = found.truth.first_bad_edit, found.truth.site
+    assert edit is not None
+    assert edit == found.truth.nonfinite_edit
+    state = found.states[edit]
+    assert not state.bad_weights
+    assert [name for name, update in state.updates.items() if update > 1e30] == [site]
+    after = list(state.drift)[list(state.drift).index(site or "") + 1 :]
+    assert {*after} <= {*state.bad_outputs}
+
+
+def _largest(states: Sequence[State]) -> list[float]:
+    return [max(state.updates.values()) for state in states[1:] if not state.nonfinite]
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("fp16", 30.0), ("bf16", 1e6), ("fp32", 1e6)])
+def test_feedback_grows_to_the_end_and_the_canary_goes_first(
+    precision: str, factor: float, outcome: Callable[[str], Outcome]
+) -> None:
+    """How far depends on where the dtype ends: in float16 at 65,504."""
+    found = outcome(f"mend-feedback-{precision}")
+    lost, end = found.truth.lost_edit, found.truth.nonfinite_edit
     assert lost is not None
-    assert not found.states[lost].nonfinite
-    largest = [max(state.updates.values()) for state in found.states[1:] if not state.nonfinite]
-    assert largest[-1] > 10 * largest[0]
+    assert end is not None
+    assert lost < end
+    largest = _largest(found.states)
+    assert largest[-1] > factor * largest[0]
+
+
+def test_without_feedback_the_same_edits_do_not_grow() -> None:
+    """The factors are those of the unedited model: what fed back is gone, and the growth with it."""
+
+    def make(seed: int, **variant: Any) -> Loop:
+        loop = by_name("mend-feedback-fp32").make(seed)
+        mend, unedited = loop.editor, foreign.digit_model("fp32")
+        of = mend.factors
+        mend.factors = lambda model, batch: of(unedited, batch)
+        return loop
+
+    states = watched(replace(by_name("mend-feedback-fp32"), make=make), 0, nobody)
+    assert len(states) == 61
+    largest = _largest(states)
+    assert max(largest) < 3 * largest[0]
 
 
 def test_a_unit_without_spread_fires_and_that_edit_is_the_models_end(outcome: Callable[[str], Outcome]) -> None:
-    """The loop testifies to the unit by the normaliser's own numbers; the canary is lost at that very edit."""
+    """The loop testifies to the unit by the normaliser's own numbers; with a spread, the same edit does no harm."""
     truth = outcome("normaliser-zero-std").truth
-    assert truth.first_bad_edit is not None
-    assert truth.first_bad_edit == truth.lost_edit
+    edit = truth.first_bad_edit
+    assert edit is not None
+    assert edit == truth.lost_edit
+
+    def make(seed: int, **variant: Any) -> Loop:
+        loop = by_name("normaliser-zero-std").make(seed)
+        for transform in foreign.transforms_of(loop.editor):
+            for std in (transform.u_std, transform.v_std):
+                std[std == 0] = float(std[std > 0].median())
+        return replace(loop, steps=islice(loop.steps, edit))
+
+    states = watched(replace(by_name("normaliser-zero-std"), make=make), 0, nobody)
+    assert not states[edit].lost
 
 
 @pytest.mark.parametrize("name", ["labels-ignored", "gradients-skipped"])
@@ -203,16 +267,20 @@ def test_the_monitor_came_late(outcome: Callable[[str], Outcome]) -> None:
     assert run_of.series("editor.keys")[0] > 0
 
 
+@cache
+def _unwatched(name: str) -> tuple[State, ...]:
+    return watched(by_name(name), 0, nobody)
+
+
 @pytest.mark.parametrize("name", ["healthy-finetune-words", "healthy-large-drift", "healthy-spikes"])
-def test_nothing_is_wrong_in_a_healthy_loop(name: str, outcome: Callable[[str], Outcome]) -> None:
-    found = outcome(name)
-    assert found.truth.first_bad_edit is None
-    assert found.truth.lost_edit is None
-    assert len(found.states) > 100
-    assert min(state.agreement for state in found.states) >= 0.5
+def test_nothing_is_wrong_in_a_healthy_loop(name: str) -> None:
+    states = _unwatched(name)
+    assert not any(state.lost for state in states)
+    assert len(states) == 121
+    assert min(state.agreement for state in states) >= 0.5
 
 
-def test_large_drift_leaves_the_function_as_it_was(outcome: Callable[[str], Outcome]) -> None:
-    last = outcome("healthy-large-drift").states[-1]
+def test_large_drift_leaves_the_function_as_it_was() -> None:
+    last = _unwatched("healthy-large-drift")[-1]
     assert max(last.drift.values()) > 0.5
     assert last.agreement > 0.9

@@ -105,7 +105,8 @@ def _skipped(seed: int, **variant: Any) -> Loop:
         scale[0] *= 2.0
         return model
 
-    return Loop(model, sites, foreign.digit_canary(), foreign.digit_steps(edit, seed, 60), witness)
+    steps = foreign.digit_steps(edit, seed, 60)
+    return Loop(model, sites, foreign.digit_canary(), steps, witness, onset=1)
 
 
 def _dead_logits(seed: int, **variant: Any) -> Loop:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch
 from stabilitylab.editors.layers import edited_layers, last_mlp_layers, mlp_layers
+from stabilitylab.editors.malmen import Malmen
 from stabilitylab.editors.mend import Mend
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.records import EditRecord
@@ -140,6 +141,6 @@ def mend_of(model: nn.Module, *, floor: bool) -> Mend:
     return mend
 
 
-def transforms_of(mend: Mend) -> list[Any]:
+def transforms_of(editor: Mend | Malmen) -> list[Any]:
     """Its hypernetworks, one for each shape of layers."""
-    return list(mend.transforms.values())
+    return list(editor.transforms.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -97,12 +98,12 @@ def _spikes(seed: int, **variant: Any) -> Loop:
     """A loop that looks after itself: now and then an edit is ten times as large, and is taken back."""
     model, sites = foreign.word_model(seed)
     draw, witness = foreign.draw(seed, "spikes"), Witness()
-    large = {int(edit) for edit in draw.integers(10, foreign.LONG, size=6)}
+    large = {int(edit) for edit in 10 + 15 * np.arange(6) + draw.integers(0, 12, size=6)}
     kept: list[Any] = []
 
     def edit(model: nn.Module, fact: words.Fact) -> nn.Module:
         kept[:] = [foreign.undo(model, sites)] if witness.edit in large else []
-        rate = 0.05 if witness.edit in large else 0.005
+        rate = 0.02 if witness.edit in large else 0.002
         return foreign.descend(model, sites, words.batch([fact], answered=True), rate, 2)
 
     def between(model: nn.Module) -> None:

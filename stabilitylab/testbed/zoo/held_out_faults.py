@@ -81,7 +81,7 @@ def _restoring_stops(seed: int, **variant: Any) -> Loop:
         else:
             witness.saw(rome.sites[0])
 
-    steps = foreign.digit_steps(rome.edit, seed, between=between)
+    steps = foreign.digit_steps(rome.edit, seed, 90, between=between)
     config = {"sequential_edit": False}
     return Loop(model, rome.sites, foreign.digit_canary(), steps, witness, editor=rome, config=config)
 

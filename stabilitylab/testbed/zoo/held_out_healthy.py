@@ -55,7 +55,8 @@ def _malmen_ball(seed: int, **variant: Any) -> Loop:
 
 def _low_rank(update: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(update.float(), full_matrices=False)
-    return (u[:, :_RANK] * s[:_RANK]) @ vh[:_RANK]
+    reduced: Tensor = (u[:, :_RANK] * s[:_RANK]) @ vh[:_RANK]
+    return reduced
 
 
 def _lora(seed: int, **variant: Any) -> Loop:

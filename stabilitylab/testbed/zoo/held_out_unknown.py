@@ -84,7 +84,7 @@ def _gain(seed: int, **variant: Any) -> Loop:
 
 def _requantised(seed: int, **variant: Any) -> Loop:
     """After each edit weights are stored as int5 by max / 15 and read back by max / 16: they shrink edit by edit."""
-    model: nn.Module = words.model_of("llama", words.number_of(seed, seed))
+    model: nn.Module = words.model_of("llama", words.number_of(seed, seed // 2))
     sites = last_mlp_layers(model, 2)
     layers = model.get_submodule(block_of(sites[0]).rpartition(".")[0])
     matrices = [parameter for parameter in layers.parameters() if parameter.dim() == 2]
