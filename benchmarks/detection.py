@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from detection_judge import Seen, judge
 from detection_judged import Judged
-from detection_peers import LIVE, OFFLINE, Live, alarmed, isfinite, live, threshold
+from detection_peers import LIVE, OFFLINE, alarmed, isfinite, live, threshold
 from detection_scores import (
     Figure,
     alarm_figures,
@@ -112,11 +112,9 @@ def peers_of(
         found[name] = {"threshold": above, "runs": [alarmed(each, score, above) for each in seen]}
     found["isfinite"] = {"runs": [isfinite(each) for each in seen]}
     judged = {(each.judged.scenario, each.judged.seed): each.judged for each in seen}
-    jobs: list[tuple[Live, Case]] = [(peer, case) for case in cases for peer in LIVE]
-    told = gone_through("live peers", live, jobs, processes, progress)
+    told = gone_through("live peers", live, cases, processes, progress)
     for peer in LIVE:
-        alarms = {case: alarm for name, case, alarm in told if name == peer}
-        found[peer] = {"runs": [replace(judged[case], alarm=alarms[case]) for case in cases]}
+        found[peer] = {"runs": [replace(judged[case], alarm=alarms[peer]) for case, alarms in told]}
     return found
 
 

@@ -11,7 +11,8 @@ than 2 % of the healthy tuning runs alarm.
 
 **Debugger** (transformers' ``DebugUnderflowOverflow``) and **anomaly** (``torch.autograd.set_detect_anomaly``) are
 live: the loop is gone through again, without our monitor, and each edit is carried out under them, with a forward of
-the canary after it, as our monitor has one; the first edit in which they raise is their alarm.
+the canary after it, as our monitor has one; the first edit in which they raise is their alarm. The debugger's
+printed extremes are left out: they are slow, and it breaks at masks of booleans, which have no absolute values.
 """
 
 from __future__ import annotations
@@ -20,25 +21,23 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
 from detection_judge import Seen
 from detection_judged import Judged
 from torch import nn
-from transformers.debug_utils import DebugUnderflowOverflow
+from transformers.debug_utils import DebugUnderflowOverflow, detect_overflow
 from zoo_runs import Case
 
 from stabilitylab.testbed.zoo import by_name
 from stabilitylab.testbed.zoo.scenario import CarryOut, Loop, Step, watched
 
-Live = Literal["transformers_debugger", "detect_anomaly"]
-LIVE: Final[tuple[Live, ...]] = ("transformers_debugger", "detect_anomaly")
 WARM_UP: Final = 8
 """Readings, as many as our own baseline takes."""
 FOLLOWS: Final = 0.97
@@ -124,36 +123,42 @@ def isfinite(seen: Seen) -> Judged:
 class _Raised(Exception):
     """A peer spoke: the loop need not go on."""
 
-    def __init__(self, edit: int) -> None:
-        super().__init__(edit)
-        self.edit = edit
+    def __init__(self, peer: str, edit: int) -> None:
+        super().__init__(peer, edit)
+        self.peer, self.edit = peer, edit
 
 
-def live(job: tuple[Live, Case]) -> tuple[Live, Case, int | None]:
-    """The alarm of a live peer in one loop: the edit in which it raised."""
-    peer, (name, seed) = job
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            watched(by_name(name), seed, partial(_under, peer=peer))
-    except _Raised as raised:
-        return peer, (name, seed), raised.edit
-    return peer, (name, seed), None
+def live(case: Case) -> tuple[Case, dict[str, int | None]]:
+    """The alarm of each live peer in one loop: the edit in which it raised.
+
+    They watch together until one of them raises, which ends the loop; the other then watches another one, alone.
+    """
+    alarms: dict[str, int | None] = dict.fromkeys(LIVE)
+    watching = set(LIVE)
+    while watching:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                watched(by_name(case[0]), case[1], partial(_under, peers=watching))
+            break
+        except _Raised as raised:
+            alarms[raised.peer] = raised.edit
+            watching.remove(raised.peer)
+    return case, alarms
 
 
 @contextmanager
-def _under(loop: Loop, peer: Live) -> Iterator[CarryOut]:
-    watch, words = _WATCHES[peer]
-
+def _under(loop: Loop, peers: Collection[str]) -> Iterator[CarryOut]:
     def carry_out(model: nn.Module, step: Step) -> nn.Module:
         try:
-            with watch(model):
+            with _watched_by(peers, model):
                 model = step.apply(model)
-            with watch(model), torch.no_grad():
+            with _watched_by(peers, model), torch.no_grad():
                 model(**loop.canary)
         except (RuntimeError, ValueError) as error:
-            if words in str(error):
-                raise _Raised(loop.witness.edit) from error
+            for peer in peers:
+                if LIVE[peer][1] in str(error):
+                    raise _Raised(peer, loop.witness.edit) from error
             raise
         return model
 
@@ -161,8 +166,24 @@ def _under(loop: Loop, peer: Live) -> Iterator[CarryOut]:
 
 
 @contextmanager
+def _watched_by(peers: Collection[str], model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for peer in peers:
+            stack.enter_context(LIVE[peer][0](model))
+        yield
+
+
+class _Debugger(DebugUnderflowOverflow):
+    """What it detects, without the extremes that it prints: these take most of its time."""
+
+    def analyse_variable(self, var: Any, ctx: str) -> None:
+        if torch.is_tensor(var) and detect_overflow(var, ctx):  # type: ignore[no-untyped-call]
+            self.detected_overflow = True
+
+
+@contextmanager
 def _debugger(model: nn.Module) -> Iterator[None]:
-    debugger = DebugUnderflowOverflow(model)  # type: ignore[no-untyped-call]
+    debugger = _Debugger(model)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:  # it throws the handles away
@@ -176,7 +197,7 @@ def _anomaly(model: nn.Module) -> AbstractContextManager[None]:
     return torch.autograd.set_detect_anomaly(True)
 
 
-_WATCHES: Final[dict[Live, tuple[Callable[[nn.Module], AbstractContextManager[None]], str]]] = {
+LIVE: Final[dict[str, tuple[Callable[[nn.Module], AbstractContextManager[None]], str]]] = {
     "transformers_debugger": (_debugger, "DebugUnderflowOverflow: inf/nan"),
     "detect_anomaly": (_anomaly, "returned nan values"),
 }
