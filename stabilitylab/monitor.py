@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from stabilitylab import canary as canaries
-from stabilitylab import manifest
+from stabilitylab import dry_edits, manifest
 from stabilitylab.analysis import Analyzer, Diagnosis, severity
 from stabilitylab.analysis.pace import Pace
+from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.editor_report import EditorReport
-from stabilitylab.errors import UsageError
+from stabilitylab.errors import EditError, UsageError
 from stabilitylab.hooks import Capture, ModelCall, logger, sweep
 from stabilitylab.instruments import Cargo, Instruments
 from stabilitylab.probes.base import Probe
@@ -27,7 +28,6 @@ from stabilitylab.probes.weight_pass import WeightPass, same_bits
 from stabilitylab.readings import Alarm, EditRow, Note, OutcomeKind, Status
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.sites import Site, all_sites, locate, locate_readable
-from stabilitylab.store import RunWriter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +59,33 @@ def _is_lost(now: WeightPass, before: WeightPass | None) -> bool:
     return before is not None and before.nonfinite == now.nonfinite > 0
 
 
+class Record(Protocol):
+    """Where a monitor writes to: a `stabilitylab.store.RunWriter`, whose methods these are."""
+
+    path: Path
+
+    def append(self, row: EditRow) -> None:
+        """One edit's row."""
+
+    def append_dry(self, rows: Sequence[EditRow]) -> int:
+        """The rows of all dry edits at once; returns how many."""
+
+    def note(self, note: Note) -> None:
+        """What was not measured, or not as asked."""
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Entries of the manifest."""
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """What became of an edit."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """A verdict as it is raised."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
 class Monitor:
     """Watches one edit loop. Made by `attach`; a context manager that closes the run when it is left."""
 
@@ -66,15 +93,18 @@ class Monitor:
         self,
         model: nn.Module,
         sites: Sequence[Site] | None,
-        writer: RunWriter,
+        writer: Record,
         probes: Sequence[Probe[Any]],
         editor: object | None,
         canary: canaries.Canary | None,
         sinks: Sequence[Sink],
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.path: Path = writer.path.parent
         self._model = model
         self._writer = writer
+        self._probes = tuple(probes)
+        self._editor = editor
         self._canary = canary
         self._sinks = list(sinks)
         self._schedule = None if canary is None else canaries.Schedule(canary)
@@ -82,10 +112,12 @@ class Monitor:
         self._unread: _Unread | None = None
         self._attached = time.perf_counter()
         self._instruments = Instruments(probes, editor, canary, self.note)
-        self._analyzer = Analyzer(tuple(metric for probe in probes for metric in probe.metrics))
+        self._analyzer = Analyzer(tuple(metric for probe in probes for metric in probe.metrics), thresholds)
         self._edits = 0
         self._reading: int | None = None
         self._open: Edit | None = None
+        self._calibrating = False
+        self._calibrated = False
         self._closed = False
         self._outcome_due: int | None = None
         self._last_moved = False
@@ -119,6 +151,11 @@ class Monitor:
         """The next edit, as a context manager: ``with monitor.edit(label=prompt) as edit: …``."""
         if self._closed:
             raise UsageError("the monitor is closed; expected edits before close(), attach again for a new run")
+        if self._calibrating:
+            raise UsageError(
+                "dry edits are being made, and one of them opened an edit of the run; expected calibrate to get the "
+                "bare editing function, without monitor.edit or monitor.wrap in it"
+            )
         return Edit(self, str(label))
 
     def wrap(self, apply: Callable[P, R], *, label: Callable[P, object] | None = None) -> Callable[P, R]:
@@ -133,13 +170,69 @@ class Monitor:
             name = "" if label is None else self._label(label, *args, **kwargs)
             with self.edit(name) as edit:
                 answer = apply(*args, **kwargs)
-                for candidate in (answer, answer[0] if isinstance(answer, tuple) and answer else None):
-                    if isinstance(candidate, nn.Module):
-                        edit.returns(candidate)
-                        break
+                model = dry_edits.model_in(answer)
+                if model is not None:
+                    edit.returns(model)
             return answer
 
         return watched
+
+    def calibrate(self, apply: Callable[[Any, Any], object], requests: Iterable[Any], n: int = 20) -> None:
+        """Make n dry edits before the first edit, each rolled back, so that there is a baseline from the start.
+
+        A dry edit is ``apply(model, request)``, for the first n (8 or more) of `requests`, each from the same state and
+        measured like any edit. After each, everything is put back and compared bit by bit: parameters, buffers, the
+        module tree, attributes, modes, gradients, and the state of the editor (what was given to `attach`, and the
+        object whose method `apply` is); random numbers after the last one. State in closures, module globals and files
+        is not seen. It takes the memory of a second model and editor while it lasts, and n edits of time. Without
+        `sites`, the dry edits are watched where the first of them moves something, and the run as ever.
+
+        apply: the bare editing function; it may return a model, as in `wrap`. What it raises passes through when
+        everything is put back, and nothing is written then. Raises UsageError where it comes too late, twice, or with
+        too few requests, and for tensors that can't be copied (sparse, quantised); EditError when something could not
+        be put back, or when no site is known after all of them.
+        """
+        self._may_calibrate()
+        chosen = dry_edits.first_of(requests, n)
+        clock = time.perf_counter()
+        record = dry_edits.DryRecord(self._writer.path)
+        # Each dry edit counts, so that the canary's cadence does not: it may leave too few for a baseline.
+        canary = None if self._canary is None else replace(self._canary, every=1, budget=None)
+        self._calibrating = True
+        try:
+            with Monitor(self._model, self._sites or None, record, self._probes, self._editor, canary, ()) as dry:
+                dry_edits.make(dry, self._model, self._editor, apply, chosen)
+                found = dry.sites
+        finally:
+            self._calibrating = False
+            seconds = time.perf_counter() - clock
+            self._attached += seconds  # the canary has no share in it
+        if not found:
+            raise EditError(
+                f"none of {len(chosen)} dry edits moved a parameter of the model, so that there is nothing to watch; "
+                "expected an apply that edits the model that it is given, or attach(sites=...)"
+            )
+        self._calibrated = True
+        for says in record.broken:
+            self.note("probe-off", f"in the dry edits, {says}")
+        if self._guard("the run file", lambda: self._writer.append_dry(record.rows)):
+            for row in record.rows:
+                self._guard("the analyzer", functools.partial(self._analyzer.observe_dry, row))
+            self.note("calibrated", f"{len(record.rows)} dry edits in {seconds:.1f} s, each rolled back bit for bit")
+
+    def _may_calibrate(self) -> None:
+        """Raises UsageError unless dry edits can be made now."""
+        if self._closed:
+            why = "the monitor is closed"
+        elif self._open is not None or self._calibrating:
+            why = "an edit is open"
+        elif self._calibrated:
+            why = f"dry edits were made already ({self.path})"
+        elif self._edits:
+            why = f"{self._edits} edit{'s were' if self._edits > 1 else ' was'} made already"
+        else:
+            return
+        raise UsageError(f"{why}; expected calibrate once, before the first edit; attach again for a new run")
 
     def diagnosis(self) -> Diagnosis:
         """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far.
@@ -191,6 +284,7 @@ class Monitor:
         self._candidates = None
         # A monitor that is kept for its diagnosis must not keep the model, the editor or the copies of the weights.
         self._model, self._instruments = nn.Module(), Instruments((), None, None, self.note)
+        self._editor = None
 
     def __enter__(self) -> Monitor:
         return self
