@@ -18,7 +18,7 @@ from stabilitylab.analysis import Analyzer, Diagnosis
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.readings import Alarm, Array, EditRow, Metric, Note, OutcomeKind
 from stabilitylab.runfile import connect, find_file
-from stabilitylab.store import Layout, unpack
+from stabilitylab.store import Layout, Unpacker
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def _columns(db: sqlite3.Connection, table: str) -> Iterator[dict[str, Any]]:
     return (dict(zip(names, values, strict=True)) for values in cursor)
 
 
-def _row(columns: dict[str, Any], layouts: dict[int, Layout]) -> EditRow:
-    layout, present, data = columns.pop("layout"), columns.pop("present"), columns.pop("data")
-    return EditRow(**columns, readings=unpack(present, data, layouts[layout]))
+def _row(columns: dict[str, Any], unpack: Unpacker) -> EditRow:
+    readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
+    return EditRow(**columns, readings=readings)
 
 
 class Run:
@@ -87,14 +87,15 @@ class Run:
             number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
             for number, entries in db.execute("SELECT id, entries FROM layout")
         }
+        unpack = Unpacker(layouts)
         outcomes = dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
         self.edits: tuple[Edit, ...] = tuple(
-            Edit(_row(columns, layouts), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
+            Edit(_row(columns, unpack), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
         )
         self.dry_edits: tuple[EditRow, ...] = ()
         """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
         if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:  # since schema 2
-            self.dry_edits = tuple(_row(columns, layouts) for columns in _columns(db, "dry"))
+            self.dry_edits = tuple(_row(columns, unpack) for columns in _columns(db, "dry"))
         self.alarms: tuple[Alarm, ...] = tuple(
             Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
         )

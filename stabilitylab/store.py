@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabilitylab.errors import RunError
+from stabilitylab.packed import Frame, PackedReadings
 from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 
 FILE_NAME = "run.db"
@@ -100,18 +102,37 @@ def _pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
     return np.packbits(present).tobytes(), values.tobytes()
 
 
-def unpack(present: bytes, data: bytes, layout: Layout) -> dict[Key, Array]:
+class Unpacker:
+    """Reads the rows of one file. Rows with the same readings share what is known of them."""
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        """layouts: by the number that rows refer to them by."""
+        self._layouts = layouts
+        self._known: dict[tuple[int, bytes, int], tuple[Frame, NDArray[np.bool_]]] = {}
+
+    def __call__(self, number: int, present: bytes, data: bytes) -> PackedReadings:
+        """The readings of one row; those that were not taken are left out."""
+        values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))
+        if kind not in self._known:
+            self._known[kind] = _frame(present, values.size, self._layouts[number])
+        frame, mask = self._known[kind]
+        return PackedReadings(frame, values[mask].astype(np.float64, copy=False))
+
+
+def _frame(present: bytes, size: int, layout: Layout) -> tuple[Frame, NDArray[np.bool_]]:
+    """(which readings a row holds, which of its `size` values are theirs)."""
+    mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=size).astype(bool)
+    ends = np.cumsum([0, *(length for _, _, length in layout)])
+    mask[ends[-1] :] = False
+    counted = np.concatenate(([0], np.cumsum(mask)))[np.clip(ends, 0, size)]
+    sizes = np.diff(counted)
+    keys = tuple((metric, site) for (metric, site, _), taken in zip(layout, sizes, strict=True) if taken)
+    return Frame(keys, sizes[sizes > 0]), mask
+
+
+def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:
     """The readings of one row; those that were not taken are left out."""
-    values = np.frombuffer(data, dtype="<f8")
-    mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=values.size).astype(bool)
-    readings: dict[Key, Array] = {}
-    offset = 0
-    for metric, site, length in layout:
-        here = mask[offset : offset + length]
-        if here.any():
-            readings[(metric, site)] = values[offset : offset + length][here].astype(np.float64)
-        offset += length
-    return readings
+    return Unpacker({0: layout})(0, present, data)
 
 
 def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:

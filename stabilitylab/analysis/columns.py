@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,9 @@ from stabilitylab.packed import Frame, PackedReadings
 from stabilitylab.readings import Array, EditRow, Key, Metric
 
 Places = NDArray[np.intp]
+Found = TypeVar("Found")
 
-SHAPES: Final = 16
+SCHEMAS: Final = 16
 """Sets of readings that are remembered at once: probes that read every so many edits make several alternate."""
 
 _PHASES: Final = {"before": 0, "during": 1, "after": 2}
@@ -36,11 +38,11 @@ def kind_of(metric: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class Schema:
     """Which readings a row holds. keys: in the row's order. places: where each belongs among all pairs of the run.
 
-    Compared by identity, and may be weakly referred to: what follows from a shape alone is worked out once and goes with
-    it.
+    Compared by identity, and may be weakly referred to: what follows from a schema alone is worked out once, and goes
+    when it goes.
     """
 
     keys: tuple[Key, ...]
@@ -56,13 +58,13 @@ class Shape:
 class Flat:
     """One row as parallel arrays over the readings that were taken.
 
-    values: each reading's first value. finite: whether all of its values are. fresh: whether the shape differs from that
-    of the row before.
+    values: each reading's first value. finite: whether all of its values are. fresh: whether the schema differs from
+    that of the row before.
     """
 
     edit: int
     applied: bool
-    shape: Shape
+    schema: Schema
     values: Array
     finite: NDArray[np.bool_]
     fresh: bool
@@ -70,7 +72,22 @@ class Flat:
     @property
     def places(self) -> Places:
         """Where each reading belongs among all (metric, site) pairs of the run."""
-        return self.shape.places
+        return self.schema.places
+
+
+class PerSchema(Generic[Found]):
+    """What follows from a schema alone, worked out once for each schema that is remembered."""
+
+    def __init__(self, work_out: Callable[[Schema], Found]) -> None:
+        self._work_out = work_out
+        self._known: WeakKeyDictionary[Schema, Found] = WeakKeyDictionary()
+
+    def of(self, schema: Schema) -> Found:
+        """What follows from this one."""
+        found = self._known.get(schema)
+        if found is None:
+            found = self._known[schema] = self._work_out(schema)
+        return found
 
 
 class Columns:
@@ -84,9 +101,9 @@ class Columns:
         self._place: dict[Key, int] = {}
         self._sites: dict[str, int] = {}
         self._phase = {metric.name: _PHASES[metric.phase] for metric in metrics}
-        self._shape = Shape((), np.zeros(0, dtype=np.intp))
-        self._shapes: dict[tuple[Key, ...], Shape] = {}
-        self._frames: dict[Frame, Shape] = {}
+        self._schema = Schema((), np.zeros(0, dtype=np.intp))
+        self._schemas: dict[tuple[Key, ...], Schema] = {}
+        self._frames: dict[Frame, Schema] = {}
 
     def order(self, place: int) -> tuple[int, int, int, int]:
         """A sort key: what comes earlier within one edit can be the cause of what comes later.
@@ -101,16 +118,16 @@ class Columns:
 
     def flatten(self, row: EditRow) -> Flat:
         """The row as arrays. A reading without any value counts as not taken."""
-        before = self._shape
+        before = self._schema
         if isinstance(row.readings, PackedReadings):
             flat, starts = row.readings.flat, row.readings.frame.starts
-            self._shape = self._of_frame(row.readings.frame)
+            self._schema = self._of_frame(row.readings.frame)
         else:
             flat, starts = self._joined(row.readings)
         values, finite = np.zeros(0), np.zeros(0, dtype=bool)
         if starts.size:
             values, finite = flat[starts], np.logical_and.reduceat(np.isfinite(flat), starts)
-        return Flat(row.edit, row.status == "applied", self._shape, values, finite, self._shape is not before)
+        return Flat(row.edit, row.status == "applied", self._schema, values, finite, self._schema is not before)
 
     def _joined(self, row: Mapping[Key, Array]) -> tuple[Array, Places]:
         """(the values of all readings, where each begins)."""
@@ -120,28 +137,28 @@ class Columns:
             self._register(keys)
             keys = tuple(key for key, size in zip(keys, sizes, strict=True) if size)
             sizes = sizes[sizes > 0]
-        self._shape = self._of_keys(keys)
+        self._schema = self._of_keys(keys)
         return np.concatenate(readings) if readings else np.zeros(0), np.cumsum(sizes) - sizes
 
-    def _of_frame(self, frame: Frame) -> Shape:
-        shape = self._frames.get(frame)
-        if shape is None:
-            shape = self._of_keys(frame.keys)
-            self._frames[frame] = shape
-        return shape
+    def _of_frame(self, frame: Frame) -> Schema:
+        schema = self._frames.get(frame)
+        if schema is None:
+            schema = self._of_keys(frame.keys)
+            self._frames[frame] = schema
+        return schema
 
-    def _of_keys(self, keys: tuple[Key, ...]) -> Shape:
-        if keys == self._shape.keys:
-            return self._shape
-        shape = self._shapes.get(keys)
-        if shape is None:
-            if len(self._shapes) >= SHAPES:
-                self._shapes.clear()
+    def _of_keys(self, keys: tuple[Key, ...]) -> Schema:
+        if keys == self._schema.keys:
+            return self._schema
+        schema = self._schemas.get(keys)
+        if schema is None:
+            if len(self._schemas) >= SCHEMAS:
+                self._schemas.clear()
                 self._frames.clear()
             self._register(keys)
-            shape = Shape(keys, np.array([self._place[key] for key in keys], dtype=np.intp))
-            self._shapes[keys] = shape
-        return shape
+            schema = Schema(keys, np.array([self._place[key] for key in keys], dtype=np.intp))
+            self._schemas[keys] = schema
+        return schema
 
     def _register(self, keys: Sequence[Key]) -> None:
         for key in keys:

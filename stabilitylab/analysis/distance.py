@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from stabilitylab.analysis import detectors
-from stabilitylab.analysis.columns import Columns, Flat, Once, Places
+from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.words import number, place_name
@@ -75,43 +75,29 @@ class DistanceBank:
         self._columns = columns
         self._limits = {distance.detector: thresholds.limit(distance.detector) for distance in (STEP, *CANARY)}
         self._once = Once()
-        self._at: dict[str, Places] = {}
-        self._weights: Places = np.zeros((0, 3), dtype=np.intp)
+        self._weights = PerSchema(_weights)
+        self._canaries = PerSchema(_canaries)
         self._before: dict[tuple[str, int], tuple[int, float]] = {}
 
     def observe(self, row: Flat) -> list[Hit]:
         """The hits of one row; a claim that was made at a site before is not made again."""
-        if row.fresh:
-            self._look_up(row)
         if row.edit == 0 or not row.applied:
             return []
         hits = self._check(STEP, row, *self._steps(row))
         for distance in CANARY:
-            at = self._at[distance.metric]
+            at = self._canaries.of(row.schema)[distance.metric]
             at = at[row.finite[at]]
             hits += self._check(distance, row, at, row.values[at])
         return hits
-
-    def _look_up(self, row: Flat) -> None:
-        keys = [self._columns.keys[place] for place in row.places]
-        positions = {key: position for position, key in enumerate(keys)}
-        for distance in CANARY:
-            found = [position for position, (metric, _) in enumerate(keys) if metric == distance.metric]
-            self._at[distance.metric] = np.array(found, dtype=np.intp)
-        weights = [
-            [positions.get((metric, site), -1) for metric in ("update.norm", "drift.norm", "drift.ratio")]
-            for site in dict.fromkeys(site for metric, site in keys if metric == "update.norm")
-        ]
-        known = np.array(weights, dtype=np.intp).reshape(-1, 3)
-        self._weights = known[(known >= 0).all(axis=1)]
 
     def _steps(self, row: Flat) -> tuple[Places, Array]:
         """(positions of updates, each over the norm of the original weight). ``update.ratio`` is over the norm that the
         update left, and ends at 1.
         """
-        update, drift, ratio = row.values[self._weights].T
-        known = row.finite[self._weights].all(axis=1) & (drift > 0) & (ratio > 0)
-        return self._weights[known, 0], update[known] * ratio[known] / drift[known]
+        weights = self._weights.of(row.schema)
+        update, drift, ratio = row.values[weights].T
+        known = row.finite[weights].all(axis=1) & (drift > 0) & (ratio > 0)
+        return weights[known, 0], update[known] * ratio[known] / drift[known]
 
     def _check(self, distance: Distance, row: Flat, at: Places, values: Array) -> list[Hit]:
         if not at.size:
@@ -140,3 +126,23 @@ class DistanceBank:
         says = distance.says.format(number=number(value), share=f"{value:.0%}", site=site, edit=row.edit, since=since)
         threshold = distance.reading(self._limits[distance.detector])
         return Hit(distance.rule, distance.metric, place, value, threshold, "diverging", says, since)
+
+
+def _canaries(schema: Schema) -> dict[str, Places]:
+    """Positions in a row of what is read of the canary."""
+    return {
+        distance.metric: np.array(
+            [position for position, (metric, _) in enumerate(schema.keys) if metric == distance.metric], dtype=np.intp
+        )
+        for distance in CANARY
+    }
+
+
+def _weights(schema: Schema) -> Places:
+    """Positions in a row of each weight's update, drift and relative drift, [weights, 3]."""
+    found = [
+        [schema.position.get((metric, site), -1) for metric in ("update.norm", "drift.norm", "drift.ratio")]
+        for site in dict.fromkeys(site for metric, site in schema.keys if metric == "update.norm")
+    ]
+    known = np.array(found, dtype=np.intp).reshape(-1, 3)
+    return known[(known >= 0).all(axis=1)]

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.analysis import detectors
-from stabilitylab.analysis.columns import Columns, Flat, Once, Places
+from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
 from stabilitylab.analysis.detectors import LAST, LEAST
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
@@ -139,8 +139,7 @@ class DriftBank:
         self._number: dict[int, int] = {}
         self._state = np.zeros(0, dtype=_STATE)
         self._dry: dict[int, list[float]] = {}
-        nothing = np.zeros(0, dtype=np.intp)
-        self._taken, self._minus, self._series = nothing, nothing, nothing
+        self._which = PerSchema(self._look_up)
 
     @property
     def ready(self) -> int:
@@ -153,12 +152,9 @@ class DriftBank:
 
     def observe_dry(self, row: Flat) -> None:
         """Take in a dry edit, which is for the baseline alone. From ``BASELINE`` of them on there is one."""
-        if row.fresh:
-            self._look_up(row)
-        if not self._taken.size:
-            return
+        read = self._read(row)
         state = self._state
-        for one, log in zip(*self._read(row), strict=True):
+        for one, log in zip(*read, strict=True):
             logs = self._dry.setdefault(int(one), [])
             logs.append(float(log))
             if len(logs) < BASELINE:
@@ -170,11 +166,9 @@ class DriftBank:
 
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
-        if row.fresh:
-            self._look_up(row)
-        if not row.applied or not self._taken.size:
-            return []
         series, logs = self._read(row)
+        if not row.applied or not series.size:
+            return []
         state, at = self._state, self._state["count"][series] % LONG
         state["logs"][series, at], state["edits"][series, at] = logs, row.edit
         state["count"][series] += 1
@@ -184,36 +178,36 @@ class DriftBank:
         judged = series[self._has_baseline(series)]
         return self._judge(judged, row.edit) if judged.size else []
 
-    def _look_up(self, row: Flat) -> None:
-        """Which positions of the row go to which series, and from which of them a lower end is subtracted."""
-        keys = [self._columns.keys[place] for place in row.places]
-        positions = {key: position for position, key in enumerate(keys)}
+    def _look_up(self, schema: Schema) -> tuple[Places, Places, Places]:
+        """Which positions of a row go to which series, and from which of them a lower end is subtracted."""
         found: list[tuple[int, int, int]] = []
         new = []
-        for position, (metric, site) in enumerate(keys):
+        for position, (metric, site) in enumerate(schema.keys):
             rule = TRACKED.get(metric)
-            if rule is None or (rule.minus is not None and (rule.minus, site) not in positions):
+            if rule is None or (rule.minus is not None and (rule.minus, site) not in schema.position):
                 continue
-            place = int(row.places[position])
+            place = int(schema.places[position])
             if place not in self._number:
                 self._number[place] = len(self._number)
                 dies = rule.fallen == "diverging"
                 new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps))
-            minus = -1 if rule.minus is None else positions[rule.minus, site]
+            minus = -1 if rule.minus is None else schema.position[rule.minus, site]
             found.append((position, minus, self._number[place]))
-        self._taken, self._minus, self._series = np.array(found, dtype=np.intp).reshape(-1, 3).T
         if new:
             state = np.zeros(len(new), dtype=_STATE)
             for field, column in zip(_FIXED, zip(*new, strict=True), strict=True):
                 state[field] = column
             state["middle"], state["spread"], state["since"] = np.nan, np.nan, np.nan
             self._state = np.concatenate((self._state, state))
+        taken, minus, series = np.array(found, dtype=np.intp).reshape(-1, 3).T
+        return taken, minus, series
 
     def _read(self, row: Flat) -> tuple[Places, Array]:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
-        ranged = self._minus >= 0
-        good = row.finite[self._taken] & (~ranged | row.finite[self._minus])
-        taken, minus, ranged, series = self._taken[good], self._minus[good], ranged[good], self._series[good]
+        taken, minus, series = self._which.of(row.schema)
+        ranged = minus >= 0
+        good = row.finite[taken] & (~ranged | row.finite[minus])
+        taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
         good = (values > 0) | ((values == 0) & self._has_baseline(series))
         return series[good], np.log(np.maximum(values[good], VANISHED))

@@ -36,7 +36,7 @@ from typing import Final, Literal
 import numpy as np
 from scipy.special import stdtr
 
-from stabilitylab.analysis.columns import Columns, Flat, Places
+from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.facts import AGREEMENT, KL_COLLAPSED
 from stabilitylab.analysis.findings import Forecast, LimitKind, Shape
 from stabilitylab.analysis.words import place_name
@@ -283,33 +283,31 @@ class Forecaster:
         self._columns = columns
         self._number: dict[int, int] = {}
         self._state = np.zeros(0, dtype=_STATE)
-        self._taken: Places = np.zeros(0, dtype=np.intp)
-        self._series: Places = np.zeros(0, dtype=np.intp)
+        self._which = PerSchema(self._look_up)
         self._edit = 0
 
     def observe(self, row: Flat) -> None:
         """Take in a row. Only applied edits and finite readings enter."""
         self._edit = row.edit
-        if row.fresh:
-            self._look_up(row)
-        if not row.applied or not self._taken.size:
+        taken, series = self._which.of(row.schema)
+        if not row.applied or not taken.size:
             return
-        state, metric = self._state, self._state["metric"][self._series]
-        values = row.values[self._taken]
+        state, metric = self._state, self._state["metric"][series]
+        values = row.values[taken]
         agreement, kl = metric == _AGREEMENT, metric == _KL
-        good = row.finite[self._taken] & ~(kl & (values <= 0))
-        series, path, agreement, kl = self._series[good], values[good], agreement[good], kl[good]
+        good = row.finite[taken] & ~(kl & (values <= 0))
+        series, path, agreement, kl = series[good], values[good], agreement[good], kl[good]
         path[agreement] = np.log2(np.maximum(path[agreement], AGREEMENT / 2.0) / AGREEMENT)  # 0 is past it, that's all
         path[kl] = np.log2(KL_COLLAPSED / path[kl])
         at = state["count"][series] % WINDOW
         state["edits"][series, at], state["path"][series, at] = row.edit, path
         state["count"][series] += 1
 
-    def _look_up(self, row: Flat) -> None:
-        """Which positions of the row go to which series."""
+    def _look_up(self, schema: Schema) -> tuple[Places, Places]:
+        """Which positions of a row go to which series."""
         found: list[tuple[int, int]] = []
         new = []
-        for position, place in enumerate(row.places.tolist()):
+        for position, place in enumerate(schema.places.tolist()):
             metric = self._columns.keys[place][0]
             if metric not in LIMITS:
                 continue
@@ -317,11 +315,12 @@ class Forecaster:
                 self._number[place] = len(self._number)
                 new.append((place, _METRICS.index(metric)))
             found.append((position, self._number[place]))
-        self._taken, self._series = np.array(found, dtype=np.intp).reshape(-1, 2).T
         if new:
             state = np.zeros(len(new), dtype=_STATE)
             state["place"], state["metric"] = zip(*new, strict=True)
             self._state = np.concatenate((self._state, state))
+        taken, series = np.array(found, dtype=np.intp).reshape(-1, 2).T
+        return taken, series
 
     def forecast(self) -> Forecast:
         """The limit that is nearest by its cheap pace and can be told, or why none can."""

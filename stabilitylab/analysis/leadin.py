@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
 import numpy as np
 
 from stabilitylab.analysis.causes import EditorInput, Evidence, FatalRow, Growth, Learning, Step
-from stabilitylab.analysis.columns import Columns, Flat, Places, kind_of
+from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.analysis.restoring import Restoring
@@ -36,11 +36,61 @@ _TELLS: Final = tuple(
 _MASKED: Final = "attention.masked_rows"
 _KEYS: Final = f"{EDITOR_SITE}.keys"
 _LAST: Final = "gradient.norm_last"
+_BITS: Final = "weight.headroom_bits"
 _WATCHED: Final = (
     *_TELLS,
-    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", "weight.headroom_bits", "weight.nonfinite"),
+    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", _BITS, "weight.nonfinite"),
     *("gradient.nonfinite", "gradient.norm", _LAST, "activation.nonfinite", "logits.nonfinite", _MASKED, _KEYS),
 )
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Positions in a row of what is followed.
+
+    places: by metric. weights: of each weight's update, drift and relative drift, where all three are read,
+    [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. extremes: (kind, site),
+    and where the largest entry and the headroom are. sites: of the updates; the same as of the drifts where
+    `comparable`. bit_sites: of the weights' headroom.
+    """
+
+    places: dict[str, Places]
+    weights: Places
+    passes: Places
+    extremes: tuple[tuple[Key, int, int], ...]
+    sites: tuple[str, ...]
+    comparable: bool
+    bit_sites: tuple[str, ...]
+
+
+def _where(schema: Schema) -> _Where:
+    chosen: dict[str, list[int]] = {name: [] for name in _WATCHED}
+    extremes = []
+    for position, (metric, site) in enumerate(schema.keys):
+        if metric in chosen:
+            chosen[metric].append(position)
+        kind = kind_of(metric)
+        bits = schema.position.get((f"{kind}.headroom_bits", site))
+        if metric == f"{kind}.max_abs" and bits is not None:
+            extremes.append(((kind, site), position, bits))
+
+    def sites(metric: str) -> tuple[str, ...]:
+        return tuple(schema.keys[position][1] for position in chosen[metric])
+
+    def beside(first: str, *others: str) -> Places:
+        lines = [[schema.position.get((metric, site), -1) for metric in (first, *others)] for site in sites(first)]
+        known = np.array(lines, dtype=np.intp).reshape(-1, 1 + len(others))
+        return known[(known >= 0).all(axis=1)]
+
+    return _Where(
+        {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()},
+        beside("update.norm", "drift.norm", "drift.ratio"),
+        beside(_LAST, "gradient.norm"),
+        tuple(extremes),
+        sites("update.norm"),
+        sites("update.norm") == sites("drift.norm"),
+        sites(_BITS),
+    )
 
 
 class LeadIn:
@@ -48,10 +98,8 @@ class LeadIn:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._at: dict[Key, int] = {}
-        self._inputs: Places = np.zeros(0, dtype=np.intp)
-        self._updates: Places = np.zeros(0, dtype=np.intp)
-        self._places: dict[str, Places] = dict.fromkeys(_WATCHED, self._updates)
+        self._wheres = PerSchema(_where)
+        self._where = _where(Schema((), np.zeros(0, dtype=np.intp)))
         self._points: deque[tuple[float, float, float]] = deque(maxlen=max(WINDOWS))
         self._strongest: Growth | None = None
         self._crossed: EditorInput | None = None
@@ -79,10 +127,11 @@ class LeadIn:
             return
         if row.fresh:
             self._look_up(row)
+        places = self._where.places
         self._follow_inputs(row)
         self._follow_steps(row)
         self._keep_steps(alarmed, lost)
-        inputs, updates = row.values[self._inputs], row.values[self._updates]
+        inputs, updates = row.values[places[f"{_INPUT}_max"]], row.values[places["update.norm"]]
         inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
         if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
             self._points.append((float(row.edit), math.log(inputs.max()), math.log(updates.max())))
@@ -93,30 +142,22 @@ class LeadIn:
             self._fatal = self._look_at_fatal(row)
             self._infinite = {
                 (kind_of(metric), site)
-                for (metric, site), at in self._at.items()
+                for (metric, site), at in row.schema.position.items()
                 if metric.endswith(".max_abs") and math.isinf(row.values[at])
             }
             return
-        self._masked = self._masked or any(row.values[self._places[_MASKED]] > 0)
-        bits = self._places["weight.headroom_bits"]
-        self._bits |= {self._site(row, at): float(row.values[at]) for at in bits}
+        self._masked = self._masked or bool((row.values[places[_MASKED]] > 0).any())
+        self._bits.update(zip(self._where.bit_sites, row.values[places[_BITS]].tolist(), strict=True))
 
     def _look_up(self, row: Flat) -> None:
-        self._at = {self._columns.keys[place]: position for position, place in enumerate(row.places)}
-        chosen: dict[str, list[int]] = {name: [] for name in _WATCHED}
-        for (metric, _), position in self._at.items():
-            if metric in chosen:
-                chosen[metric].append(position)
-        self._places = {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()}
-        self._inputs, self._updates = self._places[f"{_INPUT}_max"], self._places["update.norm"]
-        self._reported = self._reported or any(self._places[name].size for name in _TELLS)
-        for (metric, site), position in self._at.items():
-            kind, largest = kind_of(metric), float(row.values[position])
-            bits = self._value(row, f"{kind}.headroom_bits", site)
-            if metric == f"{kind}.max_abs" and bits is not None and math.isfinite(bits) and 0 < largest < math.inf:
+        self._where = self._wheres.of(row.schema)
+        self._reported = self._reported or any(self._where.places[name].size for name in _TELLS)
+        for key, at, bits_at in self._where.extremes:
+            largest, bits = float(row.values[at]), float(row.values[bits_at])
+            if math.isfinite(bits) and 0 < largest < math.inf:
                 # fp64 itself ends at 2^1024, where rounding would tip this over into infinity.
                 exponent = min(math.log2(largest) + bits, 1024 - 1e-9)
-                self._largest_finite.setdefault((kind, site), 2.0**exponent)
+                self._largest_finite.setdefault(key, 2.0**exponent)
 
     def _site(self, row: Flat, position: np.intp) -> str:
         return self._columns.keys[int(row.places[position])][1]
@@ -124,9 +165,10 @@ class LeadIn:
     def _follow_steps(self, row: Flat) -> None:
         """How large each applied edit was, whether it began at the original weights, and reached what it asked for."""
         self._moved_before = self._moved
-        self._codebook = self._codebook or bool((row.values[self._places[_KEYS]] > 0).any())
-        self._moved = self._moved or (row.edit > 0 and bool((row.values[self._updates] != 0).any()))
-        ratios, drifts = self._places["update.ratio"], self._places["drift.ratio"]
+        places = self._where.places
+        self._codebook = self._codebook or bool((row.values[places[_KEYS]] > 0).any())
+        self._moved = self._moved or (row.edit > 0 and bool((row.values[places["update.norm"]] != 0).any()))
+        ratios, drifts = places["update.ratio"], places["drift.ratio"]
         if not row.applied:
             return
         self._follow_learning(row)
@@ -153,26 +195,23 @@ class LeadIn:
 
     def _is_large(self, row: Flat) -> bool:
         """Whether an edit moved some weight by at least half of the norm that it had originally."""
-        for at in self._updates:
-            site, update = self._site(row, at), float(row.values[at])
-            drift, share = self._value(row, "drift.norm", site), self._value(row, "drift.ratio", site)
-            if drift and share and math.isfinite(drift) and update * share >= LARGE * drift:
-                return True
-        return False
+        update, drift, share = row.values[self._where.weights].T
+        with np.errstate(invalid="ignore", over="ignore"):
+            large = np.isfinite(drift) & (drift != 0) & (share != 0) & (update * share >= LARGE * drift)
+        return bool(large.any())
 
     def _follow_restoring(self, row: Flat) -> None:
-        drifts = self._places["drift.norm"]
-        sites = [self._site(row, at) for at in self._updates]
-        if sites == [self._site(row, at) for at in drifts]:
-            self._restoring.follow(row.edit, sites, row.values[self._updates], row.values[drifts])
+        where = self._where
+        if where.comparable:
+            updates, drifts = row.values[where.places["update.norm"]], row.values[where.places["drift.norm"]]
+            self._restoring.follow(row.edit, where.sites, updates, drifts)
 
     def _follow_learning(self, row: Flat) -> None:
-        left = []
-        for at in self._places[_LAST]:
-            first = self._value(row, "gradient.norm", self._site(row, at))
-            if first and math.isfinite(first):
-                left.append(float(row.values[at]) / first)
-        if left:
+        last, first = row.values[self._where.passes].T
+        known = np.isfinite(first) & (first != 0)
+        if known.any():
+            with np.errstate(over="ignore"):
+                left = (last[known] / first[known]).tolist()
             reached = self._learning.reached + (median(left) <= REACHED)
             self._learning = Learning(self._learning.tried + 1, reached)
 
@@ -187,15 +226,16 @@ class LeadIn:
         return kept[0] if kept else ()
 
     def _look_at_fatal(self, row: Flat) -> FatalRow:
-        bad, norms = self._places["gradient.nonfinite"], self._places["gradient.norm"]
-        outputs, logits = self._places["activation.nonfinite"], self._places["logits.nonfinite"]
+        places = self._where.places
+        bad, norms = places["gradient.nonfinite"], places["gradient.norm"]
+        outputs, logits = places["activation.nonfinite"], places["logits.nonfinite"]
         forward = np.concatenate((outputs, logits))
-        weights = [at for at in self._places["weight.nonfinite"] if row.values[at] > 0]
+        weights = [at for at in places["weight.nonfinite"] if row.values[at] > 0]
         weight = self._site(row, weights[0]) if weights else None
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
         return FatalRow(
             edit=row.edit,
-            masked_rows=float(row.values[self._places[_MASKED]].sum()),
+            masked_rows=float(row.values[places[_MASKED]].sum()),
             unmasked_before=not self._masked,
             sound_forward=bool(outputs.size and logits.size and (row.values[forward] == 0).all()),
             sound_gradients=bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all()),
@@ -209,15 +249,14 @@ class LeadIn:
         )
 
     def _value(self, row: Flat, metric: str, site: str) -> float | None:
-        at = self._at.get((metric, site))
+        at = row.schema.position.get((metric, site))
         return None if at is None else float(row.values[at])
 
     def _follow_inputs(self, row: Flat) -> None:
         """The first editor input past a limit, and the first over next to no std, see `_taken_over`."""
-        for position in self._inputs:
-            site, value = self._columns.keys[row.places[position]][1], float(row.values[position])
-            if not INPUT_DRIFTING <= value < math.inf:
-                continue
+        at = self._where.places[f"{_INPUT}_max"]
+        for position in at[(row.values[at] >= INPUT_DRIFTING) & (row.values[at] < np.inf)]:
+            site, value = self._site(row, position), float(row.values[position])
             unit, std = self._value(row, f"{_INPUT}_unit", site), self._value(row, f"{_INPUT}_unit_std", site)
             number = int(unit) if unit is not None and math.isfinite(unit) else None
             here = EditorInput(row.edit, site, value, number, std)

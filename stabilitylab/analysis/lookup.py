@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Columns, Flat, Once, Places
+from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
 from stabilitylab.readings import EDITOR_SITE, Key
 
 NO_PROOF = frozenset(
@@ -33,27 +33,12 @@ class Lookup:
     def __init__(self, columns: Columns) -> None:
         self.once = Once()
         self._columns = columns
+        self._groups = PerSchema(_groups)
         self._at: dict[str, Places] = {}
-        self._position: dict[Key, int] = {}
 
     def look(self, row: Flat) -> None:
         """Take in where things are: by metric, and by the groups of metrics that are checked as one."""
-        if not row.fresh:
-            return
-        at: dict[str, list[int]] = {}
-        self._position = {}
-        for position, place in enumerate(row.places):
-            metric, site = self._columns.keys[place]
-            self._position[metric, site] = position
-            at.setdefault(metric, []).append(position)
-            kind = metric.rpartition(".")[2].removeprefix("norm_")
-            if kind in {"nonfinite", "headroom_bits", "dead"}:
-                at.setdefault(f"*.{kind}", []).append(position)
-            if kind not in {"nonfinite", "headroom_bits"} and metric not in NO_PROOF:
-                at.setdefault("value", []).append(position)
-            if metric == f"{EDITOR_SITE}.std_min" and site.endswith(".u"):
-                at.setdefault("layer-std", []).append(position)
-        self._at = {what: np.array(positions, dtype=np.intp) for what, positions in at.items()}
+        self._at = self._groups.of(row.schema)
 
     def at(self, what: str) -> Places:
         """Positions in the row of a metric, or of ``*.nonfinite``, ``*.headroom_bits``, ``*.dead``, ``value`` and
@@ -62,7 +47,7 @@ class Lookup:
 
     def value(self, row: Flat, metric: str, site: str) -> float | None:
         """One reading; None when it was not taken."""
-        position = self._position.get((metric, site))
+        position = row.schema.position.get((metric, site))
         return None if position is None else float(row.values[position])
 
     def key(self, row: Flat, position: np.intp) -> Key:
@@ -74,3 +59,17 @@ class Lookup:
         for position in at[self.once.new(rule, row.places[at])]:
             place = int(row.places[position])
             yield (place, float(row.values[position]), *self._columns.keys[place])
+
+
+def _groups(schema: Schema) -> dict[str, Places]:
+    at: dict[str, list[int]] = {}
+    for position, (metric, site) in enumerate(schema.keys):
+        at.setdefault(metric, []).append(position)
+        kind = metric.rpartition(".")[2].removeprefix("norm_")
+        if kind in {"nonfinite", "headroom_bits", "dead"}:
+            at.setdefault(f"*.{kind}", []).append(position)
+        if kind not in {"nonfinite", "headroom_bits"} and metric not in NO_PROOF:
+            at.setdefault("value", []).append(position)
+        if metric == f"{EDITOR_SITE}.std_min" and site.endswith(".u"):
+            at.setdefault("layer-std", []).append(position)
+    return {what: np.array(positions, dtype=np.intp) for what, positions in at.items()}

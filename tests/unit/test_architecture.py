@@ -70,6 +70,7 @@ NEVER = {
     station("run"): ("torch", *MODEL_SIDE, station("reports")),
     station("runfile"): ("torch", *MODEL_SIDE, station("analysis"), station("run"), station("reports")),
     station("readings"): ("torch", PACKAGE),
+    station("packed"): ("torch", *MODEL_SIDE, *map(station, ("store", "run", "analysis", "reports"))),
     station("errors"): ("torch", PACKAGE),
     station("analysis"): ("torch", *MODEL_SIDE, station("store"), station("run"), station("reports"), "rich", "jinja2"),
     station("reports"): ("torch", *MODEL_SIDE, station("store")),
