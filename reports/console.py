@@ -80,9 +80,8 @@ class _Label(ProgressColumn):
         return Text("editing")
 
 
-def diagnosis_text(run: Run) -> RenderableType:
+def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
     """The verdict in a sentence, why, and what to do."""
-    diagnosis = run.diagnosis()
     lines: list[RenderableType] = [
         verdict_text(diagnosis.verdict),
         Text(clean(diagnosis.says, 700), style="bold"),
@@ -96,9 +95,8 @@ def diagnosis_text(run: Run) -> RenderableType:
     return Group(*lines)
 
 
-def closing_table(run: Run) -> RenderableType:
+def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     """The run in numbers, one per line."""
-    diagnosis = run.diagnosis()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -133,9 +131,8 @@ def _edit(edit: int | None) -> str:
     return "–" if edit is None else f"edit {edit}"
 
 
-def findings_table(run: Run) -> RenderableType:
+def findings_table(diagnosis: Diagnosis) -> RenderableType:
     """The first finding of each kind in order of edit; of too many: the first bad, the alarm's, the gravest."""
-    diagnosis = run.diagnosis()
     first = first_of_each_kind(diagnosis.findings)
     bad = (diagnosis.first_bad_edit, diagnosis.first_bad_metric)
 
@@ -158,11 +155,16 @@ def findings_table(run: Run) -> RenderableType:
     return Group(table, *more)
 
 
-def diagnosis_page(run: Run) -> RenderableType:
-    """All of it as a short page: the sentence, the numbers, the findings, and what was not measured."""
-    parts: list[RenderableType] = [diagnosis_text(run), Text(), closing_table(run)]
-    if run.diagnosis().findings:
-        parts += [Text(), Text("Findings", style="bold"), findings_table(run)]
+def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableType:
+    """All of it as a short page: the sentence, the numbers, the findings, and what was not measured.
+
+    diagnosis: another one than the run's own, such as one by other limits.
+    """
+    diagnosis = diagnosis or run.diagnosis()
+    measure = Text(f"Baseline: {clean(diagnosis.baseline, 120)}; {clean(diagnosis.thresholds, 240)}.", style="dim")
+    parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis), measure]
+    if diagnosis.findings:
+        parts += [Text(), Text("Findings", style="bold"), findings_table(diagnosis)]
     if run.notes:
         notes = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in run.notes[:NOTES_SHOWN]]
         if len(run.notes) > NOTES_SHOWN:

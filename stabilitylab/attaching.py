@@ -11,6 +11,7 @@ from torch import nn
 
 from stabilitylab import canary as canaries
 from stabilitylab import manifest
+from stabilitylab.analysis.thresholds import Thresholds, from_json, read
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.monitor import Monitor
 from stabilitylab.probes import probes_of
@@ -31,6 +32,7 @@ def attach(
     tensorboard: bool = False,
     sinks: Sequence[Sink] = (),
     config: Mapping[str, Any] | None = None,
+    thresholds: str | Path | Thresholds | None = None,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -39,7 +41,8 @@ def attach(
     state is to be read (MEND: its normaliser). canary: what to forward after each edit; a `Canary` has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
-    folder. sinks: further receivers of each row. config: plain JSON values for the manifest.
+    folder. sinks: further receivers of each row. config: plain JSON values for the manifest. thresholds: limits of your
+    own, by default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -49,11 +52,12 @@ def attach(
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     watched = canaries.of(canary)
     chosen = _chosen(probes)
+    limits = _limits(thresholds)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
     folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     options = {"patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)}
     about = manifest.collect(
-        model, found or (), editor, None if watched is None else watched.describe(), dict(config or {})
+        model, found or (), editor, None if watched is None else watched.describe(), dict(config or {}), limits
     )
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     writer = RunWriter(folder, about | options, metrics)
@@ -62,10 +66,21 @@ def attach(
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
         receivers.append(TensorBoardSink(folder, metrics))
-    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers)
+    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits)
     for name, reason in skipped.items():
         monitor.note("skipped-site", f"{name}: {reason}")
     return monitor
+
+
+def _limits(given: str | Path | Thresholds | None) -> Thresholds | None:
+    """The thresholds that a path or an object means. Raises UsageError where it holds none."""
+    if given is None:
+        return None
+    if isinstance(given, str | Path):
+        return read(Path(given))
+    if not isinstance(given, Thresholds):
+        raise UsageError(f"thresholds is a {type(given).__name__}; expected a file that `stabilitylab calibrate` wrote")
+    return from_json(given.to_json(), "thresholds=")
 
 
 def _chosen(probes: str | Sequence[Probe[Any]]) -> tuple[Probe[Any], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stabilitylab.analysis import Analyzer, severity
+from stabilitylab.analysis import severity
 from stabilitylab.analysis.calibration import Peaks, calibrated
 from stabilitylab.analysis.thresholds import NOMINAL, Thresholds, rank, shipped
 from stabilitylab.errors import UsageError
@@ -39,9 +39,7 @@ def _peaks(runs: Sequence[Path]) -> Iterator[Peaks]:
 
 
 def _peaks_of(run: Run) -> Peaks:
-    analyzer = Analyzer(run.metrics, NOMINAL)
-    for edit in run.edits:
-        analyzer.observe(edit.row)
+    analyzer = run.analyzed(NOMINAL)
     found = analyzer.diagnosis()
     if severity(found.verdict) >= severity("collapsed"):
         raise UsageError(f"'{run.path}' is not healthy ({found.says}); expected runs with nothing wrong")

@@ -21,7 +21,8 @@ import typer
 from rich.console import Console
 
 import stabilitylab
-from stabilitylab.analysis import json_safe, severity
+from stabilitylab.analysis import Diagnosis, json_safe, severity
+from stabilitylab.analysis.thresholds import read
 from stabilitylab.errors import StabilityLabError, UsageError
 from stabilitylab.run import Run, load
 
@@ -109,9 +110,9 @@ def demo(
     run_demo(out=out, edits=edits, seed=seed, precision=precision.value, console=Console())
 
 
-def as_json(run: Run) -> dict[str, Any]:
+def as_json(run: Run, found: Diagnosis) -> dict[str, Any]:
     """What ``check --json`` prints: the diagnosis with the run's name and costs, as plain JSON values."""
-    diagnosis = run.diagnosis().to_json()
+    diagnosis = found.to_json()
     extra = {
         "run": str(run.path),
         "edits": len(run),
@@ -130,19 +131,25 @@ def check(
     run: RunPath,
     as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this verdict on.")] = FailOn.diverging,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Limits from `calibrate`, in place of those of the run.", show_default=False),
+    ] = None,
 ) -> None:
     """Say what became of a run, and exit with 1 when it is diverging or worse.
 
     A run that goes on, or whose writer was killed, is judged by the edits that it holds.
     """
+    limits = None if thresholds is None else read(thresholds)
     found = load(run)
+    diagnosis = found.diagnosis(limits)
     if as_object:
-        typer.echo(json.dumps(as_json(found), indent=2, allow_nan=False))
+        typer.echo(json.dumps(as_json(found, diagnosis), indent=2, allow_nan=False))
     else:
         from stabilitylab.reports.console import diagnosis_page
 
-        Console().print(diagnosis_page(found))
-    if severity(found.diagnosis().verdict) >= severity(fail_on.value):
+        Console().print(diagnosis_page(found, diagnosis))
+    if severity(diagnosis.verdict) >= severity(fail_on.value):
         raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
         print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)

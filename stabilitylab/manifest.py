@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.sites import Site, describe
 
 _PACKAGES = ("stabilitylab", "torch", "transformers", "numpy", "scipy", "tensorboard", "matplotlib")
@@ -60,9 +61,14 @@ def of_sites(sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def collect(
-    model: nn.Module, sites: Sequence[Site], editor: object | None, canary: str | None, config: dict[str, Any]
+    model: nn.Module,
+    sites: Sequence[Site],
+    editor: object | None,
+    canary: str | None,
+    config: dict[str, Any],
+    thresholds: Thresholds | None,
 ) -> dict[str, Any]:
-    """The manifest of a run that begins now, as plain JSON values."""
+    """The manifest of a run that begins now, as plain JSON values. thresholds: None for those of the package."""
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters())
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -81,4 +87,5 @@ def collect(
         "cwd": os.getcwd(),
         "git": git_state(),
         **of_sites(sites),
+        **({} if thresholds is None else {"thresholds": thresholds.to_json()}),
     }

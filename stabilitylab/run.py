@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.readings import Alarm, Array, EditRow, Metric, Note, OutcomeKind
 from stabilitylab.runfile import connect, find_file
@@ -190,21 +191,37 @@ class Run:
         """Share of the edits' wall time spent in the canary's forward passes. None before the first edit."""
         return self._time_share("canary_seconds")
 
-    def diagnosis(self) -> Diagnosis:
-        """What the analyzer says of this run: the same as it said online at the same edit."""
-        return self._diagnosis
+    @property
+    def thresholds(self) -> Thresholds:
+        """The limits that the run was watched with: those given to `attach`, else those of the package.
+
+        Raises UsageError where the file holds some that are none.
+        """
+        own = self.manifest.get("thresholds")
+        return shipped() if own is None else from_json(own, f"the manifest of '{self.path}'")
+
+    def diagnosis(self, thresholds: Thresholds | None = None) -> Diagnosis:
+        """What the analyzer says of this run: the same as it said online at the same edit.
+
+        thresholds: other limits than those that the run was watched with.
+        """
+        return self._diagnosis if thresholds is None else self.analyzed(thresholds).diagnosis()
 
     @cached_property
     def _diagnosis(self) -> Diagnosis:
-        analyzer = Analyzer(self.metrics)
+        return self.analyzed(self.thresholds).diagnosis()
+
+    def analyzed(self, thresholds: Thresholds) -> Analyzer:
+        """An analyzer that has seen all rows, in the order in which the monitor saw them: dry edits after edit 0."""
+        analyzer = Analyzer(self.metrics, thresholds)
         started = [edit.row for edit in self.edits if edit.edit == 0]
-        for row in started:  # in the order in which the monitor saw them: calibrating comes after edit 0
+        for row in started:
             analyzer.observe(row)
         for row in self.dry_edits:
             analyzer.observe_dry(row)
         for edit in self.edits[len(started) :]:
             analyzer.observe(edit.row)
-        return analyzer.diagnosis()
+        return analyzer
 
     def __len__(self) -> int:
         return sum(edit.edit > 0 for edit in self.edits)

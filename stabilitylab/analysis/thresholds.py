@@ -80,7 +80,7 @@ def from_json(plain: Any, where: str) -> Thresholds:
             int(plain["runs"]),
             str(plain["source"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         expected = "expected what `stabilitylab calibrate` wrote"
         raise UsageError(f"{where} holds no thresholds ({error!r}); {expected}") from None
     wrong = set(scales) != set(DETECTORS) or not LEAST <= found.least < math.inf

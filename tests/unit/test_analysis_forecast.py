@@ -138,7 +138,7 @@ def test_the_console_page_shows_it(tmp_path: Path) -> None:
     writer.close()
     run, out = load(tmp_path / "run"), io.StringIO()
     assert run.diagnosis().forecast == forecast(rows)
-    Console(file=out, width=250).print(closing_table(run))
+    Console(file=out, width=250).print(closing_table(run, run.diagnosis()))
     assert f"forecast             {forecast(rows).says}" in out.getvalue()
 
 

@@ -77,11 +77,11 @@ def test_what_raised_the_alarm_is_among_those_shown(tmp_path: Path) -> None:
 def test_colour_only_where_a_person_watches(
     dying: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "\x1b[" in printed(closing_table(dying), terminal=True)
-    assert "\x1b" not in printed(closing_table(dying))
+    assert "\x1b[" in printed(closing_table(dying, dying.diagnosis()), terminal=True)
+    assert "\x1b" not in printed(closing_table(dying, dying.diagnosis()))
     monkeypatch.setenv("NO_COLOR", "1")
     out = io.StringIO()
-    Console(file=out, force_terminal=True).print(closing_table(dying))
+    Console(file=out, force_terminal=True).print(closing_table(dying, dying.diagnosis()))
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", out.getvalue())
 
 
