@@ -184,13 +184,16 @@ class Monitor:
         measured like any edit. After each, everything is put back and compared bit by bit: parameters, buffers, the
         module tree, attributes, modes, gradients, and the state of the editor (what was given to `attach`, and the
         object whose method `apply` is); random numbers after the last one. State in closures, module globals and files
-        is not seen. It takes the memory of a second model and editor while it lasts, and n edits of time. Without
-        `sites`, the dry edits are watched where the first of them moves something, and the run as ever.
+        is not seen. It takes n edits of time, and while it lasts the memory of a second model, editor and monitor.
+        Attached without sites, dry edits are watched where the first of them moves something, and the run where its
+        own first edit does.
 
-        apply: the bare editing function; it may return a model, as in `wrap`. What it raises passes through when
-        everything is put back, and nothing is written then. Raises UsageError where it comes too late, twice, or with
-        too few requests, and for tensors that can't be copied (sparse, quantised); EditError when something could not
-        be put back, or when no site is known after all of them.
+        apply: the bare editing function; it may return a model, as in `wrap`. requests: a list, or anything that can
+        be gone through again: an iterator would lack its first n in the loop.
+
+        What `apply` raises passes through when everything is put back, and nothing is written then. Raises UsageError
+        where it comes too late, twice, or with too few requests, and for tensors that can't be copied (sparse,
+        quantised); EditError when something could not be put back, or when no site is known after all of them.
         """
         self._may_calibrate()
         chosen = dry_edits.first_of(requests, n)

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 import stabilitylab as sl
 from stabilitylab.editors.alphaedit import AlphaEdit
 from stabilitylab.editors.grace import Grace
+from stabilitylab.editors.registry import make
 from stabilitylab.editors.rome import Rome
 from stabilitylab.errors import EditError, UsageError
+from stabilitylab.instruments.transfer import Shipment
 from stabilitylab.readings import MODEL_SITE
 from stabilitylab.run import Run, load
 from stabilitylab.snapshot import RandomStates, take
+from stabilitylab.testbed.digits_bed import DigitsBed
+from stabilitylab.testbed.lab import prepare
 from tests import key_value
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 
@@ -77,6 +81,20 @@ def test_the_runs_own_rows_are_bit_identical_to_those_of_a_run_without(tmp_path:
         assert left.row.readings.keys() == right.row.readings.keys()
         for key, values in left.row.readings.items():
             assert values.tobytes() == right.row.readings[key].tobytes(), (left.edit, key)
+
+
+def test_rows_that_are_read_one_edit_late_as_on_an_accelerator_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched(tmp_path / "at once", True, "[03]")
+    monkeypatch.setattr(Shipment, "is_here", property(lambda _: False))
+    watched(tmp_path / "late", True, "[03]")
+    one, other = load(tmp_path / "at once"), load(tmp_path / "late")
+    assert len(one.dry_edits) == len(other.dry_edits) == 12
+    for left, right in zip(one.dry_edits, other.dry_edits, strict=True):
+        assert left.readings.keys() == right.readings.keys()
+        for key, values in left.readings.items():
+            assert values.tobytes() == right.readings[key].tobytes(), (left.edit, key)
 
 
 @pytest.mark.parametrize("sites", ["[03]", None])
@@ -310,6 +328,22 @@ def test_what_apply_raises_passes_when_everything_is_put_back(tmp_path: Path, er
 
 
 # -- editors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mend", "mend+ball"])
+def test_mend_in_half_precision_is_undone_in_the_middle_of_its_work(tmp_path: Path, name: str) -> None:
+    bed = DigitsBed("fp16")
+    model, requests = bed.load(), bed.stream(3, 10)
+    editor = make(name, model, bed)
+    prepare(editor, model, bed)
+    editor.edit(model, requests[0])
+    twin = copy.deepcopy((model, editor))
+    before, drawn = state(model), torch.get_rng_state()
+    with sl.attach(model, editor.sites, tmp_path / "run", editor=editor, canary=bed.canary()) as monitor:
+        monitor.calibrate(editor.edit, requests[1:], 8)
+    assert_same(model, before)
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert_same(editor.edit(model, requests[9]), twin[1].edit(twin[0], requests[9]).state_dict())
 
 
 def test_alphaedits_cache_is_as_before(tmp_path: Path) -> None:
