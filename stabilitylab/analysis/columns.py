@@ -193,3 +193,44 @@ class Once:
             self._said[rule] = said = np.concatenate((said, np.zeros(max(more, 0), dtype=bool)))
             said[places] = True
         return fresh
+
+
+class First:
+    """The first value that was read at each place."""
+
+    def __init__(self) -> None:
+        self._values = np.zeros(0)
+
+    def of(self, places: Places, values: Array) -> Array:
+        """The first value at each of these places, which is this one where there was none. values: none is NaN."""
+        if not places.size:
+            return np.zeros(0)
+        more = int(places.max()) + 1 - self._values.size
+        if more > 0:
+            self._values = np.concatenate((self._values, np.full(more, np.nan)))
+        known = self._values[places]
+        first: Array = np.where(np.isnan(known), values, known)
+        self._values[places] = first
+        return first
+
+
+class Before:
+    """What was read in the row before."""
+
+    def __init__(self) -> None:
+        self._places: Places = np.zeros(0, dtype=np.intp)
+        self._values = np.zeros(0)
+
+    def swap(self, places: Places, values: Array) -> tuple[NDArray[np.bool_], Array]:
+        """(whether each of these places was read in the row before, what was: NaN where nothing was).
+
+        From now on these are the row before.
+        """
+        if np.array_equal(places, self._places):
+            was, read = self._values, np.ones(places.size, dtype=bool)
+        else:
+            was, read = np.full(places.size, np.nan), np.zeros(places.size, dtype=bool)
+            _, here, there = np.intersect1d(places, self._places, assume_unique=True, return_indices=True)
+            was[here], read[here] = self._values[there], True
+        self._places, self._values = places, values
+        return read, was

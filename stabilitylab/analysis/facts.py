@@ -27,7 +27,7 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Columns, Flat, Places, kind_of
+from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, kind_of
 from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
@@ -76,8 +76,8 @@ class FactRules:
         self._lookup = Lookup(columns)
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
-        self._first_headroom: dict[int, float] = {}
-        self._largest: dict[int, float] = {}
+        self._first_headroom = First()
+        self._largest = Before()
         self._still = 0
         self._still_since = 0
         self._moved = False
@@ -164,10 +164,11 @@ class FactRules:
     def _headroom(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at("*.headroom_bits")
         at = at[row.finite[at]]
-        for place, bits in zip(row.places[at], row.values[at], strict=True):
-            self._first_headroom.setdefault(int(place), float(bits))
-        at = at[row.values[at] < HEADROOM_BITS]
-        first = np.array([self._first_headroom[int(place)] for place in row.places[at]])
+        first = self._first_headroom.of(row.places[at], row.values[at])
+        low = row.values[at] < HEADROOM_BITS
+        if not low.any():
+            return
+        at, first = at[low], first[low]
         had_none = first < HEADROOM_BITS
         fell = ~had_none | (row.values[at] <= first - 1.0)
         for place, bits, metric, site in self._lookup.new("headroom-before", row, at[had_none]):
@@ -180,14 +181,15 @@ class FactRules:
 
     def _lone_entry(self, row: Flat) -> Iterator[Hit]:
         """An update that is one entry, which leapt."""
-        before, self._largest = self._largest, {}
-        for position in self._lookup.at("weight.max_abs"):
+        at = self._lookup.at("weight.max_abs")
+        values = row.values[at]
+        _, before = self._largest.swap(row.places[at], values)
+        leapt = (LEAP * before <= values) & (values < np.inf)
+        for position, was in zip(at[leapt], before[leapt].tolist(), strict=True):
             place, largest = int(row.places[position]), float(row.values[position])
-            self._largest[place] = largest
             site = self._lookup.key(row, position)[1]
             update = self._lookup.value(row, "update.norm", site)
-            was = before.get(place, math.inf)
-            if update is None or not LEAP * was <= largest < math.inf or not abs(update - largest) <= ALONE * largest:
+            if update is None or not abs(update - largest) <= ALONE * largest:
                 continue
             for _, _, metric, _ in self._lookup.new("one-entry", row, np.array([position])):
                 says = (

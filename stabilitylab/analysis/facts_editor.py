@@ -20,13 +20,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from statistics import median
 from typing import Final
 
-from stabilitylab.analysis.columns import Flat
+import numpy as np
+
+from stabilitylab.analysis.columns import Before, First, Flat
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import CONDITION
@@ -54,8 +55,8 @@ class EditorFacts:
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._first_std: dict[int, float] = {}
-        self._last_std: dict[int, float] = {}
+        self._first_std = First()
+        self._last_std = Before()
         self._denominators: dict[int, deque[float]] = {}
         self._pinned: dict[int, tuple[int, int, int]] = {}
 
@@ -109,12 +110,13 @@ class EditorFacts:
 
     def _statistics(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(f"{EDITOR_SITE}.std_min")
-        for position in at[row.finite[at]]:
-            place, value = int(row.places[position]), float(row.values[position])
-            first = self._first_std.setdefault(place, value)
-            if abs(value - first) <= FROZEN * abs(first):
-                continue
-            for _, _, metric, site in self._lookup.new("statistics-moved", row, at[at == position]):
+        at = at[row.finite[at]]
+        firsts = self._first_std.of(row.places[at], row.values[at])
+        moved = np.abs(row.values[at] - firsts) > FROZEN * np.abs(firsts)
+        if moved.any():
+            moved &= ~self._lookup.once.said("statistics-moved", row.places[at])
+        for position, first in zip(at[moved], firsts[moved].tolist(), strict=True):
+            for place, value, metric, site in self._lookup.new("statistics-moved", row, np.array([position])):
                 says = (
                     f"The editor's normaliser at {site} is not frozen: its smallest standard deviation was"
                     f" {number(first)} and is {number(value)} at edit {row.edit}."
@@ -123,14 +125,15 @@ class EditorFacts:
 
     def _restart(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(f"{EDITOR_SITE}.std_min")
-        before, self._last_std = self._last_std, {int(row.places[p]): float(row.values[p]) for p in at}
-        known = [(p, before[int(row.places[p])], float(row.values[p])) for p in at if int(row.places[p]) in before]
-        # A std that was and is 0 says nothing.
-        pairs = [(p, was, now) for p, was, now in known if max(was, now) > 0 or math.isnan(was + now)]
-        if not pairs or not all(max(was, now) >= RESTARTED * min(was, now) for _, was, now in pairs):
+        read, before = self._last_std.swap(row.places[at], row.values[at])
+        at, before, after = at[read], before[read], row.values[at[read]]
+        low, high = np.where(after < before, after, before), np.where(after > before, after, before)
+        telling = (high > 0) | np.isnan(before + after)  # a std that was and is 0 says nothing
+        at, before, low, high = at[telling], before[telling], low[telling], high[telling]
+        if not at.size or not (high >= RESTARTED * low).all():
             return
-        position, was, now = pairs[0]
-        for place, value, metric, site in self._lookup.new("statistics-restarted", row, at[at == position]):
+        was, now = float(before[0]), float(row.values[at[0]])
+        for place, value, metric, site in self._lookup.new("statistics-restarted", row, at[:1]):
             says = (
                 f"The editor's normaliser began anew at edit {row.edit}: its smallest standard deviations all jumped at"
                 f" once, at {site} from {number(was)} to {number(now)}."
@@ -141,17 +144,18 @@ class EditorFacts:
         at, steps = self._lookup.at(f"{EDITOR_SITE}.clamp_hits"), self._lookup.value(row, "logits.passes", MODEL_SITE)
         if not row.applied or steps is None:
             return
-        for position in at:
-            place, hits = int(row.places[position]), float(row.values[position])
-            if not hits > FREE * steps:
+        pinned = row.values[at] > FREE * steps
+        if self._pinned:
+            for place in row.places[at[~pinned]].tolist():
                 self._pinned.pop(place, None)
-                continue
+        for position in at[pinned]:
+            place, hits = int(row.places[position]), float(row.values[position])
             since, run, filled = self._pinned.get(place, (row.edit, 0, 0))
             run, filled = run + 1, filled + (hits >= FILLED * steps)
             self._pinned[place] = since, run, filled
             if run < PINNED or filled < MOSTLY * run:
                 continue
-            for _, value, metric, site in self._lookup.new("clamp-pinned", row, at[at == position]):
+            for _, value, metric, site in self._lookup.new("clamp-pinned", row, np.array([position])):
                 says = (
                     f"At {filled} of {run} edits since edit {since} every step of the search for the value to write at"
                     f" {site} ends on its norm clamp."
@@ -175,14 +179,16 @@ class EditorFacts:
 
     def _denominator(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(f"{EDITOR_SITE}.denominator_ratio")
-        for position in at[row.finite[at]]:
-            place, value = int(row.places[position]), float(row.values[position])
+        at = at[row.finite[at]]
+        for position, place, value in zip(at, row.places[at].tolist(), row.values[at].tolist(), strict=True):
             before = self._denominators.setdefault(place, deque(maxlen=WINDOW))
-            usual = median(before) if len(before) >= USUAL else 0.0
+            # No median is above the largest, which is cheaper to find.
+            fell = value <= FELL * max(before, default=0.0) or value <= 0
+            usual = median(before) if fell and len(before) >= USUAL else 0.0
             before.append(value)
-            if not value <= FELL * usual:
+            if not fell or not value <= FELL * usual:
                 continue
-            for _, _, metric, site in self._lookup.new("denominator-fell", row, at[at == position]):
+            for _, _, metric, site in self._lookup.new("denominator-fell", row, np.array([position])):
                 says = (
                     f"What the update of {site} is divided by fell to {number(value)} of ‖u‖‖k‖ at edit {row.edit};"
                     f" usual is {number(usual)}."

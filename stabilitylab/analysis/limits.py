@@ -237,7 +237,7 @@ class LimitFacts:
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._streaks: dict[tuple[str, int], tuple[int, int]] = {}
+        self._streaks: dict[str, dict[int, tuple[int, int]]] = {limit.rule: {} for limit in LIMITS}
 
     def check(self, row: Flat) -> Iterator[Hit]:
         """The hits of one row."""
@@ -248,18 +248,18 @@ class LimitFacts:
 
     def _against(self, limit: Limit, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(limit.metric)
-        at = at[~np.isnan(row.values[at])]
         holds = _COMPARE[limit.compare](row.values[at], limit.limit)
-        for position, held in zip(at, holds, strict=True):
-            key = (limit.rule, int(row.places[position]))
-            if not held:
-                self._streaks.pop(key, None)
-                continue
-            length, since = self._streaks.get(key, (0, row.edit))
-            self._streaks[key] = (length + 1, since)
+        streaks = self._streaks[limit.rule]
+        if streaks:
+            for place in row.places[at[~holds & ~np.isnan(row.values[at])]].tolist():
+                streaks.pop(place, None)
+        for position in at[holds & ~self._lookup.once.said(limit.rule, row.places[at])] if holds.any() else ():
+            here = int(row.places[position])
+            length, since = streaks.get(here, (0, row.edit))
+            streaks[here] = (length + 1, since)
             if length + 1 < limit.sustained:
                 continue
-            for place, value, metric, site in self._lookup.new(limit.rule, row, at[at == position]):
+            for place, value, metric, site in self._lookup.new(limit.rule, row, np.array([position])):
                 says = limit.says.format(
                     value=value, number=number(value), site=place_name(site), edit=row.edit, since=since
                 )
