@@ -64,11 +64,16 @@ class Snapshot:
     holders: list[_Holder] = field(default_factory=list)
     values: list[_Values] = field(default_factory=list)
     arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = field(default_factory=list)
+    classes: list[tuple[str, Any, type]] = field(default_factory=list)
+    """Of objects: a parametrisation gives its layer another one."""
     generators: list[Any] = field(default_factory=list)
     """Random generators that were met; see `RandomStates`."""
 
     def put_back(self) -> list[str]:
         """Put everything back, and name what differs from how it was all the same."""
+        for _, thing, kind in self.classes:
+            if type(thing) is not kind:
+                _try(setattr, thing, "__class__", kind)
         for holder in self.holders:
             if not _holds(holder):
                 _try(_refill, holder)
@@ -82,6 +87,7 @@ class Snapshot:
     def differences(self) -> list[str]:
         """The names of what isn't bit for bit as it was; NaNs and negative zeros included."""
         return [
+            *(name for name, thing, kind in self.classes if type(thing) is not kind),
             *(holder.name for holder in self.holders if not _holds(holder)),
             *(values.name for values in self.values if not _is_as_it_was(values)),
             *(name for name, array, was in self.arrays if array.tobytes() != was.tobytes()),
@@ -135,6 +141,7 @@ def take(roots: Mapping[str, object]) -> Snapshot:
         elif isinstance(thing, _FOLLOWED) or id(thing) in top or _belongs(thing, packages):
             attributes = getattr(thing, "__dict__", None)
             if isinstance(attributes, dict):
+                snapshot.classes.append((name, thing, type(thing)))
                 waiting.append((name, attributes))
     return snapshot
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import stabilitylab as sl
 from stabilitylab.editors.alphaedit import AlphaEdit
@@ -507,6 +508,35 @@ def test_a_snapshot_names_what_differs() -> None:
     assert set(snapshot.differences()) == {"", "fc.weight", "frozen"}
     assert snapshot.put_back() == []
     assert model.tied.weight is model.fc.weight
+
+
+class PlusOne(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 1
+
+
+OTHER_WAYS: dict[str, Callable[[nn.Module], object]] = {
+    "cast": lambda model: model.half(),
+    "moved": lambda model: model.to("meta"),
+    "parametrised": lambda model: register_parametrization(model[0], "weight", PlusOne()),
+    "overridden": lambda model: setattr(model[0], "forward", lambda x: x),
+    "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 8))),
+    "given other memory": lambda model: setattr(model[0].weight, "data", torch.zeros(2, 2)),
+}
+
+
+@pytest.mark.parametrize("how", OTHER_WAYS)
+def test_other_ways_to_change_a_layer_are_undone(how: str) -> None:
+    model = make_model().eval()
+    before, parameters, said = state(model), list(model.parameters()), model(CANARY)
+    snapshot = take({"": model})
+    OTHER_WAYS[how](model)
+    assert snapshot.differences()
+    assert snapshot.put_back() == []
+    assert_same(model, before)
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model(CANARY), said)
 
 
 def test_each_generator_goes_on_from_where_it_was() -> None:
