@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stabilitylab.analysis import Analyzer, Diagnosis
 from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
-from stabilitylab.readings import Alarm, Array, EditRow, Metric, Note, OutcomeKind
+from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.runfile import connect, find_file
 from stabilitylab.store import Layout, Unpacker
 
@@ -93,6 +93,8 @@ class Run:
         self.edits: tuple[Edit, ...] = tuple(
             Edit(_row(columns, unpack), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
         )
+        # In order of the first reading, and of the edits alone: dry edits are read after this.
+        self._keys: tuple[Key, ...] = tuple(dict.fromkeys(key for frame in unpack.frames for key in frame.keys))
         self.dry_edits: tuple[EditRow, ...] = ()
         """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
         if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:  # since schema 2
@@ -112,16 +114,15 @@ class Run:
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """Every site that has a reading, in dataflow order where the run says it."""
-        seen = dict.fromkeys(site for edit in self.edits for _, site in edit.row.readings)
+        seen = dict.fromkeys(site for _, site in self._keys)
         order = {site: place for place, site in enumerate(self.manifest.get("sites", []))}
         return tuple(sorted(seen, key=lambda site: order.get(site, -1)))
 
     @cached_property
     def _sites_by_metric(self) -> dict[str, tuple[str, ...]]:
         read: dict[str, set[str]] = {}
-        for edit in self.edits:
-            for metric, site in edit.row.readings:
-                read.setdefault(metric, set()).add(site)
+        for metric, site in self._keys:
+            read.setdefault(metric, set()).add(site)
         return {metric: tuple(site for site in self.sites if site in found) for metric, found in read.items()}
 
     def sites_of(self, metric: str) -> tuple[str, ...]:

@@ -110,6 +110,11 @@ class Unpacker:
         self._layouts = layouts
         self._known: dict[tuple[int, bytes, int], tuple[Frame, NDArray[np.bool_]]] = {}
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """Those of the rows so far, in order of their first row."""
+        return tuple(frame for frame, _ in self._known.values())
+
     def __call__(self, number: int, present: bytes, data: bytes) -> PackedReadings:
         """The readings of one row; those that were not taken are left out."""
         values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))

@@ -31,6 +31,7 @@ from stabilitylab.analysis.detectors import LAST, LEAST
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
+from stabilitylab.analysis.trends import medians
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.readings import Array
 
@@ -286,7 +287,7 @@ class DriftBank:
         for length in np.unique(points):
             here = series[points == length]
             rise = self._last(here, int(length))[1] - state["middle"][here, None]
-            before = np.median(rise[:, :-1], axis=1) if length > 1 else np.zeros(here.size)
+            before = medians(rise[:, :-1]) if length > 1 else np.zeros(here.size)
             unit = detectors.huge(state["spread"][here])
             jump = self._peak("jump", detectors.jump(rise[:, -1], before, unit))
             high = jump >= self._limits["jump"]
@@ -298,7 +299,7 @@ class DriftBank:
         state, limit = self._state, self._limits["trend"]
         near = detectors.near(spread)
         # Below LEAST nothing counts, so that nothing needs be fitted.
-        tested = (np.median(rise, axis=1) >= LEAST * near) & state["trend"][series]
+        tested = (medians(rise) >= LEAST * near) & state["trend"][series]
         tested &= state["count"][series] >= BASELINE
         series, rise, near = series[tested], rise[tested], near[tested]
         count = state["count"][series]

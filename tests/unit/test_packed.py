@@ -116,3 +116,19 @@ def test_series_of_readings_that_alternate(tmp_path: Path) -> None:
     missing = [np.nan] * 4
     expected = [missing, [0.0, np.nan, np.nan, np.nan], missing, missing, [0.0, 1.0, 2.0, 3.0], missing]
     np.testing.assert_array_equal(run.series("s"), expected)
+
+
+def test_sites_are_those_of_the_edits_and_not_of_dry_edits_alone(tmp_path: Path) -> None:
+    metrics = [Metric("n", "", "log", "after", "", "", "")]
+    writer = RunWriter(tmp_path / "run", {}, metrics)
+
+    def row(edit: int, *sites: str) -> EditRow:
+        readings = {("n", site): np.ones(1) for site in sites}
+        return EditRow(edit, "", "applied", 0.0, 0.0, 0.0, 0.0, None, readings)
+
+    writer.append_dry([row(1, "a", "dry")])
+    for edit, sites in enumerate(["b", "ba", "bc", "b"]):
+        writer.append(row(edit, *sites))
+    writer.close()
+    run = load(tmp_path / "run")
+    assert run.sites == run.sites_of("n") == ("b", "a", "c")
