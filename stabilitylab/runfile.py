@@ -13,6 +13,8 @@ from typing import Final, Literal
 from stabilitylab.errors import RunError, nearest
 from stabilitylab.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION
 
+__all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "find_file", "find_runs"]
+
 LOCK_SECONDS: Final = 10.0
 """How long a reader waits for a writer that has no write-ahead log; one commit takes milliseconds."""
 

@@ -1,0 +1,231 @@
+"""The runs under a logdir: looked for by a thread of its own, read when asked for, read again when they have grown.
+
+A request names a run by an id, which is looked up among what was found: no path is ever made from a request. Links are
+not followed, so that nothing outside the logdir can be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import stat
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from stabilitylab.reports.tensorboard_plugin import payload
+from stabilitylab.reports.text import clean
+
+from stabilitylab.errors import StabilityLabError
+from stabilitylab.run import Run, load
+from stabilitylab.runfile import FILE_NAME
+
+KEPT: Final = 8
+"""How many read runs stay in memory."""
+LOOK_SECONDS: Final = 3.0
+"""Between two looks through the logdir, at the least."""
+SHORT_SECONDS: Final = 0.2
+"""Between two rounds, however often the list is asked for."""
+SHARE: Final = 0.1
+"""Of a thread's time: to look through the logdir, and to read a growing run anew, at the most."""
+WATCHED_SECONDS: Final = 60.0
+"""How long after a request for the list runs are still read ahead."""
+
+SAYS: Final = 500
+
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+def local_folder(logdir: str | None) -> Path | None:
+    """The folder that TensorBoard's ``--logdir`` names, links resolved; None for a remote one, and where none is."""
+    if not logdir or "://" in logdir:
+        return None
+    return Path(os.path.realpath(os.path.expanduser(logdir)))
+
+
+def search(root: Path) -> dict[str, Path]:
+    """Run files under `root` by id: the run folder's path below `root`, percent-encoded. Follows no link."""
+    found = {}
+    for folder, inside, files in os.walk(root):
+        inside.sort()
+        if FILE_NAME in files and _is_plain(Path(folder, FILE_NAME)):
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            found[urllib.parse.quote(os.fsencode(below))] = Path(folder, FILE_NAME)
+    return found
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether this is a file of its own: no link, no pipe, no device."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _stamp(file: Path) -> _Stamp:
+    """What changes whenever the run does."""
+    seen = []
+    for path in (file, file.with_name(f"{file.name}-wal")):
+        try:
+            about = path.lstat()
+        except OSError:
+            seen.append((0, 0, 0))
+        else:
+            seen.append((about.st_ino, about.st_mtime_ns, about.st_size))
+    return tuple(seen)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A run as it was read at one moment, or why it could not be. version: names that moment. about: see `payload`."""
+
+    version: str
+    run: Run | None
+    about: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What stays known of each run. read_at, cost: when it was last read, and for how long, in seconds."""
+
+    stamp: _Stamp
+    version: str
+    summary: Mapping[str, Any]
+    reason: str
+    read_at: float
+    cost: float
+
+    def fresh(self, stamp: _Stamp) -> bool:
+        """Whether it need not be read again: it has not changed, or it grows faster than it should be read."""
+        return self.stamp == stamp or time.monotonic() - self.read_at < self.cost / SHARE
+
+
+class Shelf:
+    """Finds and reads. Thread-safe. `len`, `listing` and `copy` never wait for a disk."""
+
+    def __init__(self, root: Path) -> None:
+        """root: as `local_folder` gives it."""
+        self._root = root
+        self._looked = False
+        self._found: Mapping[str, Path] = {}
+        self._lines: dict[str, _Line] = {}
+        self._copies: OrderedDict[tuple[str, str], Copy] = OrderedDict()
+        self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
+        self._wake = threading.Event()
+        self._asked = -math.inf
+
+    def start(self) -> None:
+        """Begin to look, in a thread that ends with the program."""
+        threading.Thread(target=self._work, name="stabilitylab-shelf", daemon=True).start()
+
+    def __len__(self) -> int:
+        """How many runs were found at the last look."""
+        return len(self._found)
+
+    def look(self) -> None:
+        """Look through the logdir now."""
+        found = search(self._root)
+        with self._lock:
+            self._found, self._looked = found, True
+            self._lines = {run: line for run, line in self._lines.items() if run in found}
+
+    def listing(self) -> dict[str, Any]:
+        """What is known of each run found. Asks the thread to bring it up to date."""
+        self._asked = time.monotonic()
+        self._wake.set()
+        with self._lock:
+            runs = [_entry(run, self._lines.get(run)) for run in sorted(self._found, key=_by_number)]
+            return {"looked": self._looked, "runs": runs}
+
+    def read(self, run: str) -> Copy:
+        """The run as it stands, or stood a moment ago where it grows fast. Raises KeyError for one that isn't there."""
+        with self._lock:
+            file = self._found[run]
+            turn = self._turns.setdefault(run, threading.Lock())
+        with turn:
+            stamp = _stamp(file)
+            with self._lock:
+                line = self._lines.get(run)
+                copy = None if line is None else self._copies.get((run, line.version))
+            if line is not None and copy is not None and line.fresh(stamp):
+                return copy
+            if not _is_plain(file) or file.parent.resolve() != file.parent:
+                raise KeyError(run)
+            began = time.monotonic()
+            copy = _load(file, stamp)
+            summary = {} if copy.run is None else payload.summary(copy.run)
+            ended = time.monotonic()
+            with self._lock:
+                self._lines[run] = _Line(stamp, copy.version, summary, copy.reason, ended, ended - began)
+                self._copies[run, copy.version] = copy
+                self._copies.move_to_end((run, copy.version))
+                while len(self._copies) > KEPT:
+                    self._copies.popitem(last=False)
+            return copy
+
+    def copy(self, run: str, version: str) -> Copy | None:
+        """A run as it was at `version`, while it is still kept. Raises KeyError for a run that isn't there."""
+        with self._lock:
+            if run not in self._found:
+                raise KeyError(run)
+            copy = self._copies.get((run, version))
+            if copy is not None:
+                self._copies.move_to_end((run, version))
+            return copy
+
+    def _work(self) -> None:
+        due = 0.0
+        while True:
+            began = time.monotonic()
+            if began >= due:
+                self.look()
+                due = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - began) / SHARE)
+            if began - self._asked < WATCHED_SECONDS:
+                self.read_ahead()
+            self._wake.wait(max(SHORT_SECONDS, due - time.monotonic()))
+            self._wake.clear()
+            time.sleep(SHORT_SECONDS)
+
+    def read_ahead(self) -> None:
+        """Read the runs that have changed since they were read."""
+        with self._lock:
+            found, lines = self._found, dict(self._lines)
+        for run in sorted(found, key=_by_number):
+            line = lines.get(run)
+            if line is None or not line.fresh(_stamp(found[run])):
+                with contextlib.suppress(KeyError):  # gone meanwhile
+                    self.read(run)
+
+
+def _load(file: Path, stamp: _Stamp) -> Copy:
+    version = hashlib.sha256(repr(stamp).encode("ascii")).hexdigest()[:16]
+    try:
+        run = load(file)
+        return Copy(version, run, payload.about(run), "")
+    except StabilityLabError as error:
+        return Copy(version, None, {}, clean(error, SAYS))
+    except Exception as error:  # anyone may have written the file: whatever it does, the others work
+        return Copy(version, None, {}, clean(f"'{file}' can't be read: {type(error).__name__}: {error}", SAYS))
+
+
+def _by_number(run: str) -> list[tuple[int, str]]:
+    """Sorts ``run-2`` before ``run-10``."""
+    return [(int(part[:18]), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", run)]
+
+
+def _entry(run: str, line: _Line | None) -> dict[str, Any]:
+    known = {"id": run, "name": clean(os.fsdecode(urllib.parse.unquote_to_bytes(run)), 200)}
+    if line is None:
+        return {**known, "state": "unread"}
+    state = "unreadable" if line.reason else "read"
+    return {**known, "state": state, "version": line.version, "reason": line.reason, **line.summary}
