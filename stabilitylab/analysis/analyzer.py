@@ -13,6 +13,7 @@ from stabilitylab.analysis.drift import BASELINE, DriftBank
 from stabilitylab.analysis.facts import FactRules
 from stabilitylab.analysis.findings import Diagnosis, severity
 from stabilitylab.analysis.forecast import Forecaster
+from stabilitylab.analysis.heading import HeadingBank
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import Ledger
 from stabilitylab.analysis.thresholds import Thresholds, shipped
@@ -35,6 +36,7 @@ class Analyzer:
         self._facts = FactRules(self._columns)
         self._drift = DriftBank(self._columns, self._thresholds)
         self._distance = DistanceBank(self._columns, self._thresholds)
+        self._heading = HeadingBank(self._columns, self._thresholds)
         self._dry_edits = 0
         self._lead_in = LeadIn(self._columns)
         self._ledger = Ledger(self._columns)
@@ -59,7 +61,7 @@ class Analyzer:
     @property
     def peaks(self) -> Mapping[str, float]:
         """The largest statistic so far of each detector whose limit is calibrated."""
-        return self._drift.peaks | self._distance.peaks
+        return self._drift.peaks | self._distance.peaks | self._heading.peaks
 
     def observe(self, row: EditRow) -> None:
         """Take in the next edit's row. Costs nothing that grows with the number of edits before it."""
@@ -67,7 +69,8 @@ class Analyzer:
         self._rows += 1
         self._edits += row.edit > 0
         flat = self._columns.flatten(row)
-        self._ledger.add(row.edit, self._facts.check(flat) + self._drift.observe(flat) + self._distance.observe(flat))
+        hits = self._facts.check(flat) + self._drift.observe(flat)
+        self._ledger.add(row.edit, hits + self._distance.observe(flat) + self._heading.observe(flat))
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit

@@ -14,9 +14,12 @@ calibrated on healthy runs, see `stabilitylab.analysis.thresholds`. All logs are
 - ``shrink``: three readings in a row below the baseline by 8 spreads and a factor of the metric's own.
 - ``step``: an update as a share of its weight's norm. Needs no baseline: an update as large as the weight replaces
   it.
-- ``canary-kl``, ``canary-agreement``: how far the canary's answers are from the original's, in nats, and the share
-  that changed, in units of a half; the lesser of the last two readings, so that an edit that is taken back passes.
-  They need no baseline either.
+- ``canary-kl``: how far the canary's predictions are from the original's, in nats. ``canary-agreement``: the share of
+  its answers that changed, in units of a half; the lesser of the last two readings, so that an edit that is taken
+  back passes. They need no baseline either.
+- ``canary-heading``: the lesser of the last two divergences, extrapolated by as many edits as the last six readings
+  span, at the 0.1 quantile of the growth between any two of these; in nats. What is below ``HEADING_LEAST`` nats counts
+  as that much: growth out of rounding error says nothing. At least three readings.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.trends import theil_sen
+from stabilitylab.analysis.trends import medians, theil_sen
 from stabilitylab.readings import Array
 
-DETECTORS: Final = ("level", "trend", "jump", "shrink", "step", "canary-kl", "canary-agreement")
+DETECTORS: Final = ("level", "trend", "jump", "shrink", "step", "canary-kl", "canary-agreement", "canary-heading")
 
 LEAST: Final = 0.5
 """No statistic below this counts, however quiet a user's healthy runs are: a tenfold rise, an exponent of 1."""
@@ -47,6 +50,11 @@ EXPONENT: Final = 2.0
 TREND_LOG: Final = math.log(1.5)
 KL_NATS: Final = 1.0
 CHANGED: Final = 0.5
+HEADING_READINGS: Final = 6
+HEADING_FEWEST: Final = 3
+HEADING_LEAST: Final = 0.003
+HEADING_QUANTILE: Final = 0.1
+HEADING_MOST_LOG: Final = 300.0
 
 
 def far(spread: Array) -> Array:
@@ -68,7 +76,7 @@ def level(rise: Array, unit: Array) -> Array:
     """rise: the last readings' logs over the baseline, [series, 3]. unit: see `far`, [series]. Returns [series]."""
     held = rise.min(axis=1) / unit
     climbs = (np.diff(rise, axis=1) > 0).all(axis=1)
-    climb = (rise / (unit[:, None] * CLIMB)).min(axis=1)
+    climb = (rise / np.multiply.outer(CLIMB, unit).T).min(axis=1)
     statistic: Array = np.maximum(held, np.where(climbs, climb, -np.inf))
     return statistic
 
@@ -85,10 +93,21 @@ def trend(edits: Array, logs: Array, rise: Array, unit: Array) -> tuple[Array, A
     Returns (statistic, slope, lower bound of the slope), each [series]; slopes in logs per edit.
     """
     slope, lower, _ = theil_sen(edits, logs, CONFIDENCE)
-    exponent = lower * np.median(edits, axis=1) / EXPONENT
+    exponent = lower * medians(edits) / EXPONENT
     amount = lower * (edits[:, -1] - edits[:, 0]) / TREND_LOG
-    reach = np.median(rise, axis=1) / unit
+    reach = medians(rise) / unit
     return np.minimum(np.minimum(exponent, amount), reach), slope, lower
+
+
+def heading(edits: Array, divergences: Array) -> float:
+    """edits, divergences: the last few readings, [readings], in nats. Returns nats; 0 for fewer than three."""
+    if edits.size < HEADING_FEWEST:
+        return 0.0
+    logs = np.log(np.maximum(divergences, HEADING_LEAST))
+    one, other = np.triu_indices(edits.size, 1)
+    growth = float(np.quantile((logs[other] - logs[one]) / (edits[other] - edits[one]), HEADING_QUANTILE))
+    ahead = float(logs[-2:].min()) + max(growth, 0.0) * float(edits[-1] - edits[0])
+    return math.exp(min(ahead, HEADING_MOST_LOG))
 
 
 def jump(rise: Array, before: Array, unit: Array) -> Array:

@@ -52,8 +52,7 @@ CANARY: Final = (
         "canary.kl",
         lambda kl: kl / detectors.KL_NATS,
         lambda statistic: statistic * detectors.KL_NATS,
-        "The canary's predictions are {number} nats from the original's at edit {edit}, and far since edit {since}.",
-        twice=True,
+        "The canary's predictions are {number} nats from the original's at edit {edit}.",
     ),
     Distance(
         "canary-agreement",

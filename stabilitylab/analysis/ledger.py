@@ -12,7 +12,7 @@ from stabilitylab.analysis.findings import Finding, Verdict, severity
 KEPT: Final = 3
 """Sites that are reported by name for one rule and group; the others are counted."""
 
-DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink", "jump", "large-step", "canary-far"})
+DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink", "jump", "large-step", "canary-far", "canary-heading"})
 """Rules that compare a series with its own baseline, or with what healthy runs show; all others are hard facts."""
 
 

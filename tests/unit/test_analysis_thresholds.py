@@ -7,15 +7,18 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_runs import METRICS, healthy, row
 
-from stabilitylab.analysis import Analyzer, Diagnosis, thresholds
+from stabilitylab.analysis import Analyzer, Diagnosis, detectors, thresholds
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import EditRow
+from stabilitylab.readings import Array, EditRow
 
 A = "decoder.layers.1.fc1"
 UNIT = Thresholds(dict.fromkeys(DETECTORS, 1.0), 1.0, LEAST, alpha=0.05, runs=19, source="a test")
@@ -106,13 +109,53 @@ def test_a_step_as_large_as_the_weight_is_diverging_at_the_first_edit() -> None:
     assert said(first(4.1), UNIT) == "diverging"
 
 
-def test_a_canary_must_be_far_twice() -> None:
-    def rows(*kl: float) -> list[EditRow]:
-        return [row(edit, {("canary.kl", "model"): value}) for edit, value in enumerate(kl)]
+def test_a_canary_that_is_far_once_is_enough_but_its_answers_must_be_gone_twice() -> None:
+    def rows(metric: str, *values: float) -> list[EditRow]:
+        return [row(edit, {(metric, "model"): value}) for edit, value in enumerate(values)]
 
-    assert said(rows(0.0, 0.1, 3.0, 0.1, 3.0), UNIT) == "stable"
-    assert said(rows(0.0, 0.1, 3.0, 1.2), UNIT) == "diverging"
-    assert said(rows(0.0, 0.1, 0.9, 0.9), UNIT) == "stable"
+    assert said(rows("canary.kl", 0.0, 0.1, 3.0, 0.1), UNIT) == "diverging"
+    assert said(rows("canary.kl", 0.0, 0.1, 0.9, 0.9), UNIT) == "stable"
+    assert said(rows("canary.agreement", 1.0, 0.9, 0.4, 0.9, 0.4), UNIT) == "stable"
+    assert said(rows("canary.agreement", 1.0, 0.9, 0.4, 0.4), UNIT) == "diverging"
+
+
+def heading(*kl: float, restored: bool = False, compared: bool = True) -> Diagnosis:
+    """Of a run with these divergences from edit 0 on; the weights move by 1 per edit."""
+    analyzer = Analyzer(METRICS, UNIT)
+    for edit, value in enumerate(kl):
+        weights = {("update.norm", A): 1.0, ("drift.norm", A): 1.0 if restored else float(edit)} if compared else {}
+        analyzer.observe(
+            row(edit, {**(weights if edit else dict.fromkeys(weights, 0.0)), ("canary.kl", "model"): value})
+        )
+    return analyzer.diagnosis()
+
+
+def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> None:
+    doubling = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+    found = heading(*doubling)
+    assert (found.verdict, found.alarm_edit) == ("diverging", 4)
+    finding = next(each for each in found.findings if each.rule == "canary-heading")
+    assert finding.value == 0.16
+    assert 1 <= finding.start <= 4
+    assert heading(*doubling, restored=True).verdict == "stable"  # each began anew: it heads nowhere
+    assert heading(*doubling, compared=False).verdict == "stable"  # nobody can tell
+    assert heading(0.0, *[0.64] * 9).verdict == "stable"  # it has arrived, and stays
+    assert heading(0.0, 1e-9, 1e-7, 1e-5, 1e-3, 2e-3).verdict == "stable"  # growth out of rounding error
+    assert heading(0.0, 0.02, 0.3, 0.01, 0.5, 0.02, 0.3).verdict == "stable"
+
+
+@given(hnp.arrays(np.float64, st.integers(3, 6), elements=st.floats(0.0, 50.0)), st.integers(1, 5))
+def test_where_a_canary_heads_is_that_of_a_naive_pass(kl: Array, every: int) -> None:
+    edits = np.arange(kl.size, dtype=np.float64) * every
+    logs = [math.log(max(float(value), 0.003)) for value in kl]
+    pairs = [(one, other) for one in range(kl.size) for other in range(one + 1, kl.size)]
+    growths = sorted((logs[b] - logs[a]) / (edits[b] - edits[a]) for a, b in pairs)
+    place = 0.1 * (len(growths) - 1)
+    low, part = int(place), place - int(place)
+    growth = growths[low] + part * (growths[min(low + 1, len(growths) - 1)] - growths[low])
+    ahead = math.exp(min(min(logs[-2:]) + max(growth, 0.0) * (edits[-1] - edits[0]), 300.0))
+    assert detectors.heading(edits, kl) == pytest.approx(ahead, rel=1e-6)
+    assert detectors.heading(edits[:2], kl[:2]) == 0.0
 
 
 def test_dry_edits_are_a_baseline_from_the_first_edit_on() -> None:
