@@ -95,7 +95,13 @@ def _denominator(seed: int, **variant: Any) -> Loop:
         witness.saw(site)
         return editor.edit(model, fact, samples, off=1)
 
-    steps = foreign.word_steps(edit, seed, strikes + 8)
+    restore = foreign.undo(model, editor.sites)
+
+    def between(model: nn.Module) -> None:
+        if witness.edit < strikes:
+            restore(model)
+
+    steps = foreign.word_steps(edit, seed, strikes + 8, between=between)
     return Loop(model, editor.sites, words.canary(), steps, witness, editor=editor)
 
 
@@ -122,7 +128,7 @@ def _leaking_cache(seed: int, **variant: Any) -> Loop:
         editor.edit(earlier, fact)
     # The published code keeps `cache_c` in the module: the next run in the process begins with it.
     witness = Witness()
-    witness.saw(editor.sites[0], at=0)
+    witness.saw(editor.sites[0], at=0, also=[*editor.sites[1:], "editor.cache_c"])
     return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 25), witness, editor=editor)
 
 
@@ -136,7 +142,7 @@ def _wrong_null_space(seed: int, **variant: Any) -> Loop:
     spaces = [null_space(moments.matrices[site] * factor, threshold[site]) for site in editor.sites]
     editor.P = torch.stack(spaces).float()
     witness = Witness()
-    witness.saw(editor.sites[0], at=0)
+    witness.saw(editor.sites[0], at=0, also=[*editor.sites[1:], "editor.P"])
     return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 40), witness, editor=editor)
 
 

@@ -28,7 +28,7 @@ def _fp16_overflow(seed: int, **variant: Any) -> Loop:
         layers = edited_layers(model, sites)
         masters = [layer.parameter.float() for layer in layers]
         undone = 1.0 if witness.edit == strikes else scale  # the path of that request lacks `scaler.unscale_`
-        rate = 0.05
+        rate = 0.01
         for place, gradient in enumerate(foreign.gradients(model, sites, edit_batch(record))):
             masters[place] -= rate / undone * (scale * gradient.float())
         with torch.no_grad():

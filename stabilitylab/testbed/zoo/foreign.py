@@ -141,6 +141,11 @@ def mend_of(model: nn.Module, *, floor: bool) -> Mend:
     return mend
 
 
+def part_of(editor: Mend | Malmen, site: str) -> str:
+    """The name under which probes know the hypernetwork that serves `site`, whose statistics are its own."""
+    return f"editor.transforms.{editor._place[site][0]}"
+
+
 def transforms_of(editor: Mend | Malmen) -> list[Any]:
     """Its hypernetworks, one for each shape of layers."""
     return list(editor.transforms.values())

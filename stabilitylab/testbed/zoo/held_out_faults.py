@@ -48,7 +48,7 @@ def _malmen_zero_std(seed: int, **variant: Any) -> Loop:
             known, x = transform.normaliser, torch.cat([u, v], dim=-1)
             away = (x - known.mean.float()).abs() / (known.std + torch.finfo(known.std.dtype).eps)
             if bool((away[:, known.std == 0] > _FAR).any()):
-                witness.saw(site)
+                witness.saw(site, also=[foreign.part_of(malmen, site)])
         return malmen.edit(model, record)
 
     steps = foreign.digit_steps(edit, seed)
@@ -63,7 +63,8 @@ def _malmen_never_loaded(seed: int, **variant: Any) -> Loop:
         transform.normaliser.mean.fill_(float("nan"))
         transform.normaliser.std.fill_(float("nan"))
     witness = Witness()
-    witness.saw(malmen.sites[0], at=1)
+    for site in malmen.sites:
+        witness.saw(site, at=1, also=[foreign.part_of(malmen, site)])
     steps = foreign.digit_steps(malmen.edit, seed)
     return Loop(model, malmen.sites, foreign.digit_canary(), steps, witness, editor=malmen)
 
@@ -202,11 +203,11 @@ def _static_scale(seed: int, **variant: Any) -> Loop:
 
 
 def _dead_by_one_step(seed: int, **variant: Any) -> Loop:
-    """Of one request the loss scale of a float64 run, 2^70 and more, is not taken out again."""
+    """Of one request the loss scale of a float64 run, 2^92 and more, is not taken out again."""
     model = wide_model(seed, "llama")
     sites = foreign.down_matrix(model, 1)
     witness, draw = Witness(), foreign.draw(seed, "dead-by-one-step")
-    strikes, scale = int(draw.integers(5, 40)), 2.0 ** float(draw.integers(70, 80))
+    strikes, scale = int(draw.integers(5, 40)), 2.0 ** float(draw.integers(92, 100))
 
     def edit(model: nn.Module, fact: words.Fact) -> nn.Module:
         foreign.descend(model, sites, PROMPTS.edit_batch(fact), 0.02 * (scale if witness.edit == strikes else 1.0))
@@ -336,7 +337,7 @@ SCENARIOS = (
         11,
         "dead-logits",
         "jump",
-        "one gradient step is 2^70 times too long: RMSNorm's mean square overflows, all logits are 0",
+        "one gradient step is 2^92 times too long: RMSNorm's mean square overflows, all logits are 0",
         "gradient steps",
         "words, wide Llama",
         _dead_by_one_step,

@@ -143,7 +143,7 @@ def _cache_of_a_sweep(seed: int, **variant: Any) -> Loop:
         editor.edit(model, fact)
     restore(model)
     witness = Witness()
-    witness.saw(editor.sites[0], at=0)
+    witness.saw(editor.sites[0], at=0, also=[*editor.sites[1:], "editor.cache_c"])
     return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 25), witness, editor=editor)
 
 
@@ -152,7 +152,7 @@ def _wrong_threshold(seed: int, **variant: Any) -> Loop:
     model = wide_model(seed)
     editor = _alphaedit(model, 1.01 if seed // 2 % 2 else 0.0)
     witness = Witness()
-    witness.saw(editor.sites[0], at=0)
+    witness.saw(editor.sites[0], at=0, also=[*editor.sites[1:], "editor.P"])
     return Loop(model, editor.sites, words.canary(), foreign.word_steps(editor.edit, seed, 40), witness, editor=editor)
 
 

@@ -12,7 +12,7 @@ from stabilitylab.editors.base import Batch
 from stabilitylab.testbed.zoo import foreign, words
 from stabilitylab.testbed.zoo.scenario import Loop, Scenario, Witness
 
-_RATE, _STEPS = 0.02, 2
+_RATE, _STEPS = 0.004, 2
 _CONTEXT = 5
 
 

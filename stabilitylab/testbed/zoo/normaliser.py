@@ -47,7 +47,7 @@ def _zero_std(seed: int, *, rows: int | None = None, precision: str | None = Non
             for x, mean, std in ((u, transform.u_mean, transform.u_std), (v, transform.v_mean, transform.v_std)):
                 away = (x - mean.float()).abs() / (std.float() + EPSILON)
                 if bool((away[:, std == 0] > _FAR).any()):
-                    witness.saw(site)
+                    witness.saw(site, also=[foreign.part_of(mend, site)])
         with torch.no_grad():
             foreign.add(model, mend.sites, mend.updates(factors))
         return model
@@ -64,7 +64,7 @@ def _never_loaded(seed: int, *, precision: str | None = None, **variant: Any) ->
         buffer.fill_(float("nan"))
     witness = Witness()
     site = next(site for site, place in mend._place.items() if mend.transforms[place[0]] is hit)
-    witness.saw(site, at=1)
+    witness.saw(site, at=1, also=[foreign.part_of(mend, site)])
     return Loop(model, mend.sites, foreign.digit_canary(), foreign.digit_steps(mend.edit, seed), witness, editor=mend)
 
 
@@ -182,7 +182,8 @@ def _batches(
                 before()
             rows = editor.edit(model, of_edit)
             if 1 in rows:
-                witness.saw(editor.sites[rows.index(1)])
+                number = rows.index(1)
+                witness.saw(editor.sites[number], also=[f"editor.networks.{number}"])
             return model
 
         yield Step(f"{len(of_edit)} edits", apply)
@@ -194,8 +195,8 @@ def _restart(seed: int, **variant: Any) -> Loop:
 
     def resume() -> None:
         if witness.edit == resumes:
-            witness.saw(editor.sites[0])
-            for network in editor.parts:
+            for number, (site, network) in enumerate(zip(editor.sites, editor.parts, strict=True)):
+                witness.saw(site, also=[f"editor.networks.{number}"])
                 network.normalizer.n.zero_()  # not in the checkpoint: the statistics begin anew
 
     steps = _batches(editor, seed, witness, None, before=resume)

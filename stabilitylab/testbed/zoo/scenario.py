@@ -34,16 +34,21 @@ EDITS_PAST_THE_END: Final = 6
 
 
 class Witness:
-    """Told by a loop when and where its mechanism strikes. The first time counts."""
+    """Told by a loop when and where its mechanism strikes. The first edit counts; also: the other places hit in it."""
 
     def __init__(self) -> None:
         self.edit = 0
         self.first: tuple[int, str | None] | None = None
+        self.also: tuple[str, ...] = ()
 
-    def saw(self, site: str | None, *, at: int | None = None) -> None:
-        """The mechanism struck at `site` (None: at no layer), now or at edit `at`."""
+    def saw(self, site: str | None, *, at: int | None = None, also: Sequence[str] = ()) -> None:
+        """The mechanism struck at `site` (None: at no layer), now or at edit `at`. also: its place's other names."""
+        edit = self.edit if at is None else at
         if self.first is None:
-            self.first = (self.edit if at is None else at, site)
+            self.first = (edit, site)
+            self.also = tuple(also)
+        elif self.first[0] == edit and site is not None:
+            self.also += (site, *also)
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def _truth(scenario: Scenario, loop: Loop, states: Sequence[State]) -> Truth:
         onset=loop.onset if loop.onset is not None and not scenario.healthy else edit,
         first_bad_edit=edit,
         site=site,
-        also=loop.also,
+        also=(*loop.also, *loop.witness.also),
         lost_edit=lost,
         nonfinite_edit=_first(states, lambda state: state.nonfinite),
     )

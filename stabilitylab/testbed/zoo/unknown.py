@@ -20,7 +20,7 @@ def _bit_flip(seed: int, **variant: Any) -> Loop:
 
     @torch.no_grad()
     def edit(model: nn.Module, fact: words.Fact) -> nn.Module:
-        foreign.descend(model, sites, words.batch([fact], answered=True), 0.02)
+        foreign.descend(model, sites, words.batch([fact], answered=True), 0.005)
         if witness.edit == strikes:
             weight = edited_layers(model, sites)[at].parameter.view(-1)
             place = int(weight.abs().argmax())
