@@ -139,7 +139,7 @@ def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> Non
     assert 1 <= finding.start <= 4
     assert heading(*doubling, restored=True).verdict == "stable"  # each began anew: it heads nowhere
     assert heading(*doubling, compared=False).verdict == "stable"  # nobody can tell
-    assert heading(0.0, *[0.64] * 9).verdict == "stable"  # it has arrived, and stays
+    assert heading(0.0, *[0.3] * 9).verdict == "stable"  # it has arrived, and stays
     assert heading(0.0, 1e-9, 1e-7, 1e-5, 1e-3, 2e-3).verdict == "stable"  # growth out of rounding error
     assert heading(0.0, 0.02, 0.3, 0.01, 0.5, 0.02, 0.3).verdict == "stable"
 
