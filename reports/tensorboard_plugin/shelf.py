@@ -30,7 +30,7 @@ from stabilitylab.runfile import FILE_NAME
 
 KEPT: Final = 8
 """How many read runs stay in memory."""
-LOOK_SECONDS: Final = 3.0
+LOOK_SECONDS: Final = 2.0
 """Between two looks through the logdir, at the least."""
 SHORT_SECONDS: Final = 0.2
 """Between two rounds, however often the list is asked for."""

@@ -6,7 +6,7 @@ import { followTheme, onReload, seen } from "./host.js";
 import { RunView } from "./run_view.js";
 import { CompareView } from "./compare_view.js";
 
-const POLL = 3000;
+const POLL = 2000;
 
 /** Builds the page. */
 export async function render() {
