@@ -141,7 +141,7 @@ def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> Non
     assert heading(*doubling, compared=False).verdict == "stable"  # nobody can tell
     assert heading(0.0, *[0.3] * 9).verdict == "stable"  # it has arrived, and stays
     assert heading(0.0, 1e-9, 1e-7, 1e-5, 1e-3, 2e-3).verdict == "stable"  # growth out of rounding error
-    assert heading(0.0, 0.02, 0.3, 0.01, 0.5, 0.02, 0.3).verdict == "stable"
+    assert heading(0.0, 0.1, 0.02, 0.3, 0.01, 0.5, 0.02, 0.3).verdict == "stable"
 
 
 @given(hnp.arrays(np.float64, st.integers(3, 6), elements=st.floats(0.0, 50.0)), st.integers(1, 5))
