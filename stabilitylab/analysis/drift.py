@@ -248,7 +248,8 @@ class DriftBank:
         if not series.size:
             return hits
         spread = state["spread"][series]
-        rise = self._last(series, LAST)[1] - state["middle"][series, None]
+        # By column, since numpy is slow to reduce many short lines.
+        rise = np.asfortranarray(self._last(series, LAST)[1]) - state["middle"][series, None]
         level = self._peak("level", detectors.level(rise, detectors.far(spread)))
         hits += self._levels(series, level, edit)
         for claim in self._trends(series, rise, spread):

@@ -20,7 +20,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from statistics import median
 from typing import Final
@@ -57,7 +57,8 @@ class EditorFacts:
         self._lookup = lookup
         self._first_std = First()
         self._last_std = Before()
-        self._denominators: dict[int, deque[float]] = {}
+        self._denominators: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._largest = 0.0
         self._pinned: dict[int, tuple[int, int, int]] = {}
 
     def check(self, row: Flat) -> Iterator[Hit]:
@@ -180,13 +181,14 @@ class EditorFacts:
     def _denominator(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(f"{EDITOR_SITE}.denominator_ratio")
         at = at[row.finite[at]]
-        for position, place, value in zip(at, row.places[at].tolist(), row.values[at].tolist(), strict=True):
-            before = self._denominators.setdefault(place, deque(maxlen=WINDOW))
-            # No median is above the largest, which is cheaper to find.
-            fell = value <= FELL * max(before, default=0.0) or value <= 0
-            usual = median(before) if fell and len(before) >= USUAL else 0.0
+        low = row.values[at] <= FELL * self._largest  # no median is above the largest: most need not be found
+        self._largest = row.values[at].max(initial=self._largest)
+        for position, is_low in zip(at, low.tolist(), strict=True):
+            place, value = int(row.places[position]), float(row.values[position])
+            before = self._denominators[place]
+            usual = median(before) if is_low and len(before) >= USUAL else 0.0
             before.append(value)
-            if not fell or not value <= FELL * usual:
+            if not is_low or not value <= FELL * usual:
                 continue
             for _, _, metric, site in self._lookup.new("denominator-fell", row, np.array([position])):
                 says = (
