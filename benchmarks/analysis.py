@@ -42,7 +42,7 @@ WIDTH, INNER, TOKENS, STEPS = 768, 3072, 32, 25
 KINDS: Final = ("quiet", "growing", "sparse")
 OF_THE_MODEL: Final = ("canary", "logits", "attention")
 """Families of metrics that are read once, not at each site."""
-GROWING: Final = ("update.", "activation.rms", "activation.max_abs", "gradient.norm")
+GROWING: Final = ("update.norm", "update.ratio", "activation.rms", "activation.max_abs", "gradient.norm")
 EVERY: Final = {"canary": 5, "spectrum": 10, "stable_rank": 10, "effective_rank": 10, "top_share": 10}
 """In a sparse run: every how many edits the metrics of this family or last name are read."""
 USUAL: Final = {
@@ -73,6 +73,8 @@ ZERO_BEFORE: Final = (
 )
 """Also zero at edit 0, when nothing was edited yet."""
 OTHERWISE: Final = 3.0
+STEADY: Final = ("editor.std_min", "editor.learning_rate", "editor.null_space_share", "logits.passes")
+"""What is the same at every edit."""
 Returned = TypeVar("Returned")
 
 
@@ -99,8 +101,9 @@ def rows_of(kind: str, edits: int, sites: int, metrics: tuple[Metric, ...]) -> I
     ]
     middles = np.array([usual(metric) for (metric, _), _ in keys])
     grows = np.array([kind == "growing" and metric.startswith(GROWING) for (metric, _), _ in keys])
+    spread = np.array([0.0 if metric in STEADY else 0.1 for (metric, _), _ in keys])
     for edit in range(edits + 1):
-        noise = np.exp(0.1 * draw.standard_normal(len(keys)) + 0.02 * grows * max(edit - edits // 2, 0))
+        noise = np.exp(spread * draw.standard_normal(len(keys)) + 0.02 * grows * max(edit - edits // 2, 0))
         values = np.where(middles == 1.0, np.minimum(noise, 1.0), middles * noise)
         readings = {
             key: np.full(length, 0.0 if edit == 0 and key[0] in ZERO_BEFORE else value)
