@@ -6,7 +6,7 @@ come with stabilitylab; adding one is a class and a line here. They are imported
 ================  ======================================================  ==========================================
 name              class                                                   made with
 ================  ======================================================  ==========================================
-``tensorboard``   `stabilitylab.reports.tensorboard.TensorBoardSink`      logdir, metrics
+``tensorboard``   `stabilitylab.reports.tensorboard.TensorBoardSink`      logdir, metrics, manifest
 ``console``       `stabilitylab.reports.console.ProgressSink`             total (or None), console (or None)
 ================  ======================================================  ==========================================
 

@@ -9,12 +9,16 @@ tag                             value
 ``nonfinite/FAMILY``            how many values of that family of metrics are NaN or infinite at this edit
 ``nonfinite/total``             the same over all families
 ``verdict/severity``            0 stable, 1 drifting, 2 diverging, 3 collapsed, 4 non-finite
+``verdict/last_edit``           the edit, so that HParams can show the last one of a run
+``verdict/onset_edit``          the edit at which values began to leave their range, once there is one
 ``verdict/says``                the diagnosis as text, whenever the verdict changes
 ``seconds/edit``                the whole edit; ``seconds/probes`` and ``seconds/canary`` are parts of it
 ==============================  ==============================================================================
 
 TensorBoard cuts a card's title at its end, so a site's tag has the end of its name first (`site_tag`):
 ``layers.1.fc1 of language_model.model.decoder``.
+
+The first event holds a layout for Custom Scalars and, where the run's manifest is given, a session for HParams.
 
 A series that ends in NaN or Inf is drawn blank by TensorBoard, so such values are never written: they are counted.
 Scalars are float32 there; a linear value beyond its range counts as non-finite too. The step is the edit.
@@ -27,12 +31,14 @@ from __future__ import annotations
 
 import math
 import textwrap
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from stabilitylab.reports import tensorboard_dashboards as dashboards
 from stabilitylab.reports.text import clean
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -70,12 +76,18 @@ class TensorBoardSink:
     Raises OSError when the folder can't be written to; the monitor then goes on without it.
     """
 
-    def __init__(self, logdir: Path, metrics: Sequence[Metric]) -> None:
-        """metrics: descriptions of what the rows hold; a reading of any other metric is written on a linear scale."""
+    def __init__(self, logdir: Path, metrics: Sequence[Metric], about: Mapping[str, Any] | None = None) -> None:
+        """metrics: descriptions of what the rows hold; a reading of any other metric is written on a linear scale.
+
+        about: the run's manifest, for HParams; without it the run has no session there.
+        """
+        self._has_session = about is not None
         self._metrics = {metric.name: metric for metric in metrics}
         self._said: str | None = None
         self._described: set[str] = set()
         self._writer = EventFileWriter(str(logdir), filename_suffix=".stabilitylab")
+        session = [] if about is None else dashboards.session_start(logdir, about)
+        self._write(Event(wall_time=time.time(), summary=Summary(value=[dashboards.layout(metrics), *session])))
 
     def on_row(self, row: EditRow, diagnosis: Diagnosis | None) -> None:
         """One summary with all that there is to say of this edit; on disk when this returns."""
@@ -91,24 +103,34 @@ class TensorBoardSink:
         spent = {"edit": row.seconds, "probes": row.probe_seconds, "canary": row.canary_seconds}
         values += [self._scalar(f"seconds/{name}", seconds) for name, seconds in spent.items()]
         if diagnosis is not None:
-            values.append(self._scalar("verdict/severity", severity(diagnosis.verdict)))
+            verdict = {"severity": severity(diagnosis.verdict), "last_edit": row.edit}
+            if diagnosis.onset_edit is not None:
+                verdict["onset_edit"] = diagnosis.onset_edit
+            values += [
+                self._scalar(f"verdict/{name}", value, dashboards.FINAL[f"verdict/{name}"])
+                for name, value in verdict.items()
+            ]
             if diagnosis.verdict != self._said:
                 self._said = diagnosis.verdict
                 values.append(self._text("verdict/says", diagnosis.says))
-        event = Event(wall_time=row.started, step=row.edit, summary=Summary(value=values))
-        self._writer.add_event(event)
-        self._writer.flush()
+        self._write(Event(wall_time=row.started, step=row.edit, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the event file."""
+        """Say that the session is over, and close the event file."""
+        if self._has_session:
+            self._write(Event(wall_time=time.time(), summary=Summary(value=[dashboards.session_end()])))
         self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        self._writer.add_event(event)
+        self._writer.flush()
 
     def _scalars(self, row: EditRow) -> Iterator[tuple[str, str, float, str]]:
         """(tag, family, value, meaning). On a log scale zero is left out, and what else has no logarithm is NaN."""
         for (name, site), reading in row.readings.items():
             metric = self._metrics.get(name)
             log = metric is not None and metric.scale == "log"
-            head = f"{clean(name, 80)}{' (log10)' if log else ''}/{site_tag(site)}"
+            head = f"{dashboards.metric_tag(name, log)}/{site_tag(site)}"
             several = metric is not None and metric.length > 1
             for place, value in enumerate(reading.tolist(), start=1):
                 if log and value == 0:

@@ -65,7 +65,7 @@ def attach(
     if tensorboard:
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
-        receivers.append(TensorBoardSink(folder, metrics))
+        receivers.append(TensorBoardSink(folder, metrics, about | options))
     monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits)
     for name, reason in skipped.items():
         monitor.note("skipped-site", f"{name}: {reason}")

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from stabilitylab.reports.tensorboard import TensorBoardSink, site_tag
+from stabilitylab.reports.tensorboard_dashboards import hyperparameters
 from synthetic import HOSTILE, make_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from stabilitylab.analysis import Analyzer, severity
 from stabilitylab.readings import EditRow, Metric
@@ -148,3 +155,122 @@ def test_hostile_names_make_harmless_tags(tmp_path: Path) -> None:
     assert max(map(len, tags)) < 400
     assert not [tag for tag in tags if any(char in tag for char in "\x00\x1b\u202e\n")]
     assert len([tag for tag in tags if tag.startswith("update.norm")]) == len(HOSTILE)
+
+
+def layout_of(events: EventAccumulator) -> layout_pb2.Layout:
+    (event,) = events.Tensors("custom_scalars__config__")
+    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def test_custom_scalars_has_a_category_per_family_whose_charts_find_their_tags(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=8, dies_at=5))
+    events = write(run, tmp_path / "events")
+    layout, tags = layout_of(events), events.Tags()["scalars"]
+    titles = [category.title for category in layout.category]
+    assert titles[0] == "Verdict"
+    assert {"Updates", "Drift", "Activations", "Gradients", "Logits", "Canary"} <= set(titles)
+    for category in layout.category[1:]:
+        for chart in category.chart:
+            (pattern,) = chart.multiline.tag
+            found = {tag for tag in tags if re.match(pattern, tag)}
+            if run.sites_of(chart.title):
+                assert found == {tag for tag in tags if tag.split("/")[0].split(" ")[0] == chart.title}
+    for chart in layout.category[0].chart:
+        assert [tag for tag in tags if re.match(chart.multiline.tag[0], tag)], chart.title
+
+
+ABOUT = {
+    "sites": ["a", "b", "c"],
+    "editor_class": "stabilitylab.editors.mend.Mend",
+    "model_class": "transformers.Blip2",
+    "dtypes": {"float32": 2, "float16": 60},
+    "config": {"lr": 1e-4, "layers": [1, 2], "shared": True, "editor": "mine", "note": HOSTILE[0]},
+}
+
+
+def test_hyperparameters_are_what_the_run_was_made_with() -> None:
+    assert hyperparameters(ABOUT) == {
+        "sites": 3,
+        "editor": "Mend",
+        "model": "Blip2",
+        "precision": "float16, float32",
+        "lr": 1e-4,
+        "layers": "[1, 2]",
+        "shared": True,
+        "config.editor": "mine",
+        "note": HOSTILE[0],
+    }
+    assert hyperparameters({"config": {"precision": "fp16"}, "sites": []}) == {"precision": "fp16"}
+    assert hyperparameters({"config": None, "dtypes": None}) == {}
+
+
+def test_hparams_has_one_session_per_run_with_what_became_of_it(tmp_path: Path) -> None:
+    """As TensorBoard's own plugin reads it."""
+    verdicts = {}
+    for name, dies_at in (("dying", 14), ("healthy", None)):
+        run = load(make_run(tmp_path / "runs" / name, edits=18, dies_at=dies_at))
+        sink, analyzer = TensorBoardSink(tmp_path / "logdir" / name, run.metrics, ABOUT), Analyzer(run.metrics)
+        for edit in run.edits:
+            analyzer.observe(edit.row)
+            sink.on_row(edit.row, analyzer.diagnosis())
+        sink.close()
+        verdicts[name] = analyzer.diagnosis()
+    found = hparams_page(tmp_path / "logdir")
+    assert [info["name"] for info in found["experiment"]["hparamInfos"]] == sorted(hyperparameters(ABOUT))
+    sessions = {group["sessions"][0]["name"]: group for group in found["groups"]["sessionGroups"]}
+    assert sessions.keys() == verdicts.keys()
+    for name, group in sessions.items():
+        assert group["hparams"]["sites"] == 3
+        assert group["hparams"]["note"] == HOSTILE[0]
+        (session,) = group["sessions"]
+        assert session["status"] == "STATUS_SUCCESS"
+        values = {value["name"]["tag"]: value["value"] for value in session["metricValues"]}
+        assert values["verdict/last_edit"] == 18
+        assert values["verdict/severity"] == severity(verdicts[name].verdict)
+        assert values.get("verdict/onset_edit") == verdicts[name].onset_edit
+
+
+def hparams_page(logdir: Path) -> dict[str, Any]:
+    """What the dashboard asks for, from a TensorBoard without a port. In its own process: it warns while importing."""
+    code = f"""
+import json
+from tensorboard import default, program
+from tensorboard.backend import application
+from tensorboard.backend.event_processing import data_ingester
+from werkzeug.test import Client
+
+board = program.TensorBoard(plugins=default.get_static_plugins())
+board.configure(argv=["tensorboard", "--logdir", {str(logdir)!r}])
+ingester = data_ingester.LocalDataIngester(board.flags)
+ingester._multiplexer.AddRunsFromDirectory({str(logdir)!r})
+ingester._multiplexer.Reload()
+client = Client(application.TensorBoardWSGIApp(
+    board.flags, board.plugin_loaders, ingester.data_provider, None, ingester.deprecated_multiplexer
+))
+ask = lambda address, **body: json.loads(client.post("/data/plugin/hparams" + address, json=body).text)
+experiment = ask("/experiment", experimentName="")
+columns = [{{"metric": info["name"]}} for info in experiment["metricInfos"]]
+statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
+groups = ask("/session_groups", experimentName="", allowedStatuses=statuses, colParams=columns, startIndex=0,
+    sliceSize=9)
+print(json.dumps({{"experiment": experiment, "groups": groups}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return page
+
+
+def test_without_a_manifest_there_is_no_session(sink: TensorBoardSink, tmp_path: Path) -> None:
+    sink.on_row(row(1, logits__max=1.0), None)
+    events = read_back(tmp_path)
+    assert not [tag for tag in events.Tags()["tensors"] if "hparams" in tag]
+    assert layout_of(events).category
+
+
+def test_a_session_that_was_not_closed_has_no_end(tmp_path: Path) -> None:
+    made = TensorBoardSink(tmp_path, METRICS, ABOUT)
+    assert "_hparams_/session_start_info" in read_back(tmp_path).Tags()["tensors"]
+    assert "_hparams_/session_end_info" not in read_back(tmp_path).Tags()["tensors"]
+    made.close()
+    assert "_hparams_/session_end_info" in read_back(tmp_path).Tags()["tensors"]
