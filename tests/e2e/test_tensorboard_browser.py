@@ -298,6 +298,7 @@ def test_axe_finds_nothing_serious(seen: Visit, address: str, width: int, dark: 
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         page.get_by_role("tab", name="Compare runs").click()
         page.locator("#view-compare .line").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert not alone.violations()
         alone.keep(f"tensorboard-compare-{width}")
 

@@ -8,8 +8,10 @@ const COLOURS = 8;
 const LARGEST = "";
 
 export class CompareView {
-  constructor(panel, open) {
+  /** open(run): shows one run. again: asks for what is wrong to be said, and for another try. */
+  constructor(panel, open, again) {
     this.open = open;
+    this.again = again;
     this.off = new Set();
     this.abouts = new Map();
     this.asked = 0;
@@ -38,7 +40,12 @@ export class CompareView {
     }
     this.drawTable();
     this.drawSelects();
-    await this.drawChart(mine);
+    try {
+      await this.drawChart(mine);
+    } catch (error) {
+      this.abouts.clear();
+      throw error;
+    }
     if (mine === this.asked) this.state = state;
   }
 
@@ -59,13 +66,24 @@ export class CompareView {
     this.metric = metric;
     this.site = site;
     this.drawSelects();
-    await this.drawChart((this.asked += 1));
+    await this.chosen(this.drawChart((this.asked += 1)));
+  }
+
+  /** Draws on someone's choice. What it needs may be kept no longer; then the runs are fetched anew. */
+  async chosen(drawing) {
+    try {
+      await drawing;
+    } catch {
+      this.abouts.clear();
+      this.state = null;
+      this.again();
+    }
   }
 
   async tick(run, on) {
     if (on) this.off.delete(run.id);
     else this.off.add(run.id);
-    await this.update(this.runs);
+    await this.chosen(this.update(this.runs));
     this.table.querySelector(`input[data-place="${this.runs.indexOf(run)}"]`)?.focus();
   }
 

@@ -258,8 +258,8 @@ export class Heatmap {
     context.font = `11px system-ui, "DejaVu Sans", sans-serif`;
     context.textAlign = "center";
     const places = new Map(edits.map((edit, column) => [edit, column]));
-    const wide = this.wide() * edits.length;
-    for (const edit of editTicks(edits[0], edits[edits.length - 1], Math.min(wide, 70 * 12 * 2 ** this.zoom))) {
+    const [first, last] = [0, this.view].map((x) => edits[Math.max(0, Math.min(edits.length - 1, Math.floor((x + this.scroller.scrollLeft) / this.wide())))]);
+    for (const edit of editTicks(first, last, this.x(edits.length) - Math.max(0, this.x(0)))) {
       if (!places.has(edit)) continue;
       const x = this.x(places.get(edit) + 0.5);
       if (x >= 4 && x <= this.view - 4) context.fillText(String(edit), Math.min(this.view - 12, Math.max(8, x)), bottom + 15);

@@ -37,8 +37,8 @@ class Page {
       click: () => this.open(name), keydown: (event) => this.turn(event) }, name === "run" ? "One run" : "Compare runs"));
     this.panels = ["run", "compare"].map((name) => el("section", { role: "tabpanel", id: `view-${name}`, "aria-labelledby": `tab-${name}` }));
     this.status = el("p", { class: "status", role: "status" });
-    this.runView = new RunView(this.panels[0]);
-    this.compareView = new CompareView(this.panels[1], (run) => this.choose(run));
+    this.runView = new RunView(this.panels[0], () => this.poll());
+    this.compareView = new CompareView(this.panels[1], (run) => this.choose(run), () => this.poll());
     body.append(el("div", { class: "page" },
       el("nav", { "aria-label": "Runs" }, this.heading, this.list),
       el("main", {}, el("div", { class: "tabs", role: "tablist", "aria-label": "Views" }, this.tabs), this.status, this.panels)));

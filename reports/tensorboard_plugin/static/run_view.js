@@ -9,7 +9,9 @@ const FIRST = ["update.norm", "drift.norm", "activation.max_abs", "gradient.norm
 const LISTED = 40;
 
 export class RunView {
-  constructor(panel) {
+  /** again: asks for what is wrong to be said, and for another try. */
+  constructor(panel, again) {
+    this.again = again;
     this.panel = panel;
     this.about = null;
     this.asked = 0;
@@ -27,9 +29,25 @@ export class RunView {
   /** line: the run's entry in the list, or null. Fetches the run again only where its version has changed. */
   async update(line) {
     if (!line) return this.blank("No run yet. Runs appear here as soon as their file does.");
-    if (this.about && line.id === this.about.id && line.version === this.about.version) return;
+    if (line.id === this.about?.id && (line.version ?? this.about.version) === this.about.version) return;
+    if (line.id !== this.fetching) await this.fetch(line);
+  }
+
+  async fetch(line) {
     const mine = (this.asked += 1);
-    if (!this.about || this.about.id !== line.id) this.blank("Reading the run …");
+    this.fetching = line.id;
+    try {
+      await this.load(line, mine);
+    } catch (error) {
+      if (mine === this.asked) this.about = null; // else this version would pass for shown
+      throw error;
+    } finally {
+      if (mine === this.asked) this.fetching = null;
+    }
+  }
+
+  async load(line, mine) {
+    if (this.known !== line.id) this.blank("Reading the run …");
     const about = await fetchRun(line.id);
     if (mine !== this.asked) return;
     const same = this.known === about.id;
@@ -62,13 +80,23 @@ export class RunView {
     this.mapCard.hidden = this.layer.hidden = this.more.hidden = true;
   }
 
+  /** Draws on someone's choice. What it needs may be kept no longer; then the run is fetched anew. */
+  async chosen(drawing) {
+    try {
+      await drawing;
+    } catch {
+      this.about = null;
+      this.again();
+    }
+  }
+
   get metric() {
     return this.about.metrics.findIndex((metric) => metric.name === this.metricName);
   }
 
   async chooseMetric(metric) {
     this.metricName = this.about.metrics[metric].name;
-    await this.drawMap(this.asked);
+    await this.chosen(this.drawMap(this.asked));
   }
 
   async chooseCell(row, column) {
@@ -76,7 +104,7 @@ export class RunView {
     this.siteName = about.sites[about.metrics[this.metric].sites[row]];
     this.edit = about.number[column];
     this.follows = false;
-    await this.drawLayer(this.asked);
+    await this.chosen(this.drawLayer(this.asked));
   }
 
   drawVerdict() {
@@ -164,7 +192,7 @@ export class RunView {
       this.edit = about.number[place];
       this.follows = false;
       this.map.select(this.map.row, place);
-      this.drawLayer(this.asked);
+      this.chosen(this.drawLayer(this.asked));
     };
     return el("div", { class: "zoom", role: "group", "aria-label": "Edit" },
       el("button", { type: "button", disabled: column <= 0, click: () => go(column - 1), "aria-label": "Edit before" }, "‹"),
@@ -193,7 +221,7 @@ export class RunView {
     this.map.select(this.map.row, column);
     this.edit = edit;
     this.follows = false;
-    this.drawLayer(this.asked);
+    this.chosen(this.drawLayer(this.asked));
   }
 
   smallChart(metric, width) {
@@ -255,7 +283,7 @@ export class RunView {
   redraw() {
     if (!this.about || this.about.state === "unreadable" || !this.parts || !this.drawn) return;
     this.map.layout();
-    this.drawLayer(this.asked);
+    this.chosen(this.drawLayer(this.asked));
   }
 }
 

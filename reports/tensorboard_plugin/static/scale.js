@@ -92,6 +92,6 @@ function symmetric(values, low, high, pad) {
 /** Whole edit numbers for an axis of `width` pixels. */
 export function editTicks(first, last, width) {
   if (last <= first) return [first];
-  const ticks = steps(first, last, Math.max(2, Math.min(12, width / 70)));
+  const ticks = steps(first, last, Math.max(2, Math.min(14, width / 70)));
   return ticks.filter((value) => Number.isInteger(value));
 }
