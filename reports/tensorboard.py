@@ -3,7 +3,7 @@
 ==============================  ==============================================================================
 tag                             value
 ==============================  ==============================================================================
-``update.norm (log10)/SITE``    log10 of a metric on a log scale; 0 has none and is left out
+``update.norm log10/SITE``      log10 of a metric on a log scale; 0 has none and is left out
 ``weight.headroom_bits/SITE``   a metric on a linear scale, a count or a flag as it is
 ``…/SITE/01``, ``/02``, ``/04`` the 1st, 2nd, 4th, … value of a metric that holds several, such as a spectrum
 ``nonfinite/FAMILY``            how many values of that family of metrics are NaN or infinite at this edit
@@ -61,9 +61,9 @@ def site_tag(site: str) -> str:
     """The last three parts of a site's name, then the rest: the same in every run, whatever other sites it has."""
     parts = site.split(".")
     if len(parts) <= _SITE_PARTS:
-        return clean(site, TAG_LIMIT)
+        return dashboards.tag_part(site, TAG_LIMIT)
     end, rest = ".".join(parts[-_SITE_PARTS:]), ".".join(parts[:-_SITE_PARTS])
-    return clean(f"{end} of {rest}", TAG_LIMIT)
+    return dashboards.tag_part(f"{end} of {rest}", TAG_LIMIT)
 
 
 def _writable(value: float) -> bool:
@@ -98,7 +98,7 @@ class TensorBoardSink:
             else:
                 bad[family] += 1
         families = dict.fromkeys(name.partition(".")[0] for name, _ in row.readings)
-        values += [self._scalar(f"nonfinite/{clean(name, 60)}", bad[name]) for name in families]
+        values += [self._scalar(f"nonfinite/{dashboards.tag_part(name, 60)}", bad[name]) for name in families]
         values.append(self._scalar("nonfinite/total", bad.total()))
         spent = {"edit": row.seconds, "probes": row.probe_seconds, "canary": row.canary_seconds}
         values += [self._scalar(f"seconds/{name}", seconds) for name, seconds in spent.items()]

@@ -35,6 +35,7 @@ FINAL: Final = {
 """Tags of the scalars that HParams shows of a run, and what they mean."""
 
 CONFIG_VALUES: Final = 40
+_BRACKETS: Final = str.maketrans("()", "[]")
 _FAMILIES: Final = {
     "update": "Updates",
     "drift": "Drift",
@@ -55,8 +56,13 @@ _VERDICT: Final = {
 
 
 def metric_tag(metric: str, log: bool) -> str:
-    """The part of a tag that names the metric: ``update.norm (log10)``."""
-    return f"{clean(metric, 80)}{' (log10)' if log else ''}"
+    """The part of a tag that names the metric: ``update.norm log10``."""
+    return f"{tag_part(metric, 80)}{' log10' if log else ''}"
+
+
+def tag_part(text: str, limit: int) -> str:
+    """`text` as a part of a tag: Custom Scalars draws a series blank whose tag holds a round bracket."""
+    return clean(text, limit).translate(_BRACKETS)
 
 
 def layout(metrics: Sequence[Metric]) -> Summary.Value:
