@@ -69,10 +69,10 @@ def test_a_bent_fall_is_forecast_by_its_bend() -> None:
 
 def test_the_canary_is_forecast_by_the_limit_of_the_facts() -> None:
     key = ("canary.kl", "model")
-    said = forecast([row(edit, {key: 0.001 * 1.2**edit}) for edit in range(36)])
+    said = forecast([row(edit, {key: 0.001 * 1.2**edit}) for edit in range(42)])
     first = next(edit for edit in range(100) if 0.001 * 1.2**edit >= np.log(100.0))
     assert (said.limit, said.site) == ("canary-lost", "model")
-    assert said.edits_left == pytest.approx(first - 35, abs=2)
+    assert said.edits_left == pytest.approx(first - 41, abs=2)
     lost = forecast([row(edit, {("canary.agreement", "model"): 0.97**edit}) for edit in range(50)])
     assert (lost.limit, lost.metric) == ("canary-lost", "canary.agreement")
 
