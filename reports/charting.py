@@ -142,14 +142,14 @@ def value_axis(axis: Axes, finite: Array, log: bool, lanes: tuple[float, float])
         axis.set_yticks([])
         axis.set_ylim(0, 1)
         return
-    if not log and _needs_symlog(values):
+    if not log and needs_symlog(values):
         typical = float(np.median(np.abs(values[values != 0])))
         axis.set_yscale("symlog", linthresh=max(typical, 1e-300))
         axis.margins(y=0.05)
         axis.relim()
         axis.autoscale_view(scalex=False)
         axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_locator(FixedLocator(_symlog_ticks(values, typical)))
+        axis.yaxis.set_major_locator(FixedLocator(symlog_ticks(values, typical)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"−{tick_text(-v)}" if v < 0 else tick_text(v)))
         return
     low, high = float(values.min()), float(values.max())
@@ -174,13 +174,14 @@ def value_axis(axis: Axes, finite: Array, log: bool, lanes: tuple[float, float])
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high - low < 2.5 else (1.0,), numticks=6))
 
 
-def _needs_symlog(values: Array) -> bool:
+def needs_symlog(values: Array) -> bool:
     """Whether a linear axis would flatten all but a few values."""
     sizes = np.abs(values[values != 0])
     return sizes.size > 2 and float(sizes.max()) > 300.0 * float(np.median(sizes))
 
 
-def _symlog_ticks(values: Array, typical: float) -> list[float]:
+def symlog_ticks(values: Array, typical: float) -> list[float]:
+    """Zero and a few powers of ten on each side that holds values, from `typical` on."""
     decades = np.arange(math.ceil(math.log10(typical)), math.floor(math.log10(float(np.abs(values).max()))) + 1)
     chosen = 10.0 ** decades[:: max(1, len(decades) // 3)].astype(float)
     return [*(-chosen[::-1] if (values < 0).any() else []), 0.0, *chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,9 @@ from stabilitylab.reports import charting
 from stabilitylab.reports.charting import INK, MUTED, PAPER
 from stabilitylab.reports.text import number, short_names
 
+from stabilitylab.analysis import Finding
 from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.errors import UsageError, did_you_mean
 from stabilitylab.readings import Array
 from stabilitylab.run import Run
 
@@ -56,6 +59,24 @@ class Line:
         return np.array(self.there & ((self.values == -np.inf) | ((self.values <= 0) & log)))
 
 
+def choose(run: Run, metric: str, sites: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The sites of a metric that are meant: names, or patterns whose ``*`` crosses dots; None means all.
+
+    In dataflow order for a pattern, else as given. Raises UsageError with the nearest name where one leads nowhere.
+    """
+    run.metric(metric)
+    read_at = run.sites_of(metric)
+    if sites is None:
+        return read_at
+    chosen: dict[str, None] = {}
+    for wanted in (sites,) if isinstance(sites, str) else sites:
+        found = (wanted,) if wanted in read_at else tuple(site for site in read_at if fnmatchcase(site, wanted))
+        if not found:
+            raise UsageError(f"metric {metric!r} has no site {wanted!r}{did_you_mean(wanted, read_at)}")
+        chosen.update(dict.fromkeys(found))
+    return tuple(chosen)
+
+
 def read(run: Run, metric: str, sites: Sequence[str]) -> list[Line]:
     """A line per site; of a metric that holds several values, the first."""
     shades = charting.colours(len(sites))
@@ -84,7 +105,7 @@ def draw(axis: Axes, run: Run, lines: Sequence[Line], *, log: bool) -> None:
     """Lines, lanes, rings, limits and value axis of one metric."""
     above = lane_height(line.above() for line in lines)
     below = lane_height(line.below(log) for line in lines)
-    limits = _limits(run, lines[0].metric) if lines else np.zeros(0)
+    limits = shared_limits(run, lines[0].metric) if lines else np.zeros(0)
     finite = charting.finite_of([line.values for line in lines])
     charting.value_axis(axis, np.concatenate([finite, limits]), log, (above, below))
     names = names_of([line.site for line in lines])
@@ -136,19 +157,38 @@ def lane(axis: Axes, edits: Array, line: Line, log: bool) -> None:
             )  # fmt: skip
 
 
-def has_lone_points(drawn: Array) -> bool:
-    """Whether a point stands between gaps, where no line would show it."""
+def lone_points(drawn: Array) -> Mask:
+    """The points that stand between gaps, where no line would show them."""
     known = np.concatenate([[False], np.isfinite(drawn), [False]])
-    return bool((known[1:-1] & ~known[:-2] & ~known[2:]).any())
+    return np.array(known[1:-1] & ~known[:-2] & ~known[2:])
+
+
+def has_lone_points(drawn: Array) -> bool:
+    """Whether there is a point that no line would show."""
+    return bool(lone_points(drawn).any())
+
+
+def flagged_readings(run: Run, line: Line) -> list[tuple[Finding, float]]:
+    """The findings about this line with its reading at their edit: what a finding gives may be a ratio or a sum.
+
+    Those that are worth knowing only, and those about an edit without a reading, are left out.
+    """
+    places = {edit.edit: place for place, edit in enumerate(run.edits)}
+    about = [
+        finding
+        for finding in run.diagnosis().findings
+        if (finding.metric, finding.site) == (line.metric, line.site) and finding.verdict != "stable"
+    ]
+    return [
+        (finding, float(line.values[places[finding.edit]]))
+        for finding in about
+        if finding.edit in places and line.there[places[finding.edit]]
+    ]
 
 
 def ring(axis: Axes, run: Run, line: Line, log: bool) -> None:
     """Rings around the readings that findings rest on."""
-    points = [
-        (finding.edit, finding.value)
-        for finding in run.diagnosis().findings
-        if (finding.metric, finding.site) == (line.metric, line.site) and finding.verdict != "stable"
-    ]
+    points = [(finding.edit, value) for finding, value in flagged_readings(run, line)]
     shown = np.array([(edit, value) for edit, value in points if np.isfinite(value) and (value > 0 or not log)])
     if shown.size:
         axis.plot(
@@ -157,7 +197,7 @@ def ring(axis: Axes, run: Run, line: Line, log: bool) -> None:
         )  # fmt: skip
 
 
-def _limits(run: Run, metric: str) -> Array:
+def shared_limits(run: Run, metric: str) -> Array:
     """The absolute limit that findings about the metric share. Drift has one of its own per site: not drawn."""
     found = {
         finding.threshold

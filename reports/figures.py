@@ -30,14 +30,14 @@ _DEPTHS: Final = (1, 2, 4, 8, 16, 32)
 _NO_UNIT: Final = frozenset({"1", ""})
 
 
-def lines(run: Run, metric: str, sites: Sequence[str] | None = None) -> Figure:
+def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Figure:
     """One metric over the edits, a line per site; log axis where the metric says so.
 
-    sites: by default all at which it was read. A limit that all findings about the metric share is drawn. Raises
-    UsageError for a metric that the run does not know.
+    sites: names or patterns such as ``"*.fc2"``; by default all at which it was read. A limit that all findings about
+    the metric share is drawn. Raises UsageError for a metric or site that the run does not know.
     """
     about = run.metric(metric)
-    chosen = run.sites_of(metric) if sites is None else tuple(sites)
+    chosen = drawing.choose(run, metric, sites)
     with charting.style():
         columns = charting.legend_columns(drawing.names_of(chosen).values(), 2 if len(chosen) <= 4 else 4)
         named = len(chosen) <= len(charting.LINES) and chosen != (MODEL_SITE,)
@@ -150,13 +150,13 @@ def spectra(run: Run, site: str, metric: str = "gradient.spectrum") -> Figure:
         return figure
 
 
-def heatmap(run: Run, metric: str, sites: Sequence[str] | None = None) -> Figure:
+def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Figure:
     """Layers (rows, in dataflow order) by edits, coloured by value. NaN and ∞ red with a cross, not taken: blank.
 
-    On a log scale 0 is pale with a ring.
+    On a log scale 0 is pale with a ring. sites: as for `lines`.
     """
     about = run.metric(metric)
-    chosen = run.sites_of(metric) if sites is None else tuple(sites)
+    chosen = drawing.choose(run, metric, sites)
     with charting.style():
         height, edits = min(1.75 + 0.2 * len(chosen), 6.0), run.edit_numbers
         names = [name[-18:] for name in drawing.names_of(chosen).values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 
 from stabilitylab.analysis import Analyzer, Diagnosis
 from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
+from stabilitylab.catalogue import Catalogue
+from stabilitylab.display import Library, Plot, frame, html
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.runfile import connect, find_file
@@ -78,7 +79,7 @@ class Run:
         self.manifest: dict[str, Any] = {
             key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")
         }
-        self.metrics: tuple[Metric, ...] = tuple(
+        self.metrics: Catalogue = Catalogue(
             Metric(*row)
             for row in db.execute(
                 "SELECT name, unit, scale, phase, meaning, formula, source, length FROM metric ORDER BY rowid"
@@ -227,25 +228,28 @@ class Run:
     def __len__(self) -> int:
         return sum(edit.edit > 0 for edit in self.edits)
 
+    @property
+    def plot(self) -> Plot:
+        """Charts for a notebook: ``run.plot.lines("update.norm")`` and so on. Altair is imported when one is made."""
+        return Plot(self)
+
+    def to_frame(self, library: Library | None = None) -> Any:
+        """All readings as a data frame in long format, one row per value, in the order of the run.
+
+        Columns: ``edit``, ``label``, ``status`` (``start``, ``applied``, ``failed``), ``outcome`` (missing while none
+        was observed), ``metric``, ``site``, ``element`` (0 for a scalar; the place within a spectrum) and ``value``
+        (float64; NaN and infinities are readings). A reading that was not taken has no row. Dry edits are left out.
+
+        library: ``"pandas"`` or ``"polars"``; by default the first of them that is installed. Raises UsageError when it
+        is not, or when the name is another.
+        """
+        return frame(self, library)
+
     def __repr__(self) -> str:
-        return f"<Run '{self.path}': {len(self)} edits, {len(self.sites)} sites, {self.diagnosis().verdict}>"
+        return f"<Run {str(self.path)!r}: {len(self)} edits, {len(self.sites)} sites, {self.diagnosis().verdict}>"
 
     def _repr_html_(self) -> str:
-        diagnosis = self.diagnosis()
-        rows = {
-            "verdict": diagnosis.verdict,
-            "says": diagnosis.says,
-            "edits": len(self),
-            "onset edit": diagnosis.onset_edit,
-            "first bad edit": diagnosis.first_bad_edit,
-            "first bad site": diagnosis.first_bad_site,
-            "cause": diagnosis.cause,
-        }
-        body = "".join(
-            f"<tr><th align=left>{name}</th><td>{html.escape('–' if value is None else str(value))}</td></tr>"
-            for name, value in rows.items()
-        )
-        return f"<table><caption>{html.escape(str(self.path))}</caption>{body}</table>"
+        return html(self)
 
 
 def load(path: str | Path) -> Run:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from reprlib import Repr
 from typing import Any, Final, Literal
+
+from stabilitylab.display import html
 
 Verdict = Literal["stable", "drifting", "diverging", "collapsed", "non-finite"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "collapsed", "non-finite")
@@ -19,6 +22,9 @@ little else does. ``low``: they agree with it, and with other explanations as we
 LimitKind = Literal["weight-overflow", "activation-overflow", "norm-overflow", "canary-lost"]
 Shape = Literal["exponential", "accelerating", "flattening"]
 """How a reading goes towards its limit: by the same factor each edit, by ever more, or by ever less."""
+
+_SHORT: Final = Repr()
+_SHORT.maxstring = 240
 
 
 def severity(verdict: str) -> int:
@@ -48,6 +54,15 @@ class Finding:
     def start(self) -> int:
         """The first edit that the claim is about."""
         return self.edit if self.since is None else self.since
+
+    def __str__(self) -> str:
+        return self.says
+
+    def __repr__(self) -> str:
+        return f"<Finding at edit {self.edit}, {self.verdict}: {_SHORT.repr(self.says)}>"
+
+    def _repr_html_(self) -> str:
+        return html(self)
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,15 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return self.says
+
+    def __repr__(self) -> str:
+        return (
+            f"<Diagnosis after {self.edits} edits, {self.verdict}: {_SHORT.repr(self.says)}; cause {self.cause}, "
+            f"{len(self.findings)} findings>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""

@@ -90,6 +90,15 @@ def test_a_station_does_not_import_what_it_must_never(who: str) -> None:
     assert any(under(module, who) for module in sources()), f"no module {who}: is the rule out of date?"
 
 
+def test_the_door_to_the_reports_opens_only_when_something_is_to_be_shown() -> None:
+    """A run and a diagnosis reach `stabilitylab.reports` through `display` alone, which imports it inside functions."""
+    door = sources()[station("display")]
+    assert not [wrong for wrong in imports(door, everywhere=False) if under(wrong, PACKAGE)]
+    inside = {found for found in imports(door, everywhere=True) if under(found, PACKAGE)}
+    assert all(under(found, station("reports")) for found in inside)
+    assert inside
+
+
 def test_nothing_but_the_testbed_and_the_command_line_knows_the_testbed() -> None:
     for module, path in sources().items():
         if not under(module, *TESTBED):

@@ -1,0 +1,116 @@
+"""What a notebook shows of a run, a diagnosis, a finding and a catalogue: HTML with no script and no sheet of its own.
+
+Everything that comes from the run is text: cleaned, cut to a readable length, escaped by jinja2.
+"""
+
+from __future__ import annotations
+
+from functools import cache, singledispatch
+from importlib.resources import files
+from typing import Any, Final
+
+import jinja2
+from stabilitylab.reports.text import clean, number, percent, shorten
+from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
+
+from stabilitylab.analysis import Diagnosis, Finding, Verdict
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE
+from stabilitylab.run import Run
+
+FINDINGS_SHOWN: Final = 12
+
+_GROUNDS: Final[dict[Verdict, str]] = {
+    "stable": "#1b6e42",
+    "drifting": "#7d5a00",
+    "diverging": "#a5480a",
+    "collapsed": "#7f3a92",
+    "non-finite": "#b3123f",
+}
+"""Behind white words: at least 5 to 1, whatever is around the badge."""
+
+
+@cache
+def _macros() -> Any:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.globals.update(looks=LOOKS, grounds=_GROUNDS)
+    environment.filters.update(clean=clean, shorten=shorten)
+    source = files("stabilitylab.reports").joinpath("templates").joinpath("notebook.html.j2").read_text("utf-8")
+    return environment.from_string(source).module
+
+
+@singledispatch
+def html(shown: Any) -> str:
+    """HTML for a Run, a Diagnosis, a Finding or a tuple of metrics. Raises TypeError for anything else."""
+    raise TypeError(f"no display of a {type(shown).__name__}; expected a Run, Diagnosis, Finding or tuple of metrics")
+
+
+@html.register
+def _(shown: Run) -> str:
+    diagnosis = shown.diagnosis()
+    failed = sum(edit.status == "failed" for edit in shown.edits)
+    rows = [
+        *_facts(diagnosis, failed),
+        (
+            "watched",
+            f"{len(shown.sites)} sites, {sum(bool(shown.sites_of(each.name)) for each in shown.metrics)} metrics",
+        ),
+        ("time in probes", percent(shown.probe_time_share)),
+        ("time in the canary", percent(shown.canary_time_share)),
+    ]
+    goes_on = "" if shown.complete else " (not closed: it goes on, or it ended without a word)"
+    return _page(f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, rows)
+
+
+@html.register
+def _(shown: Diagnosis) -> str:
+    return _page("", shown, _facts(shown))
+
+
+@html.register
+def _(shown: Finding) -> str:
+    when = f"{shown.edit}" if shown.since in {None, shown.edit} else f"{shown.edit}, about edits since {shown.since}"
+    rows = [
+        ("edit", when),
+        ("site", shorten(shown.site, 160)),
+        ("metric", clean(shown.metric, 80)),
+        ("value", number(shown.value)),
+        ("threshold", number(shown.threshold)),
+        ("rule", clean(shown.rule, 80)),
+    ]
+    return str(_macros().finding(shown.verdict, clean(shown.says, 700), rows))
+
+
+@html.register
+def _(shown: tuple) -> str:  # type: ignore[type-arg]
+    return str(_macros().catalogue(shown))
+
+
+def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]]) -> str:
+    found = first_of_each_kind(diagnosis.findings)[:FINDINGS_SHOWN]
+    left = len(diagnosis.findings) - len(found)
+    advice = clean(diagnosis.advice, 900)
+    return str(_macros().diagnosis(caption, diagnosis.verdict, clean(diagnosis.says, 700), advice, rows, found, left))
+
+
+def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
+    where = _edit(diagnosis.first_bad_edit)
+    if diagnosis.first_bad_site is not None:
+        where += f", {shorten(diagnosis.first_bad_site, 160)}, {clean(diagnosis.first_bad_metric, 80)}"
+    cause = clean(diagnosis.cause, 80)
+    known = cause if diagnosis.cause == UNKNOWN_CAUSE else f"{cause} ({diagnosis.confidence} confidence)"
+    forecast = clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"
+    return [
+        ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
+        ("onset, in hindsight", _edit(diagnosis.onset_edit)),
+        ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
+        ("first bad", where),
+        ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
+        ("cause", known),
+        ("forecast", forecast),
+        ("baseline", clean(diagnosis.baseline, 200)),
+        ("limits", clean(diagnosis.thresholds, 300).removeprefix("limits ")),
+    ]
+
+
+def _edit(edit: int | None) -> str:
+    return "–" if edit is None else f"edit {edit}"
