@@ -257,7 +257,7 @@ def lanes() -> Spec:
             x=_edit("start"), x2="end:Q", y=alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
             color=alt.Color(
                 "verdict:N", sort=known, scale=alt.Scale(domain=known, range=[GOOD, *_VERDICT_COLOURS[1:5]]),
-                legend=alt.Legend(orient="bottom", title=None, symbolType="square"),
+                legend=alt.Legend(orient="bottom", title=None, symbolType="square", columns=3),
             ),
         )
     )  # fmt: skip

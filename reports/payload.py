@@ -15,8 +15,10 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 from stabilitylab.reports import manifest, verdicts
 from stabilitylab.reports.text import clean, short_names, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
@@ -33,7 +35,7 @@ PACKED_BYTES: Final = 950_000
 MOST_FINDINGS: Final = 500
 MOST_EDITS: Final = 5_000
 MAIN: Final = ("update.norm", "activation.max_abs", "gradient.norm", "drift.ratio", "weight.headroom_bits")
-"""Metrics that keep more edits than others where not all fit."""
+"""Metrics that, with the first bad one, keep more edits than others where not all fit."""
 SPECTRA: Final = 40
 """Edits whose spectra are kept, beside the flagged ones."""
 
@@ -58,12 +60,29 @@ def shown(value: float) -> Value:
     return round(value) if 1e3 <= size < 1e5 else float(f"{value:.2e}")
 
 
+def all_shown(values: Array) -> list[Value]:
+    """`shown` of every value of a flat array, and much faster for a long one."""
+    size = np.abs(values)
+    with np.errstate(all="ignore"):
+        exponent = np.floor(np.log10(size))
+        plain = (size >= 1e-9) & (size < 1e3)
+        digits = values * 10.0 ** (2.0 - exponent)
+        # Too close to the middle between two, or to the next power of ten, for arithmetic to tell.
+        plain &= (np.abs(digits - np.floor(digits) - 0.5) > 1e-6) & (np.abs(digits) > 100.1) & (np.abs(digits) < 999.4)
+        rounded = np.round(digits) / 10.0 ** (2.0 - exponent)
+        plain &= rounded != np.floor(rounded)
+    told: list[Value] = rounded.tolist()
+    for place in np.flatnonzero(~plain).tolist():
+        told[place] = shown(float(values[place]))
+    return told
+
+
 def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
     """Everything that is drawn. budget: bytes that the readings may take when packed; beyond it edits are thinned."""
     diagnosis = run.diagnosis()
     found = diagnosis.to_json()
     found["findings"] = found["findings"][:MOST_FINDINGS]
-    names = _distinct([shorten(site, _NAME) for site in run.sites])
+    names = distinct([shorten(site, _NAME) for site in run.sites])
     plain: dict[str, Any] = {
         "format": FORMAT,
         "run": {
@@ -85,7 +104,7 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
         "environment": dict(manifest.environment(run.manifest)),
         "reproduce": manifest.reproduce(run.manifest),
     }
-    plain = _readable(json_safe(plain))
+    plain = readable(json_safe(plain))
     short = short_names([name for name in names if name not in {MODEL_SITE, EDITOR_SITE}], 30)
     plain["sites"] = [{"name": name, "short": short.get(name, name)} for name in names]
     known = dict(zip(run.sites, names, strict=True))
@@ -99,7 +118,7 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
     return plain
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     """Names that were cut to the same text, told apart by a number."""
     seen: dict[str, int] = {}
     told = []
@@ -109,23 +128,23 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return told
 
 
-def _readable(value: Any) -> Any:
+def readable(value: Any) -> Any:
     """Every string, names of entries too, cleaned and cut."""
     if isinstance(value, str):
         return clean(value, _TEXT)
     if isinstance(value, dict):
-        return {clean(key, _NAME): _readable(item) for key, item in value.items()}
+        return {clean(key, _NAME): readable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_readable(item) for item in value]
+        return [readable(item) for item in value]
     return value
 
 
-def _grid_of(metric: Metric, sites: Sequence[str]) -> str:
+def _grid_of(run: Run, metric: Metric) -> str:
     if metric.length > 1:
         return "spectra"
-    if len(sites) == 1:
+    if len(run.sites_of(metric.name)) == 1:
         return "all"
-    return "main" if metric.name in MAIN else "other"
+    return "main" if metric.name in {*MAIN, run.diagnosis().first_bad_metric} else "other"
 
 
 def _grids(run: Run, budget: int) -> dict[str, list[int]]:
@@ -134,7 +153,7 @@ def _grids(run: Run, budget: int) -> dict[str, list[int]]:
     every = thinned(run, edits, flagged)
     spectra = thinned(run, SPECTRA, flagged)
     known = [(metric, run.sites_of(metric.name)) for metric in run.metrics]
-    sizes = [(_grid_of(metric, sites), _bytes_per_row(run, metric, sites)) for metric, sites in known if sites]
+    sizes = [(_grid_of(run, metric), _bytes_per_row(run, metric, sites)) for metric, sites in known if sites]
     for main, other in _STEPS:
         counts = {"main": -(-edits // main), "other": -(-edits // other)}
         places = {"all": every, **{name: thinned(run, most, flagged) for name, most in counts.items()}}
@@ -148,7 +167,7 @@ def _bytes_per_row(run: Run, metric: Metric, sites: Sequence[str]) -> float:
     """What one edit's readings of a metric at all of its sites take packed, told from some of them."""
     rows = [run.edits[place].row.readings for place in thinned(run, _SAMPLE, ())]
     some = sites[:4]
-    told = [[_reading(row.get((metric.name, site)), metric.length) for row in rows] for site in some]
+    told = [_series([row.get((metric.name, site)) for row in rows], metric.length) for site in some]
     return len(_pack(told)) * len(sites) / (len(some) * len(rows))
 
 
@@ -161,12 +180,12 @@ def _readings(
         sites = set(run.sites_of(metric.name))
         if not sites:
             continue
-        grid = _grid_of(metric, tuple(sites))
+        grid = _grid_of(run, metric)
         about = {key: clean(value, _TEXT) if isinstance(value, str) else value for key, value in asdict(metric).items()}
         described.append({**about, "grid": grid})
         rows = [run.edits[place].row.readings for place in places[grid]]
         series[about["name"]] = {
-            str(place): [_reading(row.get((metric.name, site)), metric.length) for row in rows]
+            str(place): _series([row.get((metric.name, site)) for row in rows], metric.length)
             for place, site in enumerate(run.sites)
             if site in sites
         }
@@ -186,11 +205,15 @@ def _readings(
     return described, grids, data
 
 
-def _reading(values: Array | None, length: int) -> Value | list[Value]:
-    if values is None:
-        return None
-    told = [shown(value) for value in values.tolist()]
-    return told if length > 1 else told[0] if told else None
+def _series(readings: Sequence[Array | None], length: int) -> list[Any]:
+    """The readings of one site, one per row: a value each, or where they hold several a list each."""
+    taken = [reading for reading in readings if reading is not None]
+    told = iter(all_shown(np.concatenate(taken)) if taken else [])
+    series: list[Any] = []
+    for reading in readings:
+        values = None if reading is None else list(islice(told, reading.size))
+        series.append(values if values is None or length > 1 else values[0] if values else None)
+    return series
 
 
 def _pack(data: Any) -> str:

@@ -20,7 +20,7 @@ from stabilitylab.reports.text import clean, short_names, shorten
 from stabilitylab.readings import MODEL_SITE, Metric
 from stabilitylab.run import Run
 
-BUDGET: Final = 520_000
+BUDGET: Final = 450_000
 """Characters that the pictures of a page may take; the one that passes it is the last."""
 ONE_ROW: Final = 3
 """Charts of a chapter that fit beside each other need no fold."""
@@ -51,10 +51,11 @@ _FIRST_SHOWN: Final = frozenset(
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture that may be drawn. family: its chapter. first: whether it is seen without unfolding anything."""
+    """A picture that may be drawn. family: its chapter. first: whether it says much. sites: how many it shows."""
 
     family: str
     first: bool
+    sites: int
     title: str
     caption: str
     alt: str
@@ -96,7 +97,7 @@ def pictures(run: Run, budget: int = BUDGET) -> Pictures:
     if len(run.edits) < 2:
         return Pictures()
     maps, rest = list(_heatmaps(run)), list(_plan(run))
-    wanted = [*maps, *(each for each in rest if each.first), *(each for each in rest if not each.first)]
+    wanted = [*maps, *sorted(rest, key=lambda each: (not each.first, each.sites > 1))]
     drawn: list[tuple[Planned, Chart]] = []
     room = budget
     for each in wanted:
@@ -161,7 +162,7 @@ def _line(run: Run, metric: Metric, family: str, first: bool) -> Planned:
     sites = run.sites_of(metric.name)
     places = f"{len(sites)} sites" if len(sites) > 1 else shorten(sites[0], 60)
     alt = f"Line chart of {metric.name} at {places} over edits {_span(run)}. {_marks(run)}"
-    return Planned(family, first, metric.name, metric.meaning, alt, lambda: figures.lines(run, metric.name))
+    return Planned(family, first, len(sites), metric.name, metric.meaning, alt, lambda: figures.lines(run, metric.name))
 
 
 def _span(run: Run) -> str:
@@ -173,20 +174,24 @@ def _heatmaps(run: Run) -> Iterator[Planned]:
         sites = tuple(site for site in run.sites_of(name) if site != MODEL_SITE)
         if sites:
             alt = f"Heatmap of {name}: {len(sites)} layers by edits {_span(run)}. {_marks(run)}"
-            yield Planned("", True, name, run.metric(name).meaning, alt, partial(figures.heatmap, run, name, sites))
+            draw = partial(figures.heatmap, run, name, sites)
+            yield Planned("", True, len(sites), name, run.metric(name).meaning, alt, draw)
 
 
 def _special(run: Run) -> Iterator[Planned]:
     """Pictures that show several metrics."""
-    if run.sites_of("editor.input_max"):
+    sites = run.sites_of("editor.input_max")
+    if sites:
         alt = f"Two panels over edits {_span(run)}: the editor's largest normalised input, its spread. {_marks(run)}"
         about = "Above: the largest normalised input. Below: the spread that this input was divided by; 0 blows it up."
-        yield Planned("editor", True, "editor.input_max and its std", about, alt, lambda: figures.editor_state(run))
+        yield Planned(
+            "editor", True, len(sites), "editor.input_max and its std", about, alt, lambda: figures.editor_state(run)
+        )
     for family in ("canary", "logits"):
         if run.sites_of(f"{family}.max"):
             alt = f"Band of the smallest and largest logit over edits {_span(run)}. {_marks(run)}"
             about = "Smallest to largest logit as a band, with the log-sum-exp. Logits that draw together say less."
-            yield Planned(family, True, f"{family} range", about, alt, partial(figures.logit_range, run, family))
+            yield Planned(family, True, 1, f"{family} range", about, alt, partial(figures.logit_range, run, family))
 
 
 def _spectra(run: Run, metric: Metric, family: str) -> Iterator[Planned]:
@@ -196,7 +201,7 @@ def _spectra(run: Run, metric: Metric, family: str) -> Iterator[Planned]:
         alt = f"Fan of leading values of {metric.name} at {shorten(site, 60)} over edits {_span(run)}. {_marks(run)}"
         title = f"{metric.name} at {names[site]}"
         draw = partial(figures.spectra, run, site, metric.name)
-        yield Planned(family, place == 0, title, metric.meaning, alt, draw)
+        yield Planned(family, place == 0, 1, title, metric.meaning, alt, draw)
 
 
 def _worth_drawing(run: Run, metric: Metric) -> bool:

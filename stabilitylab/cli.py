@@ -181,16 +181,27 @@ def calibrate(
 
 @app.command()
 def report(
-    run: RunPath,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run folder, or its run.db; several are compared.", show_default=False),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the run's folder.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The page; by default report.html in the run's folder, or comparison.html here."
+        ),
     ] = None,
 ) -> None:
-    """Write the run's stability report: one HTML page that needs nothing else."""
-    from stabilitylab.reports.html import write_report
+    """Write the run's stability report, or compare several: one HTML page that needs nothing else, and its JSON."""
+    found = [load(run) for run in runs]
+    if len(found) > 1:
+        from stabilitylab.reports.comparison import write_comparison
 
-    found = load(run)
-    typer.echo(write_report(found, out or found.path / "report.html"))
+        typer.echo(write_comparison(found, out or Path("comparison.html")))
+    else:
+        from stabilitylab.reports.html import write_report
+
+        typer.echo(write_report(found[0], out or found[0].path / "report.html"))
 
 
 @app.command()

@@ -43,6 +43,31 @@ const page = {
   /** Whether a reading is NaN or infinite. */
   isBad: (value) => typeof value === "string",
 
+  /** Make the headings of a table sort it; cells whose `data-key` is a number are sorted as numbers. */
+  sortable(table) {
+    const body = table.tBodies[0];
+    const headings = [...table.tHead.rows[0].cells];
+    const size = (text) => (text === "" || Number.isNaN(Number(text)) ? Infinity : Number(text));
+    headings.forEach((heading, column) => {
+      const button = page.make("button", heading.textContent, "sort");
+      button.type = "button";
+      heading.replaceChildren(button);
+      heading.setAttribute("aria-sort", "none");
+      button.addEventListener("click", () => {
+        const rising = heading.getAttribute("aria-sort") !== "ascending";
+        for (const other of headings) other.setAttribute("aria-sort", "none");
+        heading.setAttribute("aria-sort", rising ? "ascending" : "descending");
+        const rows = [...body.rows].map((row) => ({ row, cell: row.cells[column] }));
+        const numeric = rows.every(({ cell }) => cell.dataset.key !== undefined);
+        const compare = numeric
+          ? (one, other) => Math.sign(size(one.cell.dataset.key) - size(other.cell.dataset.key)) || 0
+          : (one, other) => one.cell.textContent.localeCompare(other.cell.textContent);
+        rows.sort((one, other) => (rising ? compare(one, other) : compare(other, one)));
+        body.append(...rows.map(({ row }) => row));
+      });
+    });
+  },
+
   /** The rows of a line: what has no place on the axis is marked for the edge where it is drawn instead. */
   linePoints(edits, values, scale, site) {
     const fits = values.map((value) => typeof value === "number" && (scale !== "log" || value > 0));

@@ -309,6 +309,8 @@
 
     function drawHeatmap() {
       const name = `heatmap.${metrics.get(state.metric).scale === "log" ? "log" : "linear"}`;
+      const kept = report.grids[metrics.get(state.metric).grid].length;
+      page.at("kept").textContent = kept < report.run.edits ? `${kept} edits are kept for this metric: a cell reaches halfway to the next.` : "";
       const order = sitesOf(state.metric).map((site) => ({ site: report.sites[site].short }));
       shown.heatmap = name;
       charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks() }, frame());
@@ -497,25 +499,7 @@
     };
     for (const control of [text, verdict, kinds]) control.addEventListener("input", filter);
     filter();
-    [...table.tHead.rows[0].cells].forEach((heading, column) => {
-      const button = page.make("button", heading.textContent, "sort");
-      button.type = "button";
-      heading.replaceChildren(button);
-      heading.setAttribute("aria-sort", "none");
-      button.addEventListener("click", () => {
-        const rising = heading.getAttribute("aria-sort") !== "ascending";
-        for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
-        heading.setAttribute("aria-sort", rising ? "ascending" : "descending");
-        const key = (row) => row.cells[column].dataset.key ?? row.cells[column].textContent;
-        const numeric = rows.every((row) => row.cells[column].dataset.key !== undefined);
-        const size = (row) => (key(row) === "NaN" || key(row) === "" ? Infinity : Number(key(row)));
-        rows.sort((one, other) => {
-          const way = numeric ? (size(one) > size(other)) - (size(one) < size(other)) : key(one).localeCompare(key(other));
-          return rising ? way : -way;
-        });
-        body.append(...rows);
-      });
-    });
+    page.sortable(table);
   }
 
   function setUpCopy() {

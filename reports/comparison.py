@@ -1,0 +1,133 @@
+"""Several runs on one page: how long each kept its verdict, what it cost in drift, and the main metrics side by side.
+
+The page's data (also saved beside it as JSON) is one object: ``runs``, a list of what each diagnosis says with its
+``stretches`` (verdict, first, last: the edits over which it held) and ``series``; values are written as in
+`stabilitylab.reports.payload`. ``series`` holds, by metric, ``edit`` and ``value``: of several layers the one that is
+furthest along, see ``furthest``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from markupsafe import Markup
+from stabilitylab.reports import headline, verdicts
+from stabilitylab.reports.html import data_script, fill, write_pages
+from stabilitylab.reports.interactive import comparison_charts
+from stabilitylab.reports.payload import as_script, distinct, readable, shown
+from stabilitylab.reports.text import clean
+from stabilitylab.reports.thinning import flagged_edits, thinned
+
+from stabilitylab.analysis import VERDICTS, Diagnosis, json_safe, severity
+from stabilitylab.readings import Array
+from stabilitylab.run import Run
+
+FORMAT: Final = 1
+MOST_POINTS: Final = 400
+"""Edits per run and metric; flagged ones are there in any case."""
+METRICS: Final = (
+    "canary.agreement", "canary.kl", "canary.perplexity", "update.norm", "drift.ratio", "weight.headroom_bits",
+    "activation.max_abs", "gradient.norm", "editor.input_max",
+)  # fmt: skip
+
+
+def write_comparison(runs: Sequence[Run], out: Path) -> Path:
+    """Write the page that compares `runs` to `out`, and its data beside it as JSON. Returns `out`.
+
+    Raises RunError when it can't be written there.
+    """
+    plain = compared(runs)
+    return write_pages(out, lambda: (_page(runs, plain), json.dumps(plain, allow_nan=False)))
+
+
+def stretches(run: Run) -> list[dict[str, Any]]:
+    """The edits over which each verdict held, as the findings established them: verdict, first, last."""
+    if not run.edits:
+        return []
+    start, end = run.edits[0].edit, run.edits[-1].edit
+    worst = 0
+    parts: list[dict[str, Any]] = [{"verdict": VERDICTS[0], "first": start, "last": end}]
+    for finding in run.diagnosis().findings:  # in order of edit
+        if severity(finding.verdict) > worst:
+            worst = severity(finding.verdict)
+            parts[-1]["last"] = finding.edit - 1
+            parts.append({"verdict": finding.verdict, "first": finding.edit, "last": end})
+    return [part for part in parts if part["last"] >= part["first"]]
+
+
+def furthest(run: Run, metric: str) -> Array | None:
+    """Of all layers, the reading that is furthest along: the smallest of room left, else the largest. [edits].
+
+    NaN where one of them is, and where none was taken. None for a metric that was never read.
+    """
+    sites = run.sites_of(metric)
+    if not sites or run.metric(metric).length > 1:
+        return None
+    values = np.array([run.series(metric, site) for site in sites])
+    there = np.array([run.present(metric, site) for site in sites])
+    room = metric.endswith("headroom_bits")
+    edge = np.inf if room else -np.inf
+    filled = np.where(there, values, edge)
+    along: Array = filled.min(axis=0) if room else filled.max(axis=0)
+    return np.where(there.any(axis=0), along, np.nan)
+
+
+def compared(runs: Sequence[Run]) -> dict[str, Any]:
+    """The page's data."""
+    names = distinct([clean(run.path.name or run.path, 60) for run in runs])
+    known = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
+    return {
+        "format": FORMAT,
+        "metrics": [
+            {"name": name, "scale": known[name].scale, "meaning": clean(known[name].meaning, 400)}
+            for name in METRICS
+            if name in known
+        ],
+        "runs": [_one(run, name) for run, name in zip(runs, names, strict=True)],
+    }
+
+
+def _one(run: Run, name: str) -> dict[str, Any]:
+    diagnosis = run.diagnosis()
+    places = thinned(run, MOST_POINTS, flagged_edits(run))
+    series = {}
+    for metric in METRICS:
+        along = furthest(run, metric) if metric in {each.name for each in run.metrics} else None
+        if along is None:
+            continue
+        there = np.any([run.present(metric, site) for site in run.sites_of(metric)], axis=0)
+        series[metric] = {
+            "edit": [run.edits[place].edit for place in places],
+            "value": [shown(float(along[place])) if there[place] else None for place in places],
+        }
+    found = {key: value for key, value in diagnosis.to_json().items() if key != "findings"}
+    about: dict[str, Any] = readable(json_safe({"path": str(run.path), "complete": run.complete, **found}))
+    return {"name": name, **about, "edits_kept": len(places), "stretches": stretches(run), "series": series}
+
+
+def _page(runs: Sequence[Run], plain: dict[str, Any]) -> str:
+    last = max((part["last"] for run in plain["runs"] for part in run["stretches"]), default=0)
+    diagnoses: list[Diagnosis] = [run.diagnosis() for run in runs]
+    return fill(
+        "compare.html.j2",
+        "compare.js",
+        data=Markup(as_script(json.dumps(plain, allow_nan=False))),
+        charts=data_script(json.dumps(comparison_charts())),
+        rows=[
+            {
+                "told": told,
+                "diagnosis": diagnosis,
+                "says": headline.headline(diagnosis),
+                "lead": headline.lead(diagnosis),
+            }
+            for told, diagnosis in zip(plain["runs"], diagnoses, strict=True)
+        ],
+        looks=verdicts.LOOKS,
+        severities={verdict: severity(verdict) for verdict in VERDICTS},
+        span=last + 1,
+        thinned=any(told["edits_kept"] < len(run.edits) for told, run in zip(plain["runs"], runs, strict=True)),
+    )
