@@ -35,9 +35,8 @@ def measured(run: Run) -> tuple[Metric, ...]:
     return tuple(metric for metric in run.metrics if run.sites_of(metric.name))
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     """One line of the list of runs."""
-    diagnosis = run.diagnosis()
     look = verdicts.LOOKS[diagnosis.verdict]
     where = diagnosis.first_bad_site
     return {
@@ -59,14 +58,13 @@ def _forecast(diagnosis: Diagnosis) -> str | None:
     return None if diagnosis.forecast is None else sentence(clean(diagnosis.forecast.says, SAYS))
 
 
-def about(run: Run) -> dict[str, Any]:
+def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     """Everything of a run but its readings: diagnosis, edits, metrics, sites. Plain JSON values."""
     sites, metrics = run.sites, measured(run)
     places = {site: place for place, site in enumerate(sites)}
     numbers = {metric.name: place for place, metric in enumerate(metrics)}
-    diagnosis = run.diagnosis()
     return {
-        **summary(run),
+        **summary(run, diagnosis),
         "sites": [shorten(site, SITE) for site in sites],
         "metrics": [_metric(metric, run.sites_of(metric.name), places) for metric in metrics],
         "number": [edit.edit for edit in run.edits],

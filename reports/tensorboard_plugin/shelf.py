@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stabilitylab.reports.tensorboard_plugin import payload
+from stabilitylab.reports.tensorboard_plugin.follower import Follower
 from stabilitylab.reports.text import clean
 
 from stabilitylab.errors import StabilityLabError
@@ -29,7 +31,8 @@ from stabilitylab.run import Run, load
 from stabilitylab.runfile import FILE_NAME
 
 KEPT: Final = 8
-"""How many read runs stay in memory."""
+"""How many read runs stay in memory, and how many versions of one of them."""
+VERSIONS: Final = 2
 LOOK_SECONDS: Final = 2.0
 """Between two looks through the logdir, at the least."""
 SHORT_SECONDS: Final = 0.2
@@ -41,6 +44,7 @@ WATCHED_SECONDS: Final = 60.0
 
 SAYS: Final = 500
 
+_log = logging.getLogger(__name__)
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -90,6 +94,7 @@ class Copy:
     version: str
     run: Run | None
     about: Mapping[str, Any]
+    summary: Mapping[str, Any]
     reason: str
 
 
@@ -121,6 +126,7 @@ class Shelf:
         self._copies: OrderedDict[tuple[str, str], Copy] = OrderedDict()
         self._lock = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
+        self._followers: dict[str, Follower] = {}
         self._wake = threading.Event()
         self._asked = -math.inf
 
@@ -137,7 +143,9 @@ class Shelf:
         found = search(self._root)
         with self._lock:
             self._found, self._looked = found, True
-            self._lines = {run: line for run, line in self._lines.items() if run in found}
+            for known in (self._lines, self._followers):
+                for gone in known.keys() - found.keys():
+                    known.pop(gone)
 
     def listing(self) -> dict[str, Any]:
         """What is known of each run found. Asks the thread to bring it up to date."""
@@ -162,16 +170,24 @@ class Shelf:
             if not _is_plain(file) or file.parent.resolve() != file.parent:
                 raise KeyError(run)
             began = time.monotonic()
-            copy = _load(file, stamp)
-            summary = {} if copy.run is None else payload.summary(copy.run)
+            copy = _load(file, stamp, self._followers.setdefault(run, Follower()))
             ended = time.monotonic()
             with self._lock:
-                self._lines[run] = _Line(stamp, copy.version, summary, copy.reason, ended, ended - began)
-                self._copies[run, copy.version] = copy
-                self._copies.move_to_end((run, copy.version))
-                while len(self._copies) > KEPT:
-                    self._copies.popitem(last=False)
+                if copy.run is None or copy.run.complete:  # grows no more
+                    self._followers.pop(run, None)
+                self._lines[run] = _Line(stamp, copy.version, copy.summary, copy.reason, ended, ended - began)
+                self._keep(run, copy)
             return copy
+
+    def _keep(self, run: str, copy: Copy) -> None:
+        """Of the same run the version before is kept too: a page may be drawing it."""
+        self._copies[run, copy.version] = copy
+        self._copies.move_to_end((run, copy.version))
+        versions = [key for key in self._copies if key[0] == run]
+        for old in versions[:-VERSIONS]:
+            del self._copies[old]
+        while len(self._copies) > KEPT:
+            self._copies.popitem(last=False)
 
     def copy(self, run: str, version: str) -> Copy | None:
         """A run as it was at `version`, while it is still kept. Raises KeyError for a run that isn't there."""
@@ -187,11 +203,15 @@ class Shelf:
         due = 0.0
         while True:
             began = time.monotonic()
-            if began >= due:
-                self.look()
-                due = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - began) / SHARE)
-            if began - self._asked < WATCHED_SECONDS:
-                self.read_ahead()
+            try:
+                if began >= due:
+                    self.look()
+                    due = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - began) / SHARE)
+                if began - self._asked < WATCHED_SECONDS:
+                    self.read_ahead()
+            except Exception:  # such as a folder that goes while it is looked at: the next round sees what is there
+                _log.exception("stabilitylab: looking for runs under %s failed", self._root)
+                due = time.monotonic() + LOOK_SECONDS
             self._wake.wait(max(SHORT_SECONDS, due - time.monotonic()))
             self._wake.clear()
             time.sleep(SHORT_SECONDS)
@@ -207,15 +227,17 @@ class Shelf:
                     self.read(run)
 
 
-def _load(file: Path, stamp: _Stamp) -> Copy:
+def _load(file: Path, stamp: _Stamp, follower: Follower) -> Copy:
     version = hashlib.sha256(repr(stamp).encode("ascii")).hexdigest()[:16]
     try:
         run = load(file)
-        return Copy(version, run, payload.about(run), "")
+        diagnosis = follower.diagnosis(run)
+        return Copy(version, run, payload.about(run, diagnosis), payload.summary(run, diagnosis), "")
     except StabilityLabError as error:
-        return Copy(version, None, {}, clean(error, SAYS))
+        reason = str(error)
     except Exception as error:  # anyone may have written the file: whatever it does, the others work
-        return Copy(version, None, {}, clean(f"'{file}' can't be read: {type(error).__name__}: {error}", SAYS))
+        reason = f"'{file}' can't be read: {type(error).__name__}: {error}"
+    return Copy(version, None, {}, {}, clean(reason, SAYS))
 
 
 def _by_number(run: str) -> list[tuple[int, str]]:

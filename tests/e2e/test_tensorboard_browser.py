@@ -28,18 +28,19 @@ PATIENCE = 30_000
 
 
 @contextmanager
-def tensorboard(logdir: Path) -> Iterator[str]:
-    """A TensorBoard of its own on a free port; its address."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", "--host", "127.0.0.1"]
+def tensorboard(logdir: Path, prefix: str = "") -> Iterator[str]:
+    """A TensorBoard of its own on a free port; its address, with a slash at the end."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1"]
+    options = ["--port", "0", "--load_fast", "false", "--path_prefix", prefix]
     with subprocess.Popen(
-        [*command, "--load_fast", "false"], cwd=logdir, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, *options], cwd=logdir, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         try:
             assert process.stderr is not None
             said = ""
             for line in process.stderr:
                 said += line
-                if found := re.search(r"at (http://127\.0\.0\.1:\d+/)", line):
+                if found := re.search(rf"at (http://127\.0\.0\.1:\d+{prefix}/)", line):
                     yield found[1]
                     return
             pytest.fail(f"TensorBoard did not start: {said}")
@@ -283,6 +284,7 @@ def test_nothing_was_complained_of_and_nothing_left_the_machine(seen: Visit, add
     """Last of those that share the page: what all of them made it say and ask."""
     assert not [line for line in seen.said if line.startswith("error")]
     assert not [asked for asked in seen.asked if not asked.startswith((address, "data:", "blob:"))]
+    assert [asked for asked in seen.asked if "/plugin/stability/values" in asked]
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
@@ -316,7 +318,7 @@ def test_the_tab_is_there_only_while_there_is_something_to_show(seen: Visit, tmp
         with urllib.request.urlopen(f"{address}data/plugins_listing") as answer:
             return bool(json.load(answer)["stability"]["enabled"])
 
-    with tensorboard(tmp_path) as address:
+    with tensorboard(tmp_path, "/behind/a/proxy") as address:
         assert not active(address)
         with another_page(seen, address) as other:
             other.page.get_by_text("No dashboards are active").wait_for()
@@ -324,4 +326,5 @@ def test_the_tab_is_there_only_while_there_is_something_to_show(seen: Visit, tmp
             make_run(tmp_path / "first", edits=1, dies_at=None, sites=1)
             until(lambda: active(address))
             other.page.reload()
-            expect(other.page.get_by_role("tab", name="Stability")).to_be_visible()
+            other.page.get_by_role("tab", name="Stability").click()
+            expect(frame_of(other.page).locator("#says")).to_contain_text("Stable over 1 edit")

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from stabilitylab.reports.tensorboard_plugin import shelf
+from stabilitylab.reports.tensorboard_plugin.follower import Follower
 from stabilitylab.reports.tensorboard_plugin.loader import StabilityLoader
 from stabilitylab.reports.tensorboard_plugin.plugin import StabilityPlugin
 from synthetic import HOSTILE, make_run
 from werkzeug.test import Client, TestResponse
 
+from stabilitylab.analysis import Analyzer
 from stabilitylab.readings import EditRow, Metric
 from stabilitylab.run import load
 from stabilitylab.store import FILE_NAME, SCHEMA_VERSION, RunWriter
@@ -322,6 +325,56 @@ def test_a_run_grows_while_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert tab.get("/run", run="live").status_code == 404
 
 
+def test_a_growing_run_is_diagnosed_as_a_whole_one_but_each_row_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = load(make_run(tmp_path / "source", edits=16, dies_at=12)), []
+    observe = Analyzer.observe
+    monkeypatch.setattr(Analyzer, "observe", lambda self, row: (seen.append(row.edit), observe(self, row)))
+    follower, writer = Follower(), RunWriter(tmp_path / "live", source.manifest, source.metrics)
+    for edit in source.edits:
+        writer.append(edit.row)
+        now = load(tmp_path / "live")
+        before = len(seen)
+        found = follower.diagnosis(now)
+        assert len(seen) == before + 1
+        assert found.to_json() == now.diagnosis().to_json()
+    writer.close()
+    assert found.verdict == "non-finite"
+
+
+def test_a_run_that_was_begun_anew_is_diagnosed_anew(tmp_path: Path) -> None:
+    follower = Follower()
+    dying, healthy = (load(make_run(tmp_path / str(at), edits=16, dies_at=at, seed=at or 0)) for at in (9, None))
+    assert follower.diagnosis(dying).verdict == "non-finite"
+    healthy.manifest["created"] = "2027-01-01"
+    assert follower.diagnosis(healthy).to_json() == healthy.diagnosis().to_json()
+
+
+def test_a_folder_that_cannot_be_looked_through_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "LOOK_SECONDS", 0.01)
+    search, failures = shelf.search, [OSError("gone"), RuntimeError("loop")]
+
+    def failing(root: Path) -> dict[str, Path]:
+        if failures:
+            raise failures.pop()
+        return search(root)
+
+    monkeypatch.setattr(shelf, "search", failing)
+    make_run(tmp_path / "run", edits=1, dies_at=None, sites=1)
+    plugin = StabilityPlugin(SimpleNamespace(logdir=str(tmp_path)))
+    until(plugin.is_active)
+    assert not failures
+
+
+def until(done: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if done():
+            return
+        time.sleep(0.05)
+    pytest.fail("nothing changed in 30 seconds")
+
+
 def test_a_run_that_grows_fast_is_not_read_without_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "SHARE", 1e-9)
     tab = Tab(plugin_of(tmp_path))
@@ -358,13 +411,7 @@ def test_the_thread_finds_a_run_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
     plugin = StabilityPlugin(SimpleNamespace(logdir=str(tmp_path)))
     tab = Tab(plugin)
     make_run(tmp_path / "late", edits=1, dies_at=None, sites=1)
-    for _ in range(600):
-        runs = tab.json("/runs")["runs"]
-        if runs and runs[0]["state"] == "read":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("not found in 30 seconds")
+    until(lambda: [run["state"] for run in tab.json("/runs")["runs"]] == ["read"])
     assert plugin.is_active()
 
 
