@@ -11,6 +11,7 @@ expression.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,17 +140,15 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
     chosen = drawing.choose(run, metric, sites)
     names, edits = _names(chosen), run.edit_numbers
     read = drawing.read(run, metric, chosen)
-    drawn = [line.drawn(log) for line in read]
-    low, high = _ends(charting.finite_of(drawn), log)
+    low, high = _ends(charting.finite_of([line.drawn(log) for line in read]), log)
     rows = [
         {
             "site": names[line.site],
             "whole": shorten(line.site, 120),
             "edit": edits.astype(int).tolist(),
-            "value": _plain(values),
-            "kind": _kinds(line, log),
+            "reading": _readings(line, log),
         }
-        for line, values in zip(read, drawn, strict=True)
+        for line in read
     ]
     edges = np.concatenate([edits[:1] - 0.5, (edits[1:] + edits[:-1]) / 2, edits[-1:] + 0.5])
     about_edits = [
@@ -172,7 +171,7 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
         values=_ticks(low, high, log, 5), labelExpr=_TICK,
     )  # fmt: skip
     tip = [alt.Tooltip("whole:N", title="site"), *_edit_tips()]
-    seen = {kind for row in rows for kind in row["kind"]} - {""}
+    seen = {reading for row in rows for reading in row["reading"] if isinstance(reading, str)}
     keys = {"NaN, ±∞": charting.BAD_CELL} if seen - _ZEROS else {}
     keys |= {"≤ 0": charting.ZERO_CELL} if seen & _ZEROS else {}
     kinds = alt.Scale(domain=list(keys), range=list(keys.values()))
@@ -200,12 +199,7 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
         .encode(x=_x(run), y=y, shape=alt.Shape("kind:N", scale=shape, legend=None))
     )
     parts = [good, *([other, signs] if seen else [])]
-    grid = (
-        alt.layer(*parts, data=_data(rows))
-        .transform_flatten(["edit", "value", "kind"])
-        .transform_lookup(lookup="edit", from_=found)
-        .resolve_scale(color="independent", shape="independent")
-    )
+    grid = _unfolded(alt.layer(*parts, data=_data(rows)), found).resolve_scale(color="independent", shape="independent")
     chart = alt.layer(grid, *_rules(run)).resolve_scale(color="independent", strokeDash="independent")
     return _finished(chart, metric, about.meaning, step * max(1, len(order)))
 
@@ -225,7 +219,8 @@ def _shades(count: int) -> list[str]:
 
 
 def _data(rows: list[dict[str, Any]]) -> alt.InlineData:
-    return alt.InlineData(values=rows)
+    """Records as one JSON text: Altair copies and validates a chart many times, and each value of a list with it."""
+    return alt.InlineData(values=json.dumps(rows, allow_nan=False), format=alt.JsonDataFormat(type="json"))
 
 
 def _plain(values: Array) -> list[float | None]:
@@ -233,17 +228,31 @@ def _plain(values: Array) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _kinds(line: Line, log: bool) -> list[str]:
-    """What each value that has no place on the axis is, in words; empty for those that have, and for none."""
+def _readings(line: Line, log: bool) -> list[float | str | None]:
+    """A number for what has a place on the axis, a word for what has none, None for what was not taken."""
 
-    def kind(value: float, there: bool) -> str:
-        if not there or (math.isfinite(value) and (value > 0 or not log)):
-            return ""
-        if math.isfinite(value):
+    def told(value: float, there: bool) -> float | str | None:
+        if not there:
+            return None
+        if not math.isfinite(value):
+            return number(value)
+        if log and value <= 0:
             return "0" if value == 0 else "< 0"
-        return number(value)
+        return float(f"{value:.6g}")
 
-    return [kind(value, there) for value, there in zip(line.values.tolist(), line.there.tolist(), strict=True)]
+    return [told(value, there) for value, there in zip(line.values.tolist(), line.there.tolist(), strict=True)]
+
+
+def _unfolded(chart: Any, lookup: alt.LookupData) -> Any:
+    """A record per reading, with what is told of its edit. value: a number or null; kind: a word, or empty."""
+    return (
+        chart.transform_flatten(["edit", "reading"])
+        .transform_calculate(
+            value="isNumber(datum.reading) ? datum.reading : null",
+            kind="isString(datum.reading) ? datum.reading : ''",
+        )
+        .transform_lookup(lookup="edit", from_=lookup)
+    )
 
 
 def _edits(run: Run) -> list[dict[str, Any]]:
@@ -376,10 +385,9 @@ def _panel(
             "top": tops.get(curve.name, 0),
             "bottom": HEIGHT - bottoms.get(curve.name, 0),
             "edit": run.edit_numbers.astype(int).tolist(),
-            "value": _plain(values),
-            "kind": _kinds(curve.line, log),
+            "reading": _readings(curve.line, log),
         }
-        for curve, values in zip(curves, drawn, strict=True)
+        for curve in curves
     ]
     names = [curve.name for curve in curves]
     shades = alt.Scale(domain=names, range=[curve.shade for curve in curves])
@@ -413,11 +421,7 @@ def _panel(
         points = points.add_params(near).encode(opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)))
     else:
         points = points.encode(opacity=alt.value(0))
-    unfolded = (
-        alt.layer(line, points, data=_data(rows))
-        .transform_flatten(["edit", "value", "kind"])
-        .transform_lookup(lookup="edit", from_=lookup)
-    )
+    unfolded = _unfolded(alt.layer(line, points, data=_data(rows)), lookup)
     lanes = [
         mark
         for fields, height, at in (("top", room[0], "top"), ("bottom", room[1], "bottom"))
@@ -476,10 +480,8 @@ def _lane(
         .encode(x=alt.value(WIDTH + 6), y=alt.value((edge + inner) / 2), text="words:N")
     )
     marks = (
-        alt.Chart(_data([row for row in rows if any(kind in kinds for kind in row["kind"])]))
-        .transform_flatten(["edit", "value", "kind"])
+        _unfolded(alt.Chart(_data(rows)), lookup)
         .transform_filter(alt.FieldOneOfPredicate(field="kind", oneOf=kinds))
-        .transform_lookup(lookup="edit", from_=lookup)
         .mark_point(size=26, strokeWidth=1.5, clip=False)
         .encode(
             x=_x(run),

@@ -63,10 +63,12 @@ def plain(chart: alt.LayerChart) -> Spec:
 def rows_of(spec: Spec) -> Iterator[dict[str, Any]]:
     """Every record of every data set, unfolded as the browser does."""
     for rows in spec["datasets"].values():
-        for row in rows:
+        for row in json.loads(rows):
             folded = {name: value for name, value in row.items() if isinstance(value, list)}
             for place in range(max(map(len, folded.values()), default=1)):
-                yield {**row, **{name: value[place] for name, value in folded.items()}}
+                each = {**row, **{name: value[place] for name, value in folded.items()}}
+                reading = each.get("reading")
+                yield {**each, "value": each.get("value", None if isinstance(reading, str) else reading)}
 
 
 def svg_of(spec: Spec) -> str:
@@ -89,7 +91,11 @@ def test_every_chart_is_valid_drawn_and_marks_the_flagged_edits(run: Run) -> Non
 
 def drawn(spec: Spec) -> dict[tuple[str, int], tuple[float | None, str]]:
     """(value, kind) by (whole name of the site, edit)."""
-    return {(row["whole"], row["edit"]): (row["value"], row["kind"]) for row in rows_of(spec) if "whole" in row}
+    return {
+        (row["whole"], row["edit"]): (row["value"], row["reading"] if isinstance(row["reading"], str) else "")
+        for row in rows_of(spec)
+        if "whole" in row
+    }
 
 
 @pytest.mark.parametrize("metric", ["update.norm", "weight.headroom_bits", "activation.nonfinite"])
