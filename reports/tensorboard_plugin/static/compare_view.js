@@ -105,7 +105,7 @@ export class CompareView {
         if (box.checked) swatch.style.background = this.colour(run);
         return el("tr", { class: `v-${run.verdict}` }, el("td", {}, el("span", { class: "keyed" }, box, swatch)), name,
           el("td", {}, el("span", { class: "sign" }, `${run.sign} ${run.word}`)), cell(run.edits), cell(run.onset_edit), cell(run.first_bad_edit),
-          el("td", { class: "wrap" }, run.first_bad_site ?? "–"), el("td", {}, run.verdict === "stable" ? "–" : run.cause), el("td", { class: "wrap" }, run.forecast ?? "–"));
+          el("td", { class: "wrap where" }, run.first_bad_site ?? "–"), el("td", {}, run.verdict === "stable" ? "–" : run.cause), el("td", { class: "wrap forecast" }, run.forecast ?? "–"));
       }))));
     const drawn = this.ticked().size;
     const many = this.readable().length;

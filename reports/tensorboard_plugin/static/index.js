@@ -7,6 +7,7 @@ import { RunView } from "./run_view.js";
 import { CompareView } from "./compare_view.js";
 
 const POLL = 2000;
+const SOON = 400;
 
 /** Builds the page. */
 export async function render() {
@@ -82,6 +83,7 @@ class Page {
     } finally {
       this.polling = false;
     }
+    if (this.runs.some((run) => run.state === "unread")) setTimeout(() => this.poll(), SOON);
   }
 
   async refresh() {

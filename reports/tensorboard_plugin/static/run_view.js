@@ -179,7 +179,7 @@ export class RunView {
     show(this.layer,
       el("div", { class: "card-head" }, el("h2", { id: "layer-name" }, this.siteName), this.steps(column)),
       el("div", { class: wide ? "split" : "" },
-        el("div", {}, el("h3", {}, about.metrics[chosen].name, el("span", { class: "muted" }, " here, and at the other sites in grey")), this.mainChart(chosen, chart)),
+        el("div", {}, el("h3", {}, about.metrics[chosen].name, about.metrics[chosen].sites.length > 1 ? el("span", { class: "muted" }, " here, and at the other sites in grey") : null), this.mainChart(chosen, chart)),
         this.editDetails(column, parts)),
       others.length ? el("h3", { class: "apart" }, "Everything else that was read here") : null,
       el("div", { class: "smalls" }, others.map((metric) => el("figure", {}, el("figcaption", { title: about.metrics[metric].meaning }, about.metrics[metric].name), this.smallChart(metric, small)))),
@@ -307,8 +307,9 @@ function defaultEdit(about) {
 
 function firstMetric(about) {
   const bad = about.diagnosis.first_bad_metric;
-  const several = (name) => about.metrics.some((metric) => metric.name === name && metric.sites.length > 1);
-  return (several(bad) && bad) || FIRST.find(several) || about.metrics[0]?.name || null;
+  const known = new Map(about.metrics.map((metric) => [metric.name, metric.sites.length]));
+  const wanted = [bad, ...FIRST].filter((name) => known.has(name));
+  return wanted.find((name) => known.get(name) > 1) ?? wanted[0] ?? about.metrics[0]?.name ?? null;
 }
 
 /** Whether a scalar was the same, and a finite number, whenever it was read. */
