@@ -18,8 +18,8 @@ calibrated on healthy runs, see `stabilitylab.analysis.thresholds`. All logs are
   its answers that changed, in units of a half; the lesser of the last two readings, so that an edit that is taken
   back passes. They need no baseline either.
 - ``canary-heading``: the lesser of the last two divergences, extrapolated by as many edits as the last six readings
-  span, at the 0.1 quantile of the growth between any two of these; in nats. What is below ``HEADING_LEAST`` nats counts
-  as that much: growth out of rounding error says nothing. At least three readings.
+  span, at the 0.2 quantile of the growth between any two of these; in nats. What is below ``HEADING_LEAST`` nats counts
+  as that much: an edit's own small trace is new after the first ones, and says nothing. At least three readings.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ KL_NATS: Final = 1.0
 CHANGED: Final = 0.5
 HEADING_READINGS: Final = 6
 HEADING_FEWEST: Final = 3
-HEADING_LEAST: Final = 0.003
-HEADING_QUANTILE: Final = 0.1
+HEADING_LEAST: Final = 0.1
+HEADING_QUANTILE: Final = 0.2
 HEADING_MOST_LOG: Final = 300.0
 
 

@@ -131,12 +131,12 @@ def heading(*kl: float, restored: bool = False, compared: bool = True) -> Diagno
 
 
 def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> None:
-    doubling = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+    doubling = (0.0, 0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
     found = heading(*doubling)
-    assert (found.verdict, found.alarm_edit) == ("diverging", 4)
+    assert (found.verdict, found.alarm_edit) == ("diverging", 6)
     finding = next(each for each in found.findings if each.rule == "canary-heading")
-    assert finding.value == 0.16
-    assert 1 <= finding.start <= 4
+    assert finding.value == 0.56
+    assert 1 <= finding.start <= 5
     assert heading(*doubling, restored=True).verdict == "stable"  # each began anew: it heads nowhere
     assert heading(*doubling, compared=False).verdict == "stable"  # nobody can tell
     assert heading(0.0, *[0.3] * 9).verdict == "stable"  # it has arrived, and stays
@@ -147,10 +147,10 @@ def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> Non
 @given(hnp.arrays(np.float64, st.integers(3, 6), elements=st.floats(0.0, 50.0)), st.integers(1, 5))
 def test_where_a_canary_heads_is_that_of_a_naive_pass(kl: Array, every: int) -> None:
     edits = np.arange(kl.size, dtype=np.float64) * every
-    logs = [math.log(max(float(value), 0.003)) for value in kl]
+    logs = [math.log(max(float(value), 0.1)) for value in kl]
     pairs = [(one, other) for one in range(kl.size) for other in range(one + 1, kl.size)]
     growths = sorted((logs[b] - logs[a]) / (edits[b] - edits[a]) for a, b in pairs)
-    place = 0.1 * (len(growths) - 1)
+    place = 0.2 * (len(growths) - 1)
     low, part = int(place), place - int(place)
     growth = growths[low] + part * (growths[min(low + 1, len(growths) - 1)] - growths[low])
     ahead = math.exp(min(min(logs[-2:]) + max(growth, 0.0) * (edits[-1] - edits[0]), 300.0))
