@@ -30,7 +30,7 @@ Spec = dict[str, Any]
 _MARKS: Final = ["onset", "alarm", "first bad"]
 _VERDICTS: Final = ["worth knowing", "drifting", "diverging", "collapsed", "non-finite", "failed", "undone"]
 _VERDICT_COLOURS: Final = [ALARM, ONSET, "#e8692a", "#b45fa3", BAD, "#8a63d2", "#56b4e9"]
-_VERDICT_SHAPES: Final = ["circle", "diamond", "triangle-up", "square", "cross", "triangle-down", "stroke"]
+_VERDICT_SHAPES: Final = ["circle", "diamond", "triangle-up", "square", "cross", "triangle-down", "triangle-left"]
 
 
 def _ends() -> tuple[alt.Parameter, alt.Parameter]:
@@ -180,7 +180,7 @@ def lines(scale: str) -> Spec:
     height = alt.Y(
         "value:Q",
         scale=_scale(scale, nice=False, padding=6),
-        axis=alt.Axis(title=None, format=".3~g", tickCount=4, domain=False, ticks=False, **_grid(scale)),
+        axis=alt.Axis(title=None, format=".4~g", tickCount=4, domain=False, ticks=False, **_grid(scale)),
     )
     line = (
         alt.Chart(points)

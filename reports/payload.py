@@ -3,8 +3,9 @@
 `payload` makes it, `packed` is its short form for a page, and `unpacked` reads either. docs/report.md has the layout.
 
 JSON has no NaN and no infinities. They are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and a reading
-that was not taken is null. Whole numbers below a million are exact, and everything else has the three digits (or, from
-1,000 to 100,000, the whole number) that every report shows. Text is cleaned and cut: see `stabilitylab.reports.text`.
+that was not taken is null. Whole numbers below a million are exact; from 1,000 to 100,000 a value is its whole number,
+and everything else has four digits, so that it reads the same as the run's own value where reports show three. Text is
+cleaned and cut: see `stabilitylab.reports.text`.
 """
 
 from __future__ import annotations
@@ -57,19 +58,25 @@ def shown(value: float) -> Value:
     size = abs(value)
     if size < 1e6 and value == int(value):
         return int(value)
-    return round(value) if 1e3 <= size < 1e5 else float(f"{value:.2e}")
+    if 1e3 <= size < 1e5:
+        return round(value)
+    told = float(f"{value:.3e}")
+    if f"{told:.2e}" != f"{value:.2e}":  # rounded twice, it would be rounded up from just below the middle
+        told = float(f"{told - math.copysign(10.0 ** (math.floor(math.log10(size)) - 3), told - value):.3e}")
+    return told
 
 
 def all_shown(values: Array) -> list[Value]:
-    """`shown` of every value of a flat array, and much faster for a long one."""
+    """`shown` of every value of a flat array, and faster for a long one."""
     size = np.abs(values)
     with np.errstate(all="ignore"):
         exponent = np.floor(np.log10(size))
-        plain = (size >= 1e-9) & (size < 1e3)
-        digits = values * 10.0 ** (2.0 - exponent)
-        # Too close to the middle between two, or to the next power of ten, for arithmetic to tell.
-        plain &= (np.abs(digits - np.floor(digits) - 0.5) > 1e-6) & (np.abs(digits) > 100.1) & (np.abs(digits) < 999.4)
-        rounded = np.round(digits) / 10.0 ** (2.0 - exponent)
+        digits = values * 10.0 ** (3.0 - exponent)
+        whole = np.round(digits)
+        rounded = whole / 10.0 ** (3.0 - exponent)
+        # Left to `shown`: what is too close to the middle or to a power of ten, what ends in 5, and whole numbers.
+        plain = (size >= 1e-9) & (size < 1e3) & (np.abs(digits) > 1000.1) & (np.abs(digits) < 9999.4)
+        plain &= (np.abs(digits - np.floor(digits) - 0.5) > 1e-5) & (np.abs(whole) % 10 != 5)
         plain &= rounded != np.floor(rounded)
     told: list[Value] = rounded.tolist()
     for place in np.flatnonzero(~plain).tolist():
@@ -90,6 +97,7 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
             "path": str(run.path),
             "complete": run.complete,
             "edits": len(run),
+            "rows": len(run.edits),
             "probe_time_share": run.probe_time_share,
             "canary_time_share": run.canary_time_share,
         },

@@ -75,7 +75,7 @@
         for (const metric of listed) group.append(new Option(metric.name, metric.name));
         page.at("metric").append(group);
       }
-      report.sites.forEach((site, place) => page.at("site").append(new Option(site.name, String(place))));
+      report.sites.forEach((site, place) => page.at("site").append(new Option(site.short, String(place))));
       const number = page.at("edit");
       number.min = edits.edit[0];
       number.max = edits.edit.at(-1);
@@ -120,14 +120,13 @@
       document.querySelectorAll("a[data-cell]").forEach((link) => {
         link.addEventListener("click", () => page.at("explore").scrollIntoView());
       });
-      const left = edits.edit.length - (report.grids[metrics.get(mapped[0]?.name)?.grid] ?? edits.edit).length;
-      const fewest = Math.min(...Object.values(report.grids).map((listed) => listed.length));
-      if (fewest < edits.edit.length || report.run.edits + 1 > edits.edit.length) {
-        page.at("thinned").textContent =
-          `Thinned to keep this page small: ${report.grids.main.length} of ${report.run.edits + 1} rows are kept for ` +
-          `the main metrics, ${report.grids.other.length} for the others and ${report.grids.spectra.length} for ` +
-          "spectra. Flagged edits and those beside them are all here; the run file has every one.";
-      } else if (left === 0) page.at("thinned").remove();
+      const few = [["main", "the main metrics"], ["other", "the others"], ["spectra", "spectra"]]
+        .filter(([grid]) => report.grids[grid].length < report.run.rows)
+        .map(([grid, words]) => `${report.grids[grid].length} for ${words}`);
+      page.at("thinned").textContent = few.length
+        ? `Thinned to keep this page small: of ${report.run.rows.toLocaleString("en-US")} rows, ${few.join(", ")} are kept. ` +
+          "Flagged edits and those beside them are all here; the run file has every one."
+        : "";
     }
 
     function nearest(edit, listed = edits.edit) {
@@ -167,10 +166,9 @@
     function readAddress() {
       const asked = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
       Object.assign(state, preset());
-      if (isScalar(asked.get("metric"))) state.metric = asked.get("metric");
       const site = report.sites.findIndex((each) => each.name === asked.get("site"));
-      if (site >= 0) state.site = site;
-      else if (!sitesOf(state.metric).includes(state.site)) state.site = sitesOf(state.metric)[0];
+      if (isScalar(asked.get("metric"))) settle({ metric: asked.get("metric") });
+      if (site >= 0) settle({ site });
       if (asked.has("edit") && Number.isFinite(Number(asked.get("edit")))) state.edit = nearest(Number(asked.get("edit")));
     }
 
@@ -180,10 +178,27 @@
       draw({});
     }
 
+    /** Take over a choice; what does not go with it, a metric that was not read there or a site, gives way. */
+    function settle(change) {
+      Object.assign(state, change);
+      if (sitesOf(state.metric).includes(state.site)) return;
+      if (change.site === undefined) state.site = sitesOf(state.metric)[0];
+      else state.metric = bestOf(scalarsAt(state.site))[0] ?? state.metric;
+    }
+
+    function scalarsAt(site) {
+      return report.metrics.map((metric) => metric.name).filter((name) => isScalar(name) && series[name][site]);
+    }
+
+    /** The best known metrics first. */
+    function bestOf(names) {
+      const rank = (name) => (FIRST_SHOWN.includes(name) ? FIRST_SHOWN.indexOf(name) : FIRST_SHOWN.length);
+      return names.sort((one, other) => rank(one) - rank(other));
+    }
+
     /** Choose an edit, a site or a metric: the address says so, and `Back` undoes it. */
     function choose(change) {
-      Object.assign(state, change);
-      if (change.metric && !sitesOf(state.metric).includes(state.site)) state.site = sitesOf(state.metric)[0];
+      settle(change);
       const words = new URLSearchParams({ edit: state.edit, site: report.sites[state.site].name, metric: state.metric });
       if (location.hash !== `#${words}`) history.pushState(null, "", `#${words}`);
       draw({});
@@ -226,6 +241,7 @@
     function outline() {
       const listed = report.grids[metrics.get(state.metric).grid];
       const at = listed.indexOf(nearest(state.edit, listed));
+      if (!sitesOf(state.metric).includes(state.site)) return [];
       return [{ ...edges(listed)[at], site: report.sites[state.site].short }];
     }
 
@@ -250,7 +266,7 @@
     }
 
     function says(edit, site) {
-      const value = reading(state.metric, site, edit);
+      const value = series[state.metric][site] ? reading(state.metric, site, edit) : null;
       const { unit } = metrics.get(state.metric);
       const told = value === undefined ? "not kept on this page" : value === null ? "not taken" : page.number(value);
       return `Edit ${edit}, ${report.sites[site].name}: ${state.metric} ${told}${unit && unit !== "1" && value !== null ? ` ${unit}` : ""}`;
@@ -310,7 +326,7 @@
     function drawHeatmap() {
       const name = `heatmap.${metrics.get(state.metric).scale === "log" ? "log" : "linear"}`;
       const kept = report.grids[metrics.get(state.metric).grid].length;
-      page.at("kept").textContent = kept < report.run.edits ? `${kept} edits are kept for this metric: a cell reaches halfway to the next.` : "";
+      page.at("kept").textContent = kept < edits.edit.length ? `${kept} edits are kept for this metric: a cell reaches halfway to the next.` : "";
       const order = sitesOf(state.metric).map((site) => ({ site: report.sites[site].short }));
       shown.heatmap = name;
       charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks() }, frame());
@@ -318,10 +334,8 @@
 
     /** Metrics at the chosen site that say something: the chosen one apart, those that moved, the best known first. */
     function metricsHere() {
-      const here = report.metrics.map((metric) => metric.name).filter((name) => isScalar(name) && series[name][state.site]);
-      const moving = here.filter((name) => name !== state.metric && new Set(series[name][state.site]).size > 2);
-      const rank = (name) => (FIRST_SHOWN.includes(name) ? FIRST_SHOWN.indexOf(name) : FIRST_SHOWN.length);
-      return moving.sort((one, other) => rank(one) - rank(other)).slice(0, MULTIPLES);
+      const others = scalarsAt(state.site).filter((name) => name !== state.metric);
+      return bestOf(others.filter((name) => new Set(series[name][state.site]).size > 2)).slice(0, MULTIPLES);
     }
 
     function drawLayer() {
@@ -369,8 +383,7 @@
     function drawEditor() {
       const own = report.metrics.map((metric) => metric.name).filter((name) => name.startsWith("editor.") && isScalar(name) && !name.endsWith("_unit"));
       const moving = own.filter((name) => sitesOf(name).some((site) => new Set(series[name][site]).size > 2));
-      const rank = (name) => (FIRST_SHOWN.includes(name) ? FIRST_SHOWN.indexOf(name) : FIRST_SHOWN.length);
-      const listed = moving.sort((one, other) => rank(one) - rank(other)).slice(0, 3);
+      const listed = bestOf(moving).slice(0, 3);
       page.at("editor-state").hidden = listed.length === 0;
       for (let slot = 0; slot < 3; slot += 1) {
         const metric = listed[slot];
@@ -457,7 +470,8 @@
           ? value.slice(0, 4).map(page.number).join(", ") + (value.length > 4 ? ", …" : "")
           : page.number(value);
         const row = document.createElement("tr");
-        const name = page.make("th", metric.name, "mono");
+        const name = page.make("th", "", "mono");
+        name.append(...metric.name.split(/(?<=[._])/).flatMap((part) => [part, document.createElement("wbr")]));
         name.scope = "row";
         name.title = metric.meaning;
         const bad = page.isBad(value) || (Array.isArray(value) && value.some(page.isBad));

@@ -244,8 +244,10 @@ def test_a_picture_for_which_there_is_no_room_is_named(dying: Run) -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (0.0, 0), (98_304.0, 98_304), (3.2e5, 320_000), (1.0e7, 1.0e7), (0.0320123, 0.032), (-1234.56, -1235),
-        (1.23456e-9, 1.23e-9), (1e300, 1e300), (math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity"),
+        (0.0, 0), (98_304.0, 98_304), (3.2e5, 320_000), (1.0e7, 1.0e7), (0.0320123, 0.03201), (-1234.56, -1235),
+        (1.23456e-9, 1.235e-9),
+        (0.45649996, 0.4564), (-0.9994999, -0.9994), (1e300, 1e300),
+        (math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity"),
     ],
 )  # fmt: skip
 def test_a_value_in_json_reads_like_the_value(value: float, told: object) -> None:
@@ -253,6 +255,18 @@ def test_a_value_in_json_reads_like_the_value(value: float, told: object) -> Non
     assert json.loads(json.dumps(payload.shown(value), allow_nan=False)) == told
     if not isinstance(told, str):
         assert number(float(told)) == number(value)  # type: ignore[arg-type]
+
+
+def test_many_values_are_told_like_each_one() -> None:
+    draw = np.random.default_rng(0)
+    values = np.concatenate([
+        np.exp(20.0 * draw.standard_normal(2_000)), -np.exp(draw.standard_normal(2_000)),
+        draw.integers(0, 20_000, 2_000) / 10_000, 1_000.0 + draw.standard_normal(50),
+        [np.nan, np.inf, -np.inf, 0.0, -0.0, 999.96, 5e-324, 1.7e308, 1e6, 0.0005],
+    ])  # fmt: skip
+    assert payload.all_shown(values) == [payload.shown(value) for value in values.tolist()]
+    rounded = [each if isinstance(each, str) else f"{each:.2e}" for each in payload.all_shown(values[:6_000])]
+    assert rounded == [f"{value:.2e}" for value in values[:6_000].tolist()]
 
 
 def test_every_reading_is_in_the_payload_where_there_is_room(dying: Run) -> None:
@@ -276,7 +290,7 @@ def test_every_reading_is_in_the_payload_where_there_is_room(dying: Run) -> None
 
 def test_thinned_readings_keep_what_is_flagged_and_fit(tmp_path: Path) -> None:
     run = load(make_run(tmp_path / "run", edits=400, dies_at=300, sites=6))
-    plain = payload.payload(run, budget=20_000)
+    plain = payload.payload(run, budget=40_000)
     diagnosis = run.diagnosis()
     needed = {diagnosis.onset_edit, diagnosis.alarm_edit, diagnosis.first_bad_edit, diagnosis.first_nonfinite_edit}
     needed |= {finding.edit for finding in diagnosis.findings} | {7, 0, 400}
@@ -285,7 +299,7 @@ def test_thinned_readings_keep_what_is_flagged_and_fit(tmp_path: Path) -> None:
         assert len(plain["grids"][name]) < 401
     assert len(plain["grids"]["main"]) >= len(plain["grids"]["other"])
     assert len(plain["data"]["edits"]["label"]) == 401
-    assert len(json.loads(payload.packed(plain))["data"]) < 1.3 * 20_000
+    assert len(json.loads(payload.packed(plain))["data"]) < 1.3 * 40_000
 
 
 def test_names_in_the_payload_are_cut_cleaned_and_still_apart(tmp_path: Path) -> None:
