@@ -54,6 +54,17 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """`names`, those that cutting and cleaning made alike told apart: the page knows metrics and sites by name."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, told = 2, name
+        while told in found:
+            told, number = f"{name} #{number}", number + 1
+        found[told] = None
+    return list(found)
+
+
 def _forecast(diagnosis: Diagnosis) -> str | None:
     return None if diagnosis.forecast is None else sentence(clean(diagnosis.forecast.says, SAYS))
 
@@ -65,8 +76,11 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     numbers = {metric.name: place for place, metric in enumerate(metrics)}
     return {
         **summary(run, diagnosis),
-        "sites": [shorten(site, SITE) for site in sites],
-        "metrics": [_metric(metric, run.sites_of(metric.name), places) for metric in metrics],
+        "sites": distinct([shorten(site, SITE) for site in sites]),
+        "metrics": [
+            {"name": name, **_metric(metric, run.sites_of(metric.name), places)}
+            for name, metric in zip(distinct([clean(metric.name, 80) for metric in metrics]), metrics, strict=True)
+        ],
         "number": [edit.edit for edit in run.edits],
         "label": [clean(edit.label, LABEL) for edit in run.edits],
         "status": [clean(edit.status, 20) for edit in run.edits],
@@ -106,7 +120,6 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
 def _metric(metric: Metric, sites: Sequence[str], places: Mapping[str, int]) -> dict[str, Any]:
     short = short_names(sites, SHORT)
     return {
-        "name": clean(metric.name, 80),
         "family": clean(metric.family, 40),
         "unit": clean(metric.unit, 40),
         "scale": metric.scale,

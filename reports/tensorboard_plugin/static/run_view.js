@@ -179,7 +179,7 @@ export class RunView {
     show(this.layer,
       el("div", { class: "card-head" }, el("h2", { id: "layer-name" }, this.siteName), this.steps(column)),
       el("div", { class: wide ? "split" : "" },
-        el("div", {}, el("h3", {}, about.metrics[chosen].name, about.metrics[chosen].sites.length > 1 ? el("span", { class: "muted" }, " here, and at the other sites in grey") : null), this.mainChart(chosen, chart)),
+        el("div", {}, el("h3", {}, about.metrics[chosen].name, about.metrics[chosen].sites.length > 1 ? el("span", { class: "muted" }, " here, and at the other sites in grey") : null), this.mainChart(chosen, chart, wide ? 340 : 260)),
         this.editDetails(column, parts)),
       others.length ? el("h3", { class: "apart" }, "Everything else that was read here") : null,
       el("div", { class: "smalls" }, others.map((metric) => el("figure", {}, el("figcaption", { title: about.metrics[metric].meaning }, about.metrics[metric].name), this.smallChart(metric, small)))),
@@ -200,7 +200,7 @@ export class RunView {
       el("button", { type: "button", disabled: column >= about.number.length - 1, click: () => go(column + 1), "aria-label": "Edit after" }, "›"));
   }
 
-  mainChart(metric, width) {
+  mainChart(metric, width, height) {
     const { about, drawn } = this;
     const described = about.metrics[metric];
     const edits = about.number;
@@ -210,7 +210,7 @@ export class RunView {
         colour: site === this.site ? "var(--line-1)" : "var(--other)", faint: site !== this.site };
     });
     lines.sort((left, right) => Number(right.faint) - Number(left.faint));
-    return lineChart(lines, { log: described.scale === "log", marks: about.marks, width, height: 260, edit: this.edit,
+    return lineChart(lines, { log: described.scale === "log", marks: about.marks, width, height, edit: this.edit,
       label: `${described.name} at ${this.siteName} over edits ${edits[0]} to ${edits[edits.length - 1]}`,
       pick: (edit) => this.pick(edit) });
   }

@@ -85,8 +85,10 @@ function symmetric(values, low, high, pad) {
   const last = Math.floor(Math.log10(Math.max(Math.abs(low), Math.abs(high))));
   const step = Math.max(1, Math.ceil((last - first) / 3));
   for (let power = first; power <= last; power += step) powers.push(10 ** power);
-  const ticks = [...powers.map((value) => -value).reverse(), 0, ...powers].filter((value) => value >= low && value <= high);
-  return { place: (value) => (bend(value) - from) / span, ticks, low, high, empty: false };
+  const place = (value) => (bend(value) - from) / span;
+  const apart = powers.filter((value) => place(value) - place(0) > 0.1);
+  const ticks = [...apart.map((value) => -value).reverse(), 0, ...apart].filter((value) => value >= low && value <= high);
+  return { place, ticks, low, high, empty: false };
 }
 
 /** Whole edit numbers for an axis of `width` pixels. */
