@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Visit, needs_chromium, visit
+from injections import ELSEWHERE, INJECTIONS, OWNED, hostile_run
 from playwright.sync_api import FrameLocator, Page, expect
-from synthetic import HOSTILE, make_run
+from synthetic import make_run
 
 from stabilitylab.readings import EditRow, Metric
 from stabilitylab.run import Run, load
@@ -53,7 +54,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logdir")
     make_run(folder / "mend" / "dying", edits=16, dies_at=12)
     make_run(folder / "healthy", edits=12, dies_at=None)
-    make_run(folder / "hostile", edits=len(HOSTILE), dies_at=8, sites=len(HOSTILE), hostile_labels=True)
+    hostile_run(folder / "hostile")
     (folder / "damaged").mkdir()
     (folder / "damaged" / FILE_NAME).write_bytes(b"no database" * 99)
     return folder
@@ -208,15 +209,14 @@ def test_runs_are_compared_on_one_axis(seen: Visit, tab: FrameLocator, logdir: P
         assert cells[1].endswith(diagnosis.verdict.capitalize())
         assert cells[3] == ("–" if diagnosis.onset_edit is None else str(diagnosis.onset_edit))
         assert cells[4] == ("–" if diagnosis.first_bad_edit is None else str(diagnosis.first_bad_edit))
-    tab.locator("#compare-metric").select_option("canary.kl")
+    tab.locator("#compare-metric").select_option("canary.agreement")
     lines = tab.locator("#view-compare .line")
     expect(lines).to_have_count(3)
     names = [lines.nth(place).get_attribute("data-name") for place in range(3)]
     assert names == ["healthy", "hostile", "mend/dying"]
     run = load(logdir / "healthy")
     path = lines.first.locator(".trace").get_attribute("d") or ""
-    series = run.series("canary.kl")
-    assert len(re.findall("[ML]", path)) == int((series > 0).sum())
+    assert len(re.findall("[ML]", path)) == int(run.present("canary.agreement").sum())
     tab.get_by_label("Show hostile").uncheck()
     expect(lines).to_have_count(2)
     seen.keep("tensorboard-compare")
@@ -225,15 +225,27 @@ def test_runs_are_compared_on_one_axis(seen: Visit, tab: FrameLocator, logdir: P
 
 
 def test_untrusted_text_stays_text(seen: Visit, tab: FrameLocator) -> None:
+    """Opens every metric, every kind of card and each edit of a run that is made of injections."""
     choose(tab, "hostile", "Non-finite")
+    body = tab.locator("body")
+    for metric in range(tab.locator("#metric option").count()):
+        tab.locator("#metric").select_option(index=metric)
+        expect(tab.locator("tr.chosen th")).to_have_text(tab.locator("#metric option").nth(metric).inner_text())
     for details in tab.locator("details").all():
         details.evaluate("details => { details.open = true }")
-    body = tab.locator("body")
-    assert "<script>document.title='owned'</script>" in body.inner_text()
-    assert "<img src=x onerror=alert(1)>" in body.inner_text()
-    assert body.locator("img, script:not([type=module]), style").count() == 0
-    assert body.evaluate("() => document.title") == "Stability"
+    while tab.get_by_role("button", name="Edit before").is_enabled():
+        tab.get_by_role("button", name="Edit before").click()
+        tab.locator(".details .label").hover()
+    assert INJECTIONS["script"] in body.inner_text()
+    assert INJECTIONS["image"] in body.inner_text()
+    assert body.locator("img, iframe, base, form, a, script:not([type=module]), style").count() == 0
+    for frame in seen.page.frames:
+        assert not frame.evaluate(f"() => '{OWNED}' in window")
+        assert OWNED not in frame.title()
     assert body.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    tab.get_by_role("tab", name="Compare runs").click()
+    expect(tab.locator("#verdicts")).to_contain_text("hostile")
+    assert not [asked for asked in seen.asked if ELSEWHERE in asked.partition("?")[0]]
     seen.keep("tensorboard-hostile")
 
 

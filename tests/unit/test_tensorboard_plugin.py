@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stabilitylab.reports.tensorboard_plugin import shelf
+from injections import INJECTIONS, hostile_run
+from stabilitylab.reports.tensorboard_plugin import payload, shelf
 from stabilitylab.reports.tensorboard_plugin.follower import Follower
 from stabilitylab.reports.tensorboard_plugin.loader import StabilityLoader
 from stabilitylab.reports.tensorboard_plugin.plugin import StabilityPlugin
-from synthetic import HOSTILE, make_run
+from synthetic import make_run
 from werkzeug.test import Client, TestResponse
 
 from stabilitylab.analysis import Analyzer
@@ -233,9 +234,11 @@ def test_numbers_and_versions_that_are_none_are_refused(tab: Tab, arguments: dic
     assert len(json.loads(answer.text)["error"]) < 200
 
 
+HIDDEN = "".join(map(chr, [*range(32), *range(127, 160), 0x200B, 0x200F, 0x202E, 0x2028, 0x2029, 0x2060, 0xFEFF]))
+
+
 def test_injections_are_text_without_control_characters(tmp_path: Path) -> None:
-    folder = tmp_path / "<img src=x onerror=alert(1)>\u202e\n"
-    make_run(folder, edits=len(HOSTILE), dies_at=4, sites=len(HOSTILE), hostile_labels=True)
+    hostile_run(tmp_path / "<img src=x onerror=alert(1)>\u202e\n")
     hostile = Tab(plugin_of(tmp_path))
     (run,) = hostile.read_ahead()
     assert run.isascii()
@@ -243,13 +246,21 @@ def test_injections_are_text_without_control_characters(tmp_path: Path) -> None:
     for answer in (listed, sent):
         assert answer.status_code == 200
         assert len(answer.data) < 1_000_000
+        answer.data.decode("ascii")
         shown = json.dumps(json.loads(answer.text), ensure_ascii=False)
-        assert not [char for char in shown if ord(char) < 32 or char in "\u202e\u2066\u200f\u2028\x7f\x9b"]
-        assert "\\ud800" not in shown.replace("\\\\ud800", "")
+        assert not set(shown) & set(HIDDEN)
+        shown.encode("utf-8")  # no lone surrogate
     about = json.loads(sent.text)
-    assert "<script>document.title='owned'</script>" in about["label"]
-    site = next(place for place, name in enumerate(about["sites"]) if "mega" in name)
-    assert hostile.get("/site", run=run, version=about["version"], site=site).status_code == 200
+    assert INJECTIONS["script"] in about["label"]
+    assert f"layers.0.{INJECTIONS['script']}" in about["sites"]
+    for names in (about["sites"], [metric["name"] for metric in about["metrics"]]):
+        assert len(set(names)) == len(names)
+    for site in range(len(about["sites"])):
+        assert hostile.get("/site", run=run, version=about["version"], site=site).status_code == 200
+
+
+def test_names_that_cutting_made_alike_are_told_apart() -> None:
+    assert payload.distinct(["a", "b", "a", "a #2", "a"]) == ["a", "b", "a #2", "a #2 #2", "a #3"]
 
 
 def damage(file: Path, how: str) -> None:
