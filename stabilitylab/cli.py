@@ -157,6 +157,44 @@ def check(
 
 
 @app.command()
+def tail(
+    run: RunPath,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+    as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object per new edit, a line each.")] = False,
+) -> None:
+    """Follow a run that goes on, from another terminal, until it is closed.
+
+    A page that renews itself, or a line per new edit where the output is piped. A run that is not there yet is waited
+    for.
+    """
+    from stabilitylab.reports.tail import follow
+
+    def says(words: str) -> None:
+        print("stabilitylab:", words, file=sys.stderr, flush=True)
+
+    follow(run, interval=interval, once=once, as_json=as_object, says=says)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their run files.", show_default=False)
+    ],
+    as_object: Annotated[bool, typer.Option("--json", help="Print a JSON list with an object per run.")] = False,
+) -> None:
+    """Say what became of several runs, side by side."""
+    from stabilitylab.reports.side_by_side import facts, side_by_side
+
+    found = [load(run) for run in runs]
+    if as_object:
+        typer.echo(json.dumps([facts(run) for run in found], indent=2, allow_nan=False))
+    else:
+        console = Console()
+        console.print(side_by_side(found, console.width))
+
+
+@app.command()
 def calibrate(
     runs: Annotated[
         list[Path],

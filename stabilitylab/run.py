@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,16 @@ from stabilitylab.display import Library, Plot, frame, html
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.runfile import connect, find_file
-from stabilitylab.store import Layout, Unpacker
+from stabilitylab.store import read_alarms, read_manifest, read_metrics, read_rows, unpacker_of
+
+
+def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
+    """The limits that a manifest names, else those of the package. Raises UsageError where it holds some that are none.
+
+    path: for the message.
+    """
+    own = manifest.get("thresholds")
+    return shipped() if own is None else from_json(own, f"the manifest of '{path}'")
 
 
 @dataclass(frozen=True)
@@ -46,18 +54,6 @@ class Edit:
         return self.row.status
 
 
-def _columns(db: sqlite3.Connection, table: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table by column name, in the order of their keys."""
-    cursor = db.execute(f"SELECT * FROM {table} ORDER BY 1")
-    names = [column[0] for column in cursor.description]
-    return (dict(zip(names, values, strict=True)) for values in cursor)
-
-
-def _row(columns: dict[str, Any], unpack: Unpacker) -> EditRow:
-    readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
-    return EditRow(**columns, readings=readings)
-
-
 class Run:
     """A run as it stood when it was loaded. Read-only.
 
@@ -76,33 +72,16 @@ class Run:
                 raise RunError(f"'{self._file}' is damaged: {error}") from error
 
     def _read(self, db: sqlite3.Connection) -> None:
-        self.manifest: dict[str, Any] = {
-            key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")
-        }
-        self.metrics: Catalogue = Catalogue(
-            Metric(*row)
-            for row in db.execute(
-                "SELECT name, unit, scale, phase, meaning, formula, source, length FROM metric ORDER BY rowid"
-            )
-        )
-        layouts: dict[int, Layout] = {
-            number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
-            for number, entries in db.execute("SELECT id, entries FROM layout")
-        }
-        unpack = Unpacker(layouts)
+        self.manifest: dict[str, Any] = read_manifest(db)
+        self.metrics: Catalogue = Catalogue(read_metrics(db))
+        unpack = unpacker_of(db)
         outcomes = dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
-        self.edits: tuple[Edit, ...] = tuple(
-            Edit(_row(columns, unpack), outcomes.get(columns["edit"])) for columns in _columns(db, "edit")
-        )
+        self.edits: tuple[Edit, ...] = tuple(Edit(row, outcomes.get(row.edit)) for row in read_rows(db, "edit", unpack))
         # In order of the first reading, and of the edits alone: dry edits are read after this.
         self._keys: tuple[Key, ...] = tuple(dict.fromkeys(key for frame in unpack.frames for key in frame.keys))
-        self.dry_edits: tuple[EditRow, ...] = ()
+        self.dry_edits: tuple[EditRow, ...] = tuple(read_rows(db, "dry", unpack))
         """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
-        if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:  # since schema 2
-            self.dry_edits = tuple(_row(columns, unpack) for columns in _columns(db, "dry"))
-        self.alarms: tuple[Alarm, ...] = tuple(
-            Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
-        )
+        self.alarms: tuple[Alarm, ...] = read_alarms(db)
         self.notes: tuple[Note, ...] = tuple(
             Note(*row) for row in db.execute("SELECT edit, kind, says FROM note ORDER BY id")
         )
@@ -199,8 +178,7 @@ class Run:
 
         Raises UsageError where the file holds some that are none.
         """
-        own = self.manifest.get("thresholds")
-        return shipped() if own is None else from_json(own, f"the manifest of '{self.path}'")
+        return thresholds_of(self.manifest, self.path)
 
     def diagnosis(self, thresholds: Thresholds | None = None) -> Diagnosis:
         """What the analyzer says of this run: the same as it said online at the same edit.

@@ -11,10 +11,10 @@ import json
 import sqlite3
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +143,46 @@ def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:
 def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
     places = {(metric, site): length for metric, site, length in layout}
     return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
+
+
+def read_metrics(db: sqlite3.Connection) -> tuple[Metric, ...]:
+    """The metrics that a run file describes, in the order in which they were added."""
+    columns = "name, unit, scale, phase, meaning, formula, source, length"
+    return tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+
+
+def read_manifest(db: sqlite3.Connection) -> dict[str, Any]:
+    """The manifest of a run file."""
+    return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")}
+
+
+def unpacker_of(db: sqlite3.Connection) -> Unpacker:
+    """What reads the rows that stand in a run file at this moment."""
+    return Unpacker(
+        {
+            number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
+            for number, entries in db.execute("SELECT id, entries FROM layout")
+        }
+    )
+
+
+def read_rows(
+    db: sqlite3.Connection, table: Literal["edit", "dry"], unpack: Unpacker, after: int = -1
+) -> Iterator[EditRow]:
+    """The rows of edits with a number above `after`, in order. Of a file without the table `dry`: none."""
+    if table == "dry" and not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:
+        return  # schema 1
+    cursor = db.execute(f"SELECT * FROM {table} WHERE edit > ? ORDER BY edit", (after,))
+    names = [column[0] for column in cursor.description]
+    for values in cursor:
+        columns = dict(zip(names, values, strict=True))
+        readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
+        yield EditRow(**columns, readings=readings)
+
+
+def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
+    """The verdicts as they were raised online."""
+    return tuple(Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id"))
 
 
 class RunWriter:

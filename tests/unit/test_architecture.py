@@ -68,6 +68,7 @@ NEVER = {
     station("instruments"): (station("store"), station("analysis"), station("monitor"), station("reports")),
     station("store"): ("torch", *MODEL_SIDE, station("analysis"), station("reports")),
     station("run"): ("torch", *MODEL_SIDE, station("reports")),
+    station("following"): ("torch", *MODEL_SIDE, station("reports")),
     station("runfile"): ("torch", *MODEL_SIDE, station("analysis"), station("run"), station("reports")),
     station("readings"): ("torch", PACKAGE),
     station("packed"): ("torch", *MODEL_SIDE, *map(station, ("store", "run", "analysis", "reports"))),
@@ -116,7 +117,7 @@ def test_a_probe_never_reads_a_tensor_back_by_item_but_where_it_is_free() -> Non
 
 def test_reading_judging_and_reporting_a_run_need_no_torch() -> None:
     """Not in the source only: whatever these modules bring in by way of others."""
-    without = ("store", "runfile", "run", "readings", "errors", "cli", "analysis", "reports")
+    without = ("store", "runfile", "run", "following", "readings", "errors", "cli", "analysis", "reports")
     light = [module for module in sources() if module == PACKAGE or under(module, *map(station, without))]
     code = f"import sys, {', '.join(light)}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
