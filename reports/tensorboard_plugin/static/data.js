@@ -1,9 +1,11 @@
 // What the plugin sends, see payload.py and plugin.py.
 
+const PATIENCE = 120000;
+
 async function ask(address, parameters = {}) {
   const url = new URL(address, import.meta.url);
   for (const [name, value] of Object.entries(parameters)) url.searchParams.set(name, value);
-  const answer = await fetch(url);
+  const answer = await fetch(url, { signal: AbortSignal.timeout(PATIENCE) });
   if (answer.ok) return answer;
   let why = `${answer.status}`;
   try {
@@ -34,7 +36,7 @@ export const fetchRuns = async () => (await ask("./runs")).json();
 export const fetchRun = async (run) => (await ask("./run", { run })).json();
 
 const kept = new Map();
-const KEPT = 60;
+const KEPT = 24;
 
 async function block(address, parameters) {
   const key = JSON.stringify([address, parameters]);

@@ -246,7 +246,7 @@ export class RunView {
       const unit = about.metrics[metric].unit;
       return el("tr", { class: metric === this.metric ? "chosen" : "" }, el("th", { scope: "row" }, about.metrics[metric].name),
         el("td", { class: there.some((value) => !Number.isFinite(value)) ? "n bad" : "n", "data-metric": about.metrics[metric].name, "data-value": there.length ? there.map(exact).join(" ") : "absent",
-          title: there.length === 1 ? exact(there[0]) : null }, words, ["1", "—", "-", ""].includes(unit) ? "" : ` ${unit}`));
+          title: there.map(exact).join(", ") || null }, words, ["1", "—", "-", ""].includes(unit) ? "" : ` ${unit}`));
     });
     const outcome = about.outcome[column];
     const state = [about.status[column], outcome].filter(Boolean).join(", then ");
