@@ -117,7 +117,9 @@ def colours(count: int) -> list[str]:
 
 
 def tick_text(value: float, _: int | None = None) -> str:
-    """``0.01``, ``100``, ``10⁵``: powers of ten as such where they get long."""
+    """``0.01``, ``100``, ``10⁵``: powers of ten as such where they get long; nothing beyond all floats."""
+    if math.isinf(value):
+        return ""
     if value > 0 and (value >= 1e4 or value < 1e-2):
         exponent = math.floor(math.log10(value) + 1e-9)
         factor = value / 10.0**exponent if exponent > -300 else 1.0

@@ -111,7 +111,8 @@ def pictures(run: Run, budget: int = BUDGET) -> Pictures:
 
 
 def _chart(planned: Planned) -> Chart:
-    uri = data_uri(to_svg(planned.draw()))
+    with np.errstate(over="ignore"):  # ticks beyond the largest float, where readings come near it
+        uri = data_uri(to_svg(planned.draw()))
     return Chart(clean(planned.title, 90), clean(planned.caption, 400), clean(planned.alt, 400), uri)
 
 

@@ -14,6 +14,12 @@
 
   const report = page.json("report-data");
   const charts = new Charts(page.json("report-charts"));
+  setUpFindings();
+  setUpCopy();
+  if (typeof DecompressionStream === "undefined") {
+    page.at("too-old").hidden = false;
+    return;
+  }
   const { edits, series } = await page.unpack(report.data);
   const metrics = new Map(report.metrics.map((metric) => [metric.name, metric]));
   const places = Object.fromEntries(
@@ -23,9 +29,7 @@
   const model = report.sites.findIndex((site) => site.name === "model");
   const every = { first: (edits.edit[0] ?? 0) - 0.5, last: (edits.edit.at(-1) ?? 0) + 0.5 };
 
-  const hasReadings = report.metrics.length > 0 && edits.edit.length > 1;
-  setUpFindings();
-  setUpCopy();
+  const hasReadings = report.metrics.some((metric) => metric.length === 1) && edits.edit.length > 1;
   if (hasReadings) {
     page.at("explore").hidden = false;
     page.at("to-explore").hidden = false;

@@ -157,6 +157,16 @@ def test_a_run_with_nothing_in_it_has_a_page(tmp_path: Path, edits: int | None) 
     assert "Stable" in Page(html.render(load(tmp_path / "run"))).text
 
 
+def test_readings_of_all_sizes_that_a_float_can_have_are_drawn(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {"closed": True}, [Metric("update.norm", "1", "log", "after", "", "", "")])
+    for edit in range(11):
+        readings = {("update.norm", "layer"): np.array([10.0 ** (-300 + 60 * edit)])}
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    drawn = pictures.pictures(load(tmp_path / "run"))
+    assert len(drawn.heatmaps) == len(drawn.chapters) == 1
+
+
 def test_a_single_row_is_a_table_of_its_readings_and_no_charts(tmp_path: Path) -> None:
     run = load(make_run(tmp_path / "run", edits=0, dies_at=None, sites=2))
     page = Page(html.render(run))
