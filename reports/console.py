@@ -6,6 +6,7 @@ output is piped or ``NO_COLOR`` is set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from rich.console import Console, Group, RenderableType
@@ -18,11 +19,13 @@ from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
 
 from stabilitylab.analysis import Diagnosis, Finding, severity
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE
-from stabilitylab.readings import EditRow
+from stabilitylab.readings import EditRow, Note
 from stabilitylab.run import Run
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
+_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore"})
+"""Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 
 
 def verdict_text(verdict: str) -> Text:
@@ -104,9 +107,9 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     where = f"edit {bad}" if bad is not None else "–"
     if diagnosis.first_bad_site is not None:
         where += f", {shorten(diagnosis.first_bad_site, 60)}, {clean(diagnosis.first_bad_metric, 60)}"
-    rows: list[tuple[str, str | Text]] = [
-        ("verdict", verdict_text(diagnosis.verdict)),
-        ("edits", number(diagnosis.edits)),
+    failed = sum(edit.status == "failed" for edit in run.edits)
+    rows = [
+        ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
         ("onset, in hindsight", _edit(diagnosis.onset_edit)),
         ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
         ("first bad", where),
@@ -118,7 +121,7 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
         ("run", clean(run.path, 300)),
     ]
     for name, value in rows:
-        table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
+        table.add_row(Text(name), Text(value))
     return table
 
 
@@ -131,28 +134,48 @@ def _edit(edit: int | None) -> str:
     return "–" if edit is None else f"edit {edit}"
 
 
+def _culprit(diagnosis: Diagnosis) -> Finding | None:
+    """The finding about the first bad reading; where none is about that edit, the first about its site and metric."""
+    where = diagnosis.first_bad_site, diagnosis.first_bad_metric
+    about = [each for each in diagnosis.findings if (each.site, each.metric) == where]
+    return next((each for each in about if each.start == diagnosis.first_bad_edit), about[0] if about else None)
+
+
 def findings_table(diagnosis: Diagnosis) -> RenderableType:
-    """The first finding of each kind in order of edit; of too many: the first bad, the alarm's, the gravest."""
+    """The first finding of each kind in order of edit.
+
+    Of too many: that of the first bad reading, the alarm's, the first of each verdict, and then the earliest: once a
+    run is past its end, everything is NaN, and says no more.
+    """
     first = first_of_each_kind(diagnosis.findings)
-    bad = (diagnosis.first_bad_edit, diagnosis.first_bad_metric)
+    culprit = _culprit(diagnosis)
+    telling = [each for each in diagnosis.findings if each in first or each is culprit]
+    firsts = {each.verdict: each for each in reversed(telling)}
 
-    def rank(finding: Finding) -> tuple[bool, bool, int]:
+    def rank(finding: Finding) -> tuple[bool, bool, bool, bool]:
         alarm = finding.edit == diagnosis.alarm_edit and severity(finding.verdict) >= severity("diverging")
-        return (finding.start, finding.metric) != bad, not alarm, -severity(finding.verdict)
+        others = finding is not firsts[finding.verdict], severity(finding.verdict) == 0
+        return finding is not culprit, not alarm, *others
 
-    grave = sorted(first, key=rank)
-    kept = grave[:FINDINGS_SHOWN]
+    kept = sorted(telling, key=rank)[:FINDINGS_SHOWN]
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in first:
+    for finding in telling:
         if finding in kept:
             name = Text("worth knowing", style="dim") if finding.verdict == "stable" else verdict_text(finding.verdict)
             table.add_row(Text(f"edit {finding.edit}"), name, Text(clean(finding.says, 400)))
     left = len(diagnosis.findings) - len(kept)
     more = [Text(f"and {left} more: see the page that `stabilitylab report` writes", style="dim")] if left else []
     return Group(table, *more)
+
+
+def _notes(notes: Sequence[Note]) -> RenderableType:
+    said = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in notes[:NOTES_SHOWN]]
+    if len(notes) > NOTES_SHOWN:
+        said.append(Text(f"and {len(notes) - NOTES_SHOWN} more", style="dim"))
+    return Padding(Group(*said), (0, 0, 0, 2))
 
 
 def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableType:
@@ -162,12 +185,13 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
     """
     diagnosis = diagnosis or run.diagnosis()
     measure = Text(f"Baseline: {clean(diagnosis.baseline, 120)}; {clean(diagnosis.thresholds, 240)}.", style="dim")
-    parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis), measure]
+    parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis)]
     if diagnosis.findings:
         parts += [Text(), Text("Findings", style="bold"), findings_table(diagnosis)]
-    if run.notes:
-        notes = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in run.notes[:NOTES_SHOWN]]
-        if len(run.notes) > NOTES_SHOWN:
-            notes.append(Text(f"and {len(run.notes) - NOTES_SHOWN} more", style="dim"))
-        parts += [Text(), Text("Not measured, or not as asked", style="bold"), Padding(Group(*notes), (0, 0, 0, 2))]
-    return Group(*parts)
+    missing = [note for note in run.notes if note.kind not in _EVENTS]
+    events = [note for note in run.notes if note.kind in _EVENTS]
+    if missing:
+        parts += [Text(), Text("Not measured, or not as asked", style="bold"), _notes(missing)]
+    if events:
+        parts += [Text(), Text("Of note", style="bold"), _notes(events)]
+    return Group(*parts, Text(), measure)

@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,8 @@ EXIT_BAD_VERDICT = 1
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
 MOST_SEEDS = 2**32 - 1
+WIDEST_PAGE = 100
+"""Columns: longer lines of prose are hard to read."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -148,7 +151,8 @@ def check(
     else:
         from stabilitylab.reports.console import diagnosis_page
 
-        Console().print(diagnosis_page(found, diagnosis))
+        console = Console()
+        console.print(diagnosis_page(found, diagnosis), width=min(console.width, WIDEST_PAGE))
     if severity(diagnosis.verdict) >= severity(fail_on.value):
         raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
@@ -246,13 +250,17 @@ def report(
 def probes(
     tier: Annotated[Tier, typer.Option(help="The tier to list; each holds the cheaper ones.")] = Tier.deep,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page that docs/metrics.md holds.")] = False,
+    as_object: Annotated[bool, typer.Option("--json", help="Print a JSON list with an object per metric.")] = False,
 ) -> None:
     """List what is measured: each metric with its unit, meaning, formula and source."""
     from stabilitylab.probes import probes_of
     from stabilitylab.reports.catalogue import catalogue_page, catalogue_table
 
     held = [(probe.tier, metric) for probe in probes_of(tier.value) for metric in probe.metrics]
-    if markdown:
+    if as_object:
+        listed = [{"tier": tier, **asdict(metric)} for tier, metric in held]
+        typer.echo(json.dumps(listed, indent=2, allow_nan=False))
+    elif markdown:
         typer.echo(catalogue_page(held), nl=False)
     else:
         Console().print(catalogue_table(held))

@@ -108,6 +108,13 @@ def test_output_fits_eighty_columns_and_has_no_colour_when_piped(dying: Path) ->
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_the_metrics_are_listed_as_json() -> None:
+    done = run_cli("probes", "--tier", "light", "--json")
+    listed = json.loads(done.stdout)
+    assert {"tier", "name", "unit", "scale", "meaning", "formula", "source"} <= set(listed[0])
+    assert {each["tier"] for each in listed} == {"light"}
+
+
 def newer(folder: Path) -> Path:
     with sqlite3.connect(folder / FILE_NAME) as db:
         db.execute("PRAGMA user_version=99")

@@ -10,7 +10,9 @@ from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_
 from synthetic import HOSTILE, make_run
 
 from stabilitylab.analysis import Analyzer, severity
+from stabilitylab.readings import EditRow, Metric, Note
 from stabilitylab.run import Run, load
+from stabilitylab.store import RunWriter
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,26 @@ def test_what_raised_the_alarm_is_among_those_shown(tmp_path: Path) -> None:
     grave = next(finding for finding in raised if severity(finding.verdict) >= severity("diverging"))
     assert "more: see the page" in words
     assert grave.says in words
+
+
+def test_of_a_long_dead_run_the_findings_before_its_end_are_shown(dying: Run) -> None:
+    diagnosis, words = dying.diagnosis(), flat(printed(diagnosis_page(dying), width=300))
+    for verdict in {finding.verdict for finding in diagnosis.findings}:
+        first = next(finding for finding in diagnosis.findings if finding.verdict == verdict)
+        assert first.says in words
+
+
+def test_what_happened_is_told_apart_from_what_was_not_measured(tmp_path: Path) -> None:
+    metric = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
+    writer = RunWriter(tmp_path / "run", {}, [metric])
+    writer.note(Note(0, "calibrated", "20 dry edits in 1.0 s, each rolled back bit for bit"))
+    writer.append(EditRow(0, "", "start", 0.0, 1.0, 0.0, 0.0))
+    writer.append(EditRow(1, "", "failed", 0.0, 1.0, 0.0, 0.0, "no"))
+    writer.close()
+    page = printed(diagnosis_page(load(tmp_path / "run")))
+    assert "Not measured" not in page
+    assert "Of note\n  calibrated: 20 dry edits" in page
+    assert "1, 1 failed" in flat(page)
 
 
 def test_colour_only_where_a_person_watches(
