@@ -38,7 +38,7 @@ class Analyzer:
         self._distance = DistanceBank(self._columns, self._thresholds)
         self._heading = HeadingBank(self._columns, self._thresholds)
         self._dry_edits = 0
-        self._lead_in = LeadIn(self._columns)
+        self._lead_in = LeadIn(self._columns, self._facts.restoring)
         self._ledger = Ledger(self._columns)
         self._forecaster = Forecaster(self._columns)
         self._edits = 0

@@ -10,8 +10,8 @@ import numpy as np
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
 from stabilitylab.analysis.thresholds import Thresholds, conformal
 
-USUAL: Final = 0.9
-"""Quantile over runs of a detector's largest statistic that its scale is."""
+USUAL: Final = 0.975
+"""Quantile over runs of a detector's largest statistic that its scale is: what one kind of loop in ten does is in."""
 LEAST_SCALE: Final = 0.05
 """A detector that never stirs in healthy runs would otherwise be divided by nothing."""
 
@@ -20,7 +20,7 @@ Peaks = Mapping[str, float]
 
 
 def scales_of(runs: Sequence[Peaks]) -> dict[str, float]:
-    """What makes detectors comparable: for each, the 0.9 quantile over runs of its largest statistic."""
+    """What makes detectors comparable: for each, the 0.975 quantile over runs of its largest statistic."""
     return {
         detector: max(float(np.quantile([run.get(detector, 0.0) for run in runs], USUAL)), LEAST_SCALE)
         for detector in DETECTORS

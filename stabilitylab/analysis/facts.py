@@ -1,7 +1,8 @@
 """Hard facts: claims that one reading (or a few in a row) proves, with no baseline. They act from edit 0.
 
 This module has those of any model; `stabilitylab.analysis.limits` those that are one metric against one limit, and
-`stabilitylab.analysis.facts_editor` those of an editor's own state. The limits here and where they come from:
+`stabilitylab.analysis.facts_editor` those of an editor's own state, and `stabilitylab.analysis.facts_restoring` the one
+about what is put back between edits. The limits here and where they come from:
 
 - ``HEADROOM_BITS``: under 2 bits a tensor is two doublings from infinity. Only a *fall* to there counts: a massive
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
@@ -29,10 +30,12 @@ import numpy as np
 
 from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, kind_of
 from stabilitylab.analysis.facts_editor import EditorFacts
+from stabilitylab.analysis.facts_restoring import RestoringFacts
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
 from stabilitylab.analysis.lookup import Lookup
+from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.readings import EDITOR_SITE, MODEL_SITE
 
@@ -76,6 +79,7 @@ class FactRules:
         self._lookup = Lookup(columns)
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
+        self._restoring = RestoringFacts()
         self._first_headroom = First()
         self._largest = Before()
         self._still = 0
@@ -91,6 +95,11 @@ class FactRules:
         self._skipped = 0
         self._skipped_since = 0
 
+    @property
+    def restoring(self) -> Restoring:
+        """Whether edits begin at the original weights, as far as it was seen."""
+        return self._restoring.restoring
+
     def check(self, row: Flat) -> list[Hit]:
         """The hits of one row; a claim that was made at a site before is not made again."""
         self._lookup.look(row)
@@ -102,6 +111,7 @@ class FactRules:
             self._lone_entry,
             self._limits.check,
             self._editor.check,
+            self._restoring.check,
             self._unmoved,
             self._gradients,
             self._frozen_loss,

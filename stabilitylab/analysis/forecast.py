@@ -3,10 +3,10 @@
 Limits: weights, activations or the input of a normalisation overflow (0 bits of headroom); the canary is lost (by the
 limits of `stabilitylab.analysis.facts`). Each series is turned into its distance to its limit in bits, as log2 of their
 ratio, and fitted over its last ``WINDOW`` readings in applied edits. The canary's agreement too: its easiest answers go
-first, so that a line through the share itself would be lost too early. The canary's divergence is not: on real models it
-rises out of rounding error by factors, and by nats from the first few tenths on. It is the share of the limit that is
-left, in units of an eighth: of the growth runs of the zoo that settings are chosen with, intervals from its log held in
-3 of 11 moments, and from the divergence itself in 6 of 7.
+first, so that a line through the share itself would be lost too early. The canary's divergence is taken as it is: on
+real models it rises out of rounding error by factors, and from the first few tenths on by nats. It is the share of the
+limit that is left, in eighths. In growth runs of the zoo's tuning seeds, intervals from its log held in 3 of 11
+moments, and those from the divergence itself in 6 of 7.
 
 **Shapes.** Five kinds of path are fitted: a line (exponential growth); a line with a kink, at four places (growth that
 began or changed its pace within the window); a parabola, and exponentials at eight rates (doubling times that shrink or

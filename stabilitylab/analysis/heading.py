@@ -15,7 +15,8 @@ from typing import Final
 import numpy as np
 
 from stabilitylab.analysis import detectors
-from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
+from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places
+from stabilitylab.analysis.facts_restoring import weights
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.restoring import SAME
 from stabilitylab.analysis.thresholds import Thresholds
@@ -39,7 +40,7 @@ class HeadingBank:
         self._limit = thresholds.limit(DETECTOR)
         self._readings: deque[tuple[int, float]] = deque(maxlen=detectors.HEADING_READINGS)
         self._once = Once()
-        self._weights = PerSchema(_weights)
+        self._weights = PerSchema(weights)
 
     def observe(self, row: Flat) -> list[Hit]:
         """The hit of one row, if it is the first. Edit 0 counts as where the canary starts from."""
@@ -78,14 +79,3 @@ def _since(edits: Array, readings: Array) -> int:
     near = np.maximum(readings, detectors.HEADING_LEAST) <= _NEAR * max(float(readings.min()), detectors.HEADING_LEAST)
     after = edits[int(np.flatnonzero(near)[-1]) + 1 :]
     return int(after[0] if after.size else edits[-1])
-
-
-def _weights(schema: Schema) -> Places:
-    """Positions of (update.norm, drift.norm) of each weight that has both: [weights, 2]."""
-    position = schema.position
-    found = [
-        (at, position["drift.norm", site])
-        for (metric, site), at in position.items()
-        if metric == "update.norm" and ("drift.norm", site) in position
-    ]
-    return np.array(found, dtype=np.intp).reshape(-1, 2)

@@ -50,16 +50,13 @@ class _Where:
 
     places: by metric. weights: of each weight's update, drift and relative drift, where all three are read,
     [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. extremes: (kind, site),
-    and where the largest entry and the headroom are. sites: of the updates; the same as of the drifts where
-    `comparable`. bit_sites: of the weights' headroom.
+    and where the largest entry and the headroom are. bit_sites: of the weights' headroom.
     """
 
     places: dict[str, Places]
     weights: Places
     passes: Places
     extremes: tuple[tuple[Key, int, int], ...]
-    sites: tuple[str, ...]
-    comparable: bool
     bit_sites: tuple[str, ...]
 
 
@@ -87,8 +84,6 @@ def _where(schema: Schema) -> _Where:
         beside("update.norm", "drift.norm", "drift.ratio"),
         beside(_LAST, "gradient.norm"),
         tuple(extremes),
-        sites("update.norm"),
-        sites("update.norm") == sites("drift.norm"),
         sites(_BITS),
     )
 
@@ -96,8 +91,10 @@ def _where(schema: Schema) -> _Where:
 class LeadIn:
     """Remembers until the first non-finite value, then holds still: what comes after it is consequence."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, restoring: Restoring) -> None:
+        """restoring: followed by the facts, see `stabilitylab.analysis.facts_restoring`."""
         self._columns = columns
+        self._restoring = restoring
         self._wheres = PerSchema(_where)
         self._where = _where(Schema((), np.zeros(0, dtype=np.intp)))
         self._points: deque[tuple[float, float, float]] = deque(maxlen=max(WINDOWS))
@@ -109,7 +106,6 @@ class LeadIn:
         self._frozen = False
         self._steps: deque[Step] = deque(maxlen=STEPS)
         self._kept: dict[str, tuple[Step, ...]] = {}
-        self._restoring = Restoring()
         self._learning = Learning(0, 0)
         self._moved = False
         self._moved_before = False
@@ -172,7 +168,6 @@ class LeadIn:
         if not row.applied:
             return
         self._follow_learning(row)
-        self._follow_restoring(row)
         if not ratios.size or not drifts.size:
             return
         # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
@@ -199,12 +194,6 @@ class LeadIn:
         with np.errstate(invalid="ignore", over="ignore"):
             large = np.isfinite(drift) & (drift != 0) & (share != 0) & (update * share >= LARGE * drift)
         return bool(large.any())
-
-    def _follow_restoring(self, row: Flat) -> None:
-        where = self._where
-        if where.comparable:
-            updates, drifts = row.values[where.places["update.norm"]], row.values[where.places["drift.norm"]]
-            self._restoring.follow(row.edit, where.sites, updates, drifts)
 
     def _follow_learning(self, row: Flat) -> None:
         last, first = row.values[self._where.passes].T

@@ -252,7 +252,10 @@ def test_one_layer_that_is_not_restored() -> None:
     diagnosis = run({}, *[edit(number, other=True) for number in range(1, 8)])
     assert (diagnosis.cause, diagnosis.confidence) == ("weights-not-restored", "high")
     assert (diagnosis.first_bad_edit, diagnosis.first_bad_site) == (2, B)
-    assert run({}, *[edit(number, other=True) for number in range(1, 5)]).cause == "unknown"
+    assert (diagnosis.verdict, diagnosis.alarm_edit) == ("diverging", 6)
+    assert [finding.site for finding in diagnosis.findings if finding.rule == "not-put-back"] == [B]
+    few = run({}, *[edit(number, other=True) for number in range(1, 5)])
+    assert (few.cause, few.verdict) == ("unknown", "stable")
     assert run({}, *[edit(number, other=False) for number in range(1, 12)]).cause == "unknown"
 
 
