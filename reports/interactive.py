@@ -171,7 +171,10 @@ def _above(rows: alt.NamedData) -> alt.Chart:
 
 
 def lines(scale: str) -> Spec:
-    """``points`` (edit, site, value, above, below, lone) as a line per site. ``limits`` (value): dashed across."""
+    """``points`` (edit, site, value, above, below, lone) as a line per site. ``limits`` (value): dashed across.
+
+    ``rings`` (edit, value): the readings that findings rest on.
+    """
     points = alt.NamedData("points")
     colour = alt.Color(
         "site:N", sort=None, scale=alt.Scale(range=list(LINES)),
@@ -205,7 +208,12 @@ def lines(scale: str) -> Spec:
         .mark_rule(strokeDash=[6, 4], color=ALARM, strokeWidth=1)
         .encode(y=height)
     )  # fmt: skip
-    return _layered([*_rules(), limits, line, lone, _above(points), below], 150)
+    rings = (
+        alt.Chart(alt.NamedData("rings"))
+        .mark_point(size=70, color=BAD, strokeWidth=1.6, clip=True)
+        .encode(x=_edit(), y=height)
+    )
+    return _layered([*_rules(), limits, line, lone, rings, _above(points), below], 150)
 
 
 def band() -> Spec:

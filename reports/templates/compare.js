@@ -42,7 +42,7 @@
       const { edit, value } = run.series[metric.name];
       return page.linePoints(edit, value, kind, run.name);
     });
-    charts.draw(`multiple-${slot}`, `lines.${kind}`, { points, marks: [], chosen: [], limits: [] }, span);
+    charts.draw(`multiple-${slot}`, `lines.${kind}`, { points, rings: [], marks: [], chosen: [], limits: [] }, span);
   });
 
   await charts.queue;

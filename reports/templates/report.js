@@ -288,7 +288,11 @@
       const kind = scale === "log" ? "log" : "linear";
       const points = sites.flatMap((site) =>
         page.linePoints(report.grids[grid], series[metric][site], kind, report.sites[site].short));
-      const sets = { points, marks: marks(), chosen: [{ edit: state.edit }], limits: limitsOf(metric) };
+      const rings = diagnosis.findings
+        .filter((each) => each.metric === metric && sites.includes(each.place))
+        .map((each) => ({ edit: each.edit, value: reading(metric, each.place, each.edit) }))
+        .filter((row) => typeof row.value === "number" && (kind !== "log" || row.value > 0));
+      const sets = { points, rings, marks: marks(), chosen: [{ edit: state.edit }], limits: limitsOf(metric) };
       charts.draw(id, `lines.${kind}`, sets, state.range);
     }
 
