@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import matplotlib as mpl
@@ -38,7 +40,7 @@ LINES: Final = ("#0072b2", "#d55e00", "#009e73", "#c4629a", "#b8860b", "#3d9fd6"
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 WIDTH: Final = 4.6
-"""Inches. Two or three stand side by side on a desk's screen; one fills a phone's at nearly its own size."""
+"""Inches, where no style says another. Two or three stand side by side on a desk's screen; one fills a phone's."""
 
 _STYLE: Final[Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -57,6 +59,7 @@ _STYLE: Final[Any] = {
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "figure.facecolor": PAPER,
+    "figure.figsize": (WIDTH, 2.7),
     "figure.dpi": 100.0,
     "savefig.facecolor": PAPER,
     "xtick.color": MUTED,
@@ -71,6 +74,8 @@ _STYLE: Final[Any] = {
     "svg.hashsalt": "stabilitylab",
 }
 
+_OVER: Final[ContextVar[Any]] = ContextVar("over", default=MappingProxyType({}))
+
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -80,23 +85,40 @@ def style() -> Iterator[None]:
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(_OVER.get())
         yield
+
+
+@contextmanager
+def over(settings: Any) -> Iterator[None]:
+    """Settings of matplotlib's, by name, over ours within the block, and over the user's where a figure is saved."""
+    token = _OVER.set(settings)
+    try:
+        with mpl.rc_context(settings):
+            yield
+    finally:
+        _OVER.reset(token)
+
+
+def width() -> float:
+    """How wide figures are, in inches; heights are each figure's own."""
+    return float(mpl.rcParams["figure.figsize"][0])
 
 
 def canvas(height: float, legend_rows: int = 0, panels: int = 1, left: float = 0.7) -> tuple[Figure, list[Axes]]:
     """A figure with `panels` axes one above the other, and room for the legend below. Sizes are in inches."""
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(width(), height))
     FigureCanvasAgg(figure)
     below = 0.46 + 0.19 * legend_rows
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left / WIDTH, below / height, 1 - 0.12 / WIDTH, 1 - 0.1 / height, hspace=0.32)
+    figure.subplots_adjust(left / width(), below / height, 1 - 0.12 / width(), 1 - 0.1 / height, hspace=0.32)
     return figure, list(axes)
 
 
 def legend_columns(names: Iterable[str], most: int) -> int:
     """How many of these names fit beside each other below a figure, at most `most`."""
     widest = 0.5 + 0.07 * max(map(len, names), default=0)
-    return max(1, min(most, int((WIDTH - 0.1) / widest)))
+    return max(1, min(most, int((width() - 0.1) / widest)))
 
 
 def legend(figure: Figure, axis: Axes, columns: int) -> None:
@@ -213,10 +235,10 @@ def mark_edits(axis: Axes, diagnosis: Diagnosis, *, named: bool = True) -> None:
     taken = [-1.0, -1.0, -1.0]  # where the last name of each row of names ends
     for edit, names in at.items() if named else ():
         words = " · ".join(name for name, _ in names) + f" {edit}"
-        place, width = (edit - low) / (high - low), 0.0175 * len(words)
-        start = min(max(place - width / 2, -0.05), 1.0 - width)
+        place, long = (edit - low) / (high - low), 0.0175 * len(words) * WIDTH / width()
+        start = min(max(place - long / 2, -0.05), 1.0 - long)
         row = next((row for row, end in enumerate(taken) if start > end), len(taken) - 1)
-        taken[row] = start + width + 0.02
+        taken[row] = start + long + 0.02
         axis.annotate(
             words, (start, 1.0), (0, 2 + 9.5 * row), xycoords="axes fraction", textcoords="offset points",
             color=names[-1][1], fontsize=8, va="bottom", annotation_clip=False,

@@ -3,11 +3,19 @@
 On every chart: onset dashed, alarm dotted, first bad edit solid. A value that is NaN or infinite stands as a marker (×
 or ▲) in a lane of its own at the top edge, −∞ and zeros on a log axis at the bottom; a reading that was not taken is a
 gap. A ring is a reading that a finding rests on.
+
+For a paper, make and save them within `style`::
+
+    with figures.style():                                  # or figures.style("my.mplstyle")
+        figures.heatmap(run, "update.norm").savefig("heatmap.pdf")
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
 import matplotlib as mpl
@@ -22,12 +30,36 @@ from stabilitylab.reports import charting, drawing
 from stabilitylab.reports.charting import BAD, BAD_CELL, INK, PAPER, ZERO_CELL, ZERO_CELL_INK
 from stabilitylab.reports.text import number
 
+from stabilitylab.errors import UsageError
 from stabilitylab.readings import MODEL_SITE, Array
 from stabilitylab.run import Run
 
 HEIGHT: Final = 2.7
 _DEPTHS: Final = (1, 2, 4, 8, 16, 32)
 _NO_UNIT: Final = frozenset({"1", ""})
+
+
+PAPER_STYLE: Final = "paper"
+
+
+@contextmanager
+def style(name: str | Path = PAPER_STYLE) -> Iterator[None]:
+    """Figures that are made and saved within the block look as a matplotlib style file says.
+
+    name: ``"paper"`` is ours, ``paper.mplstyle``: one column wide, white, with text that stays text in PDF and SVG. Or
+    the path of a file of your own; what it does not say stays as ours. Of ``figure.figsize`` the width counts. Raises
+    UsageError for a file that can't be read.
+    """
+    own = str(name) == PAPER_STYLE
+    path = files("stabilitylab.reports").joinpath("paper.mplstyle") if own else Path(name)
+    try:
+        settings = mpl.rc_params_from_file(str(path), use_default_template=False)
+    except OSError as error:
+        raise UsageError(
+            f"style {str(name)!r}: {error.strerror or error}; expected 'paper', or a style file"
+        ) from error
+    with charting.over(settings):
+        yield
 
 
 def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Figure:
@@ -207,8 +239,8 @@ def _colour_bar(
 ) -> None:
     """Below the map. at: its left edge and the figure's height, in inches. keys: (name, colour) of other cells."""
     left, height = at
-    width = charting.WIDTH - left - (1.5 if keys else 0.3)
-    box = figure.add_axes((left / charting.WIDTH, 0.40 / height, width / charting.WIDTH, 0.09 / height))
+    width = charting.width() - left - (1.5 if keys else 0.3)
+    box = figure.add_axes((left / charting.width(), 0.40 / height, width / charting.width(), 0.09 / height))
     bar = figure.colorbar(image, cax=box, orientation="horizontal")
     bar.outline.set_edgecolor(INK)
     box.xaxis.set_minor_locator(NullLocator())

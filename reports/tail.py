@@ -72,7 +72,7 @@ class Tail:
         head.add_column(ratio=1)
         head.add_column(justify="right")
         head.add_row(Text.assemble(verdict_text(said.verdict), "  ", shorten(str(follower.path), 44)), self._state(now))
-        counts = [f"{number(follower.edits)} edits"]
+        counts = [f"{number(follower.edits)} edit{'s' if follower.edits != 1 else ''}"]
         if follower.failed:
             counts.append(f"{number(follower.failed)} failed")
         if follower.edits_per_minute is not None:

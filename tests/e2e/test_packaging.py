@@ -99,8 +99,9 @@ def test_no_generic_name_is_installed(installed: Path) -> None:
 def test_package_data_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     texts = ("stabilitylab/testbed/texts/prose.txt", "stabilitylab/testbed/texts/canary.txt")
+    paper = "stabilitylab/reports/paper.mplstyle"
     tab = "stabilitylab/reports/tensorboard_plugin/static/index.js"
-    for wanted in ("stabilitylab/py.typed", "stabilitylab/reports/templates/report.html.j2", tab, *texts):
+    for wanted in ("stabilitylab/py.typed", "stabilitylab/reports/templates/report.html.j2", paper, tab, *texts):
         assert wanted in names
     checkpoints = [name for name in names if name.startswith("stabilitylab/testbed/checkpoints/")]
     assert sorted(Path(name).name for name in checkpoints) == [

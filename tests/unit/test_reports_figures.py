@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -221,3 +222,45 @@ assert "matplotlib.pyplot" not in sys.modules, "pyplot"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_for_a_paper_text_stays_text_and_a_figure_is_a_column_wide(dying: Run, tmp_path: Path) -> None:
+    site = dying.sites_of("gradient.spectrum")[0]
+    usual = figures.lines(dying, "update.norm")
+    before = dict(mpl.rcParams)
+    with figures.style():
+        made = {
+            "lines": figures.lines(dying, "update.norm"),
+            "heatmap": figures.heatmap(dying, "update.norm"),
+            "spectra": figures.spectra(dying, site),
+            "range": figures.logit_range(dying),
+            "editor": figures.editor_state(dying),
+        }
+        for name, figure in made.items():
+            figure.savefig(tmp_path / f"{name}.svg")
+            figure.savefig(tmp_path / f"{name}.pdf")
+    assert dict(mpl.rcParams) == before
+    for name, figure in made.items():
+        assert figure.get_figwidth() < usual.get_figwidth()
+        svg = ElementTree.parse(tmp_path / f"{name}.svg")
+        words = {"".join(element.itertext()) for element in svg.iter() if element.tag.endswith("text")}
+        assert "edit" in words, name
+        assert any("first bad" in word for word in words), name
+        assert b"/Type3" not in (tmp_path / f"{name}.pdf").read_bytes(), name
+    assert figures.lines(dying, "update.norm").get_figwidth() == usual.get_figwidth()
+
+
+def test_a_style_file_of_ones_own(dying: Run, tmp_path: Path) -> None:
+    (tmp_path / "my.mplstyle").write_text("figure.figsize: 7, 3\nlines.linewidth: 3\n")
+    with figures.style(tmp_path / "my.mplstyle"):
+        assert figures.lines(dying, "update.norm").get_figwidth() == 7.0
+    with (
+        pytest.raises(UsageError, match=r"style 'papre': .*; expected 'paper', or a style file"),
+        figures.style("papre"),
+    ):
+        pass
+
+
+def test_the_paper_style_is_matplotlibs_by_name() -> None:
+    with mpl.style.context("stabilitylab.reports.paper"):
+        assert (mpl.rcParams["pdf.fonttype"], mpl.rcParams["svg.fonttype"]) == (42, "none")
