@@ -11,6 +11,7 @@ from torch import nn
 
 from stabilitylab import canary as canaries
 from stabilitylab import manifest
+from stabilitylab.analysis.restoring import means_single_edits
 from stabilitylab.analysis.thresholds import Thresholds, from_json, read
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.monitor import Monitor
@@ -41,8 +42,9 @@ def attach(
     state is to be read (MEND: its normaliser). canary: what to forward after each edit; a `Canary` has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
-    folder. sinks: further receivers of each row. config: plain JSON values for the manifest. thresholds: limits of your
-    own, by default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them.
+    folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
+    ``sequential_edit: false`` says that each edit is meant for the original model. thresholds: limits of your own, by
+    default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -66,7 +68,8 @@ def attach(
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
         receivers.append(TensorBoardSink(folder, metrics, about | options))
-    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits)
+    single = means_single_edits(config or {})
+    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits, single_edits=single)
     for name, reason in skipped.items():
         monitor.note("skipped-site", f"{name}: {reason}")
     return monitor

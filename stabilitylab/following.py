@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.analysis import Diagnosis
 from stabilitylab.errors import RunError
 from stabilitylab.readings import Alarm, EditRow, Metric
-from stabilitylab.run import thresholds_of
+from stabilitylab.run import analyzer_of, thresholds_of
 from stabilitylab.runfile import connect, find_file
 from stabilitylab.store import read_alarms, read_manifest, read_metrics, read_rows, unpacker_of
 
@@ -56,7 +56,7 @@ class Follower:
 
     def _begin(self, metrics: tuple[Metric, ...]) -> None:
         self._metrics = metrics
-        self._analyzer = Analyzer(metrics, thresholds_of(self.manifest, self.path))
+        self._analyzer = analyzer_of(metrics, self.manifest, thresholds_of(self.manifest, self.path))
         self._last = self._last_dry = -1
         self.edits = self.failed = 0
         self._started: deque[float] = deque(maxlen=PACE_EDITS + 1)

@@ -99,6 +99,8 @@ class Monitor:
         canary: canaries.Canary | None,
         sinks: Sequence[Sink],
         thresholds: Thresholds | None = None,
+        *,
+        single_edits: bool = False,
     ) -> None:
         self.path: Path = writer.path.parent
         self._model = model
@@ -112,7 +114,8 @@ class Monitor:
         self._unread: _Unread | None = None
         self._attached = time.perf_counter()
         self._instruments = Instruments(probes, editor, canary, self.note)
-        self._analyzer = Analyzer(tuple(metric for probe in probes for metric in probe.metrics), thresholds)
+        metrics = tuple(metric for probe in probes for metric in probe.metrics)
+        self._analyzer = Analyzer(metrics, thresholds, single_edits=single_edits)
         self._edits = 0
         self._reading: int | None = None
         self._open: Edit | None = None

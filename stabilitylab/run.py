@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.analysis.restoring import means_single_edits
 from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.catalogue import Catalogue
 from stabilitylab.display import Library, Plot, frame, html
@@ -29,6 +30,11 @@ def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
     """
     own = manifest.get("thresholds")
     return shipped() if own is None else from_json(own, f"the manifest of '{path}'")
+
+
+def analyzer_of(metrics: Sequence[Metric], manifest: Mapping[str, Any], thresholds: Thresholds) -> Analyzer:
+    """A new analyzer, with what a manifest says of the loop."""
+    return Analyzer(metrics, thresholds, single_edits=means_single_edits(manifest.get("config") or {}))
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ class Run:
 
     def analyzed(self, thresholds: Thresholds) -> Analyzer:
         """An analyzer that has seen all rows, in the order in which the monitor saw them: dry edits after edit 0."""
-        analyzer = Analyzer(self.metrics, thresholds)
+        analyzer = analyzer_of(self.metrics, self.manifest, thresholds)
         started = [edit.row for edit in self.edits if edit.edit == 0]
         for row in started:
             analyzer.observe(row)

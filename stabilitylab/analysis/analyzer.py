@@ -27,9 +27,12 @@ class Analyzer:
     agree at every edit.
     """
 
-    def __init__(self, metrics: Sequence[Metric], thresholds: Thresholds | None = None) -> None:
+    def __init__(
+        self, metrics: Sequence[Metric], thresholds: Thresholds | None = None, *, single_edits: bool = False
+    ) -> None:
         """metrics: descriptions of what the rows hold. A row may hold others: they count as taken after the edit.
-        thresholds: from which statistics on a run is diverging; by default those of the package.
+        thresholds: from which statistics on a run is diverging; by default those of the package. single_edits: whether
+        the loop says that it makes each edit on the original model.
         """
         self._thresholds = thresholds or shipped()
         self._columns = Columns(metrics)
@@ -38,7 +41,7 @@ class Analyzer:
         self._distance = DistanceBank(self._columns, self._thresholds)
         self._heading = HeadingBank(self._columns, self._thresholds)
         self._dry_edits = 0
-        self._lead_in = LeadIn(self._columns, self._facts.restoring)
+        self._lead_in = LeadIn(self._columns, self._facts.restoring, single_edits=single_edits)
         self._ledger = Ledger(self._columns)
         self._forecaster = Forecaster(self._columns)
         self._edits = 0

@@ -91,8 +91,11 @@ def _where(schema: Schema) -> _Where:
 class LeadIn:
     """Remembers until the first non-finite value, then holds still: what comes after it is consequence."""
 
-    def __init__(self, columns: Columns, restoring: Restoring) -> None:
-        """restoring: followed by the facts, see `stabilitylab.analysis.facts_restoring`."""
+    def __init__(self, columns: Columns, restoring: Restoring, *, single_edits: bool = False) -> None:
+        """restoring: followed by the facts, see `stabilitylab.analysis.facts_restoring`. single_edits: whether the
+        loop's configuration says that it makes single ones.
+        """
+        self._single_edits = single_edits
         self._columns = columns
         self._restoring = restoring
         self._wheres = PerSchema(_where)
@@ -303,6 +306,7 @@ class LeadIn:
             fatal=self._fatal,
             restored_until=self._restoring.until,
             forgotten=self._restoring.forgotten,
+            carried=self._restoring.carried if self._single_edits else 0,
             moved=self._moved,
             codebook=self._codebook,
             reported=self._reported,

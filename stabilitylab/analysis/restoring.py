@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +15,11 @@ SAME: Final = 0.01
 SUSTAINED: Final = 3
 LONG: Final = 5
 """Edits in a row at which one layer begins anew and another does not, so that chance has no part in it."""
+
+
+def means_single_edits(config: Mapping[str, Any]) -> bool:
+    """Whether a loop's configuration says that each edit is made on the original model, in EasyEdit's word for it."""
+    return config.get("sequential_edit") is False
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,14 @@ class Restoring:
 
     until: the last of at least three edits that each began at the original weights, once three in a row did not; None
     where there were none, or where it went on so. forgotten: the first layer that is not put back while others are.
+    carried: how many edits did not begin at the original weights, as long as none did.
     """
 
     def __init__(self) -> None:
         self.until: int | None = None
         self.forgotten: Forgotten | None = None
+        self.carried = 0
+        self._since_second = 0
         self._restored = 0
         self._carried = 0
         self._last_restored = 0
@@ -55,6 +63,8 @@ class Restoring:
             self._follow_each(edit, [(site, bool(a)) for site, a, u in zip(sites, anew, updates, strict=True) if u > 0])
 
     def _follow_all(self, edit: int, anew: bool) -> None:
+        self.carried = self.carried + 1 if edit > 1 and not anew and self.carried == self._since_second else 0
+        self._since_second += edit > 1
         if edit > 1 and anew:
             self._restored, self._carried = self._restored + 1, 0
         elif self._restored >= SUSTAINED:

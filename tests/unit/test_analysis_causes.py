@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from synthetic_runs import diagnose, row
+from synthetic_runs import METRICS, diagnose, row
 
-from stabilitylab.analysis import Diagnosis
+from stabilitylab.analysis import Analyzer, Diagnosis
 from stabilitylab.readings import Key
 
 A, B, U = "decoder.layers.1.fc2", "decoder.layers.2.fc2", "editor.mlp.0.u"
@@ -236,6 +236,22 @@ def test_weights_that_are_no_longer_restored() -> None:
     assert claimed({}, *[single] * 5, *[carried] * 3, *[carried | LOST] * 3) == ("weights-not-restored", "medium")
     assert claimed({}, *[single] * 5, *[single | LOST] * 3, *[carried] * 5)[0] != "weights-not-restored"
     assert claimed({}, *[carried] * 9, *[carried | LOST] * 3)[0] != "weights-not-restored"
+
+
+def test_single_edits_that_nobody_puts_back() -> None:
+    def diagnosis(*rows: Reading, single: bool = True) -> tuple[str, str]:
+        analyzer = Analyzer(METRICS, single_edits=single)
+        for edit, readings in enumerate(({}, *rows)):
+            analyzer.observe(row(edit, readings))
+        found = analyzer.diagnosis()
+        return found.cause, found.confidence
+
+    first, carried = step(0.1, 0.1), step(0.1, 0.3)
+    lost = [carried | LOST] * 3
+    assert diagnosis(first, carried, carried, *lost) == ("weights-not-restored", "high")
+    assert diagnosis(first, carried, carried, *lost, single=False)[0] != "weights-not-restored"
+    assert diagnosis(first, first, *lost)[0] != "weights-not-restored"  # one was put back
+    assert diagnosis(first, *[carried] * 5)[0] == "unknown"  # nothing is wrong
 
 
 def test_one_layer_that_is_not_restored() -> None:

@@ -111,6 +111,7 @@ class Evidence:
     value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the alarm or the first hard
     fact, whichever holds the first bad edit. latest, learning: the last edit's step, and all edits, until a value is
     not finite. fatal: the first non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`.
+    carried: how many edits built on those before, from the second on, where the configuration says that none does.
     moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
     a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
     than by descending.
@@ -131,6 +132,7 @@ class Evidence:
     fatal: FatalRow | None
     restored_until: int | None
     forgotten: Forgotten | None
+    carried: int
     moved: bool
     codebook: bool
     reported: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.restoring import SUSTAINED
 from stabilitylab.analysis.words import number
 
 
@@ -16,7 +17,15 @@ def _not_restored(evidence: Evidence) -> Claim | None:
             "high",
             Place(forgotten.since, "drift.norm", forgotten.site),
         )
-    if evidence.restored_until is None or not evidence.is_past("stable"):
+    if not evidence.is_past("stable"):
+        return None
+    if evidence.carried >= SUSTAINED:
+        return Claim(
+            f"the configuration says single edits (sequential_edit: false), and none of the {evidence.carried} edits"
+            " after the first began at the original weights: each builds on those before.",
+            "high",
+        )
+    if evidence.restored_until is None:
         return None
     begins = evidence.begins
     if begins is not None and begins <= evidence.restored_until:  # it began while they were still restored
@@ -64,8 +73,8 @@ RULES = (
         "Single edits are evaluated on the original model only if the weights are put back after each. Where that is"
         " forgotten, every edit is a sequential one, and their damage adds up.",
         "‖W_t − W_0‖ equals ‖W_t − W_{t−1}‖ for some edits, and then exceeds it for three in a row; or it does so at"
-        " one layer and not at another, for five edits. A loop that never restored anything can't be told from one"
-        " that is sequential on purpose.",
+        " one layer and not at another, for five edits. A loop that never restored anything can be told from one"
+        " that is sequential on purpose only by its configuration, where that says `sequential_edit: false`.",
         "EasyEdit's `edit_dataset` never restores; `edit(sequential_edit=False)` does only with"
         " `keep_original_weight=True`.",
     ),
