@@ -11,8 +11,8 @@ from typing import Final
 from detection_judged import Asked, Judged
 from zoo_runs import Case, folder_of, kept
 
-from stabilitylab.analysis import Analyzer, Diagnosis, Forecast, severity
-from stabilitylab.run import load
+from stabilitylab.analysis import Diagnosis, Forecast, severity
+from stabilitylab.run import analyzer_of, load
 from stabilitylab.testbed.zoo import Outcome, State
 
 SHARES: Final = (0.3, 0.5, 0.7, 0.85)
@@ -36,7 +36,7 @@ def judge(job: tuple[Case, Path]) -> Seen:
     outcome = kept(case, runs)
     run = load(folder_of(case, runs))
     moments = set(_moments(outcome))
-    analyzer, asked = Analyzer(run.metrics), []
+    analyzer, asked = analyzer_of(run.metrics, run.manifest, run.thresholds), []
     for edit in run.edits:
         analyzer.observe(edit.row)
         if edit.edit in moments:
