@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Final
 
 import numpy as np
@@ -114,7 +114,8 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
     }
     plain = readable(json_safe(plain))
     short = short_names([name for name in names if name not in {MODEL_SITE, EDITOR_SITE}], 30)
-    plain["sites"] = [{"name": name, "short": short.get(name, name)} for name in names]
+    shorts = distinct([short.get(name, name) for name in names])
+    plain["sites"] = [{"name": name, "short": told} for name, told in zip(names, shorts, strict=True)]
     known = dict(zip(run.sites, names, strict=True))
     for finding, true in zip(plain["diagnosis"]["findings"], diagnosis.findings, strict=False):
         finding["place"] = names.index(known[true.site]) if true.site in known else None
@@ -128,12 +129,11 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
 
 def distinct(names: Sequence[str]) -> list[str]:
     """Names that were cut to the same text, told apart by a number."""
-    seen: dict[str, int] = {}
-    told = []
+    told: dict[str, None] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return told
+        tries = (name if again == 1 else f"{name} ({again})" for again in count(1))
+        told[next(each for each in tries if each not in told)] = None
+    return list(told)
 
 
 def readable(value: Any) -> Any:

@@ -328,7 +328,9 @@
     }
 
     function frame() {
-      return { ...state.range, height: Math.max(3, sitesOf(state.metric).length) * (sitesOf(state.metric).length > 12 ? 13 : 22) };
+      const rows = sitesOf(state.metric).length;
+      const step = rows <= 12 ? 22 : rows <= 60 ? 13 : Math.max(4, 780 / rows);
+      return { ...state.range, height: Math.max(3, rows) * step };
     }
 
     function drawHeatmap() {

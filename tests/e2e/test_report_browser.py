@@ -217,7 +217,9 @@ def test_a_change_of_colours_redraws_the_charts(report: Path) -> None:
         assert seen.page.locator("#line-0").screenshot() != light
         assert seen.page.locator("#line-0 canvas").count() == 1
         seen.page.emulate_media(media="print")
+        seen.page.set_viewport_size({"width": 760, "height": 1_000})
         assert not seen.page.locator("nav").is_visible()
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= 760
         assert quiet(seen)
 
 

@@ -312,6 +312,10 @@ def test_thinned_readings_keep_what_is_flagged_and_fit(tmp_path: Path) -> None:
     assert len(json.loads(payload.packed(plain))["data"]) < 1.3 * 40_000
 
 
+def test_names_that_were_cut_to_the_same_text_are_told_apart() -> None:
+    assert payload.distinct(["a", "a (2)", "a", "b", "a"]) == ["a", "a (2)", "a (3)", "b", "a (4)"]
+
+
 def test_names_in_the_payload_are_cut_cleaned_and_still_apart(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", edits=10, dies_at=6, sites=len(HOSTILE), hostile_labels=True)
     plain = payload.payload(load(made))
