@@ -6,7 +6,7 @@ ring is a reading that a finding rests on. Lines and marks are to be seen on whi
 
 Data are packed: one record per line holds all of its values, and the browser unfolds it. So no chart comes near
 Altair's limit of 5,000 rows, and none needs pandas. Text from the run is data in fields, cleaned and cut; it is in no
-expression.
+expression. No ``<`` is anywhere in a chart, since Altair writes charts into a notebook's page without escaping it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from stabilitylab.reports import charting, drawing
 from stabilitylab.reports.drawing import Line
 from stabilitylab.reports.interactive import ALARM, BAD, LINES, ONSET
+from stabilitylab.reports.payload import as_script
 from stabilitylab.reports.text import clean, number, short_names, shorten
 
 from stabilitylab.readings import MODEL_SITE, Array
@@ -43,9 +44,9 @@ _MARKS: Final[dict[str, tuple[str, list[float]]]] = {
     "first bad": (BAD, [1, 0]),
 }
 _CROSS: Final = "M-0.6,-0.6L0.6,0.6M0.6,-0.6L-0.6,0.6"
-_SHAPES: Final = {"NaN": _CROSS, "∞": "triangle-up", "−∞": "triangle-down", "0": "circle", "< 0": "diamond"}
+_SHAPES: Final = {"NaN": _CROSS, "∞": "triangle-up", "−∞": "triangle-down", "0": "circle", "negative": "diamond"}
 _ABOVE: Final = ("NaN", "∞")
-_ZEROS: Final = frozenset({"0", "< 0"})
+_ZEROS: Final = frozenset({"0", "negative"})
 _DEPTHS: Final = (1, 2, 4, 8, 16, 32)
 _GAPS: Final[Any] = "break-paths-show-path-domains"
 _FARTHEST: Final = 1e300
@@ -53,7 +54,7 @@ _FARTHEST: Final = 1e300
 _LANE_STEP: Final = 9
 _LEVELS: Final = 4
 _TICK: Final = (
-    "abs(datum.value) >= 1e5 || (datum.value != 0 && abs(datum.value) < 1e-3)"
+    "abs(datum.value) >= 1e5 || (datum.value != 0 && 1e-3 > abs(datum.value))"
     " ? format(datum.value, '.3~e') : format(datum.value, ',.6~g')"
 )
 
@@ -80,7 +81,7 @@ def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> al
     ]
     limits = drawing.shared_limits(run, metric)
     unit = metric if about.unit in {"1", ""} else f"{metric} ({about.unit})"
-    layers = _panel(run, curves, log=about.scale == "log", limits=limits, title=clean(unit, 60))
+    layers = _panel(run, curves, log=about.scale == "log", limits=limits, title=_outside(clean(unit, 60)))
     return _chart(run, layers, metric, about.meaning)
 
 
@@ -163,11 +164,10 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
         axis=alt.Axis(labelLimit=200, labelOverlap="greedy", ticks=False, domain=False),
     )  # fmt: skip
     unit = metric if about.unit in {"1", ""} else f"{metric} ({about.unit})"
-    scale = alt.Scale(
-        type="log" if log else "linear", scheme="cividis", domain=[low, high], nice=False, zero=False, clamp=True
-    )
+    kind: dict[str, Any] = {"type": "log"} if log else {"type": "linear", "zero": False}
+    scale = alt.Scale(scheme="cividis", domain=[low, high], nice=False, clamp=True, **kind)
     bar = alt.Legend(
-        title=clean(unit, 60), orient="bottom", direction="horizontal", gradientLength=300, titleLimit=300,
+        title=_outside(clean(unit, 60)), orient="bottom", direction="horizontal", gradientLength=300, titleLimit=300,
         values=_ticks(low, high, log, 5), labelExpr=_TICK,
     )  # fmt: skip
     tip = [alt.Tooltip("whole:N", title="site"), *_edit_tips()]
@@ -185,7 +185,7 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
     )  # fmt: skip
     other = (
         cells.transform_filter("datum.kind != ''")
-        .transform_calculate(key="datum.kind == '0' || datum.kind == '< 0' ? '≤ 0' : 'NaN, ±∞'")
+        .transform_calculate(key="datum.kind == '0' || datum.kind == 'negative' ? '≤ 0' : 'NaN, ±∞'")
         .encode(
             x=_x(run, "start"), x2="end:Q", y=y, tooltip=[*tip, alt.Tooltip("kind:N", title="value")],
             color=alt.Color("key:N", scale=kinds, legend=alt.Legend(title=None, orient="bottom", symbolType="square")),
@@ -208,7 +208,8 @@ def _names(sites: Sequence[str]) -> dict[str, str]:
     """Short names, of which no two are alike."""
     seen: dict[str, int] = {}
     names = {}
-    for site, short in short_names(sites, 30).items():
+    for site, full in short_names(sites, 30).items():
+        short = _outside(full)
         seen[short] = seen.get(short, 0) + 1
         names[site] = short if seen[short] == 1 else f"{short} ({seen[short]})"
     return names
@@ -220,7 +221,13 @@ def _shades(count: int) -> list[str]:
 
 def _data(rows: list[dict[str, Any]]) -> alt.InlineData:
     """Records as one JSON text: Altair copies and validates a chart many times, and each value of a list with it."""
-    return alt.InlineData(values=json.dumps(rows, allow_nan=False), format=alt.JsonDataFormat(type="json"))
+    text = as_script(json.dumps(rows, allow_nan=False))
+    return alt.InlineData(values=text, format=alt.JsonDataFormat(type="json"))
+
+
+def _outside(text: str) -> str:
+    """Text that stands outside of the data. Altair writes it into a page's script as it is: no ``<`` may be in it."""
+    return text.replace("<", "‹")
 
 
 def _plain(values: Array) -> list[float | None]:
@@ -237,7 +244,7 @@ def _readings(line: Line, log: bool) -> list[float | str | None]:
         if not math.isfinite(value):
             return number(value)
         if log and value <= 0:
-            return "0" if value == 0 else "< 0"
+            return "0" if value == 0 else "negative"
         return float(f"{value:.6g}")
 
     return [told(value, there) for value, there in zip(line.values.tolist(), line.there.tolist(), strict=True)]
@@ -339,7 +346,7 @@ def _value_axis(finite: Array, log: bool, room: tuple[int, int], title: str) -> 
     """room: pixels that lanes take at the top and at the bottom."""
     low, high = _ends(finite, log)
     span: Any = [HEIGHT - room[1], room[0]]
-    kind: dict[str, Any] = {"type": "linear"}
+    kind: dict[str, Any] = {"type": "linear", "zero": False}
     if not log and charting.needs_symlog(finite):
         typical = float(np.median(np.abs(finite[finite != 0])))
         kind = {"type": "symlog", "constant": typical}
@@ -353,7 +360,7 @@ def _value_axis(finite: Array, log: bool, room: tuple[int, int], title: str) -> 
     else:
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
         ticks = _ticks(low, high, log, 6)
-    scale = alt.Scale(domain=[low, high], range=span, nice=False, zero=False, clamp=True, **kind)
+    scale = alt.Scale(domain=[low, high], range=span, nice=False, clamp=True, **kind)
     axis = alt.Axis(
         title=title, values=ticks if finite.size else [], labelExpr=_TICK, domain=False, ticks=False, titleLimit=HEIGHT
     )
@@ -533,8 +540,8 @@ def _chart(run: Run, panel: _Panel, title: str, meaning: str) -> alt.LayerChart:
 
 def _finished(chart: alt.LayerChart, title: str, meaning: str, height: int) -> alt.LayerChart:
     words = alt.TitleParams(
-        clean(title, 100), subtitle=clean(meaning, 160), anchor="start", frame="group", limit=WIDTH, fontSize=13,
-        subtitleColor=ALARM, subtitleFontSize=11, offset=8,
+        _outside(clean(title, 100)), subtitle=_outside(clean(meaning, 160)), anchor="start", frame="group",
+        limit=WIDTH, fontSize=13, subtitleColor=ALARM, subtitleFontSize=11, offset=8,
     )  # fmt: skip
     finished: alt.LayerChart = chart.properties(title=words, width=WIDTH, height=height)
     return finished

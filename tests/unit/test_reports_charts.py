@@ -13,6 +13,7 @@ import altair as alt
 import numpy as np
 import pytest
 import vl_convert
+from injections import hostile_run as write_hostile
 from stabilitylab.reports import charting, charts
 from synthetic import HOSTILE, make_run
 
@@ -214,6 +215,16 @@ def test_hostile_text_is_data_and_nothing_else(tmp_path: Path, dying: Run) -> No
         tags = {element.tag.rpartition("}")[2] for element in svg.iter()}
         assert not tags & {"script", "foreignObject", "image", "a", "style", "iframe"}, name
         assert not [key for element in svg.iter() for key in element.attrib if key.lower().startswith("on")], name
+
+
+def test_nothing_in_a_chart_can_end_the_script_that_altair_writes_it_into(tmp_path: Path) -> None:
+    run = load(write_hostile(tmp_path / "run"))
+    metrics = [metric.name for metric in run.metrics if run.sites_of(metric.name)]
+    made = [run.plot.lines(metric) for metric in metrics] + [run.plot.heatmap(metric) for metric in metrics[:3]]
+    for chart in made:
+        assert "<" not in json.dumps(chart.to_dict(), ensure_ascii=False)
+    (labels,) = {tuple(row["label"] for row in rows_of(plain(chart)) if "label" in row)[:2] for chart in made}
+    assert "<script>" in labels[0]
 
 
 def test_names_that_are_cut_to_the_same_stay_apart(tmp_path: Path) -> None:
