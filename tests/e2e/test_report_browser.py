@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -11,8 +13,10 @@ import pytest
 from browser import Visit, needs_chromium, visit
 from injections import ELSEWHERE, OWNED, hostile_run
 from playwright.sync_api import Page, expect
+from stabilitylab.reports import html
 from stabilitylab.reports.comparison import write_comparison
 from stabilitylab.reports.html import write_report
+from stabilitylab.reports.payload import payload
 from stabilitylab.reports.text import number
 from synthetic import make_run
 
@@ -273,4 +277,25 @@ def test_several_runs_are_compared(folder: Path, run: Run) -> None:
             assert seen.page.locator("#runs-table tbody th").first.text_content() == first
         assert not seen.violations()
         seen.keep("comparison-1280")
+        assert quiet(seen)
+
+
+def test_the_page_says_what_was_thinned_and_keeps_what_is_flagged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = load(make_run(folder / "long", edits=300, dies_at=250))
+    monkeypatch.setattr(html, "payload", partial(payload, budget=30_000))
+    out = write_report(long, folder / "long.html")
+    kept = json.loads(out.with_suffix(".json").read_text())["grids"]["main"]
+    assert len(kept) < 301
+    with visit(out) as seen:
+        ready(seen)
+        said = seen.page.locator("#thinned").text_content() or ""
+        assert f"of 301 rows, {len(kept)} for the main metrics" in said
+        for edit in (long.diagnosis().onset_edit, long.diagnosis().alarm_edit, long.diagnosis().first_bad_edit):
+            site = str(long.diagnosis().first_bad_site)
+            seen.page.evaluate("hash => { location.hash = hash }", f"edit={edit}&site={site}&metric=editor.input_max")
+            value = long.series("editor.input_max", site)[int(edit or 0)]
+            told = f"Edit {edit}, {site}: editor.input_max {number(float(value))}"
+            expect(seen.page.locator("#chosen")).to_contain_text(told)
         assert quiet(seen)
