@@ -15,10 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
+from stabilitylab.reports.verdicts import LOOKS, cause_words, first_of_each_kind
 
 from stabilitylab.analysis import Diagnosis, Finding, severity
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE
 from stabilitylab.readings import EditRow, Note
 from stabilitylab.run import Run
 
@@ -114,7 +113,7 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
         ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
         ("first bad", where),
         ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
-        ("cause", _cause(diagnosis)),
+        ("cause", cause_words(diagnosis)),
         ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
@@ -123,11 +122,6 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
-
-
-def _cause(diagnosis: Diagnosis) -> str:
-    named = clean(diagnosis.cause, 80)
-    return named if diagnosis.cause == UNKNOWN_CAUSE else f"{named} ({diagnosis.confidence} confidence)"
 
 
 def _edit(edit: int | None) -> str:

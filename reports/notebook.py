@@ -11,10 +11,9 @@ from typing import Any, Final
 
 import jinja2
 from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, first_of_each_kind
+from stabilitylab.reports.verdicts import LOOKS, cause_words, first_of_each_kind
 
 from stabilitylab.analysis import Diagnosis, Finding, Verdict
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE
 from stabilitylab.run import Run
 
 FINDINGS_SHOWN: Final = 12
@@ -96,8 +95,6 @@ def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
     where = _edit(diagnosis.first_bad_edit)
     if diagnosis.first_bad_site is not None:
         where += f", {shorten(diagnosis.first_bad_site, 160)}, {clean(diagnosis.first_bad_metric, 80)}"
-    cause = clean(diagnosis.cause, 80)
-    known = cause if diagnosis.cause == UNKNOWN_CAUSE else f"{cause} ({diagnosis.confidence} confidence)"
     forecast = clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"
     return [
         ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
@@ -105,7 +102,7 @@ def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
         ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
         ("first bad", where),
         ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
-        ("cause", known),
+        ("cause", cause_words(diagnosis)),
         ("forecast", forecast),
         ("baseline", clean(diagnosis.baseline, 200)),
         ("limits", clean(diagnosis.thresholds, 300).removeprefix("limits ")),

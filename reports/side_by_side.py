@@ -11,7 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from stabilitylab.reports.console import verdict_text
-from stabilitylab.reports.text import clean, number, short_names, shorten
+from stabilitylab.reports.headline import plain_place
+from stabilitylab.reports.text import clean, number, shorten
+from stabilitylab.reports.verdicts import cause_words
 
 from stabilitylab.analysis import json_safe
 from stabilitylab.readings import MODEL_SITE
@@ -19,7 +21,7 @@ from stabilitylab.run import Run
 
 NAMES: Final = 16
 """Columns that the names of the rows take."""
-NARROWEST: Final = 20
+NARROWEST: Final = 18
 """Columns that a run takes at least; of more runs than fit, the rest stand in a table below."""
 EDITS_NAMED: Final = 6
 DRIFT: Final = "drift.ratio"
@@ -107,20 +109,17 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
     table.add_column("", style="dim", no_wrap=True, width=NAMES)
     for name in names:
         table.add_column(Text(name, style="bold"), overflow="fold", min_width=NARROWEST)
-    sites = sorted({site for run in runs for site in run.sites} - {MODEL_SITE})
-    short = short_names(sites, 40)
-    columns = [_column(run, short) for run in runs]
+    columns = [_column(run) for run in runs]
     for label in columns[0] if columns else ():
         table.add_row(Text(label), *(column[label] for column in columns))
     return table
 
 
-def _column(run: Run, short: dict[str, str]) -> dict[str, Text]:
+def _column(run: Run) -> dict[str, Text]:
     diagnosis = run.diagnosis()
     failed = [edit.edit for edit in run.edits if edit.status == "failed"]
     site = diagnosis.first_bad_site
-    bad = "–" if site is None else f"{short.get(site, shorten(site, 40))}, {clean(diagnosis.first_bad_metric, 40)}"
-    cause = clean(diagnosis.cause, 60)
+    bad = "–" if site is None else f"{plain_place(site)}, {clean(diagnosis.first_bad_metric, 40)}"
     drift = largest_reading(run, DRIFT)
     words = {
         "edits": number(diagnosis.edits) + ("" if run.complete else ", goes on"),
@@ -130,10 +129,10 @@ def _column(run: Run, short: dict[str, str]) -> dict[str, Text]:
         "first bad": _edit(diagnosis.first_bad_edit),
         "first bad site": bad,
         "first NaN or ∞": _edit(diagnosis.first_nonfinite_edit),
-        "cause": cause if diagnosis.confidence == "none" else f"{cause} ({diagnosis.confidence})",
+        "cause": cause_words(diagnosis),
         "last agreement": _reading(last_reading(run, "canary.agreement")),
         "last KL (nats)": _reading(last_reading(run, "canary.kl")),
-        "largest drift": "–" if drift is None else f"{_reading(drift)}, {short.get(drift.site, drift.site)}",
+        "largest drift": "–" if drift is None else f"{_reading(drift)}, {plain_place(drift.site)}",
     }
     return {"verdict": verdict_text(diagnosis.verdict), **{name: Text(word) for name, word in words.items()}}
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.analysis import Finding, Verdict, severity
+from stabilitylab.reports.text import clean
+
+from stabilitylab.analysis import Diagnosis, Finding, Verdict, severity
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE
 from stabilitylab.run import Run
 
 
@@ -80,6 +83,13 @@ def strip(run: Run) -> list[Stretch]:
             scale = 1000.0 / (end - start + 1)
             stretches.append(Stretch(kind, words, first, last, (first - start) * scale, (last - first + 1) * scale))
     return stretches
+
+
+def cause_words(diagnosis: Diagnosis) -> str:
+    """The cause with the confidence in it; a dash for a run with nothing to explain."""
+    if diagnosis.cause == UNKNOWN_CAUSE:
+        return "–" if severity(diagnosis.verdict) == 0 else diagnosis.cause
+    return f"{clean(diagnosis.cause, 80)} ({diagnosis.confidence} confidence)"
 
 
 def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:
