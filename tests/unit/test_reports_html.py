@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -353,3 +355,12 @@ def test_the_headline_says_since_when_where_and_what_to_do(dying: Run) -> None:
     assert diagnosis.alarm_edit is not None
     ahead = diagnosis.first_nonfinite_edit - diagnosis.alarm_edit
     assert (headline.lead(diagnosis) or "").startswith(f"{ahead} edit" if ahead > 0 else "none")
+
+
+def test_the_payload_needs_no_library_that_draws() -> None:
+    code = (
+        "import sys, stabilitylab.reports.payload;"
+        " assert not {'torch', 'matplotlib', 'jinja2', 'altair', 'vl_convert'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
