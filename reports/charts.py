@@ -11,6 +11,7 @@ expression. No ``<`` is anywhere in a chart, since Altair writes charts into a n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -404,7 +405,8 @@ def _panel(
     tip = [alt.Tooltip("whole:N", title="site"), *_edit_tips()]
 
     # Both selections belong to the points: Altair gives a layer's selections to each of its views that has one.
-    chosen = alt.selection_point(name="chosen", fields=["site"], bind="legend")
+    of = _mark(str(run.path), title, *(f"{curve.line.metric} {curve.whole}" for curve in curves))
+    chosen = alt.selection_point(name=f"chosen_{of}", fields=["site"], bind="legend")
     seen = alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15))
     line = (
         alt.Chart()
@@ -423,7 +425,7 @@ def _panel(
     points = points.encode(x=_x(run), y=y, color=colour, tooltip=[*tip, alt.Tooltip("value:Q", format=".4~g")])
     if len(curves) * len(run.edits) <= NEAREST:
         near = alt.selection_point(
-            name="near", on="pointerover", clear="pointerout", nearest=True, fields=["site", "edit"], empty=False
+            name=f"near_{of}", on="pointerover", clear="pointerout", nearest=True, fields=["site", "edit"], empty=False
         )
         points = points.add_params(near).encode(opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)))
     else:
@@ -437,6 +439,11 @@ def _panel(
     ]
     scaled = (*_limit_rules(bounds, y), unfolded, lone, *_rings(run, curves, log, y))
     return _Panel(scaled, tuple(lanes), scale, axis)
+
+
+def _mark(*parts: str) -> str:
+    """A few letters that tell charts apart: Altair takes selections of the same name, side by side, for one."""
+    return hashlib.blake2s("\0".join(parts).encode("utf-8", "backslashreplace"), digest_size=6).hexdigest()
 
 
 def _legend(names: Sequence[str]) -> alt.Legend | None:
@@ -482,9 +489,9 @@ def _lane(
     kinds = [kind for kind in _SHAPES if (kind in _ABOVE) == top]
     ground = alt.Chart(_data([{}])).mark_rect(color=ink, opacity=0.12).encode(y=alt.value(edge), y2=alt.value(inner))
     name = (
-        alt.Chart(_data([{"words": words}]))
-        .mark_text(align="left", baseline="middle", fontSize=10, color=ink)
-        .encode(x=alt.value(WIDTH + 6), y=alt.value((edge + inner) / 2), text="words:N")
+        alt.Chart(_data([{"words": words, "edit": run.edits[-1].edit + 0.5}]))
+        .mark_text(align="left", baseline="middle", dx=6, fontSize=10, color=ink)
+        .encode(x=_x(run), y=alt.value((edge + inner) / 2), text="words:N")
     )
     marks = (
         _unfolded(alt.Chart(_data(rows)), lookup)

@@ -161,6 +161,15 @@ def test_rings_stand_on_readings(dying: Run) -> None:
     )
 
 
+def test_charts_can_be_put_side_by_side_and_made_narrower(dying: Run) -> None:
+    first, second = dying.plot.lines("update.norm"), dying.plot.lines("drift.ratio")
+    assert svg_of(plain(first | second))
+    assert svg_of(plain(first & dying.plot.heatmap("update.norm")))
+    narrow = ElementTree.fromstring(svg_of(plain(first.properties(width=300))))
+    usual = ElementTree.fromstring(svg_of(plain(first)))
+    assert float(narrow.get("width", "0")) < float(usual.get("width", "0"))
+
+
 def test_sites_are_chosen_by_name_and_by_pattern(dying: Run) -> None:
     sites = dying.sites_of("update.norm")
     for chosen, expected in (
