@@ -11,7 +11,7 @@ name              class                                                   made w
 ================  ======================================================  ==========================================
 
 After the run: `stabilitylab.reports.html.write_report`, `stabilitylab.reports.console.diagnosis_page`, and the charts
-of `stabilitylab.reports.figures`.
+of `stabilitylab.reports.figures` (matplotlib) and `stabilitylab.reports.charts` (Altair, as ``run.plot``).
 """
 
 from __future__ import annotations
