@@ -115,7 +115,6 @@ LOST_IN_NAN = (
 )
 LOST_WHILE_FINITE = (
     "not-restored",
-    "unstable-denominator",
     "singular-solve",
     "learning-rate-too-high",
     "slow-norm-growth",
@@ -159,6 +158,17 @@ def test_the_model_is_lost_and_every_value_is_finite(name: str, outcome: Callabl
 @pytest.mark.parametrize("name", NEVER_LOST)
 def test_the_fault_is_silent(name: str, outcome: Callable[[str], Outcome]) -> None:
     assert outcome(name).truth.lost_edit is None
+
+
+def test_an_update_over_next_to_nothing_is_far_beyond_the_others(outcome: Callable[[str], Outcome]) -> None:
+    found = outcome("unstable-denominator")
+    edit, site = found.truth.first_bad_edit, found.truth.site
+    assert edit is not None
+    assert site is not None
+    assert found.states[edit].updates[site] > 30 * max(state.updates[site] for state in found.states[:edit])
+    assert min(state.agreement for state in found.states[:edit]) == 1.0
+    assert found.states[edit].agreement < 0.5
+    assert not any(state.nonfinite for state in found.states)
 
 
 def test_a_flipped_bit_leaves_one_weight_that_is_finite_and_far_beyond_the_others(

@@ -25,8 +25,8 @@ def tables() -> str:
             "",
             "### Held out",
             "",
-            "Other editors, models and parameters within the same mechanisms, and mechanisms of their own. No rule and no"
-            " limit was set with these: `benchmarks/detection.py` measures on them.",
+            "Other editors, models and parameters within the same mechanisms, and mechanisms of their own. No rule and"
+            " no limit was set with these: `benchmarks/detection.py` measures on them.",
             "",
             *_failing(held_out),
             "",
