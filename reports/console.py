@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, cause_words, first_of_each_kind
+from stabilitylab.reports.verdicts import LOOKS, cause_words, telling
 
-from stabilitylab.analysis import Diagnosis, Finding, severity
+from stabilitylab.analysis import Diagnosis
 from stabilitylab.readings import EditRow, Note
 from stabilitylab.run import Run
 
@@ -128,38 +128,16 @@ def _edit(edit: int | None) -> str:
     return "–" if edit is None else f"edit {edit}"
 
 
-def _culprit(diagnosis: Diagnosis) -> Finding | None:
-    """The finding about the first bad reading; where none is about that edit, the first about its site and metric."""
-    where = diagnosis.first_bad_site, diagnosis.first_bad_metric
-    about = [each for each in diagnosis.findings if (each.site, each.metric) == where]
-    return next((each for each in about if each.start == diagnosis.first_bad_edit), about[0] if about else None)
-
-
 def findings_table(diagnosis: Diagnosis) -> RenderableType:
-    """The first finding of each kind in order of edit.
-
-    Of too many: that of the first bad reading, the alarm's, the first of each verdict, and then the earliest: once a
-    run is past its end, everything is NaN, and says no more.
-    """
-    first = first_of_each_kind(diagnosis.findings)
-    culprit = _culprit(diagnosis)
-    telling = [each for each in diagnosis.findings if each in first or each is culprit]
-    firsts = {each.verdict: each for each in reversed(telling)}
-
-    def rank(finding: Finding) -> tuple[bool, bool, bool, bool]:
-        alarm = finding.edit == diagnosis.alarm_edit and severity(finding.verdict) >= severity("diverging")
-        others = finding is not firsts[finding.verdict], severity(finding.verdict) == 0
-        return finding is not culprit, not alarm, *others
-
-    kept = sorted(telling, key=rank)[:FINDINGS_SHOWN]
+    """The most telling findings, in order of edit."""
+    kept = telling(diagnosis, FINDINGS_SHOWN)
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in telling:
-        if finding in kept:
-            name = Text("worth knowing", style="dim") if finding.verdict == "stable" else verdict_text(finding.verdict)
-            table.add_row(Text(f"edit {finding.edit}"), name, Text(clean(finding.says, 400)))
+    for finding in kept:
+        name = Text("worth knowing", style="dim") if finding.verdict == "stable" else verdict_text(finding.verdict)
+        table.add_row(Text(f"edit {finding.edit}"), name, Text(clean(finding.says, 400)))
     left = len(diagnosis.findings) - len(kept)
     more = [Text(f"and {left} more: see the page that `stabilitylab report` writes", style="dim")] if left else []
     return Group(table, *more)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import jinja2
 from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, cause_words, first_of_each_kind
+from stabilitylab.reports.verdicts import LOOKS, cause_words, telling
 
 from stabilitylab.analysis import Diagnosis, Finding, Verdict
 from stabilitylab.run import Run
@@ -85,7 +85,7 @@ def _(shown: tuple) -> str:  # type: ignore[type-arg]
 
 
 def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]]) -> str:
-    found = first_of_each_kind(diagnosis.findings)[:FINDINGS_SHOWN]
+    found = telling(diagnosis, FINDINGS_SHOWN)
     left = len(diagnosis.findings) - len(found)
     advice = clean(diagnosis.advice, 900)
     return str(_macros().diagnosis(caption, diagnosis.verdict, clean(diagnosis.says, 700), advice, rows, found, left))

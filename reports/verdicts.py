@@ -98,3 +98,29 @@ def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:
     for finding in findings:
         first.setdefault((finding.rule, finding.metric), finding)
     return list(first.values())
+
+
+def telling(diagnosis: Diagnosis, most: int) -> list[Finding]:
+    """The first finding of each kind, at most `most` of them, in order of edit.
+
+    Of too many: that of the first bad reading, the alarm's, the first of each verdict, and then the earliest: once a
+    run is past its end, everything is NaN, and says no more.
+    """
+    first, culprit = first_of_each_kind(diagnosis.findings), _culprit(diagnosis)
+    known = [each for each in diagnosis.findings if each in first or each is culprit]
+    firsts = {each.verdict: each for each in reversed(known)}
+
+    def rank(finding: Finding) -> tuple[bool, bool, bool, bool]:
+        alarm = finding.edit == diagnosis.alarm_edit and severity(finding.verdict) >= severity("diverging")
+        others = finding is not firsts[finding.verdict], severity(finding.verdict) == 0
+        return finding is not culprit, not alarm, *others
+
+    kept = sorted(known, key=rank)[:most]
+    return [each for each in known if each in kept]
+
+
+def _culprit(diagnosis: Diagnosis) -> Finding | None:
+    """The finding about the first bad reading; where none is about that edit, the first about its site and metric."""
+    where = diagnosis.first_bad_site, diagnosis.first_bad_metric
+    about = [each for each in diagnosis.findings if (each.site, each.metric) == where]
+    return next((each for each in about if each.start == diagnosis.first_bad_edit), about[0] if about else None)

@@ -72,6 +72,8 @@ def test_a_run_shows_verdict_evidence_and_what_it_was_compared_with(dying: Run) 
         assert words
         assert words in said
     assert diagnosis.thresholds.removeprefix("limits ") in said
+    for verdict in {finding.verdict for finding in diagnosis.findings}:
+        assert next(finding.says for finding in diagnosis.findings if finding.verdict == verdict) in said
     assert f"alarm, as it ran edit {diagnosis.alarm_edit}" in said
     assert "20, 1 failed" in said
     assert str(dying.path) in said
