@@ -58,9 +58,14 @@ Layout = tuple[tuple[str, str, int], ...]
 """(metric, site, length) of each reading, in the order of the row's values."""
 
 
+def _spelled(text: str) -> str:
+    """`text` as SQLite can hold it: lone surrogates spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def plain_text(text: str, limit: int = LABEL_LIMIT) -> str:
     """`text` as SQLite can hold it: lone surrogates spelled out, cut to `limit` characters with a mark."""
-    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    safe = _spelled(text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
 
 
@@ -227,7 +232,7 @@ class RunWriter:
             self._db.executemany(
                 "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
                 " :length)",
-                [asdict(metric) for metric in metrics],
+                [{key: _spelled(v) if isinstance(v, str) else v for key, v in asdict(each).items()} for each in metrics],
             )
         self._metrics.update({metric.name: metric for metric in metrics})
 
@@ -258,7 +263,8 @@ class RunWriter:
             for row in rows:
                 if number is None or not _fits(row.readings, layout):
                     layout = self._grown(row.readings, layout)
-                    entries = json.dumps(layout, ensure_ascii=True)
+                    named = [(_spelled(metric), site, length) for metric, site, length in layout]
+                    entries = json.dumps(named, ensure_ascii=True)
                     number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
                 present, data = _pack(row.readings, layout)
                 self._db.execute(
@@ -292,14 +298,14 @@ class RunWriter:
         with self._db:
             self._db.execute(
                 "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
-                (alarm.edit, alarm.verdict, alarm.metric, alarm.site, plain_text(alarm.says)),
+                (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
             )
 
     def note(self, note: Note) -> None:
         """Append what was not measured, and why."""
         with self._db:
             self._db.execute(
-                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)", (note.edit, note.kind, plain_text(note.says))
+                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)", (note.edit, _spelled(note.kind), plain_text(note.says))
             )
 
     def close(self) -> None:

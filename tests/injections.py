@@ -62,10 +62,9 @@ def hostile_run(folder: Path, edits: int = 12) -> Path:
     """Write the run `folder`: every injection is a layer, a metric's name and meaning, a label, an error and a note."""
     texts = [text for name, text in INJECTIONS.items() if name not in {"empty", "blank"}]
     sites = [f"layers.{place}.{text}" for place, text in enumerate(texts)]
-    stored = [text for text in texts if "\ud800" not in text]  # SQLite takes no lone surrogate as text
     known = ("update.norm", "activation.max_abs", "canary.agreement")
     metrics = [Metric(name, texts[0], "log", "after", texts[1], texts[2], texts[3]) for name in known]
-    metrics += [Metric(text, text, "linear", "after", text, text, text) for text in stored]
+    metrics += [Metric(text, text, "linear", "after", text, text, text) for text in texts]
     manifest = {
         "closed": False,
         "sites": sites,
@@ -74,7 +73,7 @@ def hostile_run(folder: Path, edits: int = 12) -> Path:
         "config": {text: text for text in texts},
     }
     writer = RunWriter(folder, manifest, metrics)
-    for text in stored:
+    for text in texts:
         writer.note(Note(0, text[:200], text))
     for edit in range(edits + 1):
         value = np.inf if edit > edits - 3 else 1.0 + edit

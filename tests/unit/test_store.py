@@ -304,6 +304,22 @@ def test_labels_that_sqlite_can_not_hold_are_spelled_out(tmp_path: Path) -> None
     assert labels[1].endswith("…")
 
 
+def test_names_and_notes_that_sqlite_can_not_hold_are_spelled_out_and_their_readings_found(tmp_path: Path) -> None:
+    lone = "lone \ud800"
+    metric = Metric(lone, lone, "log", "after", lone, lone, lone)
+    run = RunWriter(tmp_path / "run", {"sites": [lone]}, [metric])
+    run.append(row(1, {(lone, lone): [2.0]}))
+    run.note(Note(1, lone, lone))
+    run.alarm(Alarm(1, "diverging", lone, lone, lone))
+    run.close()
+    found, spelled = load(tmp_path / "run"), "lone \\ud800"
+    assert [each.name for each in found.metrics] == [spelled]
+    assert found.edits[0].row.scalar(spelled, lone) == 2.0  # sites are JSON in the file, which holds any text
+    assert found.sites_of(spelled) == (lone,)
+    assert [(note.kind, note.says) for note in found.notes] == [(spelled, spelled)]
+    assert [(alarm.metric, alarm.site, alarm.says) for alarm in found.alarms] == [(spelled, spelled, spelled)]
+
+
 def test_dry_edits_have_a_table_and_numbers_of_their_own(tmp_path: Path) -> None:
     run = writer(tmp_path / "run")
     run.append(row(0, {("update.norm", "a"): 0.0}, status="start"))
