@@ -228,11 +228,15 @@ class RunWriter:
 
     def add_metrics(self, metrics: Sequence[Metric]) -> None:
         """Describe metrics, so that the file can be read without the probes that wrote it."""
+        described = [
+            {field: _spelled(value) if isinstance(value, str) else value for field, value in asdict(metric).items()}
+            for metric in metrics
+        ]
         with self._db:
             self._db.executemany(
                 "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
                 " :length)",
-                [{key: _spelled(v) if isinstance(v, str) else v for key, v in asdict(each).items()} for each in metrics],
+                described,
             )
         self._metrics.update({metric.name: metric for metric in metrics})
 
@@ -305,7 +309,8 @@ class RunWriter:
         """Append what was not measured, and why."""
         with self._db:
             self._db.execute(
-                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)", (note.edit, _spelled(note.kind), plain_text(note.says))
+                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)",
+                (note.edit, _spelled(note.kind), plain_text(note.says)),
             )
 
     def close(self) -> None:

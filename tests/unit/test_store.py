@@ -122,7 +122,7 @@ def test_a_layout_is_shared_until_something_new_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wal", [True, False])
 def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool) -> None:
     code = f"""
-        import numpy as np, sys
+        import numpy as np, time
         from pathlib import Path
         from stabilitylab import store
         from stabilitylab.store import RunWriter
@@ -135,6 +135,7 @@ def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool
             run.append(EditRow(edit, "", "applied", 0.0, 0.0, 0.0, 0.0, None, values))
             print(edit, flush=True)
             edit += 1
+            time.sleep(0.005)  # an edit takes time: without it, a file with no log is locked nearly always
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
