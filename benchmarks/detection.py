@@ -151,7 +151,7 @@ def document_of(runs: Sequence[Judged]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="held-out seeds of each failing scenario")
+    parser.add_argument("--seeds", type=int, default=6, help="held-out seeds of each failing scenario")
     parser.add_argument("--healthy", type=int, default=320, help="held-out healthy runs in all")
     parser.add_argument("--tuning-seeds", type=int, default=6, help="tuning seeds of each scenario, at most 20")
     parser.add_argument("--peer-seeds", type=int, default=2, help="seeds of each failing scenario for the live peers")
