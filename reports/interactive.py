@@ -136,7 +136,12 @@ def heatmap(scale: str) -> Spec:
 
     rows = alt.Chart(alt.NamedData("order")).mark_point(opacity=0).encode(y=site)
     bar = alt.Legend(
-        orient="bottom", direction="horizontal", title=None, gradientLength=260, format=".3~g", tickCount=4
+        orient="bottom",
+        direction="horizontal",
+        title=None,
+        format=".3~g",
+        tickCount=4,
+        gradientLength=alt.ExprRef("min(width, 260)"),
     )
     good = (
         kind("good").mark_rect(clip=True).encode(

@@ -208,6 +208,7 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(min=0.001, max=0.5, help="The share of healthy runs that may be called diverging.")
     ] = 0.05,
+    as_object: Annotated[bool, typer.Option("--json", help="Print the limits as one JSON object.")] = False,
 ) -> None:
     """Take the analyzer's limits from runs of your own, for `check --thresholds` and `attach(thresholds=...)`.
 
@@ -217,8 +218,9 @@ def calibrate(
     from stabilitylab.calibrating import calibrate as calibrate_on
 
     thresholds = calibrate_on(runs, alpha=alpha)
-    out.write_text(json.dumps(thresholds.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    typer.echo(f"{out}: {thresholds}")
+    limits = json.dumps(thresholds.to_json(), indent=2, allow_nan=False)
+    out.write_text(f"{limits}\n", encoding="utf-8")
+    typer.echo(limits if as_object else f"{out}: {thresholds}")
 
 
 @app.command()
@@ -233,17 +235,19 @@ def report(
             "--output", "-o", help="The page; by default report.html in the run's folder, or comparison.html here."
         ),
     ] = None,
+    as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object: the two files' paths.")] = False,
 ) -> None:
     """Write the run's stability report, or compare several: one HTML page that needs nothing else, and its JSON."""
     found = [load(run) for run in runs]
     if len(found) > 1:
         from stabilitylab.reports.comparison import write_comparison
 
-        typer.echo(write_comparison(found, out or Path("comparison.html")))
+        page = write_comparison(found, out or Path("comparison.html"))
     else:
         from stabilitylab.reports.html import write_report
 
-        typer.echo(write_report(found[0], out or found[0].path / "report.html"))
+        page = write_report(found[0], out or found[0].path / "report.html")
+    typer.echo(json.dumps({"page": str(page), "data": str(page.with_suffix(".json"))}) if as_object else page)
 
 
 @app.command()

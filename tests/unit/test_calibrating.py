@@ -70,6 +70,8 @@ def test_the_command_writes_what_reads_back(healthy: list[Path], tmp_path: Path)
     assert done.exit_code == 0, done.output
     assert thresholds.read(out) == calibrate(healthy, alpha=0.05)
     assert "20 healthy runs" in done.output
+    told = CliRunner().invoke(cli.app, ["calibrate", *map(str, healthy), "-o", str(out), "--json"]).output
+    assert json.loads(told) == json.loads(out.read_text())
 
 
 def test_too_few_runs_one_given_twice_and_an_unhealthy_one_are_refused(healthy: list[Path], tmp_path: Path) -> None:

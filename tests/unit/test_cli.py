@@ -188,6 +188,10 @@ def test_report_writes_the_page_where_it_is_told(healthy: Path, tmp_path: Path) 
     done = run_cli("report", healthy, "-o", tmp_path / "sub" / "page.html")
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "sub" / "page.html")), done.stderr
     assert "<html" in (tmp_path / "sub" / "page.html").read_text(encoding="utf-8")
+    for runs in ([healthy], [healthy, healthy]):
+        told = json.loads(run_cli("report", *runs, "-o", tmp_path / "page.html", "--json").stdout)
+        assert told == {"page": str(tmp_path / "page.html"), "data": str(tmp_path / "page.json")}
+        assert json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))["format"] == 1
 
 
 def test_version_and_usage() -> None:
