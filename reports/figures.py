@@ -28,13 +28,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from stabilitylab.reports import charting, drawing
 from stabilitylab.reports.charting import BAD, BAD_CELL, INK, PAPER, ZERO_CELL, ZERO_CELL_INK
-from stabilitylab.reports.text import number
+from stabilitylab.reports.text import clean, number, shorten
 
 from stabilitylab.errors import UsageError
 from stabilitylab.readings import MODEL_SITE, Array
 from stabilitylab.run import Run
 
 HEIGHT: Final = 2.7
+LABEL_LIMIT: Final = 40
+"""Characters of a metric's name or unit beside an axis."""
 _DEPTHS: Final = (1, 2, 4, 8, 16, 32)
 _NO_UNIT: Final = frozenset({"1", ""})
 
@@ -75,7 +77,8 @@ def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Fi
         named = len(chosen) <= len(charting.LINES) and chosen != (MODEL_SITE,)
         figure, (axis,) = charting.canvas(HEIGHT, -(-len(chosen) // columns) if named else 1)
         drawing.draw(axis, run, drawing.read(run, metric, chosen), log=about.scale == "log")
-        axis.set_ylabel(metric.partition(".")[2] or metric if about.unit in _NO_UNIT else about.unit)
+        label = metric.partition(".")[2] or metric if about.unit in _NO_UNIT else about.unit
+        axis.set_ylabel(clean(label, LABEL_LIMIT))
         charting.edit_axis(axis, run.edit_numbers)
         charting.mark_edits(axis, run.diagnosis())
         if named:
@@ -218,7 +221,8 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
         axis.set_yticks(range(0, len(names), step), names[::step], fontsize=8)
         charting.edit_axis(axis, edits)
         charting.mark_edits(axis, run.diagnosis())
-        label = metric if about.unit in _NO_UNIT else f"{metric} ({about.unit})"
+        label = shorten(metric, LABEL_LIMIT)
+        label = label if about.unit in _NO_UNIT else f"{label} ({clean(about.unit, LABEL_LIMIT)})"
         keys = [("NaN, ∞", BAD_CELL)] * bool(bad.any()) + [("0", ZERO_CELL)] * bool(zero.any())
         _colour_bar(figure, image, (left, height), label, keys)
         return figure

@@ -280,6 +280,19 @@ def test_several_runs_are_compared(folder: Path, run: Run) -> None:
         assert quiet(seen)
 
 
+def test_hostile_runs_are_compared_as_text(hostile: Path, folder: Path) -> None:
+    runs = [load(folder / "hostile"), load(hostile_run(folder / "<img src=x onerror=alert(1)>\u202e"))]
+    with visit(write_comparison(runs, folder / "hostile-comparison.html")) as seen:
+        ready(seen)
+        assert seen.page.locator("#lanes canvas").count() == 1
+        assert seen.page.locator("iframe, base, link, object, embed").count() == 0
+        assert OWNED not in seen.page.title()
+        assert seen.page.evaluate(f"window.{OWNED}") is None
+        assert "<img src=x onerror=alert(1)>" in seen.page.locator("#runs-table").inner_text()
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b]", seen.page.content())
+        assert quiet(seen)
+
+
 def test_the_page_says_what_was_thinned_and_keeps_what_is_flagged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
