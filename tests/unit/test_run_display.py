@@ -100,7 +100,9 @@ def test_a_diagnosis_and_its_findings_show_their_evidence(dying: Run) -> None:
 def test_the_catalogue_is_a_tuple_that_shows_itself_as_a_table(dying: Run) -> None:
     assert isinstance(dying.metrics, tuple)
     assert all(isinstance(metric, Metric) for metric in dying.metrics)
-    said = Page(dying.metrics._repr_html_()).said
+    page = Page(dying.metrics._repr_html_())
+    assert "tabindex" in page.attributes  # it scrolls, with the keyboard too
+    said = page.said
     for metric in dying.metrics:
         assert metric.name in said
         assert metric.name in str(dying.metrics)
@@ -126,7 +128,7 @@ def test_hostile_text_stays_text(hostile: Run) -> None:
     for name, shown in displays(hostile).items():
         page = Page(shown)
         assert page.tags <= allowed | {"details", "summary"}, name
-        assert page.attributes <= {"style", "scope"}, name
+        assert page.attributes <= {"style", "scope", "tabindex", "role", "aria-label"}, name
         assert page.said.isprintable(), name
         assert len(shown) < 200_000, name
     assert "<script>" in Page(hostile._repr_html_()).said
