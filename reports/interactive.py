@@ -246,7 +246,7 @@ def ridges() -> Spec:
     names = alt.Header(labelAngle=0, labelAlign="left", labelOrient="left")
     spectrum = (
         alt.Chart(alt.NamedData("ridge"))
-        .mark_area(opacity=0.75, line={"strokeWidth": 1.2}, interpolate="monotone")
+        .mark_area(opacity=0.75, line={"strokeWidth": 1.2}, point={"size": 14}, interpolate="monotone")
         .encode(
             x=rank,
             y=alt.Y("value:Q", axis=None, stack=False, scale=_scale("log", nice=False)),
