@@ -109,6 +109,7 @@ def _bad(diagnosis: Diagnosis, first_bad: Finding) -> str:
     since = diagnosis.first_nonfinite_edit
     if since is None:
         since = min(finding.start for finding in diagnosis.findings if finding.verdict == verdict)
+        since = max(since, began or since)  # what a later finding says of earlier edits does not begin before the onset
     lead = ""
     if began is not None and began < since:
         lead = f", {'diverging' if verdict == 'non-finite' else 'drifting'} since edit {began}"
