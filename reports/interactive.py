@@ -23,6 +23,8 @@ LINES: Final = ("#2f8fe0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"
 """Okabe and Ito's, moved a little so that all of them show on white and on near-black."""
 BAD_CELL: Final = "#b31440"
 ZERO_CELL: Final = "#c3d6e8"
+SEAM: Final = 0.7
+"""Pixels by which a cell reaches under the next: where two only touch, the paper shows through as a line."""
 SCALES: Final = ("log", "linear")
 
 Spec = dict[str, Any]
@@ -144,13 +146,15 @@ def heatmap(scale: str) -> Spec:
         gradientLength=alt.ExprRef("min(width, 260)"),
     )
     good = (
-        kind("good").mark_rect(clip=True).encode(
+        kind("good").mark_rect(clip=True, x2Offset=SEAM).encode(
             x=_edit("start"), x2="end:Q", y=site,
             color=alt.Color("value:Q", scale=_scale(scale, scheme="cividis"), legend=bar),
         )
     )  # fmt: skip
-    zero = kind("zero").mark_rect(color=ZERO_CELL, clip=True).encode(x=_edit("start"), x2="end:Q", y=site)
-    bad = kind("bad").mark_rect(color=BAD_CELL, clip=True).encode(x=_edit("start"), x2="end:Q", y=site)
+    zero = (
+        kind("zero").mark_rect(color=ZERO_CELL, clip=True, x2Offset=SEAM).encode(x=_edit("start"), x2="end:Q", y=site)
+    )
+    bad = kind("bad").mark_rect(color=BAD_CELL, clip=True, x2Offset=SEAM).encode(x=_edit("start"), x2="end:Q", y=site)
     outline = (
         alt.Chart(alt.NamedData("outline"))
         .mark_rect(fillOpacity=0, stroke="#ffffff", strokeWidth=3.5, clip=True)
