@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.attaching import attach
 from stabilitylab.canary import Batch, Canary
 from stabilitylab.errors import UsageError
@@ -90,13 +91,17 @@ def watch(
     canary: Canary | Batch | None = None,
     probes: Tier | Sequence[Probe[Any]] = "default",
     tensorboard: bool = False,
+    config: Mapping[str, Any] | None = None,
+    thresholds: str | Path | Thresholds | None = None,
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
     editor: any EasyEdit editor (``BaseEditor``, ``MultimodalEditor``, …). sites: by default the layers that its
-    hyperparameters name, else what the first edit moves. The other arguments are those of `stabilitylab.attach`. A MEND
-    executor builds its hypernetwork in its first call, so its inputs are seen from the second edit on. ROME's u, k and
-    v* live inside its functions and are not seen; a loop that has them can report them, see `EditorReport`.
+    hyperparameters name, else what the first edit moves. The other arguments are those of `stabilitylab.attach`; with
+    ``config={"sequential_edit": False}``, as `edit` has it by default, weights that nobody puts back are named as the
+    cause. A MEND executor builds its hypernetwork in its first call, so its inputs are seen from the second edit on.
+    ROME's u, k and v* live inside its functions and are not seen; a loop that has them can report them, see
+    `EditorReport`.
     Raises UsageError for an object that has no ``apply_algo`` and ``model``, and what `attach` raises.
     """
     for attribute in ("apply_algo", "model"):
@@ -110,6 +115,7 @@ def watch(
     own = "apply_algo" in vars(editor)
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
+        options |= {"config": config, "thresholds": thresholds}
         monitor = stack.enter_context(attach(editor.model, sites, run, editor=_holder_of_state(apply), **options))
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")

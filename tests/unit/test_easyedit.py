@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import stabilitylab as sl
+from stabilitylab.analysis.thresholds import shipped
 from stabilitylab.errors import UsageError
 from stabilitylab.integrations.easyedit import _holder_of_state, edited_layers, watch
 
@@ -125,6 +127,16 @@ def test_an_editor_that_does_not_say_is_watched_by_what_moves(tmp_path: Path, ed
     with watch(editor, run=tmp_path / "run") as monitor:
         editor.edit(["a", "b"], sequential_edit=True)
         assert monitor.sites == ("h.1.c_fc",)
+
+
+def test_what_the_call_says_of_the_loop_is_in_the_manifest(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    limits = replace(shipped(), source="a test")
+    editor = editors_module.BaseEditor(make_model(), MEND, Executor(False))
+    with watch(editor, run=tmp_path / "run", config={"sequential_edit": False}, thresholds=limits):
+        editor.edit(["a"])
+    run = sl.load(tmp_path / "run")
+    assert run.manifest["config"] == {"sequential_edit": False}
+    assert run.thresholds == limits
 
 
 def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
