@@ -25,9 +25,8 @@ and where too little is known, nothing falls, or the limit is beyond ``HORIZON``
 chosen with, four moments of each of 400 paths per kind. Growth is exponential: median error 15 %, and 91 % of the
 intervals held; the same in runs that are over within 40 edits: 17 % and 93 %; doubling times shrink: 27 % and 86 %. It
 spoke at 53, 46 and 33 % of the moments. It was silent on all flat paths and jumps, and at 99.7 % of the moments or more
-where values add up as √t or t. On the lab's 30 runs of 100 edits on the demo model it spoke 11 times before a collapse,
-always of the canary; 7 of these held. The others came where the canary is lost in bursts with long rests between. On
-the zoo's held-out loops (docs/detection.md) it spoke at 11 % of the moments, and 53 % of the intervals held.
+where values add up as √t or t. On the zoo's held-out loops (docs/detection.md), which are real, it spoke at 11 % of the
+moments, nearly always of the canary, and 53 % of the intervals held: a canary is lost in bursts, with rests between.
 """
 
 from __future__ import annotations
