@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, cause_words, telling
+from stabilitylab.reports.text import clean, number, percent
+from stabilitylab.reports.verdicts import LOOKS, facts, telling
 
 from stabilitylab.analysis import Diagnosis
 from stabilitylab.readings import EditRow, Note
@@ -102,19 +102,9 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    bad = diagnosis.first_bad_edit
-    where = f"edit {bad}" if bad is not None else "–"
-    if diagnosis.first_bad_site is not None:
-        where += f", {shorten(diagnosis.first_bad_site, 60)}, {clean(diagnosis.first_bad_metric, 60)}"
     failed = sum(edit.status == "failed" for edit in run.edits)
     rows = [
-        ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
-        ("onset, in hindsight", _edit(diagnosis.onset_edit)),
-        ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
-        ("first bad", where),
-        ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
-        ("cause", cause_words(diagnosis)),
-        ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
+        *facts(diagnosis, failed, site_length=60),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
         ("run", clean(run.path, 300)),
@@ -122,10 +112,6 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
-
-
-def _edit(edit: int | None) -> str:
-    return "–" if edit is None else f"edit {edit}"
 
 
 def findings_table(diagnosis: Diagnosis) -> RenderableType:

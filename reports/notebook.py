@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import jinja2
 from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, cause_words, telling
+from stabilitylab.reports.verdicts import LOOKS, facts, telling
 
 from stabilitylab.analysis import Diagnosis, Finding, Verdict
 from stabilitylab.run import Run
@@ -92,22 +92,8 @@ def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]]) -> st
 
 
 def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
-    where = _edit(diagnosis.first_bad_edit)
-    if diagnosis.first_bad_site is not None:
-        where += f", {shorten(diagnosis.first_bad_site, 160)}, {clean(diagnosis.first_bad_metric, 80)}"
-    forecast = clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"
     return [
-        ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
-        ("onset, in hindsight", _edit(diagnosis.onset_edit)),
-        ("alarm, as it ran", _edit(diagnosis.alarm_edit)),
-        ("first bad", where),
-        ("first NaN or ∞", _edit(diagnosis.first_nonfinite_edit)),
-        ("cause", cause_words(diagnosis)),
-        ("forecast", forecast),
+        *facts(diagnosis, failed, site_length=160),
         ("baseline", clean(diagnosis.baseline, 200)),
         ("limits", clean(diagnosis.thresholds, 300).removeprefix("limits ")),
     ]
-
-
-def _edit(edit: int | None) -> str:
-    return "–" if edit is None else f"edit {edit}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.reports.text import clean
+from stabilitylab.reports.text import clean, number, shorten
 
 from stabilitylab.analysis import Diagnosis, Finding, Verdict, severity
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE
@@ -90,6 +90,27 @@ def cause_words(diagnosis: Diagnosis) -> str:
     if diagnosis.cause == UNKNOWN_CAUSE:
         return "–" if severity(diagnosis.verdict) == 0 else diagnosis.cause
     return f"{clean(diagnosis.cause, 80)} ({diagnosis.confidence} confidence)"
+
+
+def edit_words(edit: int | None) -> str:
+    """An edit by its number; a dash for none."""
+    return "–" if edit is None else f"edit {edit}"
+
+
+def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[str, str]]:
+    """What a diagnosis says in numbers, named, one per line. failed: how many edits did."""
+    where = edit_words(diagnosis.first_bad_edit)
+    if diagnosis.first_bad_site is not None:
+        where += f", {shorten(diagnosis.first_bad_site, site_length)}, {clean(diagnosis.first_bad_metric, 80)}"
+    return [
+        ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
+        ("onset, in hindsight", edit_words(diagnosis.onset_edit)),
+        ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
+        ("first bad", where),
+        ("first NaN or ∞", edit_words(diagnosis.first_nonfinite_edit)),
+        ("cause", cause_words(diagnosis)),
+        ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
+    ]
 
 
 def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:

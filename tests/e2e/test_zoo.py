@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from zoo_loops import nobody
 
 from stabilitylab.errors import UsageError
 from stabilitylab.run import load
@@ -28,7 +27,7 @@ from stabilitylab.testbed.zoo import (
     run,
     words,
 )
-from stabilitylab.testbed.zoo.scenario import CarryOut, Loop, Step, watched
+from stabilitylab.testbed.zoo.scenario import Loop, watched
 
 FINDINGS_MECHANISMS = range(1, 21)
 
@@ -42,16 +41,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
         return run(by_name(name), 0, tmp_path_factory.mktemp("zoo") / name)
 
     return made
-
-
-@contextmanager
-def nobody(loop: Loop) -> Iterator[CarryOut]:
-    """Carries out the edits, and watches nothing."""
-
-    def carry_out(model: nn.Module, step: Step) -> nn.Module:
-        return step.apply(model)
-
-    yield carry_out
 
 
 def test_names_are_unique_and_every_mechanism_of_the_findings_is_there() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 
 import pytest
-from torch import nn
+from zoo_loops import nobody
 
 from stabilitylab.analysis.causes import RULES
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.run import load
 from stabilitylab.testbed.zoo import HEALTHY, HELD_OUT_SEEDS, SCENARIOS, Outcome, Scenario, by_name, foreign, run, words
 from stabilitylab.testbed.zoo.held_out_updates import wide_model
-from stabilitylab.testbed.zoo.scenario import CarryOut, Loop, Step, watched
+from stabilitylab.testbed.zoo.scenario import watched
 
 SEED = HELD_OUT_SEEDS
 FAILING = [scenario for scenario in SCENARIOS if scenario.held_out]
@@ -30,16 +29,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
         return run(by_name(name), SEED, tmp_path_factory.mktemp("held-out") / name)
 
     return made
-
-
-@contextmanager
-def nobody(loop: Loop) -> Iterator[CarryOut]:
-    """Carries out the edits, and watches nothing."""
-
-    def carry_out(model: nn.Module, step: Step) -> nn.Module:
-        return step.apply(model)
-
-    yield carry_out
 
 
 def test_what_is_held_out_has_causes_of_its_own_or_known_ones() -> None:
