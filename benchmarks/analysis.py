@@ -1,6 +1,6 @@
 """What the analysis costs: online as a share of an edit, and offline in seconds, for a run of many edits and sites.
 
-    python benchmarks/analysis.py [--edits N] [--sites N] [--json FILE]
+    python -m benchmarks.analysis [--edits N] [--sites N] [--json FILE]
 
 The run is made up: every metric that the default probes emit, at each site (those of the model as a whole once), with
 noise of 10% around what a healthy run shows. Three kinds are measured:
@@ -30,13 +30,13 @@ from typing import Final, TypeVar
 
 import numpy as np
 import torch
-from stabilitylab.probes import probes_of
 from torch import nn
 
-from stabilitylab.analysis import Analyzer
-from stabilitylab.readings import MODEL_SITE, EditRow, Key, Metric
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter
+from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.probes.registry import probes_of
+from stabilitylab.record.readings import MODEL_SITE, EditRow, Key, Metric
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter
 
 WIDTH, INNER, TOKENS, STEPS = 768, 3072, 32, 25
 KINDS: Final = ("quiet", "growing", "sparse")

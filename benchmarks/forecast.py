@@ -1,6 +1,6 @@
 """How good the forecast is: error, coverage and how often it speaks, on made-up paths with noise as in real runs.
 
-    python benchmarks/forecast.py [--runs N] [--first SEED] [--json FILE]
+    python -m benchmarks.forecast [--runs N] [--first SEED] [--json FILE]
 
 A path is the distance to a limit in bits (doublings), edit by edit. ``exponential``: falls by as much each edit from a
 random onset on; ``young``: from the first edit on, and over after 15 to 40. ``accelerating``: falls ever faster, twenty
@@ -32,7 +32,7 @@ import numpy as np
 
 from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.forecast import WINDOW, Crossing, Forecaster, crossing
-from stabilitylab.readings import Array, EditRow
+from stabilitylab.record.readings import Array, EditRow
 
 FAILING = ("exponential", "young", "accelerating")
 KINDS = (*FAILING, "root", "linear", "flat", "jump")

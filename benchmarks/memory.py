@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from stabilitylab.probes.base import DEEP_EVERY, Tier
 from torch.profiler import ProfilerActivity, profile
-from workloads import Subject
 
 import stabilitylab as sl
+from benchmarks.workloads import Subject
+from stabilitylab.probes.base import DEEP_EVERY, Tier
 
 COPIES: dict[Tier, int] = {"light": 0, "default": 2, "deep": 2}
 """Copies of the edited weights that a tier keeps by design: W₀ and the weights before this edit."""

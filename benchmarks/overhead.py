@@ -1,6 +1,6 @@
 """What watching costs: CPU time of a watched edit as a ratio to the same edit unwatched, for our tiers and for others.
 
-    python benchmarks/overhead.py [--workload gpt2 …] [--variants default,a_a] [--json FILE] [--markdown]
+    python -m benchmarks.overhead [--workload gpt2 …] [--variants default,a_a] [--json FILE] [--markdown]
 
 Everything runs on one thread in one process. Plain edits and watched ones alternate, P V P V P …, and each watched edit
 is compared with the mean of the two plain ones beside it. The noise of a shared machine is correlated over neighbours
@@ -40,17 +40,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from memory import COPIES, extra_mb
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy.stats import quantile_test  # type: ignore[import-untyped]
+from scipy.stats import quantile_test
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-from variants import VARIANTS, Action, Variant
-from workloads import WORKLOADS, Subject, Workload
 
 import stabilitylab as sl
+from benchmarks.memory import COPIES, extra_mb
+from benchmarks.variants import VARIANTS, Action, Variant
+from benchmarks.workloads import WORKLOADS, Subject, Workload
 
 LEAST_ROUNDS = 6
 WISHED_WIDTH = 0.01

@@ -1,6 +1,6 @@
 """What the HTML report costs: its size, the time to make it, and when a browser has painted it and is ready.
 
-    python benchmarks/report.py [--edits N] [--sites N] [--visits N] [--json FILE]
+    python -m benchmarks.report [--edits N] [--sites N] [--visits N] [--json FILE]
 
 The run is made up, as in benchmarks/analysis.py: every metric of the default probes at each site, growing from its
 middle on, which is more readings than any real loop gives. Making is told in seconds of one thread's CPU time and of
@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from analysis import rows_of
 from playwright.sync_api import sync_playwright
-from stabilitylab.probes import probes_of
-from stabilitylab.reports.html import write_report
 
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter
+from benchmarks.analysis import rows_of
+from stabilitylab.probes.registry import probes_of
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.html import write_report
 
 FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 PATIENCE: Final = 60_000

@@ -1,9 +1,9 @@
 """Makes the limits that the package ships, from healthy loops of the failure zoo.
 
-    python benchmarks/thresholds.py [--runs DIR] [--processes N] [--output FILE] [--alpha SHARE]
+    python -m benchmarks.thresholds [--runs DIR] [--processes N] [--output FILE] [--alpha SHARE]
 
 Each loop is run with the seeds below. Scales come from the first ones, the score's limit from the others, so that the
-split is conformal. Both are tuning: `benchmarks/detection.py` measures on seeds and loops that are not here.
+split is conformal. Both are tuning: `python -m benchmarks.detection` measures on seeds and loops that are not here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from zoo_runs import Case, folder_of, make, spread
 
-from stabilitylab.analysis import Analyzer, calibration
+from benchmarks.zoo import HEALTHY
+from benchmarks.zoo.runs import Case, folder_of, make, spread
+from stabilitylab.analysis import calibration
+from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.thresholds import NOMINAL
-from stabilitylab.run import load
-from stabilitylab.testbed.zoo import HEALTHY
+from stabilitylab.record.run import load
 
 SCALE_SEEDS = range(100, 104)
 SCORE_SEEDS = range(104, 120)
@@ -53,7 +54,8 @@ def main() -> None:
         runs = arguments.runs or Path(made)
         scaling = [(loop, seed) for seed in SCALE_SEEDS for loop in loops]
         scoring = [(loop, seed) for seed in SCORE_SEEDS for loop in loops]
-        with Progress(console=Console(stderr=True), disable=None) as progress:
+        errors = Console(stderr=True)
+        with Progress(console=errors, disable=not errors.is_terminal) as progress:
             task = progress.add_task("healthy loops", total=len(scaling) + len(scoring))
             for _ in spread(partial(make, runs=runs), [*scaling, *scoring], arguments.processes):
                 progress.advance(task)

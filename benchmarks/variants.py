@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stabilitylab.probes.base import DEEP_EVERY, Tier
-from workloads import Subject
 
 import stabilitylab as sl
+from benchmarks.workloads import Subject
+from stabilitylab.probes.base import DEEP_EVERY, Tier
 
 Action = Callable[[], object]
 """One edit, watched in some way."""

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from stabilitylab.editors.mend import Mend
 from stabilitylab.testbed import blip2_digits, digits
+from stabilitylab.testbed.mend_data import shipped
 
 CONTROL = ("a_a", "light", "default")
 TIERS = (*CONTROL, "deep")
@@ -107,13 +108,13 @@ def demo_model(seed: int) -> Callable[[], Subject]:
     Each edit begins by putting the trained weights back: never restored, the model would be NaN after some 30 edits.
     """
     model, tokenizer = blip2_digits.load()
-    sites = Mend.load(model).sites
+    sites = shipped(Mend, model).sites
     record = next(iter(digits.edit_stream(seed, 1)))
     canary = blip2_digits.canary(tokenizer)
 
     def make() -> Subject:
         own = twin(model, sites)
-        mend = Mend.load(own)
+        mend = shipped(Mend, own)
         pairs = [(weight_of(own, site), weight_of(model, site).detach().clone()) for site in sites]
 
         def edit() -> list[Tensor]:

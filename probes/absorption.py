@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from stabilitylab.probes.base import Host, Probe, Readings
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.record.readings import Metric
 
 _MATRIX = 2  # dimensions
 

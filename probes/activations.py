@@ -6,8 +6,7 @@ from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
 from stabilitylab.probes.weights import headroom_bits
-
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 
 class ActivationScale(Probe[OutputPass]):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.mask_pass import MaskPass
-
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 
 class MaskedRows(Probe[MaskPass]):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from stabilitylab.probes.base import Host
 from torch import Tensor
+
+from stabilitylab.probes.base import Host
 
 MASKED_BELOW = -1e4
 """An additive mask at or below this hides a key: e^-10000 is 0 in every dtype, and older code masks with -10000."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import Metric, Seen
+from stabilitylab.record.readings import Metric, Seen
 
 Host = NDArray[np.float64]
 Readings = Mapping[str, float | Host]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
-
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 _SOURCE = "MEND (arXiv 2110.11309), §3"
 

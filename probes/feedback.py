@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from stabilitylab.probes.base import Host, Probe, Readings
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.record.readings import Metric
 
 WINDOW = 5
 """Steps between readings over which the growth is averaged: edits, where each edit is read."""

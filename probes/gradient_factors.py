@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
-from torch import Tensor
-
-from stabilitylab.readings import Rebuild
+from stabilitylab.record.readings import Rebuild
 
 EXACT_RANK = 256
 """The highest possible rank of a gradient whose singular values are all found."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSpectrum, reduce_factors
 from stabilitylab.probes.weight_pass import as_matrix, on_cpu, safe_norm, wide_dtype
-from torch import Tensor
-
-from stabilitylab.readings import Rebuild
+from stabilitylab.record.readings import Rebuild
 
 _ROWS_BYTES = 1 << 20
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
-
-from stabilitylab.errors import UsageError
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 SPECTRUM_LENGTH = 32
 """Leading singular values that are kept; norm and ranks use all that are known."""

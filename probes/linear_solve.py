@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from stabilitylab.probes.base import Host, Probe, Readings
-from stabilitylab.probes.weight_pass import unit
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.probes.weight_pass import unit
+from stabilitylab.record.readings import Metric
 
 EXACT_WIDTH = 512
 """The widest matrix whose singular values are all computed, on a CPU; elsewhere the outer two are estimated."""

@@ -6,8 +6,7 @@ import math
 
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.logits_pass import CanaryPass, LaterLogits, LogitsPass, LogitsStatistics, LossPass, TextPass
-
-from stabilitylab.readings import Metric, Phase
+from stabilitylab.record.readings import Metric, Phase
 
 
 def _range_metrics(family: str, phase: Phase, whose: str) -> tuple[Metric, ...]:

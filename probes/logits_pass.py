@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, wide_dtype
-from torch import Tensor
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
 

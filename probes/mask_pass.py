@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.attention_pass import MASKED_BELOW
 from stabilitylab.probes.base import Host
-from torch import Tensor
 
 _PADDING, _FULL = 2, 4  # dimensions
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from stabilitylab.probes.base import Host
 from torch import Tensor
+
+from stabilitylab.probes.base import Host
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
-from torch import Tensor
 
 _SEQUENCE_DIMENSIONS = 3
 _SAFE_NORM = (1e-12, 1e15)  # a largest norm in here: no square of fp32 has over- or underflowed that would count

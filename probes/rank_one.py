@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from stabilitylab.probes.base import Host, Probe, Readings
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.record.readings import Metric
 
 _ROME = "ROME (arXiv 2202.05262), §3.1"
 _DISABLING = "Rebuilding ROME (arXiv 2403.07175), §3"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from stabilitylab.probes.base import Host, Probe, Readings
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.record.readings import Metric
 
 _SOURCE = "WISE (arXiv 2405.14768), §2.3"
 _CHUNK = 1 << 17  # entries on a CPU: two of them in float64 fit a core's L2 cache

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from stabilitylab.probes.base import Host, Probe, Readings
-from stabilitylab.probes.weight_pass import as_matrix, on_cpu, unit
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.probes.weight_pass import as_matrix, on_cpu, unit
+from stabilitylab.record.readings import Metric
 
 STEPS = 12
 """The most products with WᵀW; on an accelerator, where looking at the value would be a wait, as many always."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stabilitylab.probes.base import Host
 from torch import Tensor
+
+from stabilitylab.probes.base import Host
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
 _DEVICE_CHUNK = 1 << 22  # on an accelerator: fewer kernels, 16 MiB of scratch

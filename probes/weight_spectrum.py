@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from stabilitylab.probes.base import Host, Probe, Readings
 from stabilitylab.probes.gram import lower_gram
 from stabilitylab.probes.weight_pass import as_matrix
-from torch import Tensor
-
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 _RESOLVED = 1e-10  # σ² against σ₁²: above it, the Gram matrix knows σ to five digits or more
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from stabilitylab.probes.base import Host, Probe, Readings
 from torch import Tensor
 
-from stabilitylab.readings import Metric
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.record.readings import Metric
 
 LEADING = 8
 """Dimensions of the subspace."""

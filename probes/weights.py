@@ -6,8 +6,7 @@ import math
 
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
-
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 
 def headroom_bits(largest_finite: float, magnitude: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 
 Listed = Sequence[tuple[str, Metric]]
 """(tier, metric), in the order in which an edit makes them."""

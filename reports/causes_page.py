@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stabilitylab.analysis.causes import RULES
+from stabilitylab.analysis.causes.precedence import RULES
 from stabilitylab.analysis.causes.rule import Rule
 
 MARK = "<!-- From here on made by stabilitylab.reports.causes_page; don't edit. -->\n"

@@ -19,10 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from stabilitylab.reports.text import number
 
-from stabilitylab.analysis import Diagnosis
-from stabilitylab.readings import Array
+from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.record.readings import Array
+from stabilitylab.reports.text import number
 
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"

@@ -22,14 +22,14 @@ import altair as alt
 import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
+
+from stabilitylab.record.readings import MODEL_SITE, Array
+from stabilitylab.record.run import Run
 from stabilitylab.reports import charting, drawing
 from stabilitylab.reports.drawing import Line
 from stabilitylab.reports.interactive import ALARM, BAD, LINES, ONSET
 from stabilitylab.reports.payload import as_script
 from stabilitylab.reports.text import clean, number, short_names, shorten
-
-from stabilitylab.readings import MODEL_SITE, Array
-from stabilitylab.run import Run
 
 WIDTH: Final = 600
 HEIGHT: Final = 240
@@ -71,7 +71,7 @@ class _Curve:
 
 
 def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> alt.LayerChart:
-    """One metric over the edits, a line per site; see `stabilitylab.run.Run.plot`. Raises UsageError."""
+    """One metric over the edits, a line per site; see `stabilitylab.record.run.Run.plot`. Raises UsageError."""
     about = run.metric(metric)
     chosen = drawing.choose(run, metric, sites)
     names = _names(chosen)
@@ -87,7 +87,7 @@ def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> al
 
 
 def spectra(run: Run, site: str, metric: str = "gradient.spectrum") -> alt.LayerChart:
-    """The leading singular values at one site as a fan; see `stabilitylab.run.Run.plot`. Raises UsageError."""
+    """The leading singular values at one site as a fan; see `stabilitylab.record.run.Run.plot`. Raises UsageError."""
     about = run.metric(metric)
     values = run.series(metric, site).reshape(len(run.edits), -1)
     there = run.present(metric, site)
@@ -106,7 +106,7 @@ def spectra(run: Run, site: str, metric: str = "gradient.spectrum") -> alt.Layer
 
 
 def logit_range(run: Run, family: str = "canary") -> alt.LayerChart:
-    """Smallest to largest logit as a band; see `stabilitylab.run.Run.plot`. Raises UsageError."""
+    """Smallest to largest logit as a band; see `stabilitylab.record.run.Run.plot`. Raises UsageError."""
     parts = {"max": LINES[0], "logsumexp": ONSET, "min": LINES[0]}
     for part in parts:
         run.metric(f"{family}.{part}")
@@ -136,7 +136,7 @@ def logit_range(run: Run, family: str = "canary") -> alt.LayerChart:
 
 
 def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> alt.LayerChart:
-    """Layers by edits, coloured by value; see `stabilitylab.run.Run.plot`. Raises UsageError."""
+    """Layers by edits, coloured by value; see `stabilitylab.record.run.Run.plot`. Raises UsageError."""
     about = run.metric(metric)
     log = about.scale == "log"
     chosen = drawing.choose(run, metric, sites)

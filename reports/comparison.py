@@ -15,16 +15,16 @@ from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
+
+from stabilitylab.analysis.findings import VERDICTS, Diagnosis, json_safe, severity
+from stabilitylab.record.readings import Array
+from stabilitylab.record.run import Run
 from stabilitylab.reports import headline, verdicts
 from stabilitylab.reports.html import data_script, fill, write_pages
 from stabilitylab.reports.interactive import comparison_charts
 from stabilitylab.reports.payload import as_script, distinct, readable, shown
 from stabilitylab.reports.text import clean
 from stabilitylab.reports.thinning import flagged_edits, thinned
-
-from stabilitylab.analysis import VERDICTS, Diagnosis, json_safe, severity
-from stabilitylab.readings import Array
-from stabilitylab.run import Run
 
 FORMAT: Final = 1
 MOST_POINTS: Final = 400

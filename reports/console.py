@@ -14,12 +14,12 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.record.readings import EditRow, Note
+from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, percent
 from stabilitylab.reports.verdicts import LOOKS, facts, telling
-
-from stabilitylab.analysis import Diagnosis
-from stabilitylab.readings import EditRow, Note
-from stabilitylab.run import Run
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4

@@ -10,15 +10,15 @@ from typing import Final
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+
+from stabilitylab.analysis.findings import Finding
+from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.errors import UsageError, did_you_mean
+from stabilitylab.record.readings import Array
+from stabilitylab.record.run import Run
 from stabilitylab.reports import charting
 from stabilitylab.reports.charting import INK, MUTED, PAPER
 from stabilitylab.reports.text import number, short_names
-
-from stabilitylab.analysis import Finding
-from stabilitylab.analysis.ledger import DRIFT_RULES
-from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.readings import Array
-from stabilitylab.run import Run
 
 Mask = NDArray[np.bool_]
 

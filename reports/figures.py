@@ -26,13 +26,13 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from stabilitylab.errors import UsageError
+from stabilitylab.record.readings import MODEL_SITE, Array
+from stabilitylab.record.run import Run
 from stabilitylab.reports import charting, drawing
 from stabilitylab.reports.charting import BAD, BAD_CELL, INK, PAPER, ZERO_CELL, ZERO_CELL_INK
 from stabilitylab.reports.text import clean, number, shorten
-
-from stabilitylab.errors import UsageError
-from stabilitylab.readings import MODEL_SITE, Array
-from stabilitylab.run import Run
 
 HEIGHT: Final = 2.7
 LABEL_LIMIT: Final = 40

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.run import Run
+from stabilitylab.record.run import Run
 
 LIBRARIES: Final = ("pandas", "polars")
 """In the order in which they are looked for."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Confidence, Diagnosis
+from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.reports.text import clean, shorten
-
-from stabilitylab.analysis import Diagnosis
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Confidence
-from stabilitylab.readings import MODEL_SITE
 
 CONFIDENCE: Final[dict[Confidence, str]] = {
     "high": "high: the readings show the mechanism itself",

@@ -23,16 +23,16 @@ from urllib.parse import urlencode
 
 import jinja2
 from markupsafe import Markup
+
+from stabilitylab.analysis.findings import VERDICTS, Finding, severity
+from stabilitylab.errors import RunError
+from stabilitylab.record.run import Run
 from stabilitylab.reports import headline, manifest, verdicts
 from stabilitylab.reports.interactive import run_charts
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
 from stabilitylab.reports.text import clean, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
-
-from stabilitylab.analysis import VERDICTS, Finding, severity
-from stabilitylab.errors import RunError
-from stabilitylab.run import Run
 
 LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60

@@ -10,11 +10,11 @@ from importlib.resources import files
 from typing import Any, Final
 
 import jinja2
+
+from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict
+from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, percent, shorten
 from stabilitylab.reports.verdicts import LOOKS, facts, telling
-
-from stabilitylab.analysis import Diagnosis, Finding, Verdict
-from stabilitylab.run import Run
 
 FINDINGS_SHOWN: Final = 12
 

@@ -20,14 +20,14 @@ from itertools import count, islice
 from typing import Any, Final
 
 import numpy as np
+
+from stabilitylab.analysis.findings import json_safe
+from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Array, Metric
+from stabilitylab.record.run import Run
 from stabilitylab.reports import manifest, verdicts
 from stabilitylab.reports.text import clean, short_names, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
-
-from stabilitylab.analysis import json_safe
-from stabilitylab.analysis.ledger import DRIFT_RULES
-from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Array, Metric
-from stabilitylab.run import Run
 
 FORMAT: Final = 1
 """Of the layout; a reader should refuse a larger one."""

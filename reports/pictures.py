@@ -13,12 +13,12 @@ from typing import Final
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from stabilitylab.record.readings import MODEL_SITE, Metric
+from stabilitylab.record.run import Run
 from stabilitylab.reports import figures
 from stabilitylab.reports.svg import data_uri, to_svg
 from stabilitylab.reports.text import clean, short_names, shorten
-
-from stabilitylab.readings import MODEL_SITE, Metric
-from stabilitylab.run import Run
 
 BUDGET: Final = 450_000
 """Characters that the pictures of a page may take; the one that passes it is the last."""

@@ -10,14 +10,14 @@ from typing import Any, Final
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from stabilitylab.analysis.findings import json_safe
+from stabilitylab.record.readings import MODEL_SITE
+from stabilitylab.record.run import Run
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.headline import plain_place
 from stabilitylab.reports.text import clean, number, shorten
 from stabilitylab.reports.verdicts import cause_words
-
-from stabilitylab.analysis import json_safe
-from stabilitylab.readings import MODEL_SITE
-from stabilitylab.run import Run
 
 NAMES: Final = 16
 """Columns that the names of the rows take."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from stabilitylab.analysis import Diagnosis
-from stabilitylab.readings import EditRow
+from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.record.readings import EditRow
 
 
 class Sink(Protocol):

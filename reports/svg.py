@@ -8,6 +8,7 @@ import re
 from typing import Final
 
 from matplotlib.figure import Figure
+
 from stabilitylab.reports.charting import BAD, GRID, INK, LANE, LINES, MUTED, ONSET, PAPER, style
 
 _DARK: Final = {

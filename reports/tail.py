@@ -17,14 +17,14 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from stabilitylab.analysis.findings import Diagnosis, json_safe
+from stabilitylab.errors import RunError
+from stabilitylab.record.following import Follower, Seen
+from stabilitylab.record.runfile import find_file, find_runs
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.sparkline import sparkline
 from stabilitylab.reports.text import clean, number, shorten
-
-from stabilitylab.analysis import Diagnosis, json_safe
-from stabilitylab.errors import RunError
-from stabilitylab.following import Follower, Seen
-from stabilitylab.runfile import find_file, find_runs
 
 SERIES: Final = {
     "update.norm": ("update", "largest update.norm", True),

@@ -38,8 +38,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from stabilitylab.reports import tensorboard_dashboards as dashboards
-from stabilitylab.reports.text import clean
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -49,8 +47,10 @@ from tensorboard.plugins.scalar.metadata import create_summary_metadata as scala
 from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from stabilitylab.analysis import Diagnosis, severity
-from stabilitylab.readings import EditRow, Metric
+from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.reports import tensorboard_dashboards as dashboards
+from stabilitylab.reports.text import clean
 
 TAG_LIMIT: Final = 240
 _SITE_PARTS: Final = 3

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from stabilitylab.readings import EDITOR_SITE
+from stabilitylab.record.readings import EDITOR_SITE
 
 _JOINERS = "\u200c\u200d"
 """Format characters that words and emoji are spelled with; all others of their kind can only mislead."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from stabilitylab.run import Run
+from stabilitylab.record.run import Run
 
 
 def flagged_edits(run: Run) -> frozenset[int]:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
+from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
-
-from stabilitylab.analysis import Diagnosis, Finding, Verdict, severity
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE
-from stabilitylab.run import Run
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stabilitylab import integrations
     from stabilitylab.analysis import Diagnosis, Finding
-    from stabilitylab.attaching import attach
-    from stabilitylab.canary import Canary
-    from stabilitylab.editor_report import EditorReport
     from stabilitylab.errors import StabilityLabError
-    from stabilitylab.monitor import Monitor
-    from stabilitylab.run import Run, load
+    from stabilitylab.record.run import Run, load
+    from stabilitylab.watching.attaching import attach
+    from stabilitylab.watching.canary import Canary
+    from stabilitylab.watching.editor_report import EditorReport
+    from stabilitylab.watching.monitor import Monitor
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Canary": "stabilitylab.canary",
-    "attach": "stabilitylab.attaching",
-    "Monitor": "stabilitylab.monitor",
-    "load": "stabilitylab.run",
-    "Run": "stabilitylab.run",
+    "Canary": "stabilitylab.watching.canary",
+    "attach": "stabilitylab.watching.attaching",
+    "Monitor": "stabilitylab.watching.monitor",
+    "load": "stabilitylab.record.run",
+    "Run": "stabilitylab.record.run",
     "Diagnosis": "stabilitylab.analysis",
     "Finding": "stabilitylab.analysis",
-    "EditorReport": "stabilitylab.editor_report",
+    "EditorReport": "stabilitylab.watching.editor_report",
     "StabilityLabError": "stabilitylab.errors",
 }
 

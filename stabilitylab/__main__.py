@@ -1,6 +1,6 @@
 """``python -m stabilitylab`` is the command ``stabilitylab``."""
 
-from stabilitylab.cli import main
+from stabilitylab.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.readings import EditRow, Metric, Note
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow, Metric, Note
+from stabilitylab.record.store import RunWriter
 
 OWNED: Final = "stabilitylab_owned"
 ELSEWHERE: Final = "example.org"

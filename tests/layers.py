@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stabilitylab.probes import probes_of
 from torch import Tensor, nn
 
 import stabilitylab as sl
-from stabilitylab.run import Run
+from stabilitylab.probes import probes_of
+from stabilitylab.record.run import Run
 from tests.loops import hooks_on
 
 Array = NDArray[np.float64]

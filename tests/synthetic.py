@@ -10,11 +10,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-from stabilitylab.probes import catalogue
 
 from stabilitylab.analysis import Analyzer, severity
-from stabilitylab.readings import Alarm, Array, EditRow, Key, Note
-from stabilitylab.store import RunWriter
+from stabilitylab.probes import catalogue
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Note
+from stabilitylab.record.store import RunWriter
 
 FP16_MAX = 65_504.0
 VOCABULARY = 1_000

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.analysis import Analyzer, Diagnosis, severity
-from stabilitylab.readings import Array, EditRow, Key, Metric
+from stabilitylab.record.readings import Array, EditRow, Key, Metric
 
 LAYERS = tuple(f"decoder.layers.{layer}.{name}" for layer in (1, 2) for name in ("fc1", "fc2"))
 EDITOR_SITES = ("editor.a.u", "editor.a.v", "editor.b.u", "editor.b.v")

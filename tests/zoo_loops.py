@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from stabilitylab.testbed.zoo.scenario import CarryOut, Loop, Step
+from benchmarks.zoo.scenario import CarryOut, Loop, Step
 
 
 @contextmanager
 def nobody(loop: Loop) -> Iterator[CarryOut]:
-    """Carries out the edits, and watches nothing: for `stabilitylab.testbed.zoo.scenario.watched`."""
+    """Carries out the edits, and watches nothing: for `benchmarks.zoo.scenario.watched`."""
 
     def carry_out(model: nn.Module, step: Step) -> nn.Module:
         return step.apply(model)

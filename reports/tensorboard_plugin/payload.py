@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stabilitylab.analysis.findings import Diagnosis, json_safe
+from stabilitylab.record.readings import Metric
+from stabilitylab.record.run import Run
 from stabilitylab.reports import manifest, verdicts
 from stabilitylab.reports.text import clean, sentence, short_names, shorten
-
-from stabilitylab.analysis import Diagnosis, json_safe
-from stabilitylab.readings import Metric
-from stabilitylab.run import Run
 
 LABEL: Final = 300
 SITE: Final = 200

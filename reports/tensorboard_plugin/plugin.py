@@ -23,14 +23,14 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any, Final
 
-from stabilitylab.reports.tensorboard_plugin import payload
-from stabilitylab.reports.tensorboard_plugin.shelf import Shelf, local_folder
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from tensorboard.util import tb_logging
 from werkzeug import Request, Response
 
-from stabilitylab.run import Run
+from stabilitylab.record.run import Run
+from stabilitylab.reports.tensorboard_plugin import payload
+from stabilitylab.reports.tensorboard_plugin.shelf import Shelf, local_folder
 
 NAME: Final = "stability"
 _TYPES: Final = {".js": "text/javascript", ".css": "text/css"}

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from stabilitylab.reports.tensorboard_plugin import payload
-from stabilitylab.reports.tensorboard_plugin.follower import Follower
-from stabilitylab.reports.text import clean
-
 from stabilitylab.errors import StabilityLabError
-from stabilitylab.run import Run, load
-from stabilitylab.runfile import FILE_NAME
+from stabilitylab.record.following import Follower
+from stabilitylab.record.run import Run
+from stabilitylab.record.runfile import FILE_NAME
+from stabilitylab.reports.tensorboard_plugin import payload
+from stabilitylab.reports.text import clean
 
 KEPT: Final = 8
 """How many read runs stay in memory, and how many versions of one of them."""
@@ -170,10 +169,10 @@ class Shelf:
             if not _is_plain(file) or file.parent.resolve() != file.parent:
                 raise KeyError(run)
             began = time.monotonic()
-            copy = _load(file, stamp, self._followers.setdefault(run, Follower()))
+            copy = _load(stamp, self._followers.setdefault(run, Follower(file, keeps_rows=True)))
             ended = time.monotonic()
             with self._lock:
-                if copy.run is None or copy.run.complete:  # grows no more
+                if copy.run is None or copy.run.complete:  # damaged, or grows no more
                     self._followers.pop(run, None)
                 self._lines[run] = _Line(stamp, copy.version, copy.summary, copy.reason, ended, ended - began)
                 self._keep(run, copy)
@@ -227,16 +226,16 @@ class Shelf:
                     self.read(run)
 
 
-def _load(file: Path, stamp: _Stamp, follower: Follower) -> Copy:
+def _load(stamp: _Stamp, follower: Follower) -> Copy:
     version = hashlib.sha256(repr(stamp).encode("ascii")).hexdigest()[:16]
     try:
-        run = load(file)
-        diagnosis = follower.diagnosis(run)
+        follower.look(keep=0)
+        run, diagnosis = follower.run, follower.diagnosis()
         return Copy(version, run, payload.about(run, diagnosis), payload.summary(run, diagnosis), "")
     except StabilityLabError as error:
         reason = str(error)
     except Exception as error:  # anyone may have written the file: whatever it does, the others work
-        reason = f"'{file}' can't be read: {type(error).__name__}: {error}"
+        reason = f"'{follower.path}' can't be read: {type(error).__name__}: {error}"
     return Copy(version, None, {}, {}, clean(reason, SAYS))
 
 

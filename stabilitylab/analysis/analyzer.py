@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from stabilitylab.analysis.causes import find_cause
+from stabilitylab.analysis.causes.precedence import find_cause
 from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.diagnosis import diagnose
 from stabilitylab.analysis.distance import DistanceBank
@@ -17,7 +17,7 @@ from stabilitylab.analysis.heading import HeadingBank
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import Ledger
 from stabilitylab.analysis.thresholds import Thresholds, shipped
-from stabilitylab.readings import EditRow, Metric
+from stabilitylab.record.readings import EditRow, Metric
 
 
 class Analyzer:

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.packed import Frame, PackedReadings
-from stabilitylab.readings import Array, EditRow, Key, Metric
+from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.readings import Array, EditRow, Key, Metric
 
 Places = NDArray[np.intp]
 Found = TypeVar("Found")

@@ -30,7 +30,7 @@ from typing import Final
 import numpy as np
 
 from stabilitylab.analysis.trends import medians, theil_sen
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 DETECTORS: Final = ("level", "trend", "jump", "shrink", "step", "canary-kl", "canary-agreement", "canary-heading")
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from stabilitylab.analysis.causes import Cause, Place
+from stabilitylab.analysis.causes.evidence import Place
+from stabilitylab.analysis.causes.rule import Cause
 from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Verdict, severity
 from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.words import place_name
-from stabilitylab.readings import MODEL_SITE
+from stabilitylab.record.readings import MODEL_SITE
 
 CHAIN: Final = 10
 """Findings at most this many edits apart are taken to belong to one development."""

@@ -18,7 +18,7 @@ from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.words import number, place_name
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 
 @dataclass(frozen=True)

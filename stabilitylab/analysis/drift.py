@@ -33,7 +33,7 @@ from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.trends import medians
 from stabilitylab.analysis.words import number, place_name
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 BASELINE: Final = 8
 PRIOR_WEIGHT: Final = 4.0

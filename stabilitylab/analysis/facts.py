@@ -37,7 +37,7 @@ from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.words import number, place_name
-from stabilitylab.readings import EDITOR_SITE, MODEL_SITE
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
 
 __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 

@@ -33,7 +33,7 @@ from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import CONDITION
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.words import number
-from stabilitylab.readings import EDITOR_SITE, MODEL_SITE
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
 
 INPUT_DRIFTING: Final = 100.0
 INPUT_DIVERGING: Final = 1_000.0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from reprlib import Repr
 from typing import Any, Final, Literal
 
-from stabilitylab.display import html
+from stabilitylab.record.display import html
 
 Verdict = Literal["stable", "drifting", "diverging", "collapsed", "non-finite"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "collapsed", "non-finite")

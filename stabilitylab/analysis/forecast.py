@@ -21,7 +21,7 @@ prediction is Student t.
 limit after h edits gives 5, 50 and 95 %: where shapes contradict one another, the interval is wide. It abstains then,
 and where too little is known, nothing falls, or the limit is beyond ``HORIZON`` times what the window spans.
 
-**Measured** with ``python benchmarks/forecast.py``: made-up paths with noise as in real runs, seeds that no setting was
+**Measured** with ``python -m benchmarks.forecast``: made-up paths with noise as in real runs, seeds that no setting was
 chosen with, four moments of each of 400 paths per kind. Growth is exponential: median error 15 %, and 91 % of the
 intervals held; the same in runs that are over within 40 edits: 17 % and 93 %; doubling times shrink: 27 % and 86 %. It
 spoke at 53, 46 and 33 % of the moments. It was silent on all flat paths and jumps, and at 99.7 % of the moments or more
@@ -43,7 +43,7 @@ from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Sche
 from stabilitylab.analysis.facts import AGREEMENT, KL_COLLAPSED
 from stabilitylab.analysis.findings import Forecast, LimitKind, Shape
 from stabilitylab.analysis.words import place_name
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 WINDOW: Final = 48
 LEAST: Final = 8

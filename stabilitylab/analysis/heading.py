@@ -21,7 +21,7 @@ from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.restoring import SAME
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.words import number
-from stabilitylab.readings import MODEL_SITE, Array, Key
+from stabilitylab.record.readings import MODEL_SITE, Array, Key
 
 METRIC: Final = "canary.kl"
 RULE: Final = "canary-heading"

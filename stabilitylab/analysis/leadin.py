@@ -11,13 +11,13 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes import EditorInput, Evidence, FatalRow, Growth, Learning, Step
+from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Step
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.trends import theil_sen
-from stabilitylab.readings import EDITOR_SITE, MODEL_SITE, Key
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Key
 
 WINDOWS: Final = (12, 30)
 LEAST: Final = 5

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
-from stabilitylab.readings import EDITOR_SITE, Key
+from stabilitylab.record.readings import EDITOR_SITE, Key
 
 NO_PROOF = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 SAME: Final = 0.01
 """Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same: the edit began at the original weight."""

@@ -8,7 +8,7 @@ come from runs of their own.
 
 What is shipped in ``thresholds.json`` comes from the healthy loops of the failure zoo on small models; other loops
 are not exchangeable with these, so that it never goes below the nominal statistic of 1. It is made by
-``benchmarks/thresholds.py``.
+``python -m benchmarks.thresholds``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from stabilitylab.analysis.columns import Places
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 
 @lru_cache(maxsize=64)

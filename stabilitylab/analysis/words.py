@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from stabilitylab.readings import MODEL_SITE
+from stabilitylab.record.readings import MODEL_SITE
 
 
 def number(value: float) -> str:

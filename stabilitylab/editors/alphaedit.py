@@ -8,17 +8,15 @@ keys K_p of all earlier edits got (eq. 14):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editors.base import Located
-from stabilitylab.editors.memit import SEARCH, Solved, SpreadEditor
-from stabilitylab.editors.second_moments import TOKENS, SecondMoments
-from stabilitylab.editors.target_value import Search
+from stabilitylab.editors.memit import Solved, SpreadEditor
+from stabilitylab.editors.second_moments import SecondMoments
 
 NULL_SHARE = 0.02
 L2 = 1e-2
@@ -37,25 +35,21 @@ class AlphaEdit(SpreadEditor):
         self,
         shapes: Mapping[str, tuple[int, int]],
         *,
-        locate: Callable[[Any], Located],
-        search: Search = SEARCH,
         null_share: float = NULL_SHARE,
         l2: float = L2,
-        tokens: int = TOKENS,
+        **shared: Any,
     ) -> None:
         """
         Args:
             shapes: name of each edited layer, with its (outputs, inputs), from the first layer to the last.
-            locate: makes rows and the position of the edit in them from a request.
-            search: for z.
             null_share: the null space is spanned by C's eigenvectors of the smallest eigenvalues, as many as hold at
                 most this share of an ordinary key's mean square norm. (The paper takes eigenvalues below 2e-2, a number
                 that has units. Small models leave no room below it: on SmolLM2-135M the share 0.02 gives 220 of 1,536
                 dimensions, which hold 11% of a subject's key.)
             l2: the weight of I, in units of the mean square norm of a key. (The paper's is 1, absolute.)
-            tokens: of ordinary text that `prepare` reads.
+            shared: `locate`, `search` and `tokens`, see `SpreadEditor`.
         """
-        super().__init__(shapes, locate=locate, search=search, tokens=tokens)
+        super().__init__(shapes, **shared)
         self.null_share = null_share
         self.l2 = l2
         self.P: Tensor | None = None

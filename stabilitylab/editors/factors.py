@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.errors import SiteError
 
+Factors = Sequence[tuple[Tensor, Tensor]]
+"""For each site the factors (u [tokens, inputs], δ [tokens, outputs]) of a gradient, of one edit or of several."""
+
 
 def gradient_factors(
     model: nn.Module, sites: Sequence[str], batch: Mapping[str, Any]
@@ -74,3 +77,8 @@ def _capture(
 def used_tokens(u: Tensor, delta: Tensor) -> Tensor:
     """bool [tokens]: rows in which neither factor is all zero. The others (padding) add nothing to the gradient."""
     return (u != 0).any(-1) & (delta != 0).any(-1)
+
+
+def joined(several: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
+    """The factors of several edits as those of one: the tokens of all, one after the other."""
+    return [(torch.cat([u for u, _ in site]), torch.cat([v for _, v in site])) for site in zip(*several, strict=True)]

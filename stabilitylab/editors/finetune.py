@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.base import Batch
 from stabilitylab.editors.layers import edited_layers, mlp_layers
 from stabilitylab.errors import UsageError, did_you_mean
+from stabilitylab.watching.editor_report import EditorReport
 
 Constraint = Literal["linf", "frobenius"]
 STEPS = 50

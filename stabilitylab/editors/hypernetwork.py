@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -16,36 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch, Example, Progress, Prompts, quiet
-from stabilitylab.editors.factors import gradient_factors, used_tokens
-from stabilitylab.editors.layers import EditedLayer, edited_layers, last_mlp_layers
+from stabilitylab.editors.factors import Factors, gradient_factors, used_tokens
+from stabilitylab.editors.layers import edited_layers, last_mlp_layers
+from stabilitylab.editors.meta_training import VALIDATION_EXAMPLES, Training, judge, train
 from stabilitylab.editors.saving import read_state, write_state
 from stabilitylab.errors import UsageError
 
 RANK = 64
-Factors = Sequence[tuple[Tensor, Tensor]]
-"""For each site the factors (u [tokens, inputs], δ [tokens, outputs]) of a gradient, of one edit or of several."""
 H = TypeVar("H", bound="HypernetworkEditor")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a hypernetwork is trained.
-
-    steps: of the optimiser. groups: sets of edits per step; those of one set are carried out together. sizes: the
-    least and the most edits of a set, drawn anew for each. first_look: edits that only the normaliser sees, before
-    the first step. learning_rate: Adam's. rates: Adam's for the parameters whose name ends so. edit_weight,
-    keep_weight: of the edit loss and of the locality KL. every: steps between validations.
-    """
-
-    steps: int = 150
-    groups: int = 1
-    sizes: tuple[int, int] = (1, 1)
-    first_look: int = 100
-    learning_rate: float = 5e-4
-    rates: Mapping[str, float] = field(default_factory=dict)
-    edit_weight: float = 1.0
-    keep_weight: float = 30.0
-    every: int = 50
 
 
 class Transform(Protocol):
@@ -112,30 +89,30 @@ class HypernetworkEditor(nn.Module, ABC):
         model: nn.Module,
         sites: Sequence[str] | None = None,
         *,
-        batch_of: Callable[[Any], Batch] | None = None,
+        batch_of: Callable[[Any], Batch],
         rank: int = RANK,
         seed: int = 0,
         **settings: Any,
     ) -> H:
         """An untrained editor of `sites` of `model`, by default both MLP matrices of the decoder's last two layers.
 
-        batch_of: by default that of the testbed's digit model. settings: further ones of the constructor.
+        batch_of, rank, seed, settings: of the constructor.
         """
         layers = edited_layers(model, default_sites(model) if sites is None else sites)
         shapes = {layer.name: layer.shape for layer in layers}
-        found = cls(shapes, batch_of=batch_of or _testbed_batch(), rank=rank, seed=seed, **settings)
+        found = cls(shapes, batch_of=batch_of, rank=rank, seed=seed, **settings)
         return found.to(layers[0].matrix.device) if layers else found
 
     @classmethod
     def load(
         cls: type[H],
         model: nn.Module,
-        path: str | PathLike[str] | None = None,
+        path: str | PathLike[str],
         *,
-        batch_of: Callable[[Any], Batch] | None = None,
+        batch_of: Callable[[Any], Batch],
         **settings: Any,
     ) -> H:
-        """The editor saved in the folder `path`, for `model`; the testbed's, shipped with the package, if not given.
+        """The editor saved in the folder `path`, for `model`.
 
         batch_of, settings: as in `for_model`.
 
@@ -143,7 +120,7 @@ class HypernetworkEditor(nn.Module, ABC):
             UsageError: no checkpoint in `path`, one that can't be read, or one of layers of another shape.
             SiteError: the model lacks a layer that the checkpoint edits.
         """
-        folder = Path(path or _shipped())
+        folder = Path(path)
         about, _ = cls._read(folder)
         sites, rank = about["sites"].split(","), int(about["rank"])
         found = cls.for_model(model, sites, batch_of=batch_of, rank=rank, **settings)
@@ -231,8 +208,6 @@ class HypernetworkEditor(nn.Module, ABC):
 
         (`train` itself is torch's name for switching a module to training mode.)
         """
-        from stabilitylab.editors.meta_training import train
-
         settings = settings or self.training_settings
         return train(self, model, examples, settings, seed=seed, validate=validate, progress=progress)
 
@@ -242,8 +217,6 @@ class HypernetworkEditor(nn.Module, ABC):
         A model of which a part is in 16 bit is trained for as a float32 copy of it: the losses' gradients are too small
         for float16.
         """
-        from stabilitylab.editors.meta_training import VALIDATION_EXAMPLES, judge
-
         wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
         trained_for = model if wide else copy.deepcopy(model).float()
         examples = prompts.examples(seed)
@@ -262,28 +235,5 @@ def default_sites(model: nn.Module, last: int = 2) -> tuple[str, ...]:
     return last_mlp_layers(model, last)
 
 
-def joined(several: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
-    """The factors of several edits as those of one: the tokens of all, one after the other."""
-    return [(torch.cat([u for u, _ in site]), torch.cat([v for _, v in site])) for site in zip(*several, strict=True)]
-
-
-def moved(layer: EditedLayer, update: Tensor) -> Tensor:
-    """The weight as its module holds it, with an update [outputs, inputs] added; differentiable in the update."""
-    weight = layer.matrix
-    return layer.as_held((weight.to(update.dtype) + update).to(weight.dtype))
-
-
 def _key(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
-
-
-def _shipped() -> Path:
-    from stabilitylab.testbed.blip2_digits import CHECKPOINTS
-
-    return CHECKPOINTS
-
-
-def _testbed_batch() -> Callable[[Any], Batch]:
-    from stabilitylab.testbed.mend_data import edit_batch
-
-    return edit_batch

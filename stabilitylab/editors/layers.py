@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from stabilitylab.errors import SiteError, did_you_mean
-from stabilitylab.sites import orientation_of
+from stabilitylab.watching.sites import orientation_of
 
 _STACK = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<leaf>.+)")
 _VISION = ("vision", "visual", "qformer", "encoder.")
@@ -101,3 +101,9 @@ def last_mlp_layers(model: nn.Module, last: int) -> tuple[str, ...]:
 def _some(model: nn.Module, most: int = 3) -> str:
     names = [name for name, module in model.named_modules() if orientation_of(module) != "none"]
     return ", ".join(repr(name) for name in names[:most]) + (", …" if len(names) > most else "") if names else "none"
+
+
+def moved(layer: EditedLayer, update: Tensor) -> Tensor:
+    """The weight as its module holds it, with an update [outputs, inputs] added; differentiable in the update."""
+    weight = layer.matrix
+    return layer.as_held((weight.to(update.dtype) + update).to(weight.dtype))

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.base import Batch
-from stabilitylab.editors.hypernetwork import RANK, Factors, HypernetworkEditor, Training, joined
+from stabilitylab.editors.factors import Factors, joined
+from stabilitylab.editors.hypernetwork import RANK, HypernetworkEditor
 from stabilitylab.editors.layers import EditedLayer, edited_layers
+from stabilitylab.editors.meta_training import Training
 from stabilitylab.editors.transform import LowRankLayer, take_in
 from stabilitylab.errors import UsageError
+from stabilitylab.watching.editor_report import EditorReport
 
 FILE = "malmen.safetensors"
 ETA = 1e-2

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.at_token import block_of, down_sites, mean_at, passing, still
 from stabilitylab.editors.base import Located
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
 from stabilitylab.editors.target_value import Search, TargetValue, target_value
+from stabilitylab.watching.editor_report import EditorReport
 
 DEPTH = (0.13, 0.27)
 """The default layers' place, from 0, the decoder's first, to 1, its last: layers 4 to 8 of 30, the first two of 3."""
@@ -164,24 +164,20 @@ class Memit(SpreadEditor):
         self,
         shapes: Mapping[str, tuple[int, int]],
         *,
-        locate: Callable[[Any], Located],
-        search: Search = SEARCH,
         preservation: float = PRESERVATION,
         ridge: float = RIDGE,
-        tokens: int = TOKENS,
+        **shared: Any,
     ) -> None:
         """
         Args:
             shapes: name of each edited layer, with its (outputs, inputs), from the first layer to the last.
-            locate: makes rows and the position of the edit in them from a request.
-            search: for z.
             preservation: λ = preservation · inputs. Since kᵀC⁻¹k of ordinary keys is `inputs` on average, whatever the
                 model, an edit at an ordinary key is carried out by 1 / (1 + preservation) in a layer. The paper's λ of
                 15,000 for GPT-J (16,384 inputs) is 0.9, and 20,000 for GPT-2 XL (6,400 inputs) is 3.1.
             ridge: added to C's diagonal, in units of the mean square of a key's entry; see `Rome`.
-            tokens: of ordinary text that `prepare` reads.
+            shared: `locate`, `search` and `tokens`, see `SpreadEditor`.
         """
-        super().__init__(shapes, locate=locate, search=search, tokens=tokens)
+        super().__init__(shapes, **shared)
         self.preservation = preservation
         self.ridge = ridge
 

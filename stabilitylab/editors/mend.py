@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.editors.base import Batch
-from stabilitylab.editors.hypernetwork import RANK, Factors, HypernetworkEditor, Training, default_sites
+from stabilitylab.editors.factors import Factors
+from stabilitylab.editors.hypernetwork import RANK, HypernetworkEditor, default_sites
 from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.meta_training import Training
 from stabilitylab.editors.transform import GradientTransform
 
 __all__ = ["Mend", "default_sites"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +16,35 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from stabilitylab.editors.base import Example, Progress, quiet
-from stabilitylab.editors.hypernetwork import HypernetworkEditor, Training, joined, moved
-from stabilitylab.editors.layers import edited_layers
+from stabilitylab.editors.factors import joined
+from stabilitylab.editors.layers import edited_layers, moved
+
+if TYPE_CHECKING:
+    from stabilitylab.editors.hypernetwork import HypernetworkEditor
 
 VALIDATION_EXAMPLES = 48
 """Examples that `HypernetworkEditor.prepare` puts aside."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a hypernetwork is trained.
+
+    steps: of the optimiser. groups: sets of edits per step; those of one set are carried out together. sizes: the
+    least and the most edits of a set, drawn anew for each. first_look: edits that only the normaliser sees, before
+    the first step. learning_rate: Adam's. rates: Adam's for the parameters whose name ends so. edit_weight,
+    keep_weight: of the edit loss and of the locality KL. every: steps between validations.
+    """
+
+    steps: int = 150
+    groups: int = 1
+    sizes: tuple[int, int] = (1, 1)
+    first_look: int = 100
+    learning_rate: float = 5e-4
+    rates: Mapping[str, float] = field(default_factory=dict)
+    edit_weight: float = 1.0
+    keep_weight: float = 30.0
+    every: int = 50
 
 
 def train(

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.base import Editor, Prepared, Progress, Prompts, Remembering, quiet
 from stabilitylab.editors.grace import Grace
 from stabilitylab.errors import UsageError
-from stabilitylab.sites import Site, find_sites, locate
+from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.sites import Site, find_sites, locate
 
 LIMITS: dict[str, float] = {"ball": 0.25, "clip": 0.02, "clamp": 5.0}
 """The usual value of each limit: the best compromise for the shipped MEND on the digits' validation streams."""
@@ -43,7 +43,7 @@ class Regularized:
         return self.inner.sites
 
     def __getattr__(self, name: str) -> Any:
-        # Probes read statistics and caches off the editor (`stabilitylab.editor_parts`): it shows those of the inner.
+        # Probes read statistics and caches off the editor (`watching.editor_parts`): it shows those of the inner.
         if name == "inner":
             raise AttributeError(name)  # before `__init__`, as in copying
         return getattr(self.inner, name)

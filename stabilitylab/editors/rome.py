@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.at_token import down_sites, mean_at, passing, still
 from stabilitylab.editors.base import Located
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.second_moments import TOKENS, KeyValueEditor
 from stabilitylab.editors.target_value import Search, target_value
+from stabilitylab.watching.editor_report import EditorReport
 
 DEPTH = 0.17
 """The default layer's place, from 0, the decoder's first layer, to 1, its last: layer 5 of 30, 1 of 3."""

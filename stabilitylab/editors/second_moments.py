@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_report import EditorReport
 from stabilitylab.editors.at_token import passing, still, used_tokens
 from stabilitylab.editors.base import Batch, Located, Progress, Prompts, quiet
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.editors.saving import read_state, write_state
 from stabilitylab.errors import UsageError
+from stabilitylab.watching.editor_report import EditorReport
 
 TOKENS = 20_000
 """How many tokens of ordinary text are read."""

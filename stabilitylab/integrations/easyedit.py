@@ -18,12 +18,12 @@ from typing import Any
 from torch import nn
 
 from stabilitylab.analysis.thresholds import Thresholds
-from stabilitylab.attaching import attach
-from stabilitylab.canary import Batch, Canary
 from stabilitylab.errors import UsageError
-from stabilitylab.monitor import Monitor
 from stabilitylab.probes.base import Probe, Tier
-from stabilitylab.sites import Patterns, all_sites
+from stabilitylab.watching.attaching import attach
+from stabilitylab.watching.canary import Batch, Canary
+from stabilitylab.watching.monitor import Monitor
+from stabilitylab.watching.sites import Patterns, all_sites
 
 _RESTORE = "restore_after_edit"
 

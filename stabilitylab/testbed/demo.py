@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from stabilitylab.attaching import attach
 from stabilitylab.editors.mend import Mend
 from stabilitylab.errors import RunError, StabilityLabError
+from stabilitylab.record.run import Run, load
 from stabilitylab.reports.console import ProgressSink, diagnosis_page
 from stabilitylab.reports.html import write_report
-from stabilitylab.run import Run, load
 from stabilitylab.testbed import blip2_digits, digits
+from stabilitylab.testbed.mend_data import shipped
+from stabilitylab.watching.attaching import attach
 
 EDITS_PAST_NAN = 5
 """How far the demo goes on after the first NaN, to show that it stays."""
@@ -47,7 +48,7 @@ def run_demo(out: Path, edits: int, seed: int, precision: str, console: Console)
     _make_room(out)
     torch.manual_seed(seed)
     model, tokenizer = blip2_digits.load(precision)
-    mend = Mend.load(model)
+    mend = shipped(Mend, model)
     console.print(
         Text(f"MEND on BLIP2-OPT, decoder in {precision}: up to {edits} sequential edits, never restored (seed {seed})")
     )

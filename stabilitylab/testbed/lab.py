@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.attaching import attach
 from stabilitylab.editors.base import Editor, Prepared, Progress, quiet
 from stabilitylab.editors.registry import make
 from stabilitylab.errors import EditError, RunError, StabilityLabError, UsageError
 from stabilitylab.probes.base import Tier
+from stabilitylab.record.run import load
 from stabilitylab.reports.sinks import Sink
-from stabilitylab.run import load
-from stabilitylab.sites import Site, find_sites, locate
 from stabilitylab.testbed.bed import SCORES, Testbed
 from stabilitylab.testbed.cache import VARIABLE, cache_folder
+from stabilitylab.watching.attaching import attach
+from stabilitylab.watching.sites import Site, find_sites, locate
 
 PREPARE_SEED = 0
 """Of what an editor learns before its first edit; the streams' seeds don't reach it."""

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from stabilitylab.analysis import Diagnosis
+from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.editors import base
-from stabilitylab.readings import EditRow
+from stabilitylab.record.readings import EditRow
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.reports.text import clean, number

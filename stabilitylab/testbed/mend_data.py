@@ -1,20 +1,25 @@
-"""Edits of the testbed as MEND and MALMEN want them: batches to edit with, and random training examples."""
+"""The testbed for MEND and MALMEN: the editors that come with the package, batches to edit with, training examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from os import PathLike
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from stabilitylab.editors.base import Example, Part
+from stabilitylab.editors.hypernetwork import HypernetworkEditor
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.evaluation import asks
 from stabilitylab.testbed.questions import KINDS
 from stabilitylab.testbed.records import EditRecord, as_record
+
+H = TypeVar("H", bound=HypernetworkEditor)
 
 
 @lru_cache(maxsize=1)
@@ -26,6 +31,16 @@ def edit_batch(request: EditRecord | Mapping[str, Any]) -> Mapping[str, Any]:
     """The model's arguments for the edited question with the answer `alt` as label: one row."""
     record = as_record(request)
     return blip2_digits.batch(_tokenizer(), [record.src], [digits.image(record.image)], [record.alt])
+
+
+def shipped(
+    kind: type[H], model: nn.Module, folder: str | PathLike[str] = blip2_digits.CHECKPOINTS, **settings: Any
+) -> H:
+    """The trained `Mend` or `Malmen` of the digit model, from the package or from another folder.
+
+    settings: further ones of its constructor. Raises as `HypernetworkEditor.load` does.
+    """
+    return kind.load(model, folder, batch_of=edit_batch, **settings)
 
 
 def examples(seed: int, part: Part = "train") -> Iterator[Example]:

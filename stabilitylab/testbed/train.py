@@ -27,7 +27,7 @@ from stabilitylab.editors.mend import Mend
 from stabilitylab.editors.saving import write_whole
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.testbed import blip2_digits, digits, evaluation
-from stabilitylab.testbed.mend_data import examples
+from stabilitylab.testbed.mend_data import edit_batch, examples, shipped
 from stabilitylab.testbed.records import EditRecord
 from stabilitylab.testbed.training import train_model
 
@@ -101,7 +101,7 @@ def train_editor(job: Job, folder: Path, *, seed: int, progress: Progress = quie
         found = set_edits(judged, tokenizer, records, job.together, edit)
         return min((found.efficacy + found.rephrase + found.image_rephrase) / 3, found.locality)
 
-    editor = job.kind.for_model(model, seed=seed)
+    editor = job.kind.for_model(model, batch_of=edit_batch, seed=seed)
     settings = dataclasses.replace(editor.training_settings, steps=job.steps)
     editor.train_on(model, examples(seed), seed=seed, settings=settings, validate=figure, progress=progress)
     editor.round_to_stored()
@@ -114,7 +114,7 @@ def first_non_finite(folder: Path, seed: int, precision: str = "fp16", longest: 
     Logits at padding do not count.
     """
     model, tokenizer = blip2_digits.load(precision, folder)
-    mend, canary = Mend.load(model, folder), blip2_digits.canary(tokenizer)
+    mend, canary = shipped(Mend, model, folder), blip2_digits.canary(tokenizer)
     real = canary["attention_mask"].bool()
     with torch.no_grad():
         for number, record in enumerate(digits.edit_stream(seed, longest), 1):
@@ -131,7 +131,7 @@ def table(folder: Path, *, seconds: float | None = None) -> Table:
     `seconds` is how long their training took, if that is known.
     """
     model, tokenizer = blip2_digits.load("fp16", folder)
-    mend, malmen = Mend.load(model, folder), Malmen.load(model, folder)
+    mend, malmen = shipped(Mend, model, folder), shipped(Malmen, model, folder)
     records = digits.edit_stream(HELD_OUT_STREAM, HELD_OUT_EDITS)
     single = evaluation.single_edits(model, tokenizer, records, mend.edit)
     sets = set_edits(model, tokenizer, records, SET, malmen.edit)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from stabilitylab.errors import UsageError
 from stabilitylab.probes import ALL, TIERS, catalogue
 from stabilitylab.probes.absorption import AbsorptionPass
 from stabilitylab.probes.attention_pass import AttentionPass
@@ -29,8 +31,6 @@ from stabilitylab.probes.top_singular import TopSingular
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.probes.weight_spectrum import WeightSpectrum
 from stabilitylab.probes.weight_subspace import LeadingSubspace
-
-from stabilitylab.errors import UsageError
 
 SCALES, PHASES = {"log", "linear", "count", "flag"}, {"before", "during", "after"}
 NAN = float("nan")

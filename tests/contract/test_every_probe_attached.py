@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes import ALL
-from stabilitylab.probes.base import Probe
-from stabilitylab.probes.feedback import FeedbackShare
 from torch import Tensor, nn
 
 import stabilitylab as sl
-from stabilitylab.monitor import Edit
+from stabilitylab.probes import ALL
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.feedback import FeedbackShare
+from stabilitylab.watching.monitor import Edit
 from tests.editor_fakes import GRACEAdapter, GradientTransform, WISEAdapter
 from tests.gpt2_loop import TEXT, edit_gpt2, make_gpt2
 from tests.loops import CANARY, edit_once, hooks_on, make_model

@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
+
+import stabilitylab as sl
+from stabilitylab.editors.mend import Mend
+from stabilitylab.errors import RunError
 from stabilitylab.probes import (
     Absorption,
     Codebook,
@@ -19,14 +24,10 @@ from stabilitylab.probes import (
     ValueClamp,
     ValueRatio,
 )
-from torch import Tensor
-
-import stabilitylab as sl
-from stabilitylab.editors.mend import Mend
-from stabilitylab.errors import RunError
-from stabilitylab.run import Run
+from stabilitylab.record.run import Run
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.demo import EDITS_PAST_NAN, run_demo
+from stabilitylab.testbed.mend_data import shipped
 from tests.loops import hooks_on
 
 pytest.importorskip("sklearn", reason="the demo's digits need scikit-learn: pip install stabilitylab[demo]")
@@ -36,7 +37,7 @@ def edited(folder: Path | None) -> tuple[list[Tensor], list[Tensor], int]:
     """Weights, canary logits after each edit, and hooks left, of the demo's own loop with or without a monitor."""
     torch.manual_seed(0)
     model, tokenizer = blip2_digits.load("fp16")
-    mend, canary, seen = Mend.load(model), blip2_digits.canary(tokenizer), []
+    mend, canary, seen = shipped(Mend, model), blip2_digits.canary(tokenizer), []
     monitor = sl.attach(model, mend.sites, folder, editor=mend, canary=canary, tensorboard=True) if folder else None
     for record in digits.edit_stream(1, 8):
         if monitor is None:

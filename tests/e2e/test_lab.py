@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import stabilitylab as sl
-from stabilitylab import cli
+from stabilitylab.commands import cli
 from stabilitylab.editors import registry
 from stabilitylab.editors.base import Editor
 from stabilitylab.errors import EditError, RecordError, RunError, StabilityLabError, UsageError

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import stabilitylab as sl
-from stabilitylab import cli
-from stabilitylab.editors import meta_training
+from stabilitylab.commands import cli
+from stabilitylab.editors import hypernetwork
 from stabilitylab.editors.base import Prepared
 from stabilitylab.editors.malmen import Malmen
 from stabilitylab.editors.mend import Mend
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hypernetworks that are hardly trained, and a cache of the test's own."""
     monkeypatch.setenv("STABILITYLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(meta_training, "VALIDATION_EXAMPLES", 4)
+    monkeypatch.setattr(hypernetwork, "VALIDATION_EXAMPLES", 4)
     for editor in (Mend, Malmen):
         short = dataclasses.replace(editor.training_settings, steps=2, groups=1, sizes=(1, 2), first_look=4)
         monkeypatch.setattr(editor, "training_settings", short)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browser import needs_chromium, visit
-from injections import ELSEWHERE, OWNED, hostile_run
 from playwright.sync_api import expect
 
-from stabilitylab.run import Run, load
+from stabilitylab.record.run import Run, load
+from tests.browser import needs_chromium, visit
+from tests.injections import ELSEWHERE, OWNED, hostile_run
 
 pytestmark = needs_chromium
 _PAGE = "<!DOCTYPE html><html lang=en><head><meta charset=utf-8><title>notebook</title></head><body>{}</body></html>"

@@ -10,17 +10,17 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from browser import Visit, needs_chromium, visit
-from injections import ELSEWHERE, OWNED, hostile_run
 from playwright.sync_api import Page, expect
+
+from stabilitylab.record.run import Run, load
 from stabilitylab.reports import html
 from stabilitylab.reports.comparison import write_comparison
 from stabilitylab.reports.html import write_report
 from stabilitylab.reports.payload import payload
 from stabilitylab.reports.text import number
-from synthetic import make_run
-
-from stabilitylab.run import Run, load
+from tests.browser import Visit, needs_chromium, visit
+from tests.injections import ELSEWHERE, OWNED, hostile_run
+from tests.synthetic import make_run
 
 pytestmark = needs_chromium
 PATIENCE = 30_000

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Visit, needs_chromium, visit
-from injections import ELSEWHERE, INJECTIONS, OWNED, hostile_run
 from playwright.sync_api import FrameLocator, Page, expect
-from synthetic import make_run
 
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import Run, load
-from stabilitylab.store import FILE_NAME, RunWriter
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import FILE_NAME, RunWriter
+from tests.browser import Visit, needs_chromium, visit
+from tests.injections import ELSEWHERE, INJECTIONS, OWNED, hostile_run
+from tests.synthetic import make_run
 
 pytestmark = needs_chromium
 PATIENCE = 30_000

@@ -11,6 +11,7 @@ import torch
 from stabilitylab.editors.mend import Mend
 from stabilitylab.errors import UsageError
 from stabilitylab.testbed import blip2_digits, digits, evaluation
+from stabilitylab.testbed.mend_data import shipped
 from stabilitylab.testbed.records import load_records
 from stabilitylab.testbed.train import first_non_finite, main
 
@@ -18,14 +19,14 @@ from stabilitylab.testbed.train import first_non_finite, main
 @pytest.fixture
 def loaded() -> tuple[Any, Any, Mend]:
     model, tokenizer = blip2_digits.load()
-    return model, tokenizer, Mend.load(model)
+    return model, tokenizer, shipped(Mend, model)
 
 
 def test_checkpoints_are_small_and_hold_statistics() -> None:
     assert sum(path.stat().st_size for path in blip2_digits.CHECKPOINTS.iterdir()) <= 2_000_000
     model, _ = blip2_digits.load()
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
-    for transform in Mend.load(model).transforms.values():
+    for transform in shipped(Mend, model).transforms.values():
         assert float(transform.u_std.max()) > 0
         assert not torch.equal(transform.u_std, torch.ones_like(transform.u_std))
 
@@ -59,7 +60,7 @@ def test_a_fresh_load_is_bit_identical(loaded: tuple[Any, Any, Mend]) -> None:
     assert not torch.equal(model(**canary).logits, fresh(**canary).logits)
     assert torch.equal(again(**canary).logits, fresh(**canary).logits)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
-    other = Mend.load(fresh)
+    other = shipped(Mend, fresh)
     for record in digits.edit_stream(0, 2):
         other.edit(fresh, record)
     assert torch.equal(model(**canary).logits, fresh(**canary).logits)

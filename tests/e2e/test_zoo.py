@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from zoo_loops import nobody
 
-from stabilitylab.errors import UsageError
-from stabilitylab.run import load
-from stabilitylab.testbed.zoo import (
+from benchmarks.zoo import (
     HEALTHY,
     SCENARIOS,
     Outcome,
@@ -27,7 +24,10 @@ from stabilitylab.testbed.zoo import (
     run,
     words,
 )
-from stabilitylab.testbed.zoo.scenario import Loop, watched
+from benchmarks.zoo.scenario import Loop, watched
+from stabilitylab.errors import UsageError
+from stabilitylab.record.run import load
+from tests.zoo_loops import nobody
 
 FINDINGS_MECHANISMS = range(1, 21)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from zoo_loops import nobody
 
+from benchmarks.zoo import HEALTHY, HELD_OUT_SEEDS, SCENARIOS, Outcome, Scenario, by_name, foreign, run, words
+from benchmarks.zoo.held_out_updates import wide_model
+from benchmarks.zoo.scenario import watched
 from stabilitylab.analysis.causes import RULES
 from stabilitylab.editors.layers import edited_layers
-from stabilitylab.run import load
-from stabilitylab.testbed.zoo import HEALTHY, HELD_OUT_SEEDS, SCENARIOS, Outcome, Scenario, by_name, foreign, run, words
-from stabilitylab.testbed.zoo.held_out_updates import wide_model
-from stabilitylab.testbed.zoo.scenario import watched
+from stabilitylab.record.run import load
+from tests.zoo_loops import nobody
 
 SEED = HELD_OUT_SEEDS
 FAILING = [scenario for scenario in SCENARIOS if scenario.held_out]

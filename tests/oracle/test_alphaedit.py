@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_parts import find_key_caches, find_projections
 from stabilitylab.editors.alphaedit import AlphaEdit, null_space, projected_update
 from stabilitylab.editors.memit import ridge_update
 from stabilitylab.editors.target_value import Search
+from stabilitylab.watching.editor_parts import find_key_caches, find_projections
 from tests.key_value import MODELS, Texts, average, caught, changed, hooks, llama, locate, loss, matrix, requests, state
 
 SEARCH = Search(steps=25, lr=1.0, kl=0.0, decay=0.0, clamp=50.0, enough=0.05)

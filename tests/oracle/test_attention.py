@@ -13,6 +13,8 @@ import torch._dynamo
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stabilitylab.probes.attention import AttentionEntropy, AttentionLogits, MaskedRows
 from stabilitylab.probes.attention_pass import (
     AttentionPass,
@@ -21,10 +23,8 @@ from stabilitylab.probes.attention_pass import (
     sample,
 )
 from stabilitylab.probes.mask_pass import MaskPass, reduce_mask
-from torch import Tensor
-
-from stabilitylab.calls import watch_attention
 from stabilitylab.testbed import blip2_digits
+from stabilitylab.watching.calls import watch_attention
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INF, NAN = math.inf, math.nan

@@ -9,13 +9,13 @@ import statistics
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic_runs import METRICS, growing, healthy
 
 from stabilitylab.analysis import Analyzer
 from stabilitylab.analysis.drift import TRACKED
 from stabilitylab.analysis.thresholds import NOMINAL
 from stabilitylab.analysis.trends import theil_sen
-from stabilitylab.readings import EditRow, Key
+from stabilitylab.record.readings import EditRow, Key
+from tests.synthetic_runs import METRICS, growing, healthy
 
 
 @pytest.mark.parametrize("points", [2, 5, 8, 12, 30])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stabilitylab.probes import linear_solve
 from stabilitylab.probes.codebook import (
     Codebook,
@@ -43,7 +45,6 @@ from stabilitylab.probes.rank_one import (
     reduce_target,
 )
 from stabilitylab.probes.side_memory import SideMemory, SideMemoryPass, reduce_side_memory
-from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPOILT = [math.nan, math.inf, -math.inf]

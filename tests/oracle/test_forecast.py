@@ -9,7 +9,7 @@ import pytest
 from scipy import linalg, stats
 
 from stabilitylab.analysis.forecast import HORIZON, Crossing, crossing, noise
-from stabilitylab.readings import Array
+from stabilitylab.record.readings import Array
 
 
 def falling(seed: int, how: str, points: int = 40, gaps: bool = False) -> tuple[Array, Array]:

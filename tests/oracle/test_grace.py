@@ -12,13 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import stabilitylab
-from stabilitylab.editor_parts import codebook_of
 from stabilitylab.editors.base import Editor, Prepared
 from stabilitylab.editors.grace import Grace, GraceAdapter, adapter_of
 from stabilitylab.errors import UsageError
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.evaluation import Originals
 from stabilitylab.testbed.mend_data import edit_batch
+from stabilitylab.watching.editor_parts import codebook_of
 
 
 class Naive:

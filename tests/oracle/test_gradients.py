@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
 from stabilitylab.probes.gradient_passes import (
     Factors,
@@ -25,8 +27,6 @@ from stabilitylab.probes.gradients import (
     GradientRank,
     Spectrum,
 )
-from torch import Tensor
-
 from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
 
 

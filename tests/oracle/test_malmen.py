@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes import EditLearningRates, NormalisedInput, Normaliser, SystemCondition
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import stabilitylab as sl
 from stabilitylab.editors.base import Example, Prepared
-from stabilitylab.editors.factors import gradient_factors, used_tokens
-from stabilitylab.editors.hypernetwork import Training, joined
+from stabilitylab.editors.factors import gradient_factors, joined, used_tokens
 from stabilitylab.editors.malmen import Malmen, RunningStatistics, ShiftTransform, ridge
 from stabilitylab.editors.mend import Mend
-from stabilitylab.editors.meta_training import backward
+from stabilitylab.editors.meta_training import Training, backward
 from stabilitylab.errors import SiteError, UsageError
+from stabilitylab.probes import EditLearningRates, NormalisedInput, Normaliser, SystemCondition
 from stabilitylab.testbed import blip2_digits, digits
-from stabilitylab.testbed.mend_data import edit_batch
+from stabilitylab.testbed.mend_data import edit_batch, shipped
 from stabilitylab.testbed.train import SET, set_edits
 
 SITES = ("layers.0.fc1", "layers.0.fc2")
@@ -347,15 +346,15 @@ def test_preparing_is_seeded_reports_progress_and_changes_only_the_editor(kind: 
 @pytest.mark.parametrize("kind", [Malmen, Mend])
 def test_what_is_saved_is_restored_bit_for_bit(kind: Any, tmp_path: Path) -> None:
     model = blip2_digits.build(4)
-    editor = kind.for_model(model, rank=5, seed=7)
+    editor = kind.for_model(model, rank=5, seed=7, batch_of=edit_batch)
     editor.observe(editor.factors(model, edit_batch(digits.edit_stream(0, 1)[0])))
     editor.round_to_stored()
     file = editor.save(tmp_path)
     assert file == tmp_path / kind.file
     assert [path.name for path in tmp_path.iterdir()] == [kind.file]
-    other = kind.for_model(model, rank=5, seed=8)
+    other = kind.for_model(model, rank=5, seed=8, batch_of=edit_batch)
     other.restore(tmp_path)
-    for again in (other, kind.load(model, tmp_path)):
+    for again in (other, shipped(kind, model, tmp_path)):
         assert again.sites == editor.sites
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in editor.state_dict().items())
 
@@ -385,7 +384,7 @@ def test_requests_and_layers_that_are_missing_are_said() -> None:
     with pytest.raises(UsageError, match="no request"):
         small(model).edit(model, [])
     with pytest.raises(SiteError, match=r"did you mean 'layers\.0\.fc1'"):
-        Malmen.for_model(model, ["layers.1.fc1"])
+        Malmen.for_model(model, ["layers.1.fc1"], batch_of=edit_batch)
     with pytest.raises(SiteError, match="no layer"):
         small(model).edit(nn.Linear(2, 2), request(0))
 
@@ -420,14 +419,14 @@ def test_factors_of_several_edits_are_their_tokens_one_after_the_other() -> None
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Any, Any, Malmen]:
+def trained() -> tuple[Any, Any, Malmen]:
     pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install stabilitylab[demo]")
     model, tokenizer = blip2_digits.load("fp16")
-    return model, tokenizer, Malmen.load(model)
+    return model, tokenizer, shipped(Malmen, model)
 
 
-def test_the_shipped_editor_carries_out_sets_of_edits(shipped: tuple[Any, Any, Malmen]) -> None:
-    model, tokenizer, editor = shipped
+def test_the_shipped_editor_carries_out_sets_of_edits(trained: tuple[Any, Any, Malmen]) -> None:
+    model, tokenizer, editor = trained
     before = copy.deepcopy(model.state_dict())
     records = digits.edit_stream(5, 48, "validation")
     found = set_edits(model, tokenizer, records, SET, editor.edit)
@@ -437,13 +436,13 @@ def test_the_shipped_editor_carries_out_sets_of_edits(shipped: tuple[Any, Any, M
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_long_stream_of_the_shipped_editor_is_the_batch_of_its_edits(shipped: tuple[Any, Any, Malmen]) -> None:
-    model, _, editor = shipped
+def test_a_long_stream_of_the_shipped_editor_is_the_batch_of_its_edits(trained: tuple[Any, Any, Malmen]) -> None:
+    model, _, editor = trained
     records = digits.edit_stream(0, 40, "validation")
     for record in records:
         editor.edit(model, record)
     together, _ = blip2_digits.load("fp16")
-    Malmen.load(together).edit(together, records)
+    shipped(Malmen, together).edit(together, records)
     for site in editor.sites:
         one, two = (which.get_submodule(site).weight for which in (model, together))
         assert one.isfinite().all()

@@ -14,7 +14,7 @@ from stabilitylab.editors.mend import Mend, default_sites
 from stabilitylab.editors.transform import EPSILON, GradientTransform
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.testbed import blip2_digits, digits
-from stabilitylab.testbed.mend_data import edit_batch
+from stabilitylab.testbed.mend_data import edit_batch, shipped
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_unit_that_never_fired_divides_by_epsilon_and_statistics_stay_frozen()
 
 def test_an_untrained_edit_is_minus_the_rate_times_the_normalised_product() -> None:
     model = blip2_digits.build(4)
-    mend = Mend.for_model(model)
+    mend = Mend.for_model(model, batch_of=edit_batch)
     assert isinstance(mend, Editor)
     assert all(not isinstance(module, type(model)) for module in mend.modules())
     record = digits.edit_stream(0, 1)[0]
@@ -181,7 +181,7 @@ def test_an_untrained_edit_is_minus_the_rate_times_the_normalised_product() -> N
 
 def test_the_update_is_cast_to_the_weights_dtype() -> None:
     model = blip2_digits.set_precision(blip2_digits.build(4), "fp16")
-    mend = Mend.for_model(model)
+    mend = Mend.for_model(model, batch_of=edit_batch)
     record = digits.edit_stream(0, 1)[0]
     before = state(model)
     factors, _ = gradient_factors(model, mend.sites, edit_batch(record))
@@ -195,12 +195,12 @@ def test_the_update_is_cast_to_the_weights_dtype() -> None:
 
 def test_save_and_load_are_a_round_trip(tmp_path: Any) -> None:
     model = blip2_digits.build(4)
-    mend = Mend.for_model(model, rank=5, seed=7)
+    mend = Mend.for_model(model, rank=5, seed=7, batch_of=edit_batch)
     with torch.no_grad():
         mend.edit_lrs.copy_(torch.tensor([1e-3, 2e-3, 3e-3, 4e-3]))
     mend.round_to_stored()
     mend.save(tmp_path)
-    again = Mend.load(model, tmp_path)
+    again = shipped(Mend, model, tmp_path)
     assert again.sites == mend.sites
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in mend.state_dict().items())
 
@@ -208,19 +208,19 @@ def test_save_and_load_are_a_round_trip(tmp_path: Any) -> None:
 def test_what_can_not_be_loaded_is_said(tmp_path: Any) -> None:
     model = blip2_digits.build(4)
     with pytest.raises(UsageError, match="no checkpoint"):
-        Mend.load(model, tmp_path)
+        shipped(Mend, model, tmp_path)
     (tmp_path / "mend.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(UsageError, match="can't be read as safetensors"):
-        Mend.load(model, tmp_path)
+        shipped(Mend, model, tmp_path)
     blip2_digits.save(model, tmp_path).rename(tmp_path / "mend.safetensors")
     with pytest.raises(UsageError, match="no MEND checkpoint"):
-        Mend.load(model, tmp_path)
+        shipped(Mend, model, tmp_path)
     with pytest.raises(SiteError, match="no decoder layers"):
-        Mend.for_model(nn.Linear(2, 2))
+        Mend.for_model(nn.Linear(2, 2), batch_of=edit_batch)
     with pytest.raises(SiteError, match=r"did you mean 'language_model\.model\.decoder\.layers\.2\.fc1'"):
-        Mend.for_model(model, ["language_model.model.decoder.layer.2.fc1"])
+        Mend.for_model(model, ["language_model.model.decoder.layer.2.fc1"], batch_of=edit_batch)
     with pytest.raises(SiteError, match="expected Linear"):
-        Mend.for_model(model, ["language_model.model.decoder.layers.2"])
+        Mend.for_model(model, ["language_model.model.decoder.layers.2"], batch_of=edit_batch)
 
 
 def test_a_layer_without_a_gradient_is_named() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stabilitylab.probes.activations import ActivationPasses, ActivationRange, ActivationScale, NormHeadroom
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
 from stabilitylab.probes.feedback import FeedbackPass, FeedbackShare, Gain, History
@@ -26,7 +28,6 @@ from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass, r
 from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, same_bits, same_sample, scan_weight
 from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
-from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 seeds = st.integers(0, 2**32 - 1)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.editor_parts import find_normalisers
 from stabilitylab.editors.base import Editor, Prepared, Progress, Prompts, quiet
 from stabilitylab.editors.grace import Grace
 from stabilitylab.editors.mend import Mend
 from stabilitylab.editors.regularized import LIMITS, regularized
 from stabilitylab.editors.transform import EPSILON, GradientTransform
 from stabilitylab.errors import UsageError
+from stabilitylab.watching.editor_parts import find_normalisers
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

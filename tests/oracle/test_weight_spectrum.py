@@ -10,6 +10,8 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stabilitylab.probes.absorption import Absorption, AbsorptionPass, reduce_absorption
 from stabilitylab.probes.top_singular import SpectralNorm, TopSingular, follow, start_direction, update_direction
 from stabilitylab.probes.weight_spectrum import ConditionNumber, WeightSpectrum, gram_of, spectrum_of_weight
@@ -19,8 +21,6 @@ from stabilitylab.probes.weight_subspace import (
     compare_subspaces,
     leading_subspace,
 )
-from torch import Tensor
-
 from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from synthetic_runs import METRICS, diagnose, row
-
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.readings import Key
+from stabilitylab.record.readings import Key
+from tests.synthetic_runs import METRICS, diagnose, row
 
 A, B, U = "decoder.layers.1.fc2", "decoder.layers.2.fc2", "editor.mlp.0.u"
 ACTION = ("restore", "batch", "floor", "bfloat16", "check", "go back", "see whether")

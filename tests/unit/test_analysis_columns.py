@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from stabilitylab.analysis.columns import SCHEMAS, Before, Columns, First, PerSchema, Schema
 from stabilitylab.analysis.trends import medians
-from stabilitylab.readings import EditRow
-from stabilitylab.store import Unpacker, _pack
+from stabilitylab.record.readings import EditRow
+from stabilitylab.record.store import Unpacker, _pack
 
 LAYOUT = (("m", "a", 1), ("s", "a", 3), ("m", "b", 1), ("m", "c", 1))
 

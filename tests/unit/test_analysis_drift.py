@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from synthetic_runs import diagnose, false_alarms, lead, row
 
 from stabilitylab.analysis import Diagnosis, severity
+from tests.synthetic_runs import diagnose, false_alarms, lead, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
 

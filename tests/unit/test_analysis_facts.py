@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
-from synthetic_runs import METRICS, diagnose, row
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.readings import Key
+from stabilitylab.record.readings import Key
+from tests.synthetic_runs import METRICS, diagnose, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
 U, V = "editor.mlp.0.u", "editor.mlp.0.v"

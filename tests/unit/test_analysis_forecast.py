@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from stabilitylab.reports.console import closing_table
-from synthetic_runs import METRICS, diagnose, row
 
 from stabilitylab.analysis import Analyzer, Forecast
 from stabilitylab.analysis.forecast import LEAST, WINDOW, Crossing, crossing
-from stabilitylab.readings import Array, EditRow, Key
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import Array, EditRow, Key
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.console import closing_table
+from tests.synthetic_runs import METRICS, diagnose, row
 
 WEIGHT = ("weight.headroom_bits", "decoder.layers.1.fc1")
 

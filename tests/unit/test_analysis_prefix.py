@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import METRICS, growing, healthy, row
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.readings import EditRow
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter
+from tests.synthetic_runs import METRICS, growing, healthy, row
 
 
 def online(rows: list[EditRow]) -> list[Diagnosis]:

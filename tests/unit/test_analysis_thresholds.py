@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_runs import METRICS, healthy, row
 
 from stabilitylab.analysis import Analyzer, Diagnosis, detectors, thresholds
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import Array, EditRow
+from stabilitylab.record.readings import Array, EditRow
+from tests.synthetic_runs import METRICS, healthy, row
 
 A = "decoder.layers.1.fc1"
 UNIT = Thresholds(dict.fromkeys(DETECTORS, 1.0), 1.0, LEAST, alpha=0.05, runs=19, source="a test")

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
-from stabilitylab.probes.attention import AttentionEntropy, AttentionLogits, MaskedRows
-from stabilitylab.probes.attention_pass import AttentionPass
-from stabilitylab.probes.mask_pass import MaskPass
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from stabilitylab.instruments.attention import AttentionInstrument
-from stabilitylab.instruments.bench import Bench
+from stabilitylab.probes.attention import AttentionEntropy, AttentionLogits, MaskedRows
+from stabilitylab.probes.attention_pass import AttentionPass
+from stabilitylab.probes.mask_pass import MaskPass
+from stabilitylab.watching.instruments.attention import AttentionInstrument
+from stabilitylab.watching.instruments.bench import Bench
 from tests.loops import hooks_on
 
 IDS = torch.tensor([[0, 0, 5, 7], [3, 4, 5, 6]])

@@ -23,12 +23,12 @@ from stabilitylab.editors.grace import Grace
 from stabilitylab.editors.registry import make
 from stabilitylab.editors.rome import Rome
 from stabilitylab.errors import EditError, UsageError
-from stabilitylab.instruments.transfer import Shipment
-from stabilitylab.readings import MODEL_SITE
-from stabilitylab.run import Run, load
-from stabilitylab.snapshot import RandomStates, take
+from stabilitylab.record.readings import MODEL_SITE
+from stabilitylab.record.run import Run, load
 from stabilitylab.testbed.digits_bed import DigitsBed
 from stabilitylab.testbed.lab import prepare
+from stabilitylab.watching.instruments.transfer import Shipment
+from stabilitylab.watching.snapshot import RandomStates, take
 from tests import key_value
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 

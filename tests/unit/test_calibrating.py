@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from stabilitylab.reports.console import diagnosis_page
-from stabilitylab.reports.html import render
-from synthetic_runs import METRICS, row
 from typer.testing import CliRunner
 
 import stabilitylab as sl
-from stabilitylab import cli
 from stabilitylab.analysis import Analyzer, thresholds
-from stabilitylab.calibrating import calibrate
+from stabilitylab.analysis.calibrating import calibrate
+from stabilitylab.commands import cli
+from stabilitylab.commands.options import EXIT_BAD_VERDICT
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import EditRow
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.console import diagnosis_page
+from stabilitylab.reports.html import render
 from tests.loops import CANARY, edit_once, make_model
+from tests.synthetic_runs import METRICS, row
 
 A = "decoder.layers.1.fc1"
 
@@ -180,7 +181,7 @@ def test_check_takes_other_limits_and_says_which(tmp_path: Path, strict: Path, m
     drifting(folder)
     shown = [str(folder), "--thresholds", str(strict)]
     usual, other = (CliRunner().invoke(cli.app, ["check", *given]) for given in (shown[:1], shown))
-    assert (usual.exit_code, other.exit_code) == (0, cli.EXIT_BAD_VERDICT)
+    assert (usual.exit_code, other.exit_code) == (0, EXIT_BAD_VERDICT)
     usual_says, says = (" ".join(done.output.split()) for done in (usual, other))
     assert f"; {thresholds.shipped()}." in usual_says
     assert f"Baseline: each reading's first 8 edits, with the spread that its kind usually has; {STRICT}." in says

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from stabilitylab.calls import AttentionCall, CallWatch, watch_attention, watch_solves
-from stabilitylab.hooks import sweep
+from stabilitylab.watching.calls import AttentionCall, CallWatch, watch_attention, watch_solves
+from stabilitylab.watching.hooks import sweep
 from tests.loops import hooks_on
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import stabilitylab as sl
-from stabilitylab.canary import QUIET_SHARE, Schedule
 from stabilitylab.errors import UsageError
 from stabilitylab.integrations import easyedit
+from stabilitylab.watching.canary import QUIET_SHARE, Schedule
 from tests.gpt2_loop import TEXT, edit_gpt2, make_gpt2
 from tests.loops import CANARY, edit_once, make_model
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stabilitylab.reports.causes_page import MARK, causes_part
-
 from stabilitylab.analysis.causes import RULES
 from stabilitylab.analysis.findings import VERDICTS
+from stabilitylab.reports.causes_page import MARK, causes_part
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "causes.md"
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import stabilitylab as sl
-from stabilitylab.readings import EditRow, Key, Metric
-from stabilitylab.store import FILE_NAME, RunWriter
+from stabilitylab.record.readings import EditRow, Key, Metric
+from stabilitylab.record.store import FILE_NAME, RunWriter
 from tests.loops import dying_run, healthy_run
 
 
@@ -149,9 +149,9 @@ def test_a_terminal_without_unicode_gets_its_verdict(dying: Path, monkeypatch: p
 
 def test_ctrl_c_exits_with_130_and_no_traceback(tmp_path: Path) -> None:
     code = """
-        import os, signal, stabilitylab.cli as cli
+        import os, signal, stabilitylab.commands.check as check, stabilitylab.commands.cli as cli
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
-        cli.load = lambda run: os.kill(os.getpid(), signal.SIGINT)
+        check.load = lambda run: os.kill(os.getpid(), signal.SIGINT)
         cli.sys.argv = ["stabilitylab", "check", "x"]
         cli.main()
     """

@@ -11,23 +11,26 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from injections import INJECTIONS, hostile_run
 from rich.console import Console
+
+from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.analysis.thresholds import shipped
+from stabilitylab.errors import RunError
+from stabilitylab.record.following import Follower
+from stabilitylab.record.readings import Alarm, EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.reports.side_by_side import facts, largest_reading, last_reading, side_by_side
 from stabilitylab.reports.sparkline import BLOCKS, sparkline
 from stabilitylab.reports.tail import follow
-from synthetic import make_run
-
-from stabilitylab.errors import RunError
-from stabilitylab.following import Follower
-from stabilitylab.readings import Alarm, EditRow, Metric
-from stabilitylab.run import Run, load
-from stabilitylab.store import FILE_NAME, RunWriter
+from tests.injections import INJECTIONS, hostile_run
+from tests.synthetic import make_run
 
 NORM = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
 STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -58,6 +61,10 @@ class Growing:
     def add(self, metric: Metric) -> None:
         self._writer.add_metrics([metric])
 
+    def limits(self) -> None:
+        own = replace(shipped(), source="other limits")
+        self._writer.set_manifest({"thresholds": own.to_json()})
+
     def close(self) -> None:
         self._writer.set_manifest({"closed": True})
         self._writer.close()
@@ -68,6 +75,14 @@ def shown(console_width: int = 80, terminal: bool = False, **options: Any) -> st
     console = Console(file=out, width=console_width, force_terminal=terminal, color_system=None)
     follow(console=console, interval=0.01, **options)
     return out.getvalue()
+
+
+def rows_of(run: Run) -> list[Any]:
+    """The edits with the bytes of their readings, so that NaN is equal to itself."""
+    return [
+        (replace(edit.row, readings={}), edit.outcome, {key: read.tobytes() for key, read in edit.row.readings.items()})
+        for edit in run.edits
+    ]
 
 
 def test_a_follower_reads_each_row_once_and_says_what_the_whole_run_says(tmp_path: Path) -> None:
@@ -120,19 +135,48 @@ def test_of_a_long_run_the_last_rows_are_enough(tmp_path: Path) -> None:
     assert follower.diagnosis().to_json() == load(run.folder).diagnosis().to_json()
 
 
-def test_a_run_that_was_begun_anew_is_followed_from_its_start(tmp_path: Path) -> None:
+def test_a_follower_that_keeps_rows_has_the_run_that_load_reads_and_looks_at_each_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = load(make_run(tmp_path / "source", edits=16, dies_at=12)), []
+    observe = Analyzer.observe
+    monkeypatch.setattr(Analyzer, "observe", lambda self, row: (seen.append(row.edit), observe(self, row)))
+    writer = RunWriter(tmp_path / "live", source.manifest, source.metrics)
+    follower = Follower(tmp_path / "live", keeps_rows=True)
+    with pytest.raises(RunError, match="keeps rows"):
+        _ = follower.run
+    for edit in source.edits:
+        writer.append(edit.row)
+        if edit.outcome is not None:
+            writer.outcome(edit.edit, edit.outcome)
+        before = len(seen)
+        follower.look()
+        assert len(seen) == before + 1
+        whole = load(tmp_path / "live")
+        assert rows_of(follower.run) == rows_of(whole)
+        assert follower.run.sites == whole.sites
+        assert follower.diagnosis().to_json() == whole.diagnosis().to_json()
+    writer.close()
+    assert follower.diagnosis().verdict == "non-finite"
+
+
+def test_a_run_that_was_begun_anew_or_has_other_limits_is_followed_from_its_start(tmp_path: Path) -> None:
     run = Growing(tmp_path / "run")
     for _ in range(5):
         run.edit()
-    follower = Follower(run.folder)
+    follower = Follower(run.folder, keeps_rows=True)
     follower.look()
+    run.limits()
+    assert follower.look() == []
+    assert follower.diagnosis().to_json() == load(run.folder).diagnosis().to_json()
+    assert len(follower.run) == 4
     run.close()
     (run.folder / FILE_NAME).unlink()
     again = Growing(run.folder, created="later")
     for _ in range(7):
         again.edit()
     assert [each.row.edit for each in follower.look()] == list(range(7))
-    assert follower.edits == 6
+    assert (follower.edits, len(follower.run)) == (6, 6)
     again.close()
 
 

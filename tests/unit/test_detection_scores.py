@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy.stats import binomtest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import detection_scores as scoring
-from detection_judged import Asked, Judged
+import benchmarks.detection.scores as scoring
+from benchmarks.detection.judged import Asked, Judged
 
 
 def failing(**changes: Any) -> Judged:

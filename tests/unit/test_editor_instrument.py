@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.codebook import Codebook, CodebookHits, CodebookPass, HitShare
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput
@@ -31,14 +33,12 @@ from stabilitylab.probes.rank_one import (
     ValueRatio,
 )
 from stabilitylab.probes.side_memory import SideMemory, SideMemoryPass
-from torch import Tensor, nn
-
-from stabilitylab.editor_report import EditorReport
-from stabilitylab.hooks import Capture
-from stabilitylab.instruments import editor as editor_instrument
-from stabilitylab.instruments.bench import Bench, NoteTaker
-from stabilitylab.instruments.editor import EditorInstrument
-from stabilitylab.readings import Rebuild
+from stabilitylab.record.readings import Rebuild
+from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.hooks import Capture
+from stabilitylab.watching.instruments import editor as editor_instrument
+from stabilitylab.watching.instruments.bench import Bench, NoteTaker
+from stabilitylab.watching.instruments.editor import EditorInstrument
 from tests.editor_fakes import Executor, GRACEAdapter, Malmen, WISEAdapter, Wrapper, model
 
 PROBES: tuple[Probe[Any], ...] = tuple(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from stabilitylab import editor_parts as parts
-from stabilitylab.editor_report import EditorReport
+from stabilitylab.watching import editor_parts as parts
+from stabilitylab.watching.editor_report import EditorReport
 from tests.editor_fakes import (
     Executor,
     GRACEAdapter,

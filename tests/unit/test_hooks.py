@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes.gradient_factors import reduce_factors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from stabilitylab.hooks import Capture, run_silently, sweep
+from stabilitylab.probes.gradient_factors import reduce_factors
+from stabilitylab.watching.hooks import Capture, run_silently, sweep
 from tests.loops import hooks_on
 
 

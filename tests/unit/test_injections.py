@@ -10,15 +10,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from injections import ELSEWHERE, hostile_run
+from typer.testing import CliRunner
+
+from stabilitylab.commands.cli import app
+from stabilitylab.record.run import Run, load
 from stabilitylab.reports import figures
 from stabilitylab.reports.comparison import compared
 from stabilitylab.reports.html import write_report
 from stabilitylab.reports.svg import to_svg
-from typer.testing import CliRunner
-
-from stabilitylab.cli import app
-from stabilitylab.run import Run, load
+from tests.injections import ELSEWHERE, hostile_run
 
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 DRAWN = {"svg", "defs", "style", "g", "path", "rect", "use", "clipPath", "image"}

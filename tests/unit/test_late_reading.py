@@ -13,15 +13,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from stabilitylab.probes import probes_of
-from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.weight_pass import WeightPass
 from torch import nn
 
 import stabilitylab as sl
 from stabilitylab.analysis import Diagnosis
-from stabilitylab.instruments.transfer import Shipment
-from stabilitylab.readings import EditRow, Metric
+from stabilitylab.probes import probes_of
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.watching.instruments.transfer import Shipment
 from tests.loops import CANARY, edit_once, make_model
 
 Loop = Callable[[nn.Module, sl.Monitor], None]
@@ -265,7 +265,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import stabilitylab as sl
-from stabilitylab.instruments.transfer import Shipment
+from stabilitylab.watching.instruments.transfer import Shipment
 from tests.loops import CANARY, edit_once, make_model
 folder, late, inside = Path(sys.argv[1]), sys.argv[2] == "late", sys.argv[3] == "inside"
 if late:

@@ -11,18 +11,18 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import stabilitylab as sl
+from stabilitylab.errors import RunError, SiteError, UsageError
 from stabilitylab.probes import probes_of
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.feedback import FeedbackShare, Gain
 from stabilitylab.probes.gradients import Spectrum
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.probes.weights import Update
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
-
-import stabilitylab as sl
-from stabilitylab.errors import RunError, SiteError, UsageError
-from stabilitylab.readings import Metric
+from stabilitylab.record.readings import Metric
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 
 
@@ -391,7 +391,7 @@ def test_one_measurement_that_breaks_takes_no_other_with_it(tmp_path: Path, monk
     def broken(*_: object) -> None:
         raise ArithmeticError("no convergence")
 
-    monkeypatch.setattr("stabilitylab.instruments.weights.start_direction", broken)
+    monkeypatch.setattr("stabilitylab.watching.instruments.weights.start_direction", broken)
     monkeypatch.setattr("stabilitylab.probes.gradient_factors._singular_values", broken)
     model = make_model()
     with sl.attach(model, "3", tmp_path / "run") as monitor:

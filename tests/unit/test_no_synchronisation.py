@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from stabilitylab.probes import ALL
 from stabilitylab.probes.absorption import reduce_absorption
 from stabilitylab.probes.attention_pass import reduce_attention, reduce_attention_logits
@@ -29,18 +34,14 @@ from stabilitylab.probes.rank_one import reduce_denominator, reduce_target
 from stabilitylab.probes.side_memory import reduce_side_memory
 from stabilitylab.probes.top_singular import follow, update_direction
 from stabilitylab.probes.weight_pass import WeightPass, norm_of, reduce_weight, scan_weight
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from stabilitylab.calls import AttentionCall
-from stabilitylab.hooks import Capture
-from stabilitylab.instruments import Instruments, weights
-from stabilitylab.instruments.bench import Bench
-from stabilitylab.instruments.editor import EditorInstrument
-from stabilitylab.instruments.weights import WeightInstrument
-from stabilitylab.sites import find_sites
+from stabilitylab.watching.calls import AttentionCall
+from stabilitylab.watching.hooks import Capture
+from stabilitylab.watching.instruments import weights
+from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.instruments.editor import EditorInstrument
+from stabilitylab.watching.instruments.panel import Instruments
+from stabilitylab.watching.instruments.weights import WeightInstrument
+from stabilitylab.watching.sites import find_sites
 
 WAITING = {
     "aten._linalg_svd.default",  # cuSOLVER's iterations report to the host whether they converged
@@ -315,7 +316,7 @@ def test_the_hooks_of_an_edit(passes: int) -> None:
 def test_the_weights_after_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the two deep decompositions, which wait, as their docstrings say; and the very first look at σ₁."""
     monkeypatch.setattr(weights, "why_unmeasurable", lambda *_: None, raising=False)
-    monkeypatch.setattr("stabilitylab.sites.why_unmeasurable", lambda *_: None)
+    monkeypatch.setattr("stabilitylab.watching.sites.why_unmeasurable", lambda *_: None)
     deep = {"ConditionNumber", "SubspaceOverlap"}
     said = Said()
     bench = Bench([probe for probe in every_probe() if type(probe).__name__ not in deep], said)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stabilitylab.packed import Frame, PackedReadings
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import load
-from stabilitylab.store import RunWriter, Unpacker, _pack
+from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import load
+from stabilitylab.record.store import RunWriter, Unpacker, _pack
 
 KEYS = (("update.norm", "a"), ("gradient.spectrum", "a"), ("update.norm", "b"))
 PLAIN = {KEYS[0]: np.array([1.0]), KEYS[1]: np.array([3.0, 2.0]), KEYS[2]: np.array([np.inf])}

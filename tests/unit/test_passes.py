@@ -328,8 +328,7 @@ def test_the_full_reduction_runs_three_times_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int, reductions: int
 ) -> None:
     from stabilitylab.probes import gradient_passes
-
-    from stabilitylab.instruments import gradients
+    from stabilitylab.watching.instruments import gradients
 
     calls = []
     for module in (gradients, gradient_passes):

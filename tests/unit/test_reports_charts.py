@@ -13,14 +13,14 @@ import altair as alt
 import numpy as np
 import pytest
 import vl_convert
-from injections import hostile_run as write_hostile
-from stabilitylab.reports import charting, charts
-from synthetic import HOSTILE, make_run
 
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import Run, load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports import charting, charts
+from tests.injections import hostile_run as write_hostile
+from tests.synthetic import HOSTILE, make_run
 
 RUNS = {
     "dying": {"edits": 20, "dies_at": 14},

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stabilitylab.reports import comparison
-from stabilitylab.reports.payload import shown
-from synthetic import HOSTILE, make_run
 from typer.testing import CliRunner
 
 from stabilitylab.analysis import severity
-from stabilitylab.cli import app
-from stabilitylab.run import Run, load
+from stabilitylab.commands.cli import app
+from stabilitylab.record.run import Run, load
+from stabilitylab.reports import comparison
+from stabilitylab.reports.payload import shown
+from tests.synthetic import HOSTILE, make_run
 
 
 @pytest.fixture(scope="module")

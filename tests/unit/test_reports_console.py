@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_page
-from synthetic import HOSTILE, make_run
 
 from stabilitylab.analysis import Analyzer, severity
-from stabilitylab.readings import EditRow, Metric, Note
-from stabilitylab.run import Run, load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow, Metric, Note
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_page
+from tests.synthetic import HOSTILE, make_run
 
 
 @pytest.fixture(scope="module")

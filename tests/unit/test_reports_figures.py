@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from stabilitylab.reports import charting, figures
-from stabilitylab.reports.svg import data_uri, to_svg
-from synthetic import make_run
 
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import Run, load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports import charting, figures
+from stabilitylab.reports.svg import data_uri, to_svg
+from tests.synthetic import make_run
 
 RUNS = {
     "dying": {"edits": 20, "dies_at": 14},

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stabilitylab.reports import headline, html, payload, pictures
-from stabilitylab.reports.text import number
-from synthetic import HOSTILE, make_run
 
 from stabilitylab.errors import RunError
-from stabilitylab.readings import EDITOR_SITE, EditRow, Metric
-from stabilitylab.run import Run, load
-from stabilitylab.store import RunWriter
+from stabilitylab.record.readings import EDITOR_SITE, EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports import headline, html, payload, pictures
+from stabilitylab.reports.text import number
+from tests.synthetic import HOSTILE, make_run
 
 HARMLESS = frozenset(
     "html head meta title style body header main section nav footer a h1 h2 h3 p strong span ul li dl dt dd div svg"  # noqa: SIM905

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stabilitylab.reports.tensorboard import TensorBoardSink, site_tag
-from stabilitylab.reports.tensorboard_dashboards import hyperparameters
-from synthetic import HOSTILE, make_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from stabilitylab.analysis import Analyzer, severity
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import Run, load
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.reports.tensorboard import TensorBoardSink, site_tag
+from stabilitylab.reports.tensorboard_dashboards import hyperparameters
+from tests.synthetic import HOSTILE, make_run
 
 METRICS = (
     Metric("update.norm", "1", "log", "after", "How far.", "‖ΔW‖", "—"),

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from stabilitylab.errors import UsageError
 from stabilitylab.reports import SINKS, sink_class
 from stabilitylab.reports.manifest import environment, reproduce
 from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten
 from stabilitylab.reports.verdicts import strip
-
-from stabilitylab.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from stabilitylab.errors import RunError, UsageError
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import load
-from stabilitylab.store import FILE_NAME, SCHEMA_VERSION, RunWriter
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import load
+from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION, RunWriter
 
 NORM = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stabilitylab.reports import frames, notebook
-from synthetic import HOSTILE, make_run
 
 from stabilitylab.errors import UsageError
-from stabilitylab.readings import Metric
-from stabilitylab.run import Run, load
+from stabilitylab.record.readings import Metric
+from stabilitylab.record.run import Run, load
+from stabilitylab.reports import frames, notebook
+from tests.synthetic import HOSTILE, make_run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stabilitylab.errors import SiteError
-from stabilitylab.sites import all_sites, find_sites, locate, why_unmeasurable
+from stabilitylab.watching.sites import all_sites, find_sites, locate, why_unmeasurable
 
 
 class Block(nn.Module):

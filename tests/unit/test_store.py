@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabilitylab import runfile, store
 from stabilitylab.errors import RunError
-from stabilitylab.readings import Alarm, EditRow, Metric, Note
-from stabilitylab.run import load
-from stabilitylab.store import FILE_NAME, RunWriter, _pack, unpack
+from stabilitylab.record import runfile, store
+from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
+from stabilitylab.record.run import load
+from stabilitylab.record.store import FILE_NAME, RunWriter, _pack, unpack
 
 NORM = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
 SPECTRUM = Metric("gradient.spectrum", "1", "log", "during", "spectrum", "σ", "—", 4)
@@ -124,10 +124,10 @@ def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool
     code = f"""
         import numpy as np, time
         from pathlib import Path
-        from stabilitylab import store
-        from stabilitylab.store import RunWriter
+        from stabilitylab.record import store
+        from stabilitylab.record.store import RunWriter
         store._wal_works = lambda folder: {wal}
-        from stabilitylab.readings import EditRow, Metric
+        from stabilitylab.record.readings import EditRow, Metric
         run = RunWriter(Path({str(tmp_path / "run")!r}), {{}}, [Metric("m", "1", "log", "after", "", "", "")])
         edit = 0
         while True:
@@ -181,7 +181,7 @@ def test_someone_who_may_only_read_the_folder_reads_what_is_in_the_log() -> None
     code = """
         import os, sys
         from stabilitylab.errors import RunError
-        from stabilitylab.run import load
+        from stabilitylab.record.run import load
         if os.getuid() == 0:
             os.setuid(65534)
         folder = sys.argv[1]
@@ -231,7 +231,7 @@ def test_an_unwritable_folder_with_a_log_is_read_from_a_copy(tmp_path: Path, mon
         factory = Refused if len(opened) == 1 else sqlite3.Connection
         return original(target, *args, factory=factory, **kwargs)
 
-    monkeypatch.setattr("stabilitylab.runfile.sqlite3.connect", connect)
+    monkeypatch.setattr("stabilitylab.record.runfile.sqlite3.connect", connect)
     assert load(tmp_path / "run").series("update.norm").tolist() == [1.0]
     assert len(opened) == 2
     assert str(tmp_path) not in opened[1]
@@ -250,7 +250,7 @@ def test_a_copy_that_is_torn_is_taken_anew(tmp_path: Path, monkeypatch: pytest.M
         if len(copied) < rewrites:
             source.write_bytes(b"x" * len(copied))  # the writer goes on
 
-    monkeypatch.setattr("stabilitylab.runfile.shutil.copyfile", copyfile)
+    monkeypatch.setattr("stabilitylab.record.runfile.shutil.copyfile", copyfile)
     rewrites = 3
     assert runfile._copy(tmp_path / FILE_NAME, tmp_path / "copy").read_bytes() == b"xx"
     copied.clear()

@@ -17,18 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from injections import INJECTIONS, hostile_run
-from stabilitylab.reports.tensorboard_plugin import payload, shelf
-from stabilitylab.reports.tensorboard_plugin.follower import Follower
-from stabilitylab.reports.tensorboard_plugin.loader import StabilityLoader
-from stabilitylab.reports.tensorboard_plugin.plugin import StabilityPlugin
-from synthetic import make_run
 from werkzeug.test import Client, TestResponse
 
-from stabilitylab.analysis import Analyzer
-from stabilitylab.readings import EditRow, Metric
-from stabilitylab.run import load
-from stabilitylab.store import FILE_NAME, SCHEMA_VERSION, RunWriter
+from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.run import load
+from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION, RunWriter
+from stabilitylab.reports.tensorboard_plugin import payload, shelf
+from stabilitylab.reports.tensorboard_plugin.loader import StabilityLoader
+from stabilitylab.reports.tensorboard_plugin.plugin import StabilityPlugin
+from tests.injections import INJECTIONS, hostile_run
+from tests.synthetic import make_run
 
 
 def plugin_of(logdir: Path | str) -> StabilityPlugin:
@@ -336,32 +334,6 @@ def test_a_run_grows_while_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert tab.get("/run", run="live").status_code == 404
 
 
-def test_a_growing_run_is_diagnosed_as_a_whole_one_but_each_row_is_looked_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, seen = load(make_run(tmp_path / "source", edits=16, dies_at=12)), []
-    observe = Analyzer.observe
-    monkeypatch.setattr(Analyzer, "observe", lambda self, row: (seen.append(row.edit), observe(self, row)))
-    follower, writer = Follower(), RunWriter(tmp_path / "live", source.manifest, source.metrics)
-    for edit in source.edits:
-        writer.append(edit.row)
-        now = load(tmp_path / "live")
-        before = len(seen)
-        found = follower.diagnosis(now)
-        assert len(seen) == before + 1
-        assert found.to_json() == now.diagnosis().to_json()
-    writer.close()
-    assert found.verdict == "non-finite"
-
-
-def test_a_run_that_was_begun_anew_is_diagnosed_anew(tmp_path: Path) -> None:
-    follower = Follower()
-    dying, healthy = (load(make_run(tmp_path / str(at), edits=16, dies_at=at, seed=at or 0)) for at in (9, None))
-    assert follower.diagnosis(dying).verdict == "non-finite"
-    healthy.manifest["created"] = "2027-01-01"
-    assert follower.diagnosis(healthy).to_json() == healthy.diagnosis().to_json()
-
-
 def test_a_folder_that_cannot_be_looked_through_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "LOOK_SECONDS", 0.01)
     search, failures = shelf.search, [OSError("gone"), RuntimeError("loop")]
@@ -456,7 +428,9 @@ def test_tensorboard_finds_the_plugin_through_its_entry_point(tmp_path: Path) ->
     assert "StabilityLoader" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("broken", ["reports.tensorboard_plugin.plugin", "reports.tensorboard_plugin.shelf", "run"])
+@pytest.mark.parametrize(
+    "broken", ["reports.tensorboard_plugin.plugin", "reports.tensorboard_plugin.shelf", "record.run"]
+)
 def test_a_broken_module_of_ours_costs_the_tab_only(broken: str, tmp_path: Path) -> None:
     """TensorBoard itself is made as its command makes it, and serves the list of plugins without ours."""
     done = in_another_python(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stabilitylab.testbed.zoo.page import MARK, tables
+from benchmarks.zoo.page import MARK, tables
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stabilitylab.analysis.findings import Finding, Verdict, severity
 from stabilitylab.analysis.restoring import Forgotten
-from stabilitylab.readings import MODEL_SITE
+from stabilitylab.record.readings import MODEL_SITE
 
 
 @dataclass(frozen=True)

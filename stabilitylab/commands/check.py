@@ -1,0 +1,58 @@
+"""``stabilitylab check``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from stabilitylab.analysis.findings import severity
+from stabilitylab.analysis.thresholds import read
+from stabilitylab.commands.options import EXIT_BAD_VERDICT, EXIT_INCOMPLETE, WIDEST_PAGE, RunPath
+from stabilitylab.record.run import load
+
+
+class FailOn(str, Enum):
+    """The verdicts that `check` can be told to fail on."""
+
+    drifting = "drifting"
+    diverging = "diverging"
+    collapsed = "collapsed"
+    nonfinite = "non-finite"
+
+
+def check(
+    run: RunPath,
+    as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this verdict on.")] = FailOn.diverging,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Limits from `calibrate`, in place of those of the run.", show_default=False),
+    ] = None,
+) -> None:
+    """Say what became of a run, and exit with 1 when it is diverging or worse.
+
+    A run that goes on, or whose writer was killed, is judged by the edits that it holds.
+    """
+    limits = None if thresholds is None else read(thresholds)
+    found = load(run)
+    diagnosis = found.diagnosis(limits)
+    if as_object:
+        from stabilitylab.reports.plain import plain
+
+        typer.echo(json.dumps(plain(found, diagnosis), indent=2, allow_nan=False))
+    else:
+        from stabilitylab.reports.console import diagnosis_page
+
+        console = Console()
+        console.print(diagnosis_page(found, diagnosis), width=min(console.width, WIDEST_PAGE))
+    if severity(diagnosis.verdict) >= severity(fail_on.value):
+        raise typer.Exit(EXIT_BAD_VERDICT)
+    if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
+        print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)
+        raise typer.Exit(EXIT_INCOMPLETE)

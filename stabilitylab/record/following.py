@@ -1,0 +1,173 @@
+"""Following a run that goes on, from another process: each look reads only what is new since the last. No torch."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.errors import RunError
+from stabilitylab.record.readings import Alarm, EditRow, Metric
+from stabilitylab.record.run import Contents, Run, analyzer_of, keys_of, thresholds_of
+from stabilitylab.record.runfile import connect, find_file
+from stabilitylab.record.store import (
+    Unpacker,
+    read_alarms,
+    read_layouts,
+    read_manifest,
+    read_metrics,
+    read_notes,
+    read_outcomes,
+    read_rows,
+)
+
+PACE_EDITS: Final = 20
+"""How many edits the pace is taken from."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row with the diagnosis after it. failed: how many edits had failed by then."""
+
+    row: EditRow
+    diagnosis: Diagnosis
+    failed: int
+
+    def largest(self, metric: str) -> float | None:
+        """The largest first value of a metric over all sites; NaN where one is NaN, None where none was taken."""
+        values = [read[0] for (name, _), read in self.row.readings.items() if name == metric and read.size]
+        return float(np.max(values)) if values else None
+
+
+class Follower:
+    """Reads a run as it grows. The same rows in the same order as `Run` reads them, so the same diagnosis.
+
+    A run that was begun anew in its folder, or is judged by other limits than before, is followed from its start.
+    """
+
+    def __init__(self, path: Path, *, keeps_rows: bool = False) -> None:
+        """path: a run folder, or its run file; it need not be there yet. keeps_rows: so that `run` can be asked for."""
+        self.path = path
+        self.alarms: tuple[Alarm, ...] = ()
+        self.manifest: dict[str, Any] = {}
+        self.edits = 0
+        """How many edits were tried so far, edit 0 apart."""
+        self.failed = 0
+        """How many of them failed."""
+        self._keeps_rows = keeps_rows
+        self._run: Run | None = None
+        self._metrics: tuple[Metric, ...] = ()
+        self._told = -1
+        self._begin(())
+
+    def _begin(self, metrics: tuple[Metric, ...]) -> None:
+        self._metrics = metrics
+        self._analyzer = analyzer_of(metrics, self.manifest, thresholds_of(self.manifest, self.path))
+        self._unpack, self._unpack_dry = Unpacker({}), Unpacker({})
+        self._rows: list[EditRow] = []
+        self._dry: list[EditRow] = []
+        self._last = self._last_dry = -1
+        self.edits = self.failed = 0
+        self._started: deque[float] = deque(maxlen=PACE_EDITS + 1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the monitor had closed the run at the last look."""
+        return bool(self.manifest.get("closed", False))
+
+    @property
+    def last_started(self) -> float | None:
+        """When the last edit began, in seconds since the epoch; None before the first."""
+        return self._started[-1] if self._started else None
+
+    @property
+    def edits_per_minute(self) -> float | None:
+        """Over the last edits; None while there are fewer than two."""
+        if len(self._started) < 2 or self._started[-1] <= self._started[0]:
+            return None
+        return 60.0 * (len(self._started) - 1) / (self._started[-1] - self._started[0])
+
+    @property
+    def run(self) -> Run:
+        """The run as it stood at the last look: what `load` would have read then."""
+        if self._run is None:
+            raise RunError(f"'{self.path}' was not looked at by a follower that keeps rows")
+        return self._run
+
+    def diagnosis(self) -> Diagnosis:
+        """What is known after the rows so far."""
+        return self._analyzer.diagnosis()
+
+    def look(self, keep: int | None = None) -> list[Seen]:
+        """Take in what is new; returns those rows, each once and in order, at most the last `keep` of them.
+
+        Raises RunError when there is no run (yet), or what is there can't be read: what the follower knows is then of
+        no use any more.
+        """
+        file = find_file(self.path)
+        with connect(file) as db:
+            try:
+                return self._read(db, file, keep)
+            except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+                raise RunError(f"'{file}' is damaged: {error}") from error
+
+    def _read(self, db: sqlite3.Connection, file: Path, keep: int | None) -> list[Seen]:
+        before, self.manifest, metrics = self.manifest, read_manifest(db), read_metrics(db)
+        (last,) = db.execute("SELECT max(edit) FROM edit").fetchone()
+        another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._last)
+        if another or metrics != self._metrics or before.get("thresholds") != self.manifest.get("thresholds"):
+            self._begin(metrics)
+            self._told = -1 if another else self._told
+        self.alarms = read_alarms(db)
+        layouts = read_layouts(db)
+        for unpack in (self._unpack, self._unpack_dry):
+            unpack.learn(layouts)
+        rows = list(read_rows(db, "edit", self._unpack, self._last))
+        dry = list(read_rows(db, "dry", self._unpack_dry, self._last_dry)) if self._last < 1 else []
+        shown = [row.edit for row in rows if row.edit > self._told]
+        shown = shown if keep is None else shown[max(0, len(shown) - keep) :]
+        seen = self._take_in(rows, dry, frozenset(shown))
+        self._told = max(self._told, self._last)
+        if self._keeps_rows:
+            self._rows += rows
+            self._dry += dry
+            self._run = Run(file.parent, self._contents(db))
+        return seen
+
+    def _take_in(self, rows: list[EditRow], dry: list[EditRow], shown: frozenset[int]) -> list[Seen]:
+        """Judge the rows in the order in which the monitor saw them; returns those of the edits `shown`."""
+        seen = []
+        started = [row for row in rows if row.edit < 1]
+        for row in started:
+            self._analyzer.observe(row)
+            if row.edit in shown:
+                seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
+        for row in dry:
+            self._analyzer.observe_dry(row)
+            self._last_dry = row.edit
+        for row in rows[len(started) :]:
+            self._analyzer.observe(row)
+            self.edits += 1
+            self.failed += row.status == "failed"
+            self._started.append(row.started)
+            if row.edit in shown:
+                seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
+        self._last = rows[-1].edit if rows else self._last
+        return seen
+
+    def _contents(self, db: sqlite3.Connection) -> Contents:
+        return Contents(
+            manifest=self.manifest,
+            metrics=self._metrics,
+            keys=keys_of(self._unpack.frames),
+            rows=tuple(self._rows),
+            dry=tuple(self._dry),
+            outcomes=read_outcomes(db),
+            alarms=self.alarms,
+            notes=read_notes(db),
+        )

@@ -1,0 +1,68 @@
+"""A row of readings as it lies in the run file: one flat array, with what many rows have in common kept once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabilitylab.record.readings import Array, Key
+
+
+class Frame:
+    """Which readings a row holds, and where each stands in its flat array.
+
+    keys: in the order of the row. starts, sizes: of each reading in the flat array, [readings]; no size is 0. Compared
+    by identity: rows that share a frame hold the same readings, and of the same sizes.
+    """
+
+    __slots__ = ("keys", "places", "sizes", "starts")
+
+    def __init__(self, keys: tuple[Key, ...], sizes: NDArray[np.intp]) -> None:
+        """Raises ValueError where two keys are alike."""
+        self.keys = keys
+        self.sizes = sizes
+        self.starts: NDArray[np.intp] = np.cumsum(sizes) - sizes
+        ends = self.starts + sizes
+        self.places = {key: slice(*ends) for key, *ends in zip(keys, self.starts.tolist(), ends.tolist(), strict=True)}
+        """Where each reading stands."""
+        if len(self.places) != len(keys):
+            raise ValueError("a layout names a reading twice; expected each (metric, site) once")
+
+
+class PackedReadings(Mapping[Key, Array]):
+    """Readings by (metric, site), read-only: float64 arrays that are views of one flat array."""
+
+    __slots__ = ("flat", "frame")
+
+    def __init__(self, frame: Frame, flat: Array) -> None:
+        """flat: the values of all readings, in the order of the frame; it becomes read-only."""
+        flat.flags.writeable = False
+        self.frame = frame
+        self.flat = flat
+
+    def __getitem__(self, key: Key) -> Array:
+        return self.flat[self.frame.places[key]]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.frame.places
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.frame.keys)
+
+    def __len__(self) -> int:
+        return len(self.frame.keys)
+
+    def __eq__(self, other: object) -> bool:
+        """Like a dict's: the order does not count, and NaN is equal to nothing, unless a row is compared to itself."""
+        if self is other:
+            return True
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self.keys() == other.keys() and all(np.array_equal(values, other[key]) for key, values in self.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

@@ -1,0 +1,286 @@
+"""Reading a run: `load` opens the file read-only, also while it is being written. Needs no torch."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.analysis.restoring import means_single_edits
+from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
+from stabilitylab.errors import RunError, UsageError, did_you_mean
+from stabilitylab.record.catalogue import Catalogue
+from stabilitylab.record.display import Library, Plot, frame, html
+from stabilitylab.record.packed import Frame
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+from stabilitylab.record.runfile import connect, find_file
+from stabilitylab.record.store import (
+    Unpacker,
+    read_alarms,
+    read_layouts,
+    read_manifest,
+    read_metrics,
+    read_notes,
+    read_outcomes,
+    read_rows,
+)
+
+
+def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
+    """The limits that a manifest names, else those of the package. Raises UsageError where it holds some that are none.
+
+    path: for the message.
+    """
+    own = manifest.get("thresholds")
+    return shipped() if own is None else from_json(own, f"the manifest of '{path}'")
+
+
+def analyzer_of(metrics: Sequence[Metric], manifest: Mapping[str, Any], thresholds: Thresholds) -> Analyzer:
+    """A new analyzer, with what a manifest says of the loop."""
+    return Analyzer(metrics, thresholds, single_edits=means_single_edits(manifest.get("config") or {}))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One row of a run with what became of it. outcome: None while nothing was observed."""
+
+    row: EditRow
+    outcome: OutcomeKind | None
+
+    @property
+    def edit(self) -> int:
+        """The edit's number; 0 is the state before the first edit."""
+        return self.row.edit
+
+    @property
+    def label(self) -> str:
+        """The label that the loop gave it."""
+        return self.row.label
+
+    @property
+    def status(self) -> str:
+        """``start`` (edit 0), ``applied`` or ``failed``."""
+        return self.row.status
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run file holds at one moment.
+
+    keys: every (metric, site) that an edit has a reading of, in order of the first. rows: of the edits, edit 0 first.
+    dry: the rows of the edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves. outcomes:
+    by edit, of those that were looked after.
+    """
+
+    manifest: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    keys: tuple[Key, ...]
+    rows: tuple[EditRow, ...]
+    dry: tuple[EditRow, ...]
+    outcomes: Mapping[int, OutcomeKind]
+    alarms: tuple[Alarm, ...]
+    notes: tuple[Note, ...]
+
+
+def _read(db: sqlite3.Connection) -> Contents:
+    edits, dry = Unpacker(read_layouts(db)), Unpacker(read_layouts(db))
+    rows = tuple(read_rows(db, "edit", edits))
+    return Contents(
+        manifest=read_manifest(db),
+        metrics=read_metrics(db),
+        keys=keys_of(edits.frames),
+        rows=rows,
+        dry=tuple(read_rows(db, "dry", dry)),
+        outcomes=read_outcomes(db),
+        alarms=read_alarms(db),
+        notes=read_notes(db),
+    )
+
+
+def keys_of(frames: Iterable[Frame]) -> tuple[Key, ...]:
+    """Every (metric, site) in order of its first reading."""
+    return tuple(dict.fromkeys(key for frame in frames for key in frame.keys))
+
+
+class Run:
+    """A run as it stood when it was loaded. Read-only. Made by `load`, and by a `following.Follower` that keeps rows.
+
+    >>> run = stabilitylab.load("runs/mend")              # doctest: +SKIP
+    >>> run.series("update.norm", "decoder.layers.1.fc2")  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        """path: the run's folder."""
+        self.path = path
+        self.manifest: dict[str, Any] = contents.manifest
+        self.metrics: Catalogue = Catalogue(contents.metrics)
+        self.edits: tuple[Edit, ...] = tuple(Edit(row, contents.outcomes.get(row.edit)) for row in contents.rows)
+        self._keys = contents.keys
+        self.dry_edits: tuple[EditRow, ...] = contents.dry
+        """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
+        self.alarms: tuple[Alarm, ...] = contents.alarms
+        self.notes: tuple[Note, ...] = contents.notes
+
+    @property
+    def complete(self) -> bool:
+        """Whether the monitor closed the run; False while it goes on, and after a crash."""
+        return bool(self.manifest.get("closed", False))
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that has a reading, in dataflow order where the run says it."""
+        seen = dict.fromkeys(site for _, site in self._keys)
+        order = {site: place for place, site in enumerate(self.manifest.get("sites", []))}
+        return tuple(sorted(seen, key=lambda site: order.get(site, -1)))
+
+    @cached_property
+    def _sites_by_metric(self) -> dict[str, tuple[str, ...]]:
+        read: dict[str, set[str]] = {}
+        for metric, site in self._keys:
+            read.setdefault(metric, set()).add(site)
+        return {metric: tuple(site for site in self.sites if site in found) for metric, found in read.items()}
+
+    def sites_of(self, metric: str) -> tuple[str, ...]:
+        """The sites at which `metric` was read at least once."""
+        return self._sites_by_metric.get(metric, ())
+
+    def metric(self, name: str) -> Metric:
+        """The description of a metric. Raises UsageError with the nearest names for an unknown one."""
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        names = [metric.name for metric in self.metrics]
+        raise UsageError(f"no metric {name!r} in this run{did_you_mean(name, names)}")
+
+    def _site(self, metric: str, site: str | None) -> str:
+        self.metric(metric)
+        choices = self.sites_of(metric)
+        if site in choices:
+            return str(site)
+        if site is None and len(choices) == 1:
+            return choices[0]
+        if not choices:
+            raise UsageError(f"metric {metric!r} was never read in this run; `run.notes` may say why")
+        if site is None:
+            raise UsageError(f"metric {metric!r} has {len(choices)} sites; expected one of {', '.join(choices[:6])}")
+        raise UsageError(f"metric {metric!r} has no site {site!r}{did_you_mean(site, choices)}")
+
+    def series(self, metric: str, site: str | None = None) -> Array:
+        """The readings of a metric at one site, in the order of `edits`.
+
+        Returns float64 of shape [edits], or [edits, length] for a metric that holds several values, such as a
+        spectrum. NaN where the reading is NaN and where none was taken: `present` tells them apart. site may be left
+        out when there is only one. Raises UsageError with the nearest valid name.
+        """
+        place = self._site(metric, site)
+        readings = [edit.row.readings.get((metric, place)) for edit in self.edits]
+        length = max((reading.size for reading in readings if reading is not None), default=1)
+        declared = self.metric(metric).length
+        series = np.full((len(readings), max(length, declared)), np.nan)
+        for line, reading in zip(series, readings, strict=True):
+            if reading is not None:
+                line[: reading.size] = reading
+        return series[:, 0] if declared == 1 else series
+
+    def present(self, metric: str, site: str | None = None) -> NDArray[np.bool_]:
+        """Whether the reading was taken, per edit: bool of shape [edits]."""
+        place = self._site(metric, site)
+        return np.array([(metric, place) in edit.row.readings for edit in self.edits], dtype=bool)
+
+    @property
+    def edit_numbers(self) -> Array:
+        """The edits' numbers as float64 of shape [edits]; the x axis of every series."""
+        return np.array([edit.edit for edit in self.edits], dtype=np.float64)
+
+    def _time_share(self, of: str) -> float | None:
+        rows = [edit.row for edit in self.edits if edit.edit > 0]
+        total = sum(row.seconds for row in rows)
+        return sum(float(getattr(row, of)) for row in rows) / total if total > 0 else None
+
+    @property
+    def probe_time_share(self) -> float | None:
+        """Share of the edits' wall time spent inside probes, the canary apart. None before the first edit."""
+        return self._time_share("probe_seconds")
+
+    @property
+    def canary_time_share(self) -> float | None:
+        """Share of the edits' wall time spent in the canary's forward passes. None before the first edit."""
+        return self._time_share("canary_seconds")
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The limits that the run was watched with: those given to `attach`, else those of the package.
+
+        Raises UsageError where the file holds some that are none.
+        """
+        return thresholds_of(self.manifest, self.path)
+
+    def diagnosis(self, thresholds: Thresholds | None = None) -> Diagnosis:
+        """What the analyzer says of this run: the same as it said online at the same edit.
+
+        thresholds: other limits than those that the run was watched with.
+        """
+        return self._diagnosis if thresholds is None else self.analyzed(thresholds).diagnosis()
+
+    @cached_property
+    def _diagnosis(self) -> Diagnosis:
+        return self.analyzed(self.thresholds).diagnosis()
+
+    def analyzed(self, thresholds: Thresholds) -> Analyzer:
+        """An analyzer that has seen all rows, in the order in which the monitor saw them: dry edits after edit 0."""
+        analyzer = analyzer_of(self.metrics, self.manifest, thresholds)
+        started = [edit.row for edit in self.edits if edit.edit == 0]
+        for row in started:
+            analyzer.observe(row)
+        for row in self.dry_edits:
+            analyzer.observe_dry(row)
+        for edit in self.edits[len(started) :]:
+            analyzer.observe(edit.row)
+        return analyzer
+
+    def __len__(self) -> int:
+        return sum(edit.edit > 0 for edit in self.edits)
+
+    @property
+    def plot(self) -> Plot:
+        """Charts for a notebook: ``run.plot.lines("update.norm")`` and so on. Altair is imported when one is made."""
+        return Plot(self)
+
+    def to_frame(self, library: Library | None = None) -> Any:
+        """All readings as a data frame in long format, one row per value, in the order of the run.
+
+        Columns: ``edit``, ``label``, ``status`` (``start``, ``applied``, ``failed``), ``outcome`` (missing while none
+        was observed), ``metric``, ``site``, ``element`` (0 for a scalar; the place within a spectrum) and ``value``
+        (float64; NaN and infinities are readings). A reading that was not taken has no row. Dry edits are left out.
+
+        library: ``"pandas"`` or ``"polars"``; by default the first of them that is installed. Raises UsageError when it
+        is not, or when the name is another.
+        """
+        return frame(self, library)
+
+    def __repr__(self) -> str:
+        return f"<Run {str(self.path)!r}: {len(self)} edits, {len(self.sites)} sites, {self.diagnosis().verdict}>"
+
+    def _repr_html_(self) -> str:
+        return html(self)
+
+
+def load(path: str | Path) -> Run:
+    """Read a run folder (or its run file) as it stands now; it may still be written to.
+
+    Raises RunError when there is none, when the file is no run, or when a newer stabilitylab wrote it.
+    """
+    file = find_file(Path(path))
+    with connect(file) as db:
+        try:
+            return Run(file.parent, _read(db))
+        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+            raise RunError(f"'{file}' is damaged: {error}") from error

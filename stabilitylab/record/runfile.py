@@ -1,0 +1,115 @@
+"""Finding a run file and opening it to be read, also while it is written or after its writer was killed. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+from stabilitylab.errors import RunError, nearest
+from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION
+
+__all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "find_file", "find_runs"]
+
+LOCK_SECONDS: Final = 10.0
+"""How long a reader waits for a writer that has no write-ahead log; one commit takes milliseconds."""
+
+COPY_TRIES: Final = 5
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders directly under `folder`, by name."""
+    try:
+        return sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+    except OSError:
+        return []
+
+
+def find_file(path: Path) -> Path:
+    """The run file that `path` is or holds. Raises RunError naming the runs nearest to it."""
+    try:
+        file = path / FILE_NAME if path.is_dir() else path
+        if file.is_file():
+            return file
+    except OSError as error:
+        raise RunError(f"can't look for a run in '{path}': {error.strerror}") from error
+    if path.is_dir() and (inside := find_runs(path)):
+        raise RunError(f"'{path}' is a folder of runs; expected one of them: {', '.join(map(str, inside[:5]))}")
+    runs = [str(run) for run in find_runs(path.parent)]
+    alike = nearest(str(path), runs) or runs[:3]
+    hint = f"; runs beside it: {', '.join(map(repr, alike))}" if alike else ""
+    what = f"holds no {FILE_NAME}" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+    raise RunError(f"'{path}' {what}; expected a run folder{hint}")
+
+
+def _check(db: sqlite3.Connection, file: Path) -> None:
+    try:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
+    if application != APPLICATION_ID:
+        raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"'{file}' has run schema {version}, this stabilitylab reads up to {SCHEMA_VERSION}; upgrade stabilitylab"
+        )
+
+
+def _copy(file: Path, folder: Path) -> Path:
+    """Copy a run file, with the log or journal that it is not whole without, as they stood at one moment."""
+    parts = [file.with_name(file.name + ending) for ending in ("", "-wal", "-journal")]
+
+    def state() -> list[tuple[int, int] | None]:
+        found = [part.stat() if part.exists() else None for part in parts]
+        return [(stat.st_mtime_ns, stat.st_size) if stat else None for stat in found]
+
+    for _ in range(COPY_TRIES):
+        before = state()
+        for part in parts:
+            (folder / part.name).unlink(missing_ok=True)
+            if part.exists():
+                shutil.copyfile(part, folder / part.name)
+        if state() == before:
+            return folder / file.name
+    raise RunError(f"'{file}' changes faster than it can be copied; expected a run that can be read in place")
+
+
+@contextlib.contextmanager
+def connect(file: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that sees the run as it stands at this moment, and never changes it.
+
+    Where it can't be read in place (its folder can't take the log's shared memory, or a killed writer left a journal
+    that has to be rolled back first), a temporary copy is.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            db = stack.enter_context(contextlib.closing(_open(file, "ro")))
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise RunError(f"'{file}' is locked by another program; expected a run that can be read") from error
+            try:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stabilitylab-")))
+                db = stack.enter_context(contextlib.closing(_open(_copy(file, folder), "rw")))
+            except (OSError, sqlite3.OperationalError) as failure:
+                raise RunError(f"can't read '{file}': {failure}") from failure
+        _check(db, file)
+        yield db
+
+
+def _open(file: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    """Connect, and begin the one transaction that everything is read in."""
+    db = sqlite3.connect(f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=LOCK_SECONDS)
+    try:
+        db.execute("BEGIN")
+        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        db.close()
+        raise
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
+        pass  # `_check` says what is wrong with it; SQLite's own message may quote damaged bytes
+    return db

@@ -1,0 +1,337 @@
+"""The run file: SQLite, one float64 BLOB row per edit. Every commit survives the process being killed.
+
+A row's values follow an immutable layout (metric, site, length) with a presence mask of one bit per value, so that
+absent is not NaN. ``PRAGMA application_id`` marks the file as ours, ``PRAGMA user_version`` is the schema's version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabilitylab.errors import RunError
+from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+
+FILE_NAME = "run.db"
+APPLICATION_ID = 0x57AB1AB0
+SCHEMA_VERSION = 2
+"""2 added the table `dry`; a file of version 1 has none."""
+LABEL_LIMIT = 4_000
+
+_ROW = """(
+    edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
+    probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
+    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL
+)"""
+
+_SCHEMA = f"""
+CREATE TABLE manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE metric (
+    name TEXT PRIMARY KEY, unit TEXT NOT NULL, scale TEXT NOT NULL, phase TEXT NOT NULL,
+    meaning TEXT NOT NULL, formula TEXT NOT NULL, source TEXT NOT NULL, length INTEGER NOT NULL
+);
+CREATE TABLE layout (id INTEGER PRIMARY KEY, entries TEXT NOT NULL);
+CREATE TABLE edit {_ROW};
+CREATE TABLE dry {_ROW};
+CREATE TABLE outcome (
+    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, outcome TEXT NOT NULL, observed_at REAL NOT NULL
+);
+CREATE TABLE alarm (
+    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, verdict TEXT NOT NULL, metric TEXT NOT NULL, site TEXT NOT NULL,
+    says TEXT NOT NULL
+);
+CREATE TABLE note (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, kind TEXT NOT NULL, says TEXT NOT NULL);
+"""
+
+Layout = tuple[tuple[str, str, int], ...]
+"""(metric, site, length) of each reading, in the order of the row's values."""
+
+
+def _spelled(text: str) -> str:
+    """`text` as SQLite can hold it: lone surrogates spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def plain_text(text: str, limit: int = LABEL_LIMIT) -> str:
+    """`text` as SQLite can hold it: lone surrogates spelled out, cut to `limit` characters with a mark."""
+    safe = _spelled(text)
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def _wal_works(folder: Path) -> bool:
+    """Try write-ahead logging on a scratch file: network file systems fail at it, some after reporting success."""
+    with tempfile.TemporaryDirectory(prefix=".wal-", dir=folder) as scratch:
+        path = Path(scratch) / "scratch.db"
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(path)) as writer,
+                contextlib.closing(sqlite3.connect(path)) as reader,
+            ):
+                if writer.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+                    return False
+                writer.executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
+                writer.commit()
+                return bool(reader.execute("SELECT count(*) FROM t").fetchone() == (1,))
+        except sqlite3.Error:
+            return False
+
+
+def _free_name(folder: Path) -> Path:
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
+    """(presence mask, values) of one row as bytes; absent values are stored as 0 under a cleared bit."""
+    total = sum(length for _, _, length in layout)
+    values, present, offset = np.zeros(total, dtype="<f8"), np.zeros(total, dtype=bool), 0
+    for metric, site, length in layout:
+        reading = readings.get((metric, site))
+        if reading is not None:
+            values[offset : offset + reading.size] = reading
+            present[offset : offset + reading.size] = True
+        offset += length
+    return np.packbits(present).tobytes(), values.tobytes()
+
+
+class Unpacker:
+    """Reads the rows of one file. Rows with the same readings share what is known of them."""
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        """layouts: by the number that rows refer to them by."""
+        self._layouts = dict(layouts)
+        self._known: dict[tuple[int, bytes, int], tuple[Frame, NDArray[np.bool_]]] = {}
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """Those of the rows so far, in order of their first row."""
+        return tuple(frame for frame, _ in self._known.values())
+
+    def learn(self, layouts: Mapping[int, Layout]) -> None:
+        """Take in layouts that were added since."""
+        self._layouts.update(layouts)
+
+    def __call__(self, number: int, present: bytes, data: bytes) -> PackedReadings:
+        """The readings of one row; those that were not taken are left out."""
+        values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))
+        if kind not in self._known:
+            self._known[kind] = _frame(present, values.size, self._layouts[number])
+        frame, mask = self._known[kind]
+        return PackedReadings(frame, values[mask].astype(np.float64, copy=False))
+
+
+def _frame(present: bytes, size: int, layout: Layout) -> tuple[Frame, NDArray[np.bool_]]:
+    """(which readings a row holds, which of its `size` values are theirs)."""
+    mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=size).astype(bool)
+    ends = np.cumsum([0, *(length for _, _, length in layout)])
+    mask[ends[-1] :] = False
+    counted = np.concatenate(([0], np.cumsum(mask)))[np.clip(ends, 0, size)]
+    sizes = np.diff(counted)
+    keys = tuple((metric, site) for (metric, site, _), taken in zip(layout, sizes, strict=True) if taken)
+    return Frame(keys, sizes[sizes > 0]), mask
+
+
+def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:
+    """The readings of one row; those that were not taken are left out."""
+    return Unpacker({0: layout})(0, present, data)
+
+
+def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
+    places = {(metric, site): length for metric, site, length in layout}
+    return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
+
+
+def read_metrics(db: sqlite3.Connection) -> tuple[Metric, ...]:
+    """The metrics that a run file describes, in the order in which they were added."""
+    columns = "name, unit, scale, phase, meaning, formula, source, length"
+    return tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+
+
+def read_manifest(db: sqlite3.Connection) -> dict[str, Any]:
+    """The manifest of a run file."""
+    return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")}
+
+
+def read_layouts(db: sqlite3.Connection) -> dict[int, Layout]:
+    """The layouts that the rows of a run file refer to, by number."""
+    return {
+        number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
+        for number, entries in db.execute("SELECT id, entries FROM layout")
+    }
+
+
+def read_rows(
+    db: sqlite3.Connection, table: Literal["edit", "dry"], unpack: Unpacker, after: int = -1
+) -> Iterator[EditRow]:
+    """The rows of edits with a number above `after`, in order. Of a file without the table `dry`: none."""
+    if table == "dry" and not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:
+        return  # schema 1
+    cursor = db.execute(f"SELECT * FROM {table} WHERE edit > ? ORDER BY edit", (after,))
+    names = [column[0] for column in cursor.description]
+    for values in cursor:
+        columns = dict(zip(names, values, strict=True))
+        readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
+        yield EditRow(**columns, readings=readings)
+
+
+def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
+    """The verdicts as they were raised online."""
+    return tuple(Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id"))
+
+
+def read_notes(db: sqlite3.Connection) -> tuple[Note, ...]:
+    """What was not measured, or not as asked."""
+    return tuple(Note(*row) for row in db.execute("SELECT edit, kind, says FROM note ORDER BY id"))
+
+
+def read_outcomes(db: sqlite3.Connection) -> dict[int, OutcomeKind]:
+    """What became of each edit that was looked after, by its number; of several records, the last."""
+    return dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
+
+
+class RunWriter:
+    """Appends to one run file. Each call is one committed transaction."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
+        """Make `folder` and its run file.
+
+        Raises RunError when the folder holds anything already (nothing is overwritten) or can't be made.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"run folder '{folder}' exists; expected a new one, such as '{_free_name(folder)}'")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = "WAL" if _wal_works(folder) else "TRUNCATE"
+            self.path = folder / FILE_NAME
+            self._db = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
+            self._db.execute(f"PRAGMA journal_mode={journal}")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            with self._db:
+                self._db.executescript(_SCHEMA)
+                self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except (OSError, sqlite3.Error) as error:
+            raise RunError(f"can't write a run file in '{folder}': {error}") from error
+        self._layout: Layout = ()
+        self._layout_id: int | None = None
+        self._metrics: dict[str, Metric] = {}
+        self._closed = False
+        self.set_manifest(manifest)
+        self.add_metrics(metrics)
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write or replace manifest entries; values must be plain JSON (no NaN)."""
+        rows = [(key, json.dumps(value, allow_nan=False, ensure_ascii=True)) for key, value in manifest.items()]
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
+
+    def add_metrics(self, metrics: Sequence[Metric]) -> None:
+        """Describe metrics, so that the file can be read without the probes that wrote it."""
+        described = [
+            {field: _spelled(value) if isinstance(value, str) else value for field, value in asdict(metric).items()}
+            for metric in metrics
+        ]
+        with self._db:
+            self._db.executemany(
+                "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
+                " :length)",
+                described,
+            )
+        self._metrics.update({metric.name: metric for metric in metrics})
+
+    def _grown(self, readings: Mapping[Key, Array], layout: Layout) -> Layout:
+        """`layout` with a place for each of these readings."""
+        places = {(metric, site): length for metric, site, length in layout}
+        for (metric, site), reading in readings.items():
+            described = self._metrics.get(metric)
+            declared = described.length if described else 1
+            places[(metric, site)] = max(places.get((metric, site), declared), reading.size)
+        return tuple((metric, site, length) for (metric, site), length in places.items())
+
+    def append(self, row: EditRow) -> None:
+        """Commit one edit's row.
+
+        Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
+        """
+        self._insert("edit", [row])
+
+    def append_dry(self, rows: Sequence[EditRow]) -> int:
+        """Commit the rows of all dry edits at once; returns how many. Raises as `append` does, with none written."""
+        self._insert("dry", rows)
+        return len(rows)
+
+    def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
+        layout, number = self._layout, self._layout_id
+        with self._db:
+            for row in rows:
+                if number is None or not _fits(row.readings, layout):
+                    layout = self._grown(row.readings, layout)
+                    named = [(_spelled(metric), site, length) for metric, site, length in layout]
+                    entries = json.dumps(named, ensure_ascii=True)
+                    number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
+                present, data = _pack(row.readings, layout)
+                self._db.execute(
+                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        row.edit,
+                        plain_text(row.label),
+                        row.status,
+                        row.started,
+                        row.seconds,
+                        row.probe_seconds,
+                        row.canary_seconds,
+                        None if row.error is None else plain_text(row.error),
+                        number,
+                        present,
+                        data,
+                    ),
+                )
+        # Only now: where the rows were rolled back, their new layouts are not in the file either.
+        self._layout, self._layout_id = layout, number
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """Append what became of an edit."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO outcome (edit, outcome, observed_at) VALUES (?, ?, ?)", (edit, outcome, time.time())
+            )
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Append a verdict as it was raised online."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
+                (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
+            )
+
+    def note(self, note: Note) -> None:
+        """Append what was not measured, and why."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)",
+                (note.edit, _spelled(note.kind), plain_text(note.says)),
+            )
+
+    def close(self) -> None:
+        """Fold the log into the file and leave that one file."""
+        if self._closed:
+            return
+        self._closed = True
+        # A reader that is open at this moment makes the switch impossible; the log then stays beside the file, whole.
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.execute("PRAGMA journal_mode=DELETE")
+        self._db.close()

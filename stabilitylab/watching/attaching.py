@@ -1,0 +1,119 @@
+"""Attach to an edit loop: check what the user gave, open the run, start the monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stabilitylab.analysis.restoring import means_single_edits
+from stabilitylab.analysis.thresholds import Thresholds, from_json, read
+from stabilitylab.errors import SiteError, UsageError
+from stabilitylab.probes.base import TIERS, Probe, Tier
+from stabilitylab.probes.registry import probes_of
+from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.sinks import Sink
+from stabilitylab.watching import canary as canaries
+from stabilitylab.watching import manifest
+from stabilitylab.watching.monitor import Monitor
+from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
+
+
+def attach(
+    model: nn.Module,
+    sites: Patterns | None = None,
+    run: str | Path | None = None,
+    *,
+    editor: object | None = None,
+    canary: canaries.Canary | canaries.Batch | None = None,
+    probes: Tier | Sequence[Probe[Any]] = "default",
+    tensorboard: bool = False,
+    sinks: Sequence[Sink] = (),
+    config: Mapping[str, Any] | None = None,
+    thresholds: str | Path | Thresholds | None = None,
+) -> Monitor:
+    """Watch an edit loop over `model`.
+
+    sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
+    move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
+    state is to be read (MEND: its normaliser). canary: what to forward after each edit; a `Canary` has a cadence.
+    probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
+    with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
+    folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
+    ``sequential_edit: false`` says that each edit is meant for the original model. thresholds: limits of your own, by
+    default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them.
+
+    Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
+    the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
+    for other unusable arguments; nothing is written then.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    watched = canaries.of(canary)
+    chosen = _chosen(probes)
+    limits = _limits(thresholds)
+    found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
+    folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    options = {"patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)}
+    about = manifest.collect(
+        model, found or (), editor, None if watched is None else watched.describe(), dict(config or {}), limits
+    )
+    metrics = tuple(metric for probe in chosen for metric in probe.metrics)
+    writer = RunWriter(folder, about | options, metrics)
+    receivers = list(sinks)
+    if tensorboard:
+        from stabilitylab.reports.tensorboard import TensorBoardSink
+
+        receivers.append(TensorBoardSink(folder, metrics, about | options))
+    single = means_single_edits(config or {})
+    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits, single_edits=single)
+    for name, reason in skipped.items():
+        monitor.note("skipped-site", f"{name}: {reason}")
+    return monitor
+
+
+def _limits(given: str | Path | Thresholds | None) -> Thresholds | None:
+    """The thresholds that a path or an object means. Raises UsageError where it holds none."""
+    if given is None:
+        return None
+    if isinstance(given, str | Path):
+        return read(Path(given))
+    if not isinstance(given, Thresholds):
+        raise UsageError(f"thresholds is a {type(given).__name__}; expected a file that `stabilitylab calibrate` wrote")
+    return from_json(given.to_json(), "thresholds=")
+
+
+def _chosen(probes: str | Sequence[Probe[Any]]) -> tuple[Probe[Any], ...]:
+    """The probes that a tier's name or a list means. Raises UsageError for anything else."""
+    for tier in TIERS:
+        if probes == tier:
+            return probes_of(tier)
+    if isinstance(probes, str):
+        raise UsageError(f"probes={probes!r} is unknown; expected {', '.join(map(repr, TIERS))} or a list of probes")
+    for probe in probes:
+        if not isinstance(probe, Probe):
+            raise UsageError(f"probes holds {probe!r}; expected instances of Probe, such as Drift(every=5)")
+    names = [metric.name for probe in probes for metric in probe.metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two probes emit {twice!r}; expected each metric once")
+    return tuple(probes)
+
+
+def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], dict[str, str]]:
+    """The sites whose values can be read, and the reason for each of the others. Raises SiteError when none can."""
+    kept, skipped = [], {}
+    for site in sites:
+        found = locate(model, site)
+        reason = "not found" if found is None else why_unmeasurable(found[1])
+        if reason is None:
+            kept.append(site)
+        else:
+            skipped[site.name] = reason
+    if not kept:
+        name, reason = next(iter(skipped.items()))
+        raise SiteError(f"none of the {len(sites)} matching sites can be measured; '{name}': {reason}")
+    return kept, skipped

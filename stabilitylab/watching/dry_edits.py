@@ -1,0 +1,158 @@
+"""Dry edits: made before the first edit and measured like any, each rolled back; what they show is what is usual."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import nn
+
+from stabilitylab.errors import EditError, UsageError
+from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
+from stabilitylab.watching.hooks import logger
+from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
+
+if TYPE_CHECKING:
+    from stabilitylab.watching.monitor import Monitor
+
+FEWEST: Final = 8
+"""Readings that a baseline needs, see `analysis.drift.BASELINE`."""
+
+_NAMED = 3
+"""How many of the things that could not be put back a message names."""
+
+
+class DryRecord:
+    """What the monitor of the dry edits writes to: kept in memory, and in no file until all of them are made."""
+
+    def __init__(self, path: Path) -> None:
+        """path: the run file that the rows are for."""
+        self.path = path
+        self.rows: list[EditRow] = []
+        self.broken: list[str] = []
+
+    def append_dry(self, rows: Sequence[EditRow]) -> int:
+        """Nothing: dry edits have no dry edits of their own."""
+        return 0
+
+    def append(self, row: EditRow) -> None:
+        """Keep a dry edit's row. Edit 0 is left out: the run has its own."""
+        if row.edit > 0:
+            self.rows.append(row)
+
+    def note(self, note: Note) -> None:
+        """Keep what broke; what else is to be said is said by the run's own edits."""
+        if note.kind == "probe-off":
+            self.broken.append(note.says)
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Nothing: the run has a manifest."""
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """Nothing: each is rolled back."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Nothing: a single edit raises no alarm of the run's."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def model_in(answer: object) -> nn.Module | None:
+    """The model in what an editing function returned: itself, or the first of a tuple; None where there is none."""
+    first = answer[0] if isinstance(answer, tuple) and answer else answer
+    return first if isinstance(first, nn.Module) else None
+
+
+def first_of(requests: Iterable[Any], n: int) -> list[Any]:
+    """The first n requests. Raises UsageError when they are too few for a baseline."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < FEWEST:
+        raise UsageError(f"calibrate(n={n!r}): expected a whole number of dry edits, {FEWEST} or more")
+    chosen = list(islice(requests, n))
+    if len(chosen) < FEWEST:
+        raise UsageError(f"calibrate got {len(chosen)} requests; expected {FEWEST} or more, which a baseline needs")
+    return chosen
+
+
+def make(
+    monitor: Monitor, model: nn.Module, editor: object | None, apply: Callable[[Any, Any], object], requests: list[Any]
+) -> None:
+    """Make each of `requests` as one edit of `monitor` on `model`, and roll it back.
+
+    Random numbers go on from one dry edit to the next, so that they are independent of one another, and are put back
+    after the last one. Whatever is raised inside, everything is put back first.
+
+    Raises:
+        UsageError: the model or the editor holds a tensor that can't be copied.
+        EditError: something was not bit for bit as before after it was put back.
+    """
+    before = take(_roots(model, editor, apply))
+    random = RandomStates(before.generators)
+    try:
+        with _bar(len(requests)) as made:
+            for number, request in enumerate(requests, 1):
+                _one(monitor, model, before, number, functools.partial(apply, model, request))
+                made(number)
+    finally:
+        random.put_back()
+
+
+def _one(monitor: Monitor, model: nn.Module, before: Snapshot, number: int, apply: Callable[[], object]) -> None:
+    try:
+        with monitor.edit() as edit:
+            edited = model_in(apply())
+            if edited is not None:
+                edit.returns(edited)
+    except BaseException:
+        left = before.put_back()
+        if left:  # what the user's own code raised is what they must see
+            logger.warning("stabilitylab: %s", _differs(number, left))
+        raise
+    left = before.put_back()
+    if left:
+        raise EditError(_differs(number, left))
+    edit.returns(model)  # the next one starts from the model that was attached to, not from a clone or a wrapper
+
+
+def _differs(number: int, left: Sequence[str]) -> str:
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    names = ", ".join(repr(name or "the model's attributes") for name in left[:_NAMED])
+    return (
+        f"dry edit {number} can't be undone: {names}{more} could not be put back as before it; expected an edit that "
+        "changes tensors and attributes only; load the model anew and leave calibrate out"
+    )
+
+
+def _roots(model: nn.Module, editor: object | None, apply: object) -> dict[str, object]:
+    """Whose state is put back: the model's, the editor's, and that of the object whose method `apply` is."""
+    while isinstance(apply, functools.partial):
+        apply = apply.func
+    owner = apply.__self__ if inspect.ismethod(apply) else None if inspect.isroutine(apply) else apply
+    return {"": model, "editor": editor, "apply": owner}
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Something to call with the number of dry edits made: a bar where a person watches, else nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("dry edits"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda made: bars.update(task, completed=made)

@@ -1,0 +1,112 @@
+"""What all instruments share: which probes are due, the stack of packed measurements, time, and a way to fail open."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.base import Probe
+from stabilitylab.record.readings import Rebuild
+from stabilitylab.watching.hooks import logger
+from stabilitylab.watching.instruments.transfer import Stack
+
+NoteTaker = Callable[[str, str], None]
+"""(kind, what was not measured and why)."""
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+class Stopwatch:
+    """Adds up the time spent inside `with` blocks; a block inside another one counts once."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        if self._depth == 0:
+            self._since = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._since
+
+    def take(self) -> float:
+        """The seconds so far; the count starts anew."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast inside, on any device for which the loop has turned it on."""
+    with contextlib.ExitStack() as stack:
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class Bench:
+    """The place where instruments work. Whatever breaks there is switched off, noted once and logged.
+
+    A failure of ours must never be the user's: that measurement is skipped from then on, and the edit loop goes on.
+    """
+
+    def __init__(self, probes: Sequence[Probe[Any]], note: NoteTaker) -> None:
+        self.probes = tuple(probes)
+        self.due = self.probes
+        self.edit = 0
+        self.stack = Stack()
+        self.probe_time = Stopwatch()
+        self.canary_time = Stopwatch()
+        self.note = note
+        self._off: set[str] = set()
+
+    def begin(self, edit: int) -> None:
+        """From now on measure what the probes that are due at this edit need."""
+        self.edit = edit
+        self.due = tuple(probe for probe in self.probes if probe.is_due(edit))
+
+    def needed(self, need: type[Any], site: str | None = None) -> bool:
+        """Whether a probe that is due needs this measurement, here or at all."""
+        return any(probe.needs is need and (site is None or probe.is_for(site)) for probe in self.due)
+
+    def needed_next(self, need: type[Any], site: str) -> bool:
+        """Whether it will be needed here at the next edit."""
+        probes = (probe for probe in self.probes if probe.needs is need and probe.is_for(site))
+        return any(probe.is_due(self.edit + 1) for probe in probes)
+
+    def ever_needed(self, need: type[Any]) -> bool:
+        """Whether any probe of the run needs it, at whatever edit."""
+        return any(probe.needs is need for probe in self.probes)
+
+    def add(self, site: str, packed: Tensor, rebuild: Rebuild[Any]) -> None:
+        """Hand over a measurement, see `Stack.add`."""
+        self.stack.add(site, packed, rebuild)
+
+    def safely(self, what: str, action: Callable[[], Any], *, as_the_loop: bool = False) -> Any:
+        """`action()`, or None when it raised; `what` is then off for the rest of the run.
+
+        as_the_loop: run the user's model as the loop does; else autocast is off, which would round our products.
+        """
+        if what in self._off:
+            return None
+        try:
+            with contextlib.nullcontext() if as_the_loop else full_precision():
+                return action()
+        except Exception as error:
+            self._off.add(what)
+            says = f"{what} switched off: {type(error).__name__}: {error}"
+            logger.warning("stabilitylab: %s (the edit loop goes on)", says)
+            self.note("probe-off", says)
+            return None

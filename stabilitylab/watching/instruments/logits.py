@@ -1,0 +1,117 @@
+"""The model's own logits inside an edit, and the canary's after it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.probes.logits_pass import (
+    CanaryPass,
+    LaterLogits,
+    LogitsPass,
+    LossPass,
+    TextPass,
+    last_token_logits,
+    reduce_canary,
+    reduce_logits,
+    text_nll,
+)
+from stabilitylab.probes.output_pass import OutputKeeper
+from stabilitylab.record.readings import MODEL_SITE
+from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.hooks import ModelCall, plain
+from stabilitylab.watching.instruments.bench import Bench
+
+
+def _plain(found: Tensor | None) -> Tensor | None:
+    return None if found is None else plain(found)
+
+
+class LogitsInstrument:
+    """Reduces the logits of the model's first forward in an edit in full, and of the later ones their extremes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._keeper = OutputKeeper()
+        self._has_loss = False
+
+    def begin(self) -> None:
+        """A new edit."""
+        self._keeper, self._has_loss = OutputKeeper(), False
+
+    def on_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """The whole model has run."""
+        if any(map(self._bench.needed, (LogitsPass, LaterLogits, LossPass))):
+            self._bench.safely("logits", lambda: self._output(kwargs, output))
+
+    def _output(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        loss, logits = _plain(canaries.loss_of(output)), _plain(canaries.logits_of(output))
+        if loss is not None and not self._has_loss and self._bench.needed(LossPass):
+            self._has_loss = True
+            self._bench.add(MODEL_SITE, loss.detach().double().reshape(1), LossPass.from_host)
+        if logits is None:
+            return
+        largest = None
+        if self._keeper.passes == 0 and self._bench.needed(LogitsPass):
+            packed = reduce_logits(logits, canaries.mask_of(kwargs, output))
+            largest = packed[:2].abs().amax()
+            self._bench.add(MODEL_SITE, packed, LogitsPass.from_host)
+        if self._bench.needed(LaterLogits):
+            self._keeper.add(logits, largest)
+        else:
+            self._keeper.passes += 1
+
+    def after(self) -> None:
+        """Hand over what was counted."""
+        reduced = self._keeper.reduce()
+        if reduced is not None:
+            self._bench.add(MODEL_SITE, reduced, LaterLogits.from_host)
+
+
+class CanaryInstrument:
+    """Forwards the canary after an edit, against what it gave at edit 0: that is stored, and never formed again."""
+
+    def __init__(self, bench: Bench, canary: canaries.Canary | None) -> None:
+        self._bench = bench
+        self._canary = canary
+        self._original_logits: Tensor | None = None
+        self._original_nll: Tensor | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a canary, and a probe that is due needs it."""
+        return self._canary is not None and (self._bench.needed(CanaryPass) or self._bench.needed(TextPass))
+
+    def forward(self, model: nn.Module, last_call: ModelCall | None) -> None:
+        """Forward it and reduce its logits. last_call: what a replay forwards."""
+        canary = self._canary
+        if canary is not None and self.wanted:
+            with self._bench.canary_time:
+                what, forward = "canary", functools.partial(canaries.forward, model, canary.batch, last_call)
+                answer = self._bench.safely(what, forward, as_the_loop=True)
+                if answer is not None:
+                    self._bench.safely(what, lambda: self._reduce(canary, answer))
+
+    def _reduce(self, canary: canaries.Canary, answer: canaries.Answer) -> None:
+        if canary.is_replay:
+            if self._bench.needed(CanaryPass):
+                packed = reduce_logits(answer.logits, answer.mask)
+                self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
+            return
+        if self._original_logits is None:
+            self._original_logits = last_token_logits(answer.logits, answer.mask).clone()
+        if self._bench.needed(CanaryPass):
+            packed = reduce_canary(answer.logits, answer.mask, self._original_logits)
+            self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
+        if answer.tokens is not None and self._bench.needed(TextPass):
+            self._text(answer.logits, answer.tokens, answer.mask)
+
+    def _text(self, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+        nll = text_nll(logits, tokens, mask)
+        if nll is not None:
+            self._original_nll = nll if self._original_nll is None else self._original_nll
+            self._bench.add(MODEL_SITE, torch.stack([nll, self._original_nll]), TextPass.from_host)

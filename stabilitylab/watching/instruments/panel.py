@@ -1,0 +1,209 @@
+"""From a model at one moment to measurements on the host: which tensors are reduced, when, and what is left out.
+
+The middle between hooks and probes: one instrument for each kind of tensor. They know which reduction serves which
+measurement, and no formula of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.feedback import WINDOW, History
+from stabilitylab.probes.output_pass import NormInput
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan
+from stabilitylab.record.readings import Array, Key
+from stabilitylab.watching.canary import Canary
+from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.hooks import Capture
+from stabilitylab.watching.instruments.attention import AttentionInstrument
+from stabilitylab.watching.instruments.bench import Bench, NoteTaker
+from stabilitylab.watching.instruments.editor import EditorInstrument
+from stabilitylab.watching.instruments.feedback import FeedbackInstrument
+from stabilitylab.watching.instruments.gradients import GradientInstrument
+from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
+from stabilitylab.watching.instruments.outputs import OutputInstrument
+from stabilitylab.watching.instruments.transfer import Shipment
+from stabilitylab.watching.instruments.weights import WeightInstrument
+from stabilitylab.watching.sites import Site, locate
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """What was measured of one edit, on its way to the host, and the probes that were due then."""
+
+    edit: int
+    due: tuple[Probe[Any], ...]
+    shipments: tuple[Shipment, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return all(shipment.is_here for shipment in self.shipments)
+
+
+class Instruments:
+    """Runs the measurements that a set of probes needs, and the probes on them. Whatever breaks is switched off."""
+
+    def __init__(
+        self, probes: Sequence[Probe[Any]], editor: object | None, canary: Canary | None, note: NoteTaker
+    ) -> None:
+        self._bench = bench = Bench(probes, note)
+        self.probe_time, self.canary_time = bench.probe_time, bench.canary_time
+        self.canary = CanaryInstrument(bench, canary)
+        self._weights = WeightInstrument(bench)
+        self._gradients = GradientInstrument(bench)
+        self._outputs = OutputInstrument(bench)
+        self._logits = LogitsInstrument(bench)
+        self._editor = EditorInstrument(bench, editor)
+        self._attention = AttentionInstrument(bench)
+        self._feedback = FeedbackInstrument(bench)
+        self.references = self._weights.references
+        self.keeps_references = self._weights.keeps_references
+        self._followed = {metric for probe in probes for metric in probe.follows}
+        self._history: dict[Key, deque[tuple[float, float]]] = {}
+
+    # -- inside the edit: what hooks call, see `hooks.Watcher` ----------------------------------------------------
+
+    def begin(self, edit: int) -> None:
+        """From now on measure what the probes that are due at this edit need."""
+        self._bench.begin(edit)
+        for instrument in (self._gradients, self._outputs, self._logits):
+            instrument.begin()
+
+    def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
+        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
+        with contextlib.ExitStack() as stack:
+            capture = stack.enter_context(self.no_capture())
+            for site in sites:
+                found = locate(model, site) if site.is_layer else None
+                factors = self._gradients.needs_factors(site)
+                if found is not None and (factors or self._outputs.wants(site.name)):
+                    capture.watch_layer(site.name, found[0], factors)
+            capture.watch_model(model)
+            if self._bench.needed(NormInput):
+                capture.watch_norms(model)
+            self._editor.watch(capture, model)
+            self._attention.enter(capture.stack, model)
+            stack.pop_all()  # every hook is in place: they stay until the edit ends
+        return capture
+
+    def no_capture(self) -> Capture:
+        """A capture without hooks."""
+        return Capture(self)
+
+    def layer_output(self, site: str, fired: int, output: Tensor) -> None:
+        """See `hooks.Watcher`, as all of these."""
+        with self.probe_time:
+            self._outputs.on_output(site, fired, output)
+
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+        """A backward has answered a forward."""
+        with self.probe_time:
+            self._gradients.on_pass(site, fired, x, delta)
+
+    def overwritten(self, site: str) -> None:
+        """A pass whose gradient can't be told."""
+        self._gradients.overwritten(site)
+
+    def norm_input(self, entering: Tensor) -> None:
+        """A normalisation is about to run."""
+        with self.probe_time:
+            self._outputs.on_norm_input(entering)
+
+    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+        """The model is about to run."""
+        self._attention.model_called(kwargs)
+
+    def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """The model has run."""
+        with self.probe_time:
+            self._logits.on_output(kwargs, output)
+
+    # -- after the edit -------------------------------------------------------------------------------------------
+
+    def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Measure the state that the first edit starts from."""
+        self._editor.after(model, None, {})
+        self._weights.after(model, sites)
+
+    def after(
+        self, model: nn.Module, sites: Sequence[Site], capture: Capture, reports: Mapping[str, EditorReport]
+    ) -> None:
+        """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this."""
+        self._outputs.after(sites)
+        self._logits.after()
+        self._feedback.after(model, sites, capture.model_call, self.references)
+        self._gradients.after(model, sites, self.references)
+        self._editor.after(model, capture, reports)
+        self._weights.compare(model, sites, self._editor.updates)
+        self._weights.after(model, sites)
+
+    def look_at_weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Measure the weights between two edits; what they are now is what the next edit starts from."""
+        self._weights.look(model, sites)
+
+    def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+        """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
+        return self._weights.changed(model, sites)
+
+    # -- on the host ----------------------------------------------------------------------------------------------
+
+    def send(self, more_of: Cargo | None = None) -> Cargo:
+        """Start the copy to the host of everything measured since the last one."""
+        shipment = self._bench.safely("copy to the host", self._bench.stack.send)
+        added = () if shipment is None else (shipment,)
+        if more_of is not None:
+            return replace(more_of, shipments=(*more_of.shipments, *added))
+        return Cargo(self._bench.edit, self._bench.due, added)
+
+    def scans(self, cargo: Cargo) -> dict[str, WeightScan]:
+        """What it says of each weight, by site, without running any probe; waits for it."""
+        return {site: seen for site, seen in self._arrived(cargo) if isinstance(seen, WeightScan)}
+
+    def passes(self, cargo: Cargo) -> dict[str, WeightPass]:
+        """The same of those that have references."""
+        return {site: seen for site, seen in self.scans(cargo).items() if isinstance(seen, WeightPass)}
+
+    def read(self, cargo: Cargo) -> dict[Key, Array]:
+        """Every probe that was due on every measurement; waits for it."""
+        readings: dict[Key, Array] = {}
+        for site, seen in self._arrived(cargo):
+            self._apply(cargo.due, site, seen, readings)
+        for (metric, site), values in list(readings.items()):
+            if metric in self._followed:
+                history = self._remember((metric, site), cargo.edit, values)
+                followers = tuple(probe for probe in cargo.due if metric in probe.follows)
+                self._apply(followers, site, history, readings)
+        return readings
+
+    def _arrived(self, cargo: Cargo) -> list[tuple[str, Any]]:
+        measured = []
+        for shipment in cargo.shipments:
+            arrived = self._bench.safely("arrival", functools.partial(getattr, shipment, "arrived"))
+            for site, name, make in arrived or ():
+                seen = self._bench.safely(f"{name} of {site}", make)
+                if seen is not None:
+                    measured.append((site, seen))
+        return measured
+
+    def _remember(self, key: Key, edit: int, values: Array) -> History:
+        recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
+        recent.append((float(values[0]), float(edit)))
+        return History(*np.array(recent).T)
+
+    def _apply(self, probes: Sequence[Probe[Any]], site: str, seen: Any, readings: dict[Key, Array]) -> None:
+        for probe in probes:
+            if not isinstance(seen, probe.needs) or not probe.is_for(site):
+                continue
+            values = self._bench.safely(f"probe {type(probe).__name__}", functools.partial(probe.compute, seen))
+            for metric, value in (values or {}).items():
+                readings[(metric, site)] = np.atleast_1d(np.asarray(value, dtype=np.float64))

@@ -1,0 +1,126 @@
+"""The reference copies of the watched weights, W₀ and W₋, and what became of an edit as they show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.weight_pass import (
+    Scanned,
+    WeightPass,
+    norm_of,
+    on_cpu,
+    reduce_weight,
+    same_bits,
+    same_sample,
+)
+from stabilitylab.record.readings import OutcomeKind
+from stabilitylab.watching.sites import Site
+
+Signature = tuple[float, float, float, float]
+"""(‖W‖, ‖W−W₀‖, min, max): the same bits give the same signature, and no two states of a run share one by chance."""
+
+
+def signature(seen: WeightPass) -> Signature:
+    """What `seen` says of which state the weight is in."""
+    return (seen.norm, seen.drift, seen.low, seen.high)
+
+
+def _same(left: Signature, right: Signature) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=True))
+
+
+@dataclass
+class _Copies:
+    original: Tensor
+    previous: Tensor
+    original_norm: Tensor
+    mark: tuple[object, ...]
+    """Where W was, and its version, when `previous` took its values."""
+    before: Signature | None = None
+    after: Signature | None = None
+
+
+def _mark(weight: Tensor) -> tuple[object, ...]:
+    version = None if weight.is_inference() else weight._version
+    return (weight.data_ptr(), version, weight.dtype, weight.device, weight.stride())
+
+
+class References:
+    """Two copies of each watched weight, in its dtype and on its device: before any edit, and before this edit."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, _Copies] = {}
+
+    def adopt(self, site: Site, original: Tensor) -> None:
+        """Take `original` as W₀ and W₋ of a site."""
+        with torch.no_grad():
+            first = original.detach().clone(memory_format=torch.contiguous_format)
+            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first), ())
+
+    def _on(self, name: str, weight: Tensor) -> _Copies:
+        """The copies, moved after the weight when the user moved the model."""
+        copies = self._copies[name]
+        if copies.original.device != weight.device:
+            copies.original = copies.original.to(weight.device)
+            copies.previous = copies.previous.to(weight.device)
+            copies.original_norm = copies.original_norm.to(weight.device)
+        return copies
+
+    def holds(self, name: str) -> bool:
+        """Whether there are copies of this site."""
+        return name in self._copies
+
+    def original(self, name: str, weight: Tensor) -> Tensor:
+        """W₀, on the device of the weight."""
+        return self._on(name, weight).original
+
+    def previous(self, name: str, weight: Tensor) -> Tensor:
+        """W₋, on the device of the weight."""
+        return self._on(name, weight).previous
+
+    def measure(self, name: str, weight: Tensor, want_change: bool = False) -> Scanned:
+        """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
+        copies = self._on(name, weight)
+        seen = reduce_weight(weight, copies.original, copies.previous, copies.original_norm, want_change)
+        if copies.previous.dtype != weight.dtype:  # the user has cast the model
+            copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
+        copies.mark = _mark(weight)
+        return seen
+
+    def untouched(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight shows no sign of a write since `measure`, on a CPU.
+
+        Its place and its version counter are as they were, and so is a cache line of each row: a write through
+        ``weight.data`` leaves the counter alone, and one that misses all of those entries goes unseen here.
+        """
+        copies = self._on(name, weight)
+        return (
+            on_cpu(weight)
+            and weight.is_contiguous()
+            and copies.mark == _mark(weight)
+            and same_sample(weight, copies.previous)
+        )
+
+    def moved(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight differs from W₋. Synchronises an accelerator."""
+        if self.untouched(name, weight):
+            return False
+        copies = self._on(name, weight)
+        return weight.dtype != copies.previous.dtype or not same_bits(weight, copies.previous)
+
+    def edited(self, name: str, seen: WeightPass) -> None:
+        """Remember the state that an edit left behind."""
+        copies = self._copies[name]
+        copies.before, copies.after = copies.after, signature(seen)
+
+    def changed_between(self, name: str, seen: WeightPass) -> OutcomeKind | None:
+        """What a change between two edits did to the last one; None when it led to a state not seen before."""
+        copies = self._copies[name]
+        now, copies.after = signature(seen), signature(seen)
+        if seen.drift == 0:
+            return "restored"
+        return "rolled_back" if copies.before is not None and _same(now, copies.before) else None

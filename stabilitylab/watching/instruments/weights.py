@@ -1,0 +1,176 @@
+"""The weights after an edit: one pass over those that moved, and the largest singular value followed along."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.errors import did_you_mean
+from stabilitylab.probes.absorption import AbsorptionPass, reduce_absorption
+from stabilitylab.probes.feedback import FeedbackPass
+from stabilitylab.probes.gradient_passes import Alignment
+from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
+from stabilitylab.probes.weight_pass import Scanned, WeightPass, WeightScan, on_cpu, same_bits, scan_weight
+from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
+from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
+from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.sites import Site, locate, locate_readable, why_unmeasurable
+
+_COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, Alignment, FeedbackPass)
+"""The measurements that need W₀ or W₋."""
+
+_MATRIX = 2  # dimensions
+
+_UNSEEN = 0.005
+"""Share of σ₁ by which updates may add up before it is followed anew: it can't have changed by more than that."""
+
+
+@dataclass
+class _Followed:
+    """σ₁ of one weight, its direction, and the norms of the updates that came since they were last found."""
+
+    value: Tensor
+    direction: Tensor
+    first_direction: Tensor
+    since: float = 0.0
+
+
+class WeightInstrument:
+    """Looks at each watched weight after each edit where references are kept, since those must follow it.
+
+    A weight that shows no sign of a write is not read again: its readings are those of the last edit with an update of
+    0. In turn, one such weight an edit is read all the same, for writes that left no sign.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.references = References()
+        self.keeps_references = any(map(bench.ever_needed, _COMPARING))
+        self._bench = bench
+        self._missing: set[str] = set()
+        self._last: dict[str, Tensor] = {}
+        self._followed: dict[str, _Followed] = {}
+        self._originals: dict[str, Tensor] = {}
+
+    def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Measure each site; note each that is gone or can't be read any more, once."""
+        if not (self.keeps_references or self._bench.needed(WeightScan) or self._bench.needed(WeightSpectrum)):
+            return
+        turn = self._bench.edit % max(len(sites), 1)
+        for at, site in enumerate(sites):
+            found = locate(model, site)
+            gone = f"no longer found in {type(model).__name__}"
+            reason = gone if found is None else why_unmeasurable(found[1])
+            if found is not None and reason is None:
+                weight, named = found[1], site.name
+                self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
+                self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
+            elif site.name not in self._missing:
+                self._missing.add(site.name)
+                self._bench.note("skipped-site", f"{site.name}: {reason}")
+
+    def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
+        """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
+        names = {site.name for site in sites}
+        for name in updates.keys() - names - self._missing:
+            self._missing.add(name)
+            self._bench.note(
+                "skipped-site",
+                f"{name}: an update was reported for it, but it is not watched{did_you_mean(name, names)}",
+            )
+        for site in sites:
+            if site.name in updates and self._bench.needed(AbsorptionPass, site.name):
+                self._bench.safely(
+                    f"absorption at {site.name}", functools.partial(self._absorbed, model, site, updates[site.name])
+                )
+
+    def _absorbed(self, model: nn.Module, site: Site, update: Tensor) -> None:
+        found = locate_readable(model, site)
+        if found is not None and self.references.holds(site.name):
+            previous = self.references.previous(site.name, found[1])
+            self._bench.add(site.name, reduce_absorption(update, found[1], previous), AbsorptionPass.from_host)
+
+    def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Measure sites between two edits, by references alone; W₋ is what they are now."""
+        for site in sites:
+            found = locate_readable(model, site)
+            if found is not None:
+                self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
+
+    def _look(self, site: Site, weight: Tensor) -> None:
+        seen = self.references.measure(site.name, weight)
+        self._last[site.name] = WeightPass.unmoved(seen.packed)
+        self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
+        if site.name in self._followed:
+            self._followed[site.name].since += math.inf if seen.update is None else seen.update
+
+    def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+        """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
+        found = ((site, locate_readable(model, site)) for site in sites)
+        return [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
+
+    def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
+        if not self.keeps_references:
+            if self._bench.needed(WeightScan, site.name):
+                rebuild: Any = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
+                self._bench.add(site.name, scan_weight(weight), rebuild)
+            return
+        followed = self._bench.ever_needed(TopSingular) and weight.dim() >= _MATRIX
+        last = self._last.get(site.name)
+        if last is not None and not in_full and self.references.untouched(site.name, weight):
+            seen = Scanned(last, 0.0)
+        else:
+            seen = self.references.measure(site.name, weight, want_change=followed)
+            self._last[site.name] = WeightPass.unmoved(seen.packed)
+        self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
+        if followed:
+            self._bench.safely(f"spectral norm of {site.name}", lambda: self._follow(site, weight, seen))
+
+    def _follow(self, site: Site, weight: Tensor, seen: Scanned) -> None:
+        followed = self._followed.get(site.name)
+        if followed is None:
+            value, direction = start_direction(weight)
+            followed = self._followed[site.name] = _Followed(value, direction, direction)
+        elif seen.update is None or seen.update != 0:
+            followed.since += seen.update or 0.0
+            unknown = not on_cpu(weight) or not followed.since <= _UNSEEN * followed.value.item()
+            if unknown:
+                self._find_anew(followed, site, weight, seen)
+        if self._bench.needed(TopSingular, site.name):
+            packed = torch.stack([followed.value.to(seen.packed.device), seen.packed[0]])
+            self._bench.add(site.name, packed, TopSingular.from_host)
+
+    def _find_anew(self, followed: _Followed, site: Site, weight: Tensor, seen: Scanned) -> None:
+        direction = followed.direction.to(weight.device)
+        usable = torch.isfinite(direction).all()
+        direction = torch.where(usable, direction, followed.first_direction.to(weight.device))
+        update = torch.ones_like(direction) if seen.change is None else update_direction(seen.change)
+        update = torch.where(torch.isfinite(update).all(), update, torch.ones_like(update))
+        largest = torch.maximum(-seen.packed[4], seen.packed[5])
+        size = torch.where(largest > 0, largest, torch.ones_like(largest)).to(direction.dtype)
+        followed.value, followed.direction = follow(weight, (direction, update), size)
+        followed.since = 0.0
+
+    def _spectrum(self, site: Site, weight: Tensor) -> None:
+        """What the deep probes need of a matrix, where one that is due does. Waits for an accelerator."""
+        spectrum = self._bench.needed(WeightSpectrum, site.name)
+        subspace = self._bench.needed(LeadingSubspace, site.name)
+        if weight.dim() != _MATRIX or not (spectrum or subspace):
+            return
+        gram = gram_of(weight)
+        if spectrum:
+            self._bench.add(site.name, spectrum_of_weight(weight, gram), WeightSpectrum)
+        if subspace:
+            now = leading_subspace(gram)
+            original = self._originals.get(site.name)
+            if original is None:
+                first = self.references.original(site.name, weight)
+                same = first.dtype == weight.dtype and same_bits(weight, first)
+                original = self._originals[site.name] = now if same else leading_subspace(gram_of(first))
+            self._bench.add(site.name, compare_subspaces(original, now), LeadingSubspace)
