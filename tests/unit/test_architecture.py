@@ -51,7 +51,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "commands": ("errors", "record", "probes", "analysis", "reports", "testbed"),
     "__main__": ("commands",),
 }
-"""What each station may import besides itself. A file that is listed by itself has that line instead of its station's."""
+"""What each station may import besides itself. A file listed by itself has that line instead of its station's."""
 
 FOREIGN: Final[Mapping[str, tuple[str, ...]]] = {
     "errors": ("torch", "numpy"),

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Probe
 from stabilitylab.record.readings import Rebuild
+from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.instruments.transfer import Stack
-
-NoteTaker = Callable[[str, str], None]
-"""(kind, what was not measured and why)."""
-
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 

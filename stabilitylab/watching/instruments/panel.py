@@ -23,9 +23,10 @@ from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.attention import AttentionInstrument
-from stabilitylab.watching.instruments.bench import Bench, NoteTaker
+from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.editor import EditorInstrument
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument

@@ -1,0 +1,29 @@
+"""What judges outcomes: what became of an edit, from how the weights stand when the next one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.record.readings import OutcomeKind
+from stabilitylab.watching.instruments.references import References
+
+Passes = Mapping[str, WeightPass]
+"""What a look at each weight says, by site."""
+
+
+def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKind | None:
+    """What became of the last edit; None when the weights went to a state that was not seen before.
+
+    looks: at the weights now. left: what the edit left, where they need not differ from it.
+    """
+    changed = {site: seen for site, seen in looks.items() if seen.update != 0 and not _is_lost(seen, left.get(site))}
+    if not changed:
+        return "committed"
+    seen = {references.changed_between(site, look) for site, look in changed.items()}
+    return seen.pop() if len(seen) == 1 else None
+
+
+def _is_lost(now: WeightPass, before: WeightPass | None) -> bool:
+    """Whether a weight was not finite before and isn't now, so that no distance tells whether it changed."""
+    return before is not None and before.nonfinite == now.nonfinite > 0

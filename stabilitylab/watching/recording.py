@@ -1,0 +1,118 @@
+"""What writes a run: rows, notes, outcomes and alarms into its record; each row to the analyzer and the sinks too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
+from stabilitylab.reports.sinks import Sink
+from stabilitylab.watching.guard import Guard
+
+
+class Record(Protocol):
+    """Where a run is written to: a `stabilitylab.record.store.RunWriter`, whose methods these are."""
+
+    path: Path
+
+    def append(self, row: EditRow) -> None:
+        """One edit's row."""
+
+    def append_dry(self, rows: Sequence[EditRow]) -> int:
+        """The rows of all dry edits at once; returns how many."""
+
+    def note(self, note: Note) -> None:
+        """What was not measured, or not as asked."""
+
+    def set_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Entries of the manifest."""
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """What became of an edit."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """A verdict as it is raised."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class Recorder:
+    """Writes one run. What fails here is said in the run and stops nothing."""
+
+    def __init__(self, record: Record, analyzer: Analyzer, sinks: Sequence[Sink]) -> None:
+        self.edits = 0
+        """How many edits have ended."""
+        self.guard = Guard(self.note)
+        self._record = record
+        self._analyzer = analyzer
+        self._sinks = tuple(sinks)
+        self._about: int | None = None
+        self._raised = 0
+
+    @property
+    def path(self) -> Path:
+        """The run file."""
+        return self._record.path
+
+    @contextmanager
+    def about(self, edit: int) -> Iterator[None]:
+        """Notes that are taken inside are of this edit; else they are of the last that ended."""
+        self._about = edit
+        try:
+            yield
+        finally:
+            self._about = None
+
+    def note(self, kind: str, says: str) -> None:
+        """Record something that was not measured, or not as asked."""
+        edit = self.edits if self._about is None else self._about
+        with suppress(Exception):
+            self._record.note(Note(edit, kind, says))
+
+    def manifest(self, entries: Mapping[str, Any]) -> None:
+        """Write or replace entries of the manifest. Raises what the record raises."""
+        self._record.set_manifest(entries)
+
+    def row(self, row: EditRow) -> None:
+        """Write an edit's row, then tell the analyzer and the sinks of it."""
+        self.guard("the run file", lambda: self._record.append(row))
+        self.guard("the analyzer", lambda: self._analyze(row))
+
+    def _analyze(self, row: EditRow) -> None:
+        self._analyzer.observe(row)
+        diagnosis = self._analyzer.diagnosis()
+        if severity(diagnosis.verdict) > self._raised:
+            self._raised = severity(diagnosis.verdict)
+            worst = max(diagnosis.findings, key=lambda finding: severity(finding.verdict))
+            alarm = Alarm(row.edit, diagnosis.verdict, worst.metric, worst.site, worst.says)
+            self.guard("the run file", lambda: self._record.alarm(alarm))
+        for sink in self._sinks:
+            self.guard(type(sink).__name__, functools.partial(sink.on_row, row, diagnosis))
+
+    def dry(self, rows: Sequence[EditRow], seconds: float) -> None:
+        """Write the rows of all dry edits, which took so long, and tell the analyzer of them."""
+        if self.guard("the run file", lambda: self._record.append_dry(rows)):
+            for row in rows:
+                self.guard("the analyzer", functools.partial(self._analyzer.observe_dry, row))
+            self.note("calibrated", f"{len(rows)} dry edits in {seconds:.1f} s, each rolled back bit for bit")
+
+    def outcome(self, edit: int, outcome: OutcomeKind) -> None:
+        """Write what became of an edit. Raises what the record raises."""
+        self._record.outcome(edit, outcome)
+
+    def diagnosis(self) -> Diagnosis:
+        """What the analyzer says after the rows so far."""
+        return self._analyzer.diagnosis()
+
+    def close(self) -> None:
+        """End the sinks and the record."""
+        for sink in self._sinks:
+            self.guard(f"{type(sink).__name__}.close", sink.close)
+        self.guard("the run file", lambda: self._record.set_manifest({"closed": True}))
+        self.guard("the run file", self._record.close)

@@ -1,0 +1,271 @@
+"""One round an edit: what is measured before, inside and after it, and when that is read and recorded.
+
+On a CPU a row is written as its edit ends. On an accelerator it is read one edit later, so that nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from stabilitylab.analysis.pace import Pace
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.record.readings import EditRow, OutcomeKind, Status
+from stabilitylab.watching import manifest
+from stabilitylab.watching.canary import Canary, Schedule
+from stabilitylab.watching.discovery import Discovery
+from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.hooks import Capture, ModelCall
+from stabilitylab.watching.instruments.panel import Cargo, Instruments
+from stabilitylab.watching.outcomes import Passes, outcome_of
+from stabilitylab.watching.recording import Recorder
+from stabilitylab.watching.sites import Site, locate
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An edit as the loop made it. started: seconds since the epoch. clock: when it began, by `time.perf_counter`."""
+
+    label: str
+    started: float
+    clock: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
+
+    times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
+    belongs to it.
+    """
+
+    edit: int
+    taken: Taken
+    status: Status
+    cargo: Cargo
+    between: Cargo | None = None
+    times: tuple[float, float, float] | None = None
+
+
+class Rounds:
+    """Watches a model through the edits of a loop. Knows no formula and decides nothing."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site] | None,
+        recorder: Recorder,
+        probes: Sequence[Probe[Any]],
+        editor: object | None,
+        canary: Canary | None,
+    ) -> None:
+        """sites: None for what the first edit moves."""
+        self.model = model
+        self.sites: tuple[Site, ...] = ()
+        self._recorder = recorder
+        self._guard = recorder.guard
+        self._instruments = Instruments(probes, editor, canary, recorder.note)
+        self._schedule = None if canary is None else Schedule(canary)
+        self._pace = Pace()
+        self._discovery: Discovery | None = None
+        self._began = time.perf_counter()
+        self._unread: _Unread | None = None
+        self._outcome_due: int | None = None
+        self._last_moved = False
+        if sites is None:
+            self._discovery = Discovery(model)
+        else:
+            self._watch(sites, {})
+        if not self._instruments.keeps_references:
+            self._note("no-references", "no copies of the weights are kept: no update, drift or outcome is measured")
+        if canary is None:
+            self._note("logits-lag", "no canary: the logits are those of each edit's own input before it took effect")
+        self._first_row()
+
+    def _note(self, kind: str, says: str) -> None:
+        self._recorder.note(kind, says)
+
+    # -- the round ------------------------------------------------------------------------------------------------
+
+    def _first_row(self) -> None:
+        """Edit 0: the state before any edit."""
+        taken = Taken("", time.time(), time.perf_counter())
+        with self._instruments.probe_time:
+            self._instruments.before_any_edit(self.model, self.sites)
+        self._forward_canary(None)
+        with self._instruments.probe_time:
+            cargo = self._instruments.send()
+        self._read(_Unread(0, taken, "start", cargo))
+
+    def begin(self) -> Capture:
+        """An edit begins: see what became of the last one, and put hooks on the model."""
+        with self._instruments.probe_time:
+            if self._unread is None:
+                self.observe_outcome()
+            else:
+                self._guard("observing the outcome", self._observe_later)
+            self._instruments.begin(self._recorder.edits + 1)
+            capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
+            return capture or self._instruments.no_capture()
+
+    def end(self, taken: Taken, capture: Capture, reports: Mapping[str, EditorReport]) -> None:
+        """An edit has ended, and its hooks are gone: measure what it left, and record it as soon as nothing waits."""
+        self._recorder.edits += 1
+        edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
+        self.flush()
+        with instruments.probe_time:
+            self._guard("finding the moved parameters", self._discover)
+            instruments.after(self.model, self.sites, capture, reports)
+            cargo = instruments.send()
+        if applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo)):
+            self._forward_canary(capture.model_call)
+            with instruments.probe_time:
+                cargo = instruments.send(more_of=cargo)
+        unread = _Unread(edit, taken, "applied" if applied else "failed", cargo)
+        capture.clear()
+        self._outcome_due = edit if applied else None
+        if applied and not cargo.is_here:
+            # Read one edit later, so that nothing waits for the accelerator.
+            self._unread = replace(unread, times=self._times(taken.clock))
+        else:
+            self._read(unread)
+
+    def _times(self, clock: float) -> tuple[float, float, float]:
+        """Seconds since `clock`, and those of them that probes and canary took; both counts start anew."""
+        instruments = self._instruments
+        return time.perf_counter() - clock, instruments.probe_time.take(), instruments.canary_time.take()
+
+    def flush(self) -> None:
+        """Read what is still on its way: before anything is said of the last edit, and after an exception."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._read(unread)
+
+    def _read(self, unread: _Unread) -> None:
+        """Wait for an edit's measurements and record them. Notes are of that edit."""
+        with self._recorder.about(unread.edit):
+            self._guard("the record of an edit", lambda: self._record(unread))
+
+    def _record(self, unread: _Unread) -> None:
+        instruments, taken = self._instruments, unread.taken
+        with instruments.probe_time:
+            readings = instruments.read(unread.cargo)
+            passes = instruments.passes(unread.cargo)
+            for site, seen in passes.items():
+                instruments.references.edited(site, seen)
+            self._last_moved = any(seen.update != 0 for seen in passes.values())
+            if self._schedule is not None and not self._schedule.always and unread.times is not None:
+                self._watch_pace(unread.cargo)
+        times = unread.times or self._times(taken.clock)
+        row = EditRow(unread.edit, taken.label, unread.status, taken.started, *times, taken.error, readings)
+        self._recorder.row(row)
+        between = unread.between
+        if between is not None:
+            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes))
+
+    # -- the canary -----------------------------------------------------------------------------------------------
+
+    def _forward_canary(self, last_call: ModelCall | None) -> None:
+        before = self._instruments.canary_time.seconds
+        self._instruments.canary.forward(self.model, last_call)
+        if self._schedule is not None:
+            self._schedule.paid(self._instruments.canary_time.seconds - before)
+
+    def _canary_is_due(self, cargo: Cargo) -> bool:
+        """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
+        nothing has to be waited for, up to this edit, else up to the one before.
+        """
+        if self._schedule is None or not self._instruments.canary.wanted:
+            return False
+        if not self._schedule.always and cargo.is_here:
+            self._watch_pace(cargo)
+        now = self._pace.now
+        return self._schedule.is_due(self._recorder.edits, time.perf_counter() - self._began, now.moving, now.leaping)
+
+    def _watch_pace(self, cargo: Cargo) -> None:
+        scans = self._instruments.scans(cargo)
+        updates = {site: seen.update for site, seen in scans.items() if isinstance(seen, WeightPass)}
+        lost = {site: math.nan for site, seen in scans.items() if seen.nonfinite}
+        self._pace.observe(updates | lost)
+
+    def pause(self, seconds: float) -> None:
+        """So much of the time was no part of the loop: a canary that has a share of it has none in that."""
+        self._began += seconds
+
+    # -- what became of an edit -----------------------------------------------------------------------------------
+
+    @property
+    def last_edit_moved(self) -> bool:
+        """Whether the last edit was seen to change a watched weight."""
+        self.flush()
+        return self._last_moved
+
+    def observe_outcome(self) -> OutcomeKind | None:
+        """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
+        self.flush()
+        due, self._outcome_due = self._outcome_due, None
+        if due is None or not self._can_tell:
+            return None
+        edit = due
+        outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._observe(edit))
+        return outcome
+
+    @property
+    def _can_tell(self) -> bool:
+        return bool(self.sites) and self._instruments.keeps_references
+
+    def _observe_later(self) -> None:
+        """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
+        due, self._outcome_due = self._outcome_due, None
+        if self._unread is not None and due is not None and self._can_tell:
+            self._instruments.look_at_weights(self.model, self.sites)
+            self._unread = replace(self._unread, between=self._instruments.send())
+
+    def _observe(self, edit: int) -> OutcomeKind:
+        changed = self._instruments.changed(self.model, self.sites)
+        self._instruments.look_at_weights(self.model, changed)
+        return self._judge(edit, self._instruments.send(), {})
+
+    def _judge(self, edit: int, looks: Cargo, left: Passes) -> OutcomeKind:
+        outcome = outcome_of(self._instruments.passes(looks), left, self._instruments.references)
+        if outcome is None:
+            self._note("restore", f"after edit {edit} the weights changed to a state that was not seen before")
+        self._recorder.outcome(edit, outcome or "committed")
+        return outcome or "committed"
+
+    # -- which sites ----------------------------------------------------------------------------------------------
+
+    def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
+        """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
+        for site in sites:
+            found = locate(self.model, site)
+            if found is not None and self._instruments.keeps_references:
+                self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+        self.sites = tuple(sites)
+        self._recorder.manifest(manifest.of_sites(self.sites))
+
+    def _discover(self) -> None:
+        """Watch what the first edit moved; keep looking when it moved nothing."""
+        if self._discovery is None:
+            return
+        edit, moved = self._recorder.edits, self._discovery.moved(self.model)
+        if not moved:
+            fresh = self._discovery.remember(self.model)
+            news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
+            self._note("sites-discovered", f"edit {edit} moved no parameter of the model{news}")
+            return
+        self._discovery = None
+        self._watch([site for site, _ in moved.values()], {name: original for name, (_, original) in moved.items()})
+        self._note("sites-discovered", f"edit {edit} moved {', '.join(moved)}; hooks are on them from the next edit on")
+
+    def release(self) -> None:
+        """Let go of the model, the editor and the copies of the weights."""
+        self._discovery = None
+        self.model, self._instruments = nn.Module(), Instruments((), None, None, self._recorder.note)
