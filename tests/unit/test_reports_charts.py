@@ -18,7 +18,7 @@ from stabilitylab.errors import UsageError
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
-from stabilitylab.reports import charting, charts
+from stabilitylab.reports import chart_parts, charting, interactive
 from tests.injections import hostile_run as write_hostile
 from tests.synthetic import HOSTILE, make_run
 
@@ -291,4 +291,4 @@ def test_values_at_the_ends_of_what_floats_hold_are_drawn(tmp_path: Path, values
 
 
 def test_the_palette_has_a_colour_per_named_line() -> None:
-    assert len(set(charts.LINES)) == charts.NAMED
+    assert len(set(interactive.LINES)) == chart_parts.NAMED
