@@ -194,7 +194,8 @@ class FactRules:
         at = self._lookup.at("weight.max_abs")
         values = row.values[at]
         _, before = self._largest.swap(row.places[at], values)
-        leapt = (LEAP * before <= values) & (values < np.inf)
+        # A weight of zeros has no size to leap from: a bias may begin so, and its first entry is the first to move.
+        leapt = (before > 0) & (LEAP * before <= values) & (values < np.inf)
         for position, was in zip(at[leapt], before[leapt].tolist(), strict=True):
             place, largest = int(row.places[position]), float(row.values[position])
             site = self._lookup.key(row, position)[1]

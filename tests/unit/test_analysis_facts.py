@@ -173,6 +173,8 @@ def test_an_update_that_is_a_single_entry() -> None:
     assert (diagnosis.verdict, diagnosis.first_bad_edit, diagnosis.first_bad_site) == ("diverging", 2, A)
     for other in (edit(40.0, 39.5), edit(60.0, 90.0), edit(math.inf, math.inf), edit(0.5, 0.5)):
         assert "one-entry" not in [rule for rule, _, _ in rules(run(before, before, other))]
+    for largest in (0.0, 0.3):  # zeros that stay, and zeros of which one becomes something
+        assert run(edit(0.0, 0.0), edit(largest, largest)).verdict == "stable"
 
 
 def test_a_normaliser_that_begins_anew() -> None:
