@@ -16,10 +16,16 @@ CHECKED := $(ROOTS) tests benchmarks
 # Small models: one thread is as fast as two, and the same on every machine.
 export OMP_NUM_THREADS := 1
 
+# What `make compat` runs, and where its environments are kept: outside of the clone, gigabytes each.
+QUICK := tests/unit tests/contract tests/oracle
+COMPAT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stabilitylab/compat
+COMPAT_ENV = $(COMPAT)/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(QUICK)
+
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained lint format wheel checkpoints clean
+.PHONY: help install demo test test-browser pretrained test-pretrained lint format wheel checkpoints compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -50,6 +56,25 @@ lint: $(LINT) .typings/stabilitylab ## Check style with ruff, and types with myp
 format: $(LINT) ## Format the code
 	$(BIN)/ruff check --fix-only --quiet $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+compat: ## Run the quick tests under another Python: make compat PYTHON=python3.13
+	@$(PYTHON) -m venv $(COMPAT_ENV)
+	@echo "installing into $(COMPAT_ENV) …"
+	@$(COMPAT_ENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[demo,test]'
+	@$(COMPAT_ENV)/bin/python $(COMPAT_TEST)
+
+# pip can't ask for the lowest releases; uv can. Old libraries warn of one another: that is not what is looked for.
+compat-lowest: ## Run the quick tests with the lowest releases that setup.cfg admits
+	@$(PYTHON) -m venv $(COMPAT)/uv && $(COMPAT)/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(COMPAT)/uv/bin/uv venv --quiet --allow-existing --python $(PYTHON) $(COMPAT_ENV)-lowest
+	@echo "installing into $(COMPAT_ENV)-lowest …"
+	@$(COMPAT)/uv/bin/uv pip install --quiet --python $(COMPAT_ENV)-lowest/bin/python --resolution lowest-direct \
+		--editable '.[demo,test]'
+	@$(COMPAT_ENV)-lowest/bin/python $(COMPAT_TEST) --override-ini filterwarnings=default
+
+compat-own: ## Install the wheel beside torch and the transformers that EasyEdit pins, and use it there
+	@PYTHON=$(PYTHON) tests/compat/own_environment.sh $(COMPAT_ENV)-own
 
 wheel: $(FULL) ## Build the wheel into dist/
 	rm -rf build

@@ -243,8 +243,8 @@ def mark_edits(axis: Axes, diagnosis: Diagnosis, *, named: bool = True) -> None:
             words, (start, 1.0), (0, 2 + 9.5 * row), xycoords="axes fraction", textcoords="offset points",
             color=names[-1][1], fontsize=8, va="bottom", annotation_clip=False,
         )  # fmt: skip
-    figure = axis.get_figure(root=True)
-    if named and figure is not None:
+    figure = axis.figure
+    if named and isinstance(figure, Figure):
         rows = sum(end >= 0 for end in taken)
         figure.subplots_adjust(top=1.0 - (0.1 + 0.13 * rows) / float(figure.get_figheight()))
 

@@ -44,8 +44,8 @@ class Regularized:
 
     def __getattr__(self, name: str) -> Any:
         # Probes read statistics and caches off the editor (`watching.editor_parts`): it shows those of the inner.
-        if name == "inner":
-            raise AttributeError(name)  # before `__init__`, as in copying
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)  # before `__init__`, as in copying, whose protocol must be this object's own
         return getattr(self.inner, name)
 
     def edit(self, model: nn.Module, request: Any) -> nn.Module:

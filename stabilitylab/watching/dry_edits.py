@@ -143,6 +143,9 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda made: None
+        return
     with Progress(
         TextColumn("dry edits"),
         BarColumn(bar_width=24),
@@ -150,7 +153,6 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
         redirect_stdout=False,
         redirect_stderr=False,
     ) as bars:

@@ -346,8 +346,14 @@ def watched(model: torch.nn.Module, **inputs: Any) -> tuple[dict[str, AttentionP
     return seen, given_there, output
 
 
+ONE_PATH = pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "set_attn_implementation"),
+    reason="OPT's eager attention of older transformers multiplies heads as one batch, which is not seen",
+)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
-@pytest.mark.parametrize("make", [gpt2, llama, opt], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [gpt2, llama, pytest.param(opt, marks=ONE_PATH)], ids=lambda make: make.__name__)
 def test_fused_and_eager_attention_agree(make: Any, padded: bool) -> None:
     ids = torch.randint(3, 50, (3, 9))
     mask = torch.ones_like(ids)
@@ -378,6 +384,7 @@ def test_fused_and_eager_attention_agree(make: Any, padded: bool) -> None:
         assert mask_pass(mask) == MaskPass(12, 0)
 
 
+@ONE_PATH
 def test_all_three_parts_of_a_blip2_in_fp16() -> None:
     model = blip2_digits.set_precision(blip2_digits.build(0), "fp16")
     asked = ["what digit is this ?", "is the digit even ?"]

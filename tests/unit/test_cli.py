@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_the_metrics_are_listed_as_json() -> None:
 
 
 def newer(folder: Path) -> Path:
-    with sqlite3.connect(folder / FILE_NAME) as db:
+    with closing(sqlite3.connect(folder / FILE_NAME)) as db, db:
         db.execute("PRAGMA user_version=99")
     return folder
 

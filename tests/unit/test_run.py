@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_file_that_is_no_run(tmp_path: Path, content: bytes) -> None:
 
 
 def test_another_database_is_no_run(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / FILE_NAME) as db:
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, db:
         db.execute("CREATE TABLE t (x)")
     with pytest.raises(RunError, match="a database but not a run file"):
         load(tmp_path)
@@ -91,7 +92,7 @@ def test_a_damaged_run_is_read_or_called_damaged_and_nothing_else(tmp_path: Path
 
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     make(tmp_path / "run")
-    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as db:
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME)) as db, db:
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
     with pytest.raises(RunError, match=f"run schema {SCHEMA_VERSION + 1}, this stabilitylab reads up to"):
         load(tmp_path / "run")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_a_layout_is_shared_until_something_new_is_read(tmp_path: Path) -> None:
     run.append(row(6, {("update.norm", "a"): 6.0}))
     run.append(row(7, {("gradient.spectrum", "a"): range(9)}))
     run.close()
-    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as db:
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME)) as db, db:
         assert db.execute("SELECT count(*) FROM layout").fetchone() == (3,)
     found = load(tmp_path / "run")
     np.testing.assert_array_equal(found.series("update.norm", "a"), [0, 1, 2, 3, 4, np.nan, 6, np.nan])
@@ -351,7 +352,7 @@ def test_a_file_of_schema_1_has_no_dry_edits(tmp_path: Path) -> None:
     run = writer(tmp_path / "run")
     run.append(row(1, {("update.norm", "a"): 1.0}))
     run.close()
-    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as db:
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME)) as db, db:
         db.execute("DROP TABLE dry")
         db.execute("PRAGMA user_version=1")
     found = load(tmp_path / "run")

@@ -27,7 +27,7 @@ from benchmarks.zoo import (
 from benchmarks.zoo.scenario import Loop, watched
 from stabilitylab.errors import UsageError
 from stabilitylab.record.run import load
-from tests.zoo_loops import nobody
+from tests.benchmarks.zoo_loops import nobody
 
 FINDINGS_MECHANISMS = range(1, 21)
 

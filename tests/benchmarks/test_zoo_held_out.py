@@ -14,7 +14,7 @@ from benchmarks.zoo.scenario import watched
 from stabilitylab.analysis.causes import RULES
 from stabilitylab.editors.layers import edited_layers
 from stabilitylab.record.run import load
-from tests.zoo_loops import nobody
+from tests.benchmarks.zoo_loops import nobody
 
 SEED = HELD_OUT_SEEDS
 FAILING = [scenario for scenario in SCENARIOS if scenario.held_out]
