@@ -109,7 +109,8 @@ def test_package_data_is_in_the_wheel(wheel: Path) -> None:
         "malmen.safetensors",
         "mend.safetensors",
     ]
-    assert not [name for name in names if name.startswith(("probes/", "reports/", "tests/"))]
+    assert not [name for name in names if name.startswith(("probes/", "reports/", "tests/", "benchmarks/"))]
+    assert not [name for name in names if "/zoo/" in name]
 
 
 def test_the_console_script_answers(installed: Path) -> None:
