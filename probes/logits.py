@@ -113,7 +113,8 @@ class Canary(Probe[CanaryPass]):
             "share",
             "linear",
             "after",
-            "Share of the canary whose most likely token is still the unedited model's. A non-finite row never agrees.",
+            "Share of the canary's tokens, of those that the unedited model can predict, at which its most likely next"
+            " token is still the same. A non-finite one never agrees.",
             "mean [argmax z_t = argmax z_0]",
             "locality: MEND (arXiv 2110.11309)",
         ),
@@ -122,7 +123,7 @@ class Canary(Probe[CanaryPass]):
             "nats",
             "log",
             "after",
-            "How far the canary's predictions have moved from the unedited model's.",
+            "How far the canary's predictions are from the unedited model's, over the tokens that it can predict.",
             "mean KL(p_0 ‖ p_t)",
             "Kullback and Leibler (1951)",
         ),

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.canary_places import CanaryPlaces
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, wide_dtype
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
+_AT_ONCE = 16  # tokens of the canary: their vocabularies in float64 are what takes memory
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
 
@@ -73,9 +75,11 @@ class LossPass:
 
 @dataclass(frozen=True)
 class CanaryPass(LogitsStatistics):
-    """Of the canary's, with its distance to the stored original: agreement is the share of rows whose most
-    likely token is the original's (a non-finite row never agrees), kl the mean KL(original ‖ now) in nats. Both are
-    None for a canary that has no original, such as the replayed input of an edit.
+    """Of the canary's, with its distance to the stored original, over the tokens that count (`canary_places`).
+
+    agreement: the share whose most likely successor is the original's; one that is not finite never agrees, but for a
+    −∞ that the original has there too. kl: the mean KL(original ‖ now) in nats. Both are None for a canary that has no
+    original, such as the replayed input of an edit.
     """
 
     agreement: float | None = None
@@ -146,16 +150,20 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def reduce_canary(logits: Tensor, attention_mask: Tensor | None, original: Tensor) -> Tensor:
-    """The numbers of `CanaryPass` as a float64 tensor of shape [9]. original: last-token logits [batch, vocabulary]."""
-    last = last_token_logits(logits, attention_mask).double()
-    before, now = torch.log_softmax(original.double(), dim=-1), torch.log_softmax(last, dim=-1)
-    usable = torch.isfinite(last).all(dim=-1)
-    agrees = (last.argmax(dim=-1) == original.argmax(dim=-1)) & usable
-    probability = before.exp()
-    gap = torch.where(probability > 0, before - now, torch.zeros_like(now))
-    kl = (probability * gap).sum(dim=-1).mean()
-    return torch.cat([reduce_logits(logits, attention_mask), torch.stack([agrees.double().mean(), kl])])
+def reduce_canary(logits: Tensor, attention_mask: Tensor | None, places: CanaryPlaces) -> Tensor:
+    """The numbers of `CanaryPass` as a float64 tensor of shape [9]. places: the tokens that count, and the original."""
+    now = places.of(logits)
+    agreed = torch.zeros((), dtype=torch.float64, device=now.device)
+    divergence = torch.zeros((), dtype=torch.float64, device=now.device)
+    for old_rows, new_rows in zip(places.logits.split(_AT_ONCE), now.split(_AT_ONCE), strict=True):
+        old, new = (torch.log_softmax(each.double(), dim=-1) for each in (old_rows, new_rows))
+        masked = (new_rows == -torch.inf) & (old_rows == -torch.inf)  # by design: a token that is never to come
+        usable = (torch.isfinite(new_rows) | masked).all(dim=-1)
+        agreed = agreed + ((new_rows.argmax(dim=-1) == old_rows.argmax(dim=-1)) & usable).sum()
+        probability = old.exp()
+        divergence = divergence + torch.where(probability > 0, probability * (old - new), torch.zeros_like(new)).sum()
+    tokens = max(1, now.shape[0])
+    return torch.cat([reduce_logits(logits, attention_mask), torch.stack([agreed / tokens, divergence / tokens])])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stabilitylab.probes.activations import ActivationPasses, ActivationRange, ActivationScale, NormHeadroom
+from stabilitylab.probes.canary_places import MOST, CanaryPlaces, canary_places
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
 from stabilitylab.probes.feedback import FeedbackPass, FeedbackShare, Gain, History
 from stabilitylab.probes.logits import Canary, Logits, Perplexity
@@ -293,25 +294,117 @@ def test_a_mask_shorter_than_the_logits_is_aligned_to_their_end() -> None:
     assert last_token_logits(logits, mask)[0, 0] == 3
 
 
-@given(seed=seeds, batch=st.integers(1, 5), vocabulary=st.integers(2, 20))
+def ends_of(logits: torch.Tensor) -> CanaryPlaces:
+    """Each row's last token, with what an original says there: [batch, vocabulary]."""
+    rows = torch.arange(logits.shape[0])
+    return CanaryPlaces(rows, torch.zeros_like(rows), logits)
+
+
+@given(seed=seeds, batch=st.integers(1, 40), vocabulary=st.integers(2, 20))
 def test_canary(seed: int, batch: int, vocabulary: int) -> None:
     original, now = random(seed, batch, vocabulary), random(seed + 1, batch, vocabulary)
-    seen = CanaryPass.from_host(reduce_canary(now[:, None], None, original).numpy())
+    seen = CanaryPass.from_host(reduce_canary(now[:, None], None, ends_of(original)).numpy())
     readings = Canary().compute(seen)
     p, q = (np.exp(numpy64(z)) / np.exp(numpy64(z)).sum(axis=1, keepdims=True) for z in (original, now))
     assert readings["canary.kl"] == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-6, abs=1e-9)
     agree = np.mean(numpy64(original).argmax(axis=1) == numpy64(now).argmax(axis=1))
     assert readings["canary.agreement"] == pytest.approx(agree)
-    same = Canary().compute(CanaryPass.from_host(reduce_canary(original[:, None], None, original).numpy()))
+    same = Canary().compute(CanaryPass.from_host(reduce_canary(original[:, None], None, ends_of(original)).numpy()))
     assert (same["canary.agreement"], same["canary.kl"]) == (1.0, pytest.approx(0.0, abs=1e-12))
 
 
 def test_a_nonfinite_row_never_agrees_with_the_original() -> None:
     original = torch.tensor([[5.0, 0.0], [5.0, 0.0]])  # argmax 0, which is also what argmax says of all NaN
     now = torch.tensor([[[math.nan, math.nan]], [[5.0, 0.0]]])
-    readings = Canary().compute(CanaryPass.from_host(reduce_canary(now, None, original).numpy()))
+    readings = Canary().compute(CanaryPass.from_host(reduce_canary(now, None, ends_of(original)).numpy()))
     assert readings["canary.agreement"] == 0.5
     assert math.isnan(readings["canary.kl"])
+
+
+def test_a_token_that_is_masked_by_design_is_no_harm_and_one_that_is_masked_since_is() -> None:
+    original = torch.tensor([[5.0, 0.0, -math.inf], [5.0, 0.0, 1.0]])
+    still, since = original.clone(), original.clone()
+    since[1, 2] = -math.inf
+    for now, agreement, kl in ((still, 1.0, 0.0), (since, 0.5, math.inf)):
+        readings = Canary().compute(CanaryPass.from_host(reduce_canary(now[:, None], None, ends_of(original)).numpy()))
+        assert readings["canary.agreement"] == agreement
+        assert readings["canary.kl"] == pytest.approx(kl, abs=1e-9)
+
+
+def naive_places(
+    logits: np.ndarray, tokens: np.ndarray | None, mask: np.ndarray | None, length: int
+) -> list[tuple[int, int]]:
+    """(row, position) of the tokens that count, one after the other; the last `length` positions are the text's."""
+    batch, positions, vocabulary = logits.shape
+    real = {
+        (row, at)
+        for row in range(batch)
+        for at in range(positions)
+        if mask is None or (at >= positions - length and mask[row, at - positions + length])
+    }
+    for row in range(batch):
+        if not any((row, at) in real for at in range(positions)):
+            real.add((row, positions - 1))
+    known, right = 0, []
+    if tokens is not None:
+        before = positions - length
+        for row in range(batch):
+            for at in range(before, positions - 1):
+                wanted = int(tokens[row, at + 1 - before])
+                if (row, at) in real and (row, at + 1) in real and 0 <= wanted < vocabulary:
+                    known += 1
+                    right += [(row, at)] if int(logits[row, at].argmax()) == wanted else []
+    counted = set(right) if right and len(right) >= 0.1 * known else set()
+    ends = [(row, max(at for at in range(positions) if (row, at) in real)) for row in range(batch)]
+    sure = [end for end in ends if (p := np.exp(logits[end] - logits[end].max())).max() / p.sum() >= 0.75]
+    counted |= set(sure)
+    if len(counted) < batch / 2:
+        counted = real if tokens is not None and not sure else set(ends)
+    return sorted(counted)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@given(
+    seed=seeds,
+    batch=st.integers(1, 4),
+    length=st.integers(2, 6),
+    image=st.integers(0, 2),
+    scale=st.sampled_from([0.1, 1.0, 8.0]),
+    knows=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    asked=st.booleans(),
+)
+def test_which_tokens_of_a_canary_count(
+    side: str, seed: int, batch: int, length: int, image: int, scale: float, knows: float, asked: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = scale * rng.normal(size=(batch, image + length, 9))
+    tokens = rng.integers(0, 10, size=(batch, length))  # one id lies beyond the vocabulary
+    for row in range(batch):
+        for at in range(length - 1):
+            if rng.random() < knows and tokens[row, at + 1] < 9:
+                logits[row, image + at, tokens[row, at + 1]] = 20.0
+    mask = None if side == "none" else np.ones((batch, length), dtype=int)
+    if mask is not None:
+        for row in range(batch):
+            padded = int(rng.integers(0, length + 1))
+            mask[row, slice(0, padded) if side == "left" else slice(length - padded, length)] = 0
+    found = canary_places(
+        torch.tensor(logits),
+        torch.tensor(tokens) if asked else None,
+        None if mask is None else torch.tensor(mask),
+    )
+    expected = naive_places(logits, tokens if asked else None, mask, length)
+    assert list(zip(found.rows.tolist(), found.positions.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(found.logits.numpy(), np.array([logits[place] for place in expected]))
+
+
+def test_of_a_long_canary_as_many_tokens_as_can_be_kept_are_spread_over_it() -> None:
+    logits = torch.zeros(8, 40, 5)
+    logits[..., 1] = 9.0
+    found = canary_places(logits, torch.ones(8, 40, dtype=torch.int64), None)
+    assert found.rows.numel() == MOST
+    assert set(found.rows.tolist()) == set(range(8))
+    assert canary_places(logits[:, 0], None, None).positions.tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from stabilitylab.probes import ALL
 from stabilitylab.probes.absorption import reduce_absorption
 from stabilitylab.probes.attention_pass import reduce_attention, reduce_attention_logits
+from stabilitylab.probes.canary_places import CanaryPlaces
 from stabilitylab.probes.codebook import query_of, reduce_codebook, reduce_hits
 from stabilitylab.probes.gradient_factors import EXACT_RANK, reduce_factors
 from stabilitylab.probes.gradient_passes import Factors, PassKeeper, inner_product, product_with_update
@@ -193,9 +194,11 @@ def test_outputs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(2, 6, 40), (2, 40), (1, 6, 1)], ids=str)
 def test_logits(shape: tuple[int, ...], masked: bool, dtype: torch.dtype) -> None:
     logits, mask = there(*shape, dtype=dtype), there(shape[0], 4, dtype=torch.int64) if masked else None
+    rows = there(shape[0], dtype=torch.int64)
+    places = CanaryPlaces(rows, rows, last_token_logits(logits, mask))
     with nothing_waits():
         reduce_logits(logits, mask)
-        reduce_canary(logits, mask, last_token_logits(logits, mask))
+        reduce_canary(logits, mask, places)
 
 
 @each_dtype

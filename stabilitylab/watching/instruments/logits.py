@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.probes.canary_places import CanaryPlaces, canary_places
 from stabilitylab.probes.logits_pass import (
     CanaryPass,
     LaterLogits,
     LogitsPass,
     LossPass,
     TextPass,
-    last_token_logits,
     reduce_canary,
     reduce_logits,
     text_nll,
@@ -78,7 +78,7 @@ class CanaryInstrument:
     def __init__(self, bench: Bench, canary: canaries.Canary | None) -> None:
         self._bench = bench
         self._canary = canary
-        self._original_logits: Tensor | None = None
+        self._places: CanaryPlaces | None = None
         self._original_nll: Tensor | None = None
 
     @property
@@ -102,10 +102,10 @@ class CanaryInstrument:
                 packed = reduce_logits(answer.logits, answer.mask)
                 self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
             return
-        if self._original_logits is None:
-            self._original_logits = last_token_logits(answer.logits, answer.mask).clone()
+        if self._places is None:
+            self._places = canary_places(answer.logits, answer.tokens, answer.mask)
         if self._bench.needed(CanaryPass):
-            packed = reduce_canary(answer.logits, answer.mask, self._original_logits)
+            packed = reduce_canary(answer.logits, answer.mask, self._places)
             self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
         if answer.tokens is not None and self._bench.needed(TextPass):
             self._text(answer.logits, answer.tokens, answer.mask)
