@@ -155,7 +155,7 @@ def reduce_canary(logits: Tensor, attention_mask: Tensor | None, places: CanaryP
     now = places.of(logits)
     agreed = torch.zeros((), dtype=torch.float64, device=now.device)
     divergence = torch.zeros((), dtype=torch.float64, device=now.device)
-    for old_rows, new_rows in zip(places.logits.split(_AT_ONCE), now.split(_AT_ONCE), strict=True):
+    for old_rows, new_rows in zip(torch.split(places.logits, _AT_ONCE), torch.split(now, _AT_ONCE), strict=True):
         old, new = (torch.log_softmax(each.double(), dim=-1) for each in (old_rows, new_rows))
         masked = (new_rows == -torch.inf) & (old_rows == -torch.inf)  # by design: a token that is never to come
         usable = (torch.isfinite(new_rows) | masked).all(dim=-1)

@@ -33,7 +33,7 @@ from stabilitylab.probes.side_memory import SideMemory
 from stabilitylab.probes.top_singular import SpectralNorm
 from stabilitylab.probes.weight_spectrum import ConditionNumber
 from stabilitylab.probes.weight_subspace import SubspaceOverlap
-from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange
+from stabilitylab.probes.weights import Drift, Update, WeightNorm, WeightRange, Writes
 from stabilitylab.record.readings import Metric
 
 ALL: tuple[type[Probe[Any]], ...] = (
@@ -67,6 +67,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     SystemCondition,
     SystemResidual,
     Update,
+    Writes,
     Absorption,
     Drift,
     WeightNorm,
@@ -147,6 +148,7 @@ __all__ = [
     "ValueRatio",
     "WeightNorm",
     "WeightRange",
+    "Writes",
     "catalogue",
     "probes_of",
 ]

@@ -74,6 +74,18 @@ class WeightPass(WeightScan):
         return torch.cat([packed[:3], packed.new_zeros(1), packed[4:]])
 
 
+@dataclass(frozen=True)
+class WeightWrites:
+    """writes: how often the weight was written in place within an edit, by torch's version counter; float64."""
+
+    writes: float
+
+    @classmethod
+    def from_host(cls, values: Host) -> WeightWrites:
+        """From [writes]."""
+        return cls(float(values[0]))
+
+
 def on_cpu(tensor: Tensor) -> bool:
     """Whether reading a value of it back waits for nothing."""
     return tensor.device.type == "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.weight_pass import WeightPass, WeightScan
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan, WeightWrites
 from stabilitylab.record.readings import Metric
 
 
@@ -51,6 +51,28 @@ class Update(Probe[WeightPass]):
         """From one weight pass; the ratio is left out where the weight is all zero."""
         ratio = {"update.ratio": seen.update / seen.norm} if seen.norm else {}
         return {"update.norm": seen.update, **ratio}
+
+
+class Writes(Probe[WeightWrites]):
+    """Whether an edit wrote the weight at all: one that wrote it and left it as it was has lost its update."""
+
+    needs = WeightWrites
+    metrics = (
+        Metric(
+            "update.writes",
+            "writes",
+            "count",
+            "after",
+            "How often the edit wrote this weight in place. Above 0 with an update of 0: it was put back, or rounded"
+            " away. Writes through `.data` are not counted.",
+            "Δ tensor._version",
+            "—",
+        ),
+    )
+
+    def compute(self, seen: WeightWrites) -> Readings:
+        """From the version counter before and after."""
+        return {"update.writes": seen.writes}
 
 
 class Drift(Probe[WeightPass]):

@@ -94,6 +94,10 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
         lines.append(Text(f"Why: {clean(diagnosis.cause_says, 700)}"))
     if diagnosis.advice:
         lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
+    others = [link for link in diagnosis.causes if link.cause != diagnosis.cause]
+    if others:
+        lines.append(Text("With it:"))
+    lines += [Padding(Text(f"{link.role}: {clean(link.says, 500)}"), (0, 0, 0, 2)) for link in others]
     return Group(*lines)
 
 

@@ -90,6 +90,14 @@ def cause_words(diagnosis: Diagnosis) -> str:
     return f"{clean(diagnosis.cause, 80)} ({diagnosis.confidence} confidence)"
 
 
+def landed_words(diagnosis: Diagnosis) -> str:
+    """Whether edits took effect; a dash where that could not be seen."""
+    if diagnosis.landed is None:
+        return "–"
+    lost = f", none of the last {number(diagnosis.lost_edits)}" if diagnosis.lost_edits else ""
+    return diagnosis.landed + (lost if diagnosis.landed == "some" else "")
+
+
 def edit_words(edit: int | None) -> str:
     """An edit by its number; a dash for none."""
     return "–" if edit is None else f"edit {edit}"
@@ -102,6 +110,7 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
         where += f", {shorten(diagnosis.first_bad_site, site_length)}, {clean(diagnosis.first_bad_metric, 80)}"
     return [
         ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
+        ("took effect", landed_words(diagnosis)),
         ("onset, in hindsight", edit_words(diagnosis.onset_edit)),
         ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
         ("first bad", where),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
-from stabilitylab.analysis.causes.precedence import find_cause
 from stabilitylab.analysis.columns import Columns
 from stabilitylab.analysis.diagnosis import diagnose
 from stabilitylab.analysis.distance import DistanceBank
@@ -13,11 +13,19 @@ from stabilitylab.analysis.drift import BASELINE, DriftBank
 from stabilitylab.analysis.facts import FactRules
 from stabilitylab.analysis.findings import Diagnosis, severity
 from stabilitylab.analysis.forecast import Forecaster
+from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import Ledger
+from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
-from stabilitylab.record.readings import EditRow, Metric
+from stabilitylab.record.readings import EditRow, Metric, Note
+
+NOTHING_MOVED: Final = "nothing-moved"
+"""The kind of the note that an edit moved no parameter at all, of a loop that was attached to without sites."""
+UNWATCHED: Final = frozenset({"canary-off", "skipped-site"})
+"""The kinds of notes that say what was asked for and could not be watched."""
+MOST_NAMED: Final = 3
 
 
 class Analyzer:
@@ -43,11 +51,14 @@ class Analyzer:
         self._dry_edits = 0
         self._lead_in = LeadIn(self._columns, self._facts.restoring, single_edits=single_edits)
         self._ledger = Ledger(self._columns)
+        self._harm = Harm()
+        self._story = Story()
         self._forecaster = Forecaster(self._columns)
         self._edits = 0
         self._rows = 0
         self._alarm: int | None = None
         self._diagnosis: Diagnosis | None = None
+        self._unwatched: tuple[str, ...] = ()
 
     def observe_dry(self, row: EditRow) -> None:
         """Take in an edit that was rolled back, before the first edit that wasn't. It is for baselines alone.
@@ -61,6 +72,16 @@ class Analyzer:
         self._dry_edits += 1
         self._drift.observe_dry(self._columns.flatten(row))
 
+    def observe_note(self, note: Note) -> None:
+        """Take in what the monitor noted, before the row of the same edit. Most notes are for the reader alone."""
+        if note.kind == NOTHING_MOVED:
+            self._facts.nothing_moved(note.edit)
+        elif note.kind in UNWATCHED and len(self._unwatched) < MOST_NAMED:
+            self._unwatched += (note.says,)
+        else:
+            return
+        self._diagnosis = None
+
     @property
     def peaks(self) -> Mapping[str, float]:
         """The largest statistic so far of each detector whose limit is calibrated."""
@@ -72,8 +93,9 @@ class Analyzer:
         self._rows += 1
         self._edits += row.edit > 0
         flat = self._columns.flatten(row)
-        hits = self._facts.check(flat) + self._drift.observe(flat)
-        self._ledger.add(row.edit, hits + self._distance.observe(flat) + self._heading.observe(flat))
+        hits = self._facts.check(row, flat) + self._drift.observe(flat)
+        hits = self._harm.weigh(flat, hits + self._distance.observe(flat) + self._heading.observe(flat))
+        self._ledger.add(row.edit, hits)
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
@@ -81,13 +103,19 @@ class Analyzer:
         lost = alarmed and self._ledger.has_hard_fact()
         self._lead_in.observe(flat, alarmed=alarmed, lost=lost, nonfinite=worst == "non-finite")
         self._forecaster.observe(flat)
+        if self._alarm is not None and self._story.is_due(row.edit, self._alarm):
+            evidence = self._lead_in.evidence(
+                self._ledger.worst, self._ledger.findings(), self._ledger.first_bad(), self._facts.landing
+            )
+            self._story.keep(evidence)
 
     def diagnosis(self) -> Diagnosis:
         """What is known after the rows so far."""
         if self._diagnosis is None:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
             findings = self._ledger.findings()
-            cause = find_cause(self._lead_in.evidence(worst, findings, first_bad))
+            landing = self._facts.landing
+            cause, causes = self._story.tell(self._lead_in.evidence(worst, findings, first_bad, landing))
             diagnosis = diagnose(
                 self._ledger.worst,
                 rows=self._rows,
@@ -97,6 +125,9 @@ class Analyzer:
                 first_bad=first_bad,
                 findings=findings,
                 cause=cause,
+                causes=causes,
+                landing=landing,
+                unwatched=self._unwatched,
                 forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),
             )
             self._diagnosis = replace(diagnosis, baseline=self._baseline(), thresholds=str(self._thresholds))

@@ -9,7 +9,8 @@ from typing import Final
 from stabilitylab.analysis.causes.evidence import Place
 from stabilitylab.analysis.causes.rule import Cause
 from stabilitylab.analysis.drift import BASELINE
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Verdict, severity
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Link, Verdict, severity
+from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.words import place_name
 from stabilitylab.record.readings import MODEL_SITE
@@ -63,6 +64,9 @@ def diagnose(
     findings: tuple[Finding, ...],
     cause: Cause,
     forecast: Forecast | None,
+    causes: tuple[Link, ...],
+    landing: Landing,
+    unwatched: tuple[str, ...],
 ) -> Diagnosis:
     """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
     began = onset(findings, alarm)
@@ -89,6 +93,11 @@ def diagnose(
         first_nonfinite_edit=min(nonfinite, default=None),
         forecast=forecast,
         confidence=cause.confidence,
+        landed=landing.kind,
+        lost_edits=landing.lost,
+        nothing_lands=landing.nothing_lands,
+        unwatched=unwatched,
+        causes=causes,
     )
     if first_bad is not None:
         says = _bad(diagnosis, first_bad)
@@ -97,7 +106,19 @@ def diagnose(
         says = f"Drifting since edit {began}: {_clause(diagnosis, first)}"
     else:
         says = _stable(rows, edits, baseline, findings)
-    return replace(diagnosis, says=says)
+    return replace(diagnosis, says=_in_front(landing, verdict, says) + _blind(unwatched))
+
+
+def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
+    """Edits that are lost come first where the model is sound: "stable" is no news then."""
+    if not landing.nothing_lands:
+        return says
+    return f"{landing.says}. {says}" if severity(verdict) else f"{landing.says}; the model is as it was."
+
+
+def _blind(unwatched: Sequence[str]) -> str:
+    """What the verdict can't speak of."""
+    return f" As far as it was watched: {'; '.join(unwatched)}." if unwatched else ""
 
 
 def _count(edits: int) -> str:

@@ -256,7 +256,8 @@ class DriftBank:
             hits += self._hits(claim, edit)
         left = np.maximum(DRIFT_SPREADS * spread, DRIFT_LOG)
         drift = rise.min(axis=1) > left
-        drift &= ~self._once.said("growth", state["place"][series])  # which says more
+        for more in ("level", "growth"):
+            drift &= ~self._once.said(more, state["place"][series])
         hits += self._hits(_Claim("drift", series[drift], left[drift]), edit)
         return hits + self._falls(series, rise, spread, edit)
 
@@ -268,7 +269,7 @@ class DriftBank:
     def _levels(self, series: Places, level: Array, edit: int) -> list[Hit]:
         high = level >= self._limits["level"]
         limits = self._limits["level"] * detectors.far(self._state["spread"][series[high]])
-        return self._hits(_Claim("growth", series[high], limits), edit)
+        return self._hits(_Claim("level", series[high], limits), edit)
 
     def _falls(self, series: Places, rise: Array, spread: Array, edit: int) -> list[Hit]:
         """A fall that makes a run diverge is calibrated; one that is only drift has the metric's own limit."""

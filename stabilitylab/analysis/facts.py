@@ -6,10 +6,7 @@ about what is put back between edits. The limits here and where they come from:
 
 - ``HEADROOM_BITS``: under 2 bits a tensor is two doublings from infinity. Only a *fall* to there counts: a massive
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
-- ``STILL``: weights that used to move stand still for three applied edits in a row. An edit that is right already may
-  rightly move nothing, so those that begin with a loss of at most ``ALREADY`` (the answer has nine tenths of the
-  probability, where editors stop) don't count. Weights that a codebook or a side memory answers for stand still by
-  design.
+- ``STILL``: three edits in a row without effect, see `stabilitylab.analysis.landing`; or without a gradient.
 - ``RIGHT``: below a loss of 0.01 the gradient may round to zero rightly, since bfloat16 holds 1 − p only above 0.004.
 - ``FROZEN_LOSS``: a loss that is the same to the last bit at five edits in a row, which differing requests never give.
   A note, since the same request against restored weights does give it.
@@ -32,18 +29,19 @@ from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, 
 from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.facts_restoring import RestoringFacts
 from stabilitylab.analysis.findings import Verdict
+from stabilitylab.analysis.landing import Landing, Landings
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
 from stabilitylab.analysis.lookup import Lookup
+from stabilitylab.analysis.nonfinite import NonfiniteContext
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.words import number, place_name
-from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
+from stabilitylab.record.readings import MODEL_SITE, EditRow
 
 __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
 HEADROOM_BITS: Final = 2.0
 STILL: Final = 3
-ALREADY: Final = 0.1
 RIGHT: Final = 0.01
 LEAP: Final = 100.0
 ALONE: Final = 0.02
@@ -80,29 +78,35 @@ class FactRules:
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
         self._restoring = RestoringFacts()
+        self._landings = Landings(self._lookup)
+        self._context = NonfiniteContext(self._lookup)
         self._first_headroom = First()
         self._largest = Before()
-        self._still = 0
-        self._still_since = 0
-        self._moved = False
-        self._elsewhere = False
         self._dead_gradients = 0
         self._dead_since = 0
         self._reached = False
         self._loss = math.nan
         self._same_loss = 0
         self._same_since = 0
-        self._skipped = 0
-        self._skipped_since = 0
 
     @property
     def restoring(self) -> Restoring:
         """Whether edits begin at the original weights, as far as it was seen."""
         return self._restoring.restoring
 
-    def check(self, row: Flat) -> list[Hit]:
-        """The hits of one row; a claim that was made at a site before is not made again."""
+    @property
+    def landing(self) -> Landing:
+        """Whether edits land."""
+        return self._landings.now
+
+    def nothing_moved(self, edit: int) -> None:
+        """See `Landings.nothing_moved`."""
+        self._landings.nothing_moved(edit)
+
+    def check(self, edit: EditRow, row: Flat) -> list[Hit]:
+        """The hits of one row; a claim that was made at a site before is not made again. edit: the same, as it came."""
         self._lookup.look(row)
+        self._landings.observe(edit, row)
         rules = (
             self._nonfinite,
             self._labels,
@@ -112,10 +116,9 @@ class FactRules:
             self._limits.check,
             self._editor.check,
             self._restoring.check,
-            self._unmoved,
+            self._lost,
             self._gradients,
             self._frozen_loss,
-            self._skips,
         )
         return [hit for rule in rules for hit in rule(row)]
 
@@ -126,6 +129,8 @@ class FactRules:
         return at[np.isnan(row.values[at])] if bad == 0 else at[:0]
 
     def _labels(self, row: Flat) -> Iterator[Hit]:
+        if self._context.excuses(LOSS, MODEL_SITE):
+            return
         for place, value, metric, _ in self._lookup.new("labels-masked", row, self._unlabelled(row)):
             says = (
                 f"The loss is NaN at edit {row.edit} while all logits are finite: a mean over no label at all, as when"
@@ -145,6 +150,11 @@ class FactRules:
                 headroom[np.isnan(bits) | (bits == -np.inf)],
             )
         )
+        self._context.look(row, bool(bad.size))
+        if not bad.size:
+            return
+        yield from self._context.notes(row)
+        bad = bad[[not self._context.excuses(*self._lookup.key(row, position)) for position in bad]]
         # One tensor gone bad shows in many readings of it: the count of bad values, first here, speaks for all of its
         # kind at that site.
         spoken: set[tuple[str, str]] = set()
@@ -209,34 +219,21 @@ class FactRules:
                 )
                 yield Hit("one-entry", metric, place, largest, LEAP * was, "diverging", says)
 
-    def _unmoved(self, row: Flat) -> Iterator[Hit]:
-        at = self._lookup.at("update.norm")
-        if not row.applied or not at.size:
+    def _lost(self, row: Flat) -> Iterator[Hit]:
+        """Edits without effect, from three in a row on. That is no harm to the model: a note, see `landing`."""
+        landing, at = self._landings.now, self._lookup.at("update.norm")
+        if landing.lost < STILL or landing.since is None or not at.size:
             return
-        keys, sides = (self._lookup.at(f"{EDITOR_SITE}.{name}") for name in ("keys", "side_norm"))
-        self._elsewhere = self._elsewhere or sides.size > 0 or bool((row.values[keys] > 0).any())
-        if self._elsewhere:  # by design: what the edit knows is beside the weights
-            return
-        if row.values[at].any():
-            self._moved, self._still = True, 0
-            return
-        loss = self._lookup.value(row, LOSS, MODEL_SITE)
-        if loss is not None and loss <= ALREADY:  # nothing was left to do
-            return
-        self._still_since = self._still_since if self._still else row.edit
-        self._still += 1
-        sites = "the watched site" if at.size == 1 else f"any of the {at.size} watched sites"
-        if not self._moved:
-            for place, value, metric, _ in self._lookup.new("never-moved", row, at[:1]):
-                says = f"Edit {row.edit} did not move {sites}: is it these layers that the editor edits?"
-                yield Hit("never-moved", metric, place, value, 0.0, "stable", says)
-        elif self._still >= STILL:
-            for place, value, metric, _ in self._lookup.new("stopped-moving", row, at[:1]):
-                says = (
-                    f"Since edit {self._still_since} no edit moves {sites}, though edits did before: the update is"
-                    " zero, or too small for the dtype to add."
-                )
-                yield Hit("stopped-moving", metric, place, value, 0.0, "drifting", says, self._still_since)
+        for place, value, metric, _ in self._lookup.new("edits-lost", row, at[:1]):
+            before = ", though edits did before" if landing.landed else ""
+            sites = "the watched site" if at.size == 1 else f"any of the {at.size} watched sites"
+            what = f"they do not move {sites}"
+            if landing.failed == landing.lost:
+                what = "each raised an exception"
+            elif landing.gradients_bad == landing.lost:
+                what = f"gradients are not finite, and {what}"
+            says = f"Edits have no effect since edit {landing.since}{before}: {what}."
+            yield Hit("edits-lost", metric, place, value, 0.0, "stable", says, landing.since)
 
     def _gradients(self, row: Flat) -> Iterator[Hit]:
         """Gradients of exactly 0 at every watched layer, while there is a loss to reduce."""
@@ -277,19 +274,3 @@ class FactRules:
                 " longer heeds its input, or the same request meets the same weights again and again."
             )
             yield Hit("frozen-loss", metric, place, value, 0.0, "stable", says, self._same_since)
-
-    def _skips(self, row: Flat) -> Iterator[Hit]:
-        """Edits whose gradient is not finite, and that move nothing: something skips them without a word."""
-        bad, updates = self._lookup.at("gradient.nonfinite"), self._lookup.at("update.norm")
-        if not row.applied or not bad.size or not updates.size:
-            return
-        if not (row.values[bad] > 0).any() or row.values[updates].any():
-            self._skipped = 0
-            return
-        self._skipped_since = self._skipped_since if self._skipped else row.edit
-        self._skipped += 1
-        if self._skipped < STILL:
-            return
-        for place, value, metric, _ in self._lookup.new("edits-skipped", row, bad[row.values[bad] > 0][:1]):
-            says = f"Since edit {self._skipped_since} gradients are not finite and no edit moves a weight."
-            yield Hit("edits-skipped", metric, place, value, 0.0, "drifting", says, self._skipped_since)

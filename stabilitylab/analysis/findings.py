@@ -19,6 +19,8 @@ Confidence = Literal["high", "medium", "low", "none"]
 """In a cause. ``high``: the readings show the mechanism itself. ``medium``: they show what it leaves behind, which
 little else does. ``low``: they agree with it, and with other explanations as well. ``none``: no rule speaks."""
 
+Landed = Literal["all", "some", "none"]
+
 LimitKind = Literal["weight-overflow", "activation-overflow", "norm-overflow", "canary-lost"]
 Shape = Literal["exponential", "accelerating", "flattening"]
 """How a reading goes towards its limit: by the same factor each edit, by ever more, or by ever less."""
@@ -90,6 +92,27 @@ class Forecast:
         return self.says
 
 
+Role = Literal["trigger", "amplifier", "limit", "condition"]
+"""What a cause does in the chain: it begins the trouble, makes it grow, is where that ends, or let it come about."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One cause in the chain. edit, site, metric: where it is, as far as that is known. advice: what to do about it."""
+
+    role: Role
+    cause: str
+    edit: int | None
+    site: str | None
+    metric: str | None
+    says: str
+    advice: str
+    confidence: Confidence
+
+    def __str__(self) -> str:
+        return f"{self.role}: {self.says}"
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What is known of a run so far.
@@ -104,6 +127,12 @@ class Diagnosis:
     findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite.
     confidence: in the cause. baseline: what series are compared with. thresholds: where the limits of statistical
     claims come from. None: not the case.
+
+    landed: whether edits took effect: all, some or none of them; None when that could not be seen. lost_edits: how many
+    in a row did not, up to the last. nothing_lands: whether that is all of the last ten, or of a shorter run; it is no
+    part of the verdict, which is about the model. unwatched: what was asked for and could not be watched, in words.
+    causes: the chain of causes, in the order of the story: triggers, amplifiers, limits, conditions. `cause` is the one
+    of them to act on first. Once a run diverges, what was claimed stays in it.
     """
 
     verdict: Verdict
@@ -123,6 +152,11 @@ class Diagnosis:
     confidence: Confidence = "none"
     baseline: str = ""
     thresholds: str = ""
+    landed: Landed | None = None
+    lost_edits: int = 0
+    nothing_lands: bool = False
+    unwatched: tuple[str, ...] = ()
+    causes: tuple[Link, ...] = ()
 
     def __str__(self) -> str:
         return self.says

@@ -15,6 +15,7 @@ from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRo
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
+from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Key
@@ -28,6 +29,10 @@ LARGE: Final = 0.5
 REACHED: Final = 0.05
 """Of an edit's first gradient, at most so much is left in its last pass: it has reached what it asked for."""
 FLOAT16_MAX: Final = 65_504.0
+BFLOAT16_BELOW: Final = 3.395e38
+"""Between the largest of bfloat16, 3.3895e38, and of float32, 3.4028e38."""
+CHANGES: Final = 0.01
+"""Of a gradient from an edit's first pass to its last: in between the model, or the request, was another."""
 
 _INPUT: Final = f"{EDITOR_SITE}.input"
 _TELLS: Final = tuple(
@@ -115,6 +120,8 @@ class LeadIn:
         self._codebook = False
         self._reported = False
         self._masked = False
+        self._gradient_total = 0.0
+        self._changes_inside = False
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
 
@@ -171,6 +178,7 @@ class LeadIn:
         if not row.applied:
             return
         self._follow_learning(row)
+        self._follow_gradients(row)
         if not ratios.size or not drifts.size:
             return
         # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
@@ -197,6 +205,23 @@ class LeadIn:
         with np.errstate(invalid="ignore", over="ignore"):
             large = np.isfinite(drift) & (drift != 0) & (share != 0) & (update * share >= LARGE * drift)
         return bool(large.any())
+
+    @property
+    def _weights_dtype(self) -> str | None:
+        """The narrowest dtype of a watched weight, by what it can hold; None for 32 bits or more, and unknown."""
+        held = [limit for (kind, _), limit in self._largest_finite.items() if kind == "weight"]
+        narrowest = min(held, default=math.inf)
+        if narrowest < 2.0 * FLOAT16_MAX:
+            return "float16"
+        return "bfloat16" if narrowest < BFLOAT16_BELOW else None
+
+    def _follow_gradients(self, row: Flat) -> None:
+        """How large the last edit's gradient was over all layers, and whether it changed from pass to pass in it."""
+        norms = row.values[self._where.places["gradient.norm"]]
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._gradient_total = float(np.sqrt(np.square(norms).sum()))
+            last, first = row.values[self._where.passes].T
+            self._changes_inside = bool((np.abs(last - first) > CHANGES * np.abs(first)).any())
 
     def _follow_learning(self, row: Flat) -> None:
         last, first = row.values[self._where.passes].T
@@ -288,7 +313,9 @@ class LeadIn:
         """Whether the weights or activations of a finding became infinite, not NaN, at the first non-finite edit."""
         return bad is not None and (kind_of(bad.metric), bad.site) in self._infinite
 
-    def evidence(self, verdict: Verdict, findings: Sequence[Finding], first_bad: Finding | None) -> Evidence:
+    def evidence(
+        self, verdict: Verdict, findings: Sequence[Finding], first_bad: Finding | None, landing: Landing
+    ) -> Evidence:
         """All that a cause may be read from, up to now."""
         return Evidence(
             verdict=verdict,
@@ -310,6 +337,10 @@ class LeadIn:
             moved=self._moved,
             codebook=self._codebook,
             reported=self._reported,
+            landing=landing,
+            weights_dtype=self._weights_dtype,
+            gradient_total=self._gradient_total,
+            changes_inside=self._changes_inside,
         )
 
 

@@ -12,7 +12,20 @@ from stabilitylab.analysis.findings import Finding, Verdict, severity
 KEPT: Final = 3
 """Sites that are reported by name for one rule and group; the others are counted."""
 
-DRIFT_RULES: Final = frozenset({"drift", "growth", "shrink", "jump", "large-step", "canary-far", "canary-heading"})
+SIZE_RULES: Final = frozenset({"large-step", "jump", "level"})
+"""Rules about a size alone, see `stabilitylab.analysis.harm`."""
+
+DRIFT_RULES: Final = frozenset(
+    {
+        "drift",
+        "growth",
+        "shrink",
+        "canary-far",
+        "canary-heading",
+        *SIZE_RULES,
+        *(f"{rule}-harmful" for rule in SIZE_RULES),
+    }
+)
 """Rules that compare a series with its own baseline, or with what healthy runs show; all others are hard facts."""
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from stabilitylab.analysis.findings import severity
 from stabilitylab.analysis.thresholds import read
-from stabilitylab.commands.options import EXIT_BAD_VERDICT, EXIT_INCOMPLETE, WIDEST_PAGE, RunPath
+from stabilitylab.commands.options import EXIT_BAD_VERDICT, EXIT_INCOMPLETE, EXIT_UNWATCHED, WIDEST_PAGE, RunPath
 from stabilitylab.record.run import load
 
 
@@ -35,9 +35,10 @@ def check(
         typer.Option(metavar="FILE", help="Limits from `calibrate`, in place of those of the run.", show_default=False),
     ] = None,
 ) -> None:
-    """Say what became of a run, and exit with 1 when it is diverging or worse.
+    """Say what became of a run, and exit with 1 when it is diverging or worse, or when no edit takes effect any more.
 
-    A run that goes on, or whose writer was killed, is judged by the edits that it holds.
+    A run that goes on, or whose writer was killed, is judged by the edits that it holds. Exit code 5: nothing worse is
+    known, but something that was asked for could not be watched.
     """
     limits = None if thresholds is None else read(thresholds)
     found = load(run)
@@ -51,8 +52,10 @@ def check(
 
         console = Console()
         console.print(diagnosis_page(found, diagnosis), width=min(console.width, WIDEST_PAGE))
-    if severity(diagnosis.verdict) >= severity(fail_on.value):
+    if severity(diagnosis.verdict) >= severity(fail_on.value) or diagnosis.nothing_lands:
         raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
         print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)
         raise typer.Exit(EXIT_INCOMPLETE)
+    if diagnosis.unwatched:
+        raise typer.Exit(EXIT_UNWATCHED)

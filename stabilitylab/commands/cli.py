@@ -1,7 +1,8 @@
 """The command ``stabilitylab``: arguments in, exit code out. Does no work of its own.
 
-Exit codes: 0, 1 when the verdict reaches ``--fail-on``, 2 when the command can't be carried out, 3 when the run holds
-nothing to judge yet, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141 in a shell), never
+Exit codes: 0, 1 when the verdict reaches ``--fail-on`` or none of the last edits took effect, 2 when the command can't
+be carried out, 3 when the run holds nothing to judge yet, 5 when something asked for could not be watched and nothing
+worse is known, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141 in a shell), never
 by 1: that is a verdict's alone.
 """
 

@@ -11,6 +11,7 @@ import typer
 EXIT_BAD_VERDICT: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INCOMPLETE: Final = 3
+EXIT_UNWATCHED: Final = 5
 WIDEST_PAGE: Final = 100
 """Columns: longer lines of prose are hard to read."""
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
-from stabilitylab.record.readings import Alarm, EditRow, Metric
-from stabilitylab.record.run import Contents, Run, analyzer_of, keys_of, thresholds_of
+from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
+from stabilitylab.record.run import Contents, Run, analyzer_of, fed, keys_of, thresholds_of
 from stabilitylab.record.runfile import connect, find_file
 from stabilitylab.record.store import (
     Unpacker,
@@ -72,6 +72,7 @@ class Follower:
         self._rows: list[EditRow] = []
         self._dry: list[EditRow] = []
         self._last = self._last_dry = -1
+        self._noted = 0
         self.edits = self.failed = 0
         self._started: deque[float] = deque(maxlen=PACE_EDITS + 1)
 
@@ -131,36 +132,26 @@ class Follower:
         dry = list(read_rows(db, "dry", self._unpack_dry, self._last_dry)) if self._last < 1 else []
         shown = [row.edit for row in rows if row.edit > self._told]
         shown = shown if keep is None else shown[max(0, len(shown) - keep) :]
-        seen = self._take_in(rows, dry, frozenset(shown))
+        notes = read_notes(db)
+        seen = []
+        for row in fed(self._analyzer, rows, dry, notes[self._noted :]):
+            if row.edit > 0:
+                self.edits += 1
+                self.failed += row.status == "failed"
+                self._started.append(row.started)
+            if row.edit in shown:
+                seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
+        self._last = rows[-1].edit if rows else self._last
+        self._last_dry = dry[-1].edit if dry else self._last_dry
+        self._noted = len(notes)
         self._told = max(self._told, self._last)
         if self._keeps_rows:
             self._rows += rows
             self._dry += dry
-            self._run = Run(file.parent, self._contents(db))
+            self._run = Run(file.parent, self._contents(db, notes))
         return seen
 
-    def _take_in(self, rows: list[EditRow], dry: list[EditRow], shown: frozenset[int]) -> list[Seen]:
-        """Judge the rows in the order in which the monitor saw them; returns those of the edits `shown`."""
-        seen = []
-        started = [row for row in rows if row.edit < 1]
-        for row in started:
-            self._analyzer.observe(row)
-            if row.edit in shown:
-                seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
-        for row in dry:
-            self._analyzer.observe_dry(row)
-            self._last_dry = row.edit
-        for row in rows[len(started) :]:
-            self._analyzer.observe(row)
-            self.edits += 1
-            self.failed += row.status == "failed"
-            self._started.append(row.started)
-            if row.edit in shown:
-                seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
-        self._last = rows[-1].edit if rows else self._last
-        return seen
-
-    def _contents(self, db: sqlite3.Connection) -> Contents:
+    def _contents(self, db: sqlite3.Connection, notes: tuple[Note, ...]) -> Contents:
         return Contents(
             manifest=self.manifest,
             metrics=self._metrics,
@@ -169,5 +160,5 @@ class Follower:
             dry=tuple(self._dry),
             outcomes=read_outcomes(db),
             alarms=self.alarms,
-            notes=read_notes(db),
+            notes=notes,
         )

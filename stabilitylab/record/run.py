@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,30 @@ def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
 def analyzer_of(metrics: Sequence[Metric], manifest: Mapping[str, Any], thresholds: Thresholds) -> Analyzer:
     """A new analyzer, with what a manifest says of the loop."""
     return Analyzer(metrics, thresholds, single_edits=means_single_edits(manifest.get("config") or {}))
+
+
+def fed(
+    analyzer: Analyzer, rows: Sequence[EditRow], dry: Sequence[EditRow], notes: Sequence[Note]
+) -> Iterator[EditRow]:
+    """Show rows to an analyzer in the order in which the monitor did; yields each when it was seen.
+
+    That is edit 0, the dry edits, then all others; and each note before the row of its edit.
+    """
+    waiting = deque(sorted(notes, key=lambda note: note.edit))
+    started = [row for row in rows if row.edit < 1]
+    for number, row in enumerate(rows):
+        if number == len(started):
+            for dry_row in dry:
+                analyzer.observe_dry(dry_row)
+        while waiting and waiting[0].edit <= row.edit:
+            analyzer.observe_note(waiting.popleft())
+        analyzer.observe(row)
+        yield row
+    if len(rows) == len(started):
+        for dry_row in dry:
+            analyzer.observe_dry(dry_row)
+    for note in waiting:
+        analyzer.observe_note(note)
 
 
 @dataclass(frozen=True)
@@ -237,13 +262,8 @@ class Run:
     def analyzed(self, thresholds: Thresholds) -> Analyzer:
         """An analyzer that has seen all rows, in the order in which the monitor saw them: dry edits after edit 0."""
         analyzer = analyzer_of(self.metrics, self.manifest, thresholds)
-        started = [edit.row for edit in self.edits if edit.edit == 0]
-        for row in started:
-            analyzer.observe(row)
-        for row in self.dry_edits:
-            analyzer.observe_dry(row)
-        for edit in self.edits[len(started) :]:
-            analyzer.observe(edit.row)
+        for _ in fed(analyzer, [edit.row for edit in self.edits], self.dry_edits, self.notes):
+            pass
         return analyzer
 
     def __len__(self) -> int:

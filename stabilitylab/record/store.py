@@ -329,6 +329,13 @@ class RunWriter:
                 (note.edit, _spelled(note.kind), plain_text(note.says)),
             )
 
+    def discard(self) -> None:
+        """Close, and remove the file; its folder too, unless something else is in it."""
+        self.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+            self.path.parent.rmdir()
+
     def close(self) -> None:
         """Fold the log into the file and leave that one file."""
         if self._closed:

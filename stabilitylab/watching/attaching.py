@@ -69,10 +69,13 @@ def attach(
 
         receivers.append(TensorBoardSink(folder, metrics, about | options))
     single = means_single_edits(config or {})
-    monitor = Monitor(model, found, writer, chosen, editor, watched, receivers, limits, single_edits=single)
-    for name, reason in skipped.items():
-        monitor.note("skipped-site", f"{name}: {reason}")
-    return monitor
+    try:
+        return Monitor(
+            model, found, writer, chosen, editor, watched, receivers, limits, single_edits=single, skipped=skipped
+        )
+    except UsageError:  # such as a canary that can't be run: nothing was measured yet
+        writer.discard()
+        raise
 
 
 def _limits(given: str | Path | Thresholds | None) -> Thresholds | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,7 @@ class Monitor:
         thresholds: Thresholds | None = None,
         *,
         single_edits: bool = False,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self.path: Path = record.path.parent
         self._editor = editor
@@ -54,7 +55,7 @@ class Monitor:
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
         self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
-        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary)
+        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped)
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False

@@ -71,9 +71,11 @@ class Recorder:
 
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
-        edit = self.edits if self._about is None else self._about
+        note = Note(self.edits if self._about is None else self._about, kind, says)
         with suppress(Exception):
-            self._record.note(Note(edit, kind, says))
+            self._record.note(note)
+        with suppress(Exception):
+            self._analyzer.observe_note(note)
 
     def manifest(self, entries: Mapping[str, Any]) -> None:
         """Write or replace entries of the manifest. Raises what the record raises."""

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabilitylab.analysis.analyzer import NOTHING_MOVED
 from stabilitylab.analysis.pace import Pace
+from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
@@ -65,8 +67,9 @@ class Rounds:
         probes: Sequence[Probe[Any]],
         editor: object | None,
         canary: Canary | None,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
-        """sites: None for what the first edit moves."""
+        """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason."""
         self.model = model
         self.sites: tuple[Site, ...] = ()
         self._recorder = recorder
@@ -83,6 +86,8 @@ class Rounds:
             self._discovery = Discovery(model)
         else:
             self._watch(sites, {})
+        for name, reason in (skipped or {}).items():
+            self._note("skipped-site", f"{name}: {reason}")
         if not self._instruments.keeps_references:
             self._note("no-references", "no copies of the weights are kept: no update, drift or outcome is measured")
         if canary is None:
@@ -100,6 +105,8 @@ class Rounds:
         with self._instruments.probe_time:
             self._instruments.before_any_edit(self.model, self.sites)
         self._forward_canary(None)
+        if self._instruments.canary.failure:
+            raise UsageError(f"the canary can't be run: {self._instruments.canary.failure}")
         with self._instruments.probe_time:
             cargo = self._instruments.send()
         self._read(_Unread(0, taken, "start", cargo))
@@ -259,7 +266,7 @@ class Rounds:
         if not moved:
             fresh = self._discovery.remember(self.model)
             news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
-            self._note("sites-discovered", f"edit {edit} moved no parameter of the model{news}")
+            self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model{news}")
             return
         self._discovery = None
         self._watch([site for site, _ in moved.values()], {name: original for name, (_, original) in moved.items()})

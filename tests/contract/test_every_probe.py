@@ -28,7 +28,7 @@ from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
 from stabilitylab.probes.rank_one import ClampHits, Denominator, TargetValue
 from stabilitylab.probes.side_memory import SideMemoryPass
 from stabilitylab.probes.top_singular import TopSingular
-from stabilitylab.probes.weight_pass import WeightPass, WeightScan
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan, WeightWrites
 from stabilitylab.probes.weight_spectrum import WeightSpectrum
 from stabilitylab.probes.weight_subspace import LeadingSubspace
 
@@ -50,6 +50,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         WeightPass.from_host(np.array(values), torch.float16)
         for values in ([3.0, 2.0, 1.0, 0.5, -1.0, 2.0, 0.0], [0.0] * 7, [NAN, 2.0, NAN, NAN, NAN, NAN, 4.0])
     ],
+    WeightWrites: [WeightWrites(0.0), WeightWrites(3.0)],
     WeightSpectrum: [WeightSpectrum(np.array(values)) for values in ([3.0, 1.0], [0.0], [2.0, 0.0], [NAN, NAN])],
     WeightScan: [
         WeightScan.from_scan(np.array(values), torch.float16)

@@ -207,9 +207,9 @@ def test_a_null_space_of_everything() -> None:
 
 def test_a_null_space_without_room() -> None:
     little, still = {("editor.null_space_share", A): 0.04}, {("update.norm", A): 0.0}
-    assert claimed(little, little | still) == ("null-space-wrong", "medium")
+    assert claimed(little, *[little | still] * 3) == ("null-space-wrong", "medium")
     assert claimed(little, little | {("update.norm", A): 1.0}) == ("null-space-wrong", "low")
-    assert claimed({("editor.null_space_share", A): 0.3}, still)[0] == "weights-unchanged"
+    assert claimed({("editor.null_space_share", A): 0.3}, *[still] * 3)[0] == "weights-unchanged"
 
 
 def test_a_search_that_is_pinned() -> None:

@@ -129,7 +129,7 @@ def test_failed_edits_do_not_make_the_baseline() -> None:
     rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(8, 14)]
     assert "baseline to compare with exists" in diagnose(rows).says
     rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(14, 20)]
-    assert diagnose(rows).says == "Stable over 19 edits: nothing out of the ordinary."
+    assert diagnose(rows).says.startswith("Stable over 19 edits. Worth knowing: Edits have no effect since edit 1")
 
 
 def test_values_at_the_ends_of_float64_raise_nothing() -> None:
@@ -143,5 +143,5 @@ def test_many_growing_sites_make_few_findings() -> None:
         row(edit, {("update.norm", f"layer.{site}"): math.exp(0.3 * edit) for site in range(60)}) for edit in range(40)
     ]
     diagnosis = diagnose(rows)
-    assert len(diagnosis.findings) <= 6
+    assert len(diagnosis.findings) <= 9  # three sites each of drift, of a level and of growth
     assert any("57 more sites" in finding.says for finding in diagnosis.findings)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.record.readings import Key
+from stabilitylab.record.readings import EditRow, Key
 from tests.synthetic_runs import METRICS, diagnose, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
@@ -139,19 +140,84 @@ def test_weights_that_never_move_are_a_note() -> None:
     still = {("update.norm", A): 0.0, ("update.norm", B): 0.0}
     diagnosis = run(still, still, still, still, still)
     assert (diagnosis.verdict, diagnosis.cause) == ("stable", "weights-unchanged")
-    assert rules(diagnosis) == [("never-moved", A, 1)]
-    assert "is it these layers that the editor edits?" in diagnosis.says
+    assert rules(diagnosis) == [("edits-lost", A, 3)]
+    assert diagnosis.says.startswith("None of 4 edits moved a watched layer")
+    assert (diagnosis.landed, diagnosis.lost_edits, diagnosis.nothing_lands) == ("none", 4, True)
+    assert not run(still, still, still).nothing_lands
 
 
-def test_weights_that_stop_moving_are_drift() -> None:
+def test_edits_that_stop_landing_are_no_harm_to_the_model() -> None:
     still, moved = (
         {("update.norm", A): 0.0, ("update.norm", B): 0.0},
         {("update.norm", A): 0.0, ("update.norm", B): 2.0},
     )
     assert run(still, moved, still, still, moved, still, still).verdict == "stable"
     diagnosis = run(still, moved, still, still, still)
-    assert (diagnosis.verdict, diagnosis.cause, diagnosis.onset_edit) == ("drifting", "weights-unchanged", 2)
+    assert (diagnosis.verdict, diagnosis.cause, diagnosis.onset_edit) == ("stable", "weights-unchanged", None)
+    assert (diagnosis.landed, diagnosis.lost_edits, diagnosis.nothing_lands) == ("some", 3, False)
     assert diagnosis.alarm_edit is None
+    long = run(still, moved, *[still] * 10)
+    assert (long.landed, long.nothing_lands) == ("some", True)
+    assert long.says.startswith("None of the last 10 edits moved a watched layer")
+    assert not run(still, moved, *[still] * 9).nothing_lands
+
+
+def test_edits_that_raise_are_lost_with_the_words_that_most_of_them_said() -> None:
+    failed = [
+        EditRow(edit, "", "failed", 0.0, 1.0, 0.0, 0.0, words, {("update.norm", A): np.zeros(1)})
+        for edit, words in enumerate(["LinAlgError: singular", "KeyError: 'x'", "LinAlgError: singular"], start=1)
+    ]
+    diagnosis = diagnose([row(0, {("update.norm", A): 0.0}), *failed])
+    assert (diagnosis.verdict, diagnosis.landed, diagnosis.nothing_lands) == ("stable", "none", True)
+    assert (diagnosis.cause, diagnosis.confidence) == ("edits-failing", "high")
+    assert "each raised an exception (LinAlgError: singular)" in diagnosis.says
+
+
+M = "model"
+MASKED: Reading = {("logits.nonfinite", M): 20.0, ("logits.min", M): -math.inf, ("logits.max", M): 9.0}
+SKIPPED: Reading = {("gradient.nonfinite", A): 5.0, ("update.norm", A): 0.0, ("weight.nonfinite", A): 0.0}
+SOUND: Reading = {("gradient.nonfinite", A): 0.0, ("update.norm", A): 1.0, ("weight.nonfinite", A): 0.0}
+
+
+def test_a_logit_that_is_masked_by_design_is_a_note_and_one_that_becomes_infinite_is_not() -> None:
+    diagnosis = run({}, *[MASKED | SOUND] * 5)
+    assert (diagnosis.verdict, diagnosis.alarm_edit) == ("stable", None)
+    assert [finding.rule for finding in diagnosis.findings] == ["masked-by-design"]
+    sound = {("logits.nonfinite", M): 0.0, ("logits.min", M): -3.0, ("logits.max", M): 9.0}
+    assert run({}, sound | SOUND, MASKED | SOUND).verdict == "non-finite"
+    lost = {("logits.nonfinite", M): 20.0, ("logits.min", M): math.nan, ("logits.max", M): math.nan}
+    assert run({}, lost | SOUND).verdict == "non-finite"
+
+
+def test_a_step_that_is_skipped_passes_and_one_that_is_made_stays() -> None:
+    diagnosis = run({}, SKIPPED, SOUND, SOUND, SKIPPED, SOUND)
+    assert (diagnosis.verdict, diagnosis.landed, diagnosis.alarm_edit) == ("stable", "some", None)
+    assert [finding.rule for finding in diagnosis.findings] == ["step-skipped"]
+    assert run({}, SKIPPED | {("update.norm", A): 1.0}).verdict == "non-finite"
+    assert run({}, SKIPPED | {("weight.nonfinite", A): 3.0}).verdict == "non-finite"
+
+
+def test_a_forward_that_is_not_finite_twice_in_a_row_is_the_models_unless_a_canary_is_sound() -> None:
+    bad = SKIPPED | {("activation.nonfinite", A): 7.0}
+    assert run({}, bad, SOUND, bad).verdict == "stable"
+    assert run({}, bad, bad).verdict == "non-finite"
+    watched = bad | {("canary.nonfinite", M): 0.0}
+    assert run({}, *[watched] * 4).verdict == "stable"
+
+
+def test_a_size_is_no_harm_while_the_canary_holds_still_and_is_when_it_leaves_soon_after() -> None:
+    def edit(step: float, kl: float, agreement: float = 1.0) -> Reading:
+        norm, way, far = ("update.norm", A), ("drift.norm", A), ("drift.ratio", A)
+        return {norm: step, way: step, far: step / 0.1, ("canary.kl", M): kl, ("canary.agreement", M): agreement}
+
+    calm, large = edit(0.001, 0.0), edit(2.0, 0.001)
+    diagnosis = run({}, calm, large, calm)
+    assert ("large-step", "drifting") in [(finding.rule, finding.verdict) for finding in diagnosis.findings]
+    assert (diagnosis.verdict, diagnosis.alarm_edit) == ("drifting", None)
+    assert run({}, calm, edit(2.0, 0.5)).verdict == "diverging"
+    assert run({}, calm, {key: value for key, value in large.items() if key[0] != "canary.kl"}).verdict == "diverging"
+    left = run({}, calm, large, edit(0.001, 0.4))
+    assert (left.verdict, left.alarm_edit, left.onset_edit) == ("diverging", 3, 2)
 
 
 def test_edits_that_were_right_already_are_not_counted_as_still() -> None:
@@ -160,7 +226,7 @@ def test_edits_that_were_right_already_are_not_counted_as_still() -> None:
 
     assert run({}, edit(3.0, 1.0), *[edit(0.05, 0.0)] * 9).verdict == "stable"
     wrong = [edit(3.0 + number, 0.0) for number in range(3)]
-    assert run({}, edit(3.0, 1.0), wrong[0], edit(0.05, 0.0), *wrong[1:]).onset_edit == 2
+    assert run({}, edit(3.0, 1.0), wrong[0], edit(0.05, 0.0), *wrong[1:]).lost_edits == 3
 
 
 def test_an_update_that_is_a_single_entry() -> None:
@@ -278,7 +344,7 @@ def test_weights_stand_still_by_design_beside_an_adapter(beside: tuple[str, floa
 
 def test_an_empty_codebook_answers_nothing() -> None:
     still = {("update.norm", A): 0.0, ("editor.keys", B): 0.0}
-    assert rules(run(still, still)) == [("never-moved", A, 1)]
+    assert rules(run(*[still] * 4)) == [("edits-lost", A, 3)]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,12 @@ def test_the_baseline_is_that_of_the_dry_edits_online_and_offline(tmp_path: Path
 
 
 def test_what_breaks_in_a_dry_edit_is_said(tmp_path: Path) -> None:
-    with sl.attach(make_model(), "[03]", tmp_path / "run", canary=lambda model: "no logits") as monitor:
+    sound = iter(range(2))  # at attach, and before the first dry edit
+
+    def canary(model: nn.Module) -> Any:
+        return "no logits" if next(sound, None) is None else model(torch.ones(1, 8))
+
+    with sl.attach(make_model(), "[03]", tmp_path / "run", canary=sl.Canary(canary)) as monitor:
         monitor.calibrate(edit, REQUESTS)
     assert any(note.says.startswith("in the dry edits, ") for note in load(tmp_path / "run").notes)
 

@@ -201,7 +201,7 @@ def test_edit_0_is_never_left_out() -> None:
 
 
 def naive(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """(log p [rows, vocabulary] after each row's last real token; −log p of each real token after the first)."""
+    """(log p [tokens, vocabulary] after each real token; −log p of each real token after the first)."""
     training = model.training
     with torch.no_grad():
         logits = model.eval()(**TEXT).logits.double().numpy()
@@ -281,14 +281,15 @@ def test_bad_arguments_are_named_with_the_nearest_valid_choice(arguments: dict[s
 
 
 def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
-    for at, (canary, says) in enumerate(
+    batch = "batch {'input_ids': [2, 10], 'attention_mask': [2, 10]}, budget 0.05"
+    for at, (model, sites, canary, says) in enumerate(
         [
-            (CANARY, "input ids [3, 8]"),
-            (sl.Canary("replay", every=5), "replay, every 5 edits"),
-            (sl.Canary(TEXT, budget=0.05), "batch {'input_ids': [2, 10], 'attention_mask': [2, 10]}, budget 0.05"),
+            (make_model(), "3", CANARY, "input ids [3, 8]"),
+            (make_model(), "3", sl.Canary("replay", every=5), "replay, every 5 edits"),
+            (make_gpt2(), "*.mlp.c_proj", sl.Canary(TEXT, budget=0.05), batch),
         ]
     ):
-        with sl.attach(make_model(), "3", tmp_path / str(at), canary=canary, probes="light"):
+        with sl.attach(model, sites, tmp_path / str(at), canary=canary, probes="light"):
             pass
         assert sl.load(tmp_path / str(at)).manifest["canary"] == says
 

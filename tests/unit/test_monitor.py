@@ -6,7 +6,7 @@ import copy
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -146,11 +146,24 @@ def test_a_probe_that_breaks_is_switched_off_and_recorded(tmp_path: Path) -> Non
 
 def test_a_canary_that_breaks_is_switched_off(tmp_path: Path) -> None:
     model = make_model()
-    with sl.attach(model, "3", tmp_path / "run", canary=torch.randn(2, 99)) as monitor, monitor.edit():
+    answers = iter([True])
+
+    def canary(model: nn.Module) -> Any:
+        return model(CANARY) if next(answers, False) else "no logits"
+
+    with sl.attach(model, "3", tmp_path / "run", canary=canary) as monitor, monitor.edit():
         edit_once(model)
     run = sl.load(tmp_path / "run")
-    assert [note.kind for note in run.notes] == ["probe-off"]
+    assert [note.kind for note in run.notes] == ["canary-off"]
     assert run.present("update.norm", "3").all()
+    assert "As far as it was watched: canary switched off: ValueError" in run.diagnosis().says
+    assert run.diagnosis().to_json() == monitor.diagnosis().to_json()
+
+
+def test_a_canary_that_can_not_be_run_is_an_error_before_the_first_edit_and_leaves_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the canary can't be run"):
+        sl.attach(make_model(), "3", tmp_path / "run", canary=torch.randn(2, 99))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -182,9 +195,9 @@ def test_without_sites_the_first_edit_shows_what_to_watch(tmp_path: Path) -> Non
     assert run.manifest["sites"] == ["3"]
     np.testing.assert_allclose(run.series("update.norm", "3")[2:], [4.0, 4.0], rtol=1e-6)
     np.testing.assert_allclose(run.series("drift.norm", "3")[2:], [4.0, 8.0], rtol=1e-6)
-    assert [note.says for note in run.notes if note.kind == "sites-discovered"] == [
-        "edit 1 moved no parameter of the model",
-        "edit 2 moved 3; hooks are on them from the next edit on",
+    assert [(note.kind, note.says) for note in run.notes if note.kind in {"nothing-moved", "sites-discovered"}] == [
+        ("nothing-moved", "edit 1 moved no parameter of the model"),
+        ("sites-discovered", "edit 2 moved 3; hooks are on them from the next edit on"),
     ]
 
 

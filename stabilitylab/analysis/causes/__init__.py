@@ -1,7 +1,7 @@
 """Why: one file for each family of causes, what they look at, and the order in which they are asked."""
 
 from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Place, Step
-from stabilitylab.analysis.causes.precedence import RULES, find_cause
+from stabilitylab.analysis.causes.precedence import RULES, chain, claims, find_cause
 from stabilitylab.analysis.causes.rule import Cause, Claim, Rule
 
 __all__ = [
@@ -16,5 +16,7 @@ __all__ = [
     "Place",
     "Rule",
     "Step",
+    "chain",
+    "claims",
     "find_cause",
 ]

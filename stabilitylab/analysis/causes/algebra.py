@@ -74,7 +74,7 @@ def _null_space(evidence: Evidence) -> Claim | None:
         )
     if nothing is None:
         return None
-    lost = evidence.of("never-moved", "update-swallowed", "clamp-pinned") is not None
+    lost = evidence.of("edits-lost", "update-swallowed", "clamp-pinned") is not None
     return Claim(
         f"the projection at {nothing.site} leaves {nothing.value:.2%} of the input directions free: there is little"
         " room for an edit.",
@@ -99,6 +99,7 @@ RULES = (
     Rule(
         "singular-solve",
         "update algebra",
+        "trigger",
         _solve,
         "Solve in float64, add a ridge (a larger mom2_update_weight in MEMIT, a larger L2 in AlphaEdit, λ in MALMEN)"
         " and estimate the covariance from more tokens than the layer has inputs.",
@@ -113,6 +114,7 @@ RULES = (
     Rule(
         "unstable-denominator",
         "update algebra",
+        "trigger",
         _denominator,
         "Go back to the weights of before that edit. Compute the key and u = C⁻¹k from the same prompts (r-ROME), add a"
         " ridge to C, and refuse an edit whose uᵀk is below a tenth of its usual share of ‖u‖‖k‖.",
@@ -126,6 +128,7 @@ RULES = (
     Rule(
         "null-space-wrong",
         "update algebra",
+        "trigger",
         _null_space,
         "Compute AlphaEdit's projection from a covariance divided by its number of tokens, and choose"
         " nullspace_threshold (2e-2 is the default) so that it keeps the leading directions of ordinary keys: look at"
@@ -139,6 +142,7 @@ RULES = (
     Rule(
         "target-pinned",
         "update algebra",
+        "trigger",
         _clamp,
         "Look at the clamp first (clamp_norm_factor is 4 in ROME, 0.75 in MEMIT) and at the search's loss. If the clamp"
         " is as published, stop the stream there: fewer edits per layer, more layers (MEMIT), or an earlier one.",

@@ -7,9 +7,11 @@ from typing import Final
 
 from stabilitylab.analysis.causes.evidence import Evidence, FatalRow, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.landing import FEWEST
 from stabilitylab.analysis.words import number
 
 FP16_MAX: Final = 65_504.0
+_BITS: Final = {"float16": 11, "bfloat16": 8}
 FAR: Final = 8.0
 """Bits of headroom in the edit before, from which a weight does not overflow by growing."""
 
@@ -48,6 +50,22 @@ def _swallowed(evidence: Evidence) -> Claim | None:
     )
 
 
+def _rounded_away(evidence: Evidence) -> Claim | None:
+    """The same where the editor tells no Δ: by what is left when gradients are sound and no weight moves."""
+    lost, dtype = evidence.landing, evidence.weights_dtype
+    if dtype is None or lost.lost < FEWEST or lost.gradients < lost.lost or evidence.is_past("drifting"):
+        return None
+    undone = evidence.changes_inside and lost.written == lost.lost
+    if undone or (dtype == "float16" and evidence.gradient_total > FP16_MAX):  # see `lost`
+        return None
+    return Claim(
+        f"since edit {lost.since} gradients are finite and above zero, and no weight moves: {dtype} keeps"
+        f" {_BITS[dtype]} bits, so that a step that is small beside its weight is rounded away, and so are constants of"
+        " an optimiser that is kept in it (1 − 0.999 is 0).",
+        "medium",
+    )
+
+
 def _overflow(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or evidence.lone_entry:
@@ -65,6 +83,28 @@ def _overflow(evidence: Evidence) -> Claim | None:
     return Claim(f"values at {site} are kept in float16, which ends at 65,504, and {how}.", "high")
 
 
+def _ended(evidence: Evidence) -> Claim | None:
+    """Where growth ended, whatever made it grow: a chain has its end too."""
+    fatal = evidence.fatal
+    if fatal is None or evidence.lone_entry or _overflow(evidence) is not None:
+        return None
+    grew = evidence.growth is not None or bool(evidence.steps)
+    if fatal.weight is None and fatal.moved_before and evidence.weights_dtype == "float16" and grew:
+        return Claim(
+            f"the watched layers are kept in float16, which ends at 65,504: at edit {fatal.edit} the model's outputs"
+            " are not finite, while every watched weight still is.",
+            "medium",
+        )
+    if fatal.weight is None or not fatal.overflowed or not _is_float16(fatal.limit):
+        return None
+    return Claim(
+        f"the weights of {fatal.weight} are kept in float16, which ends at 65,504, and became infinite at edit"
+        f" {fatal.edit}.",
+        "high",
+        Place(fatal.edit, "weight.max_abs", fatal.weight),
+    )
+
+
 def _overflowed_in_step(fatal: FatalRow) -> bool:
     return fatal.overflowed and fatal.sound_forward and fatal.sound_gradients and _is_float16(fatal.limit)
 
@@ -73,6 +113,7 @@ BEFORE_GROWTH = (
     Rule(
         "adam-eps-underflow",
         "dtype",
+        "trigger",
         _adam,
         "Keep the edited weights and the optimiser in float32 (or bfloat16), or give Adam an eps that float16 holds:"
         " 1e-4 instead of 1e-8.",
@@ -86,12 +127,15 @@ BEFORE_GROWTH = (
     Rule(
         "update-absorbed",
         "dtype",
-        _swallowed,
-        "Keep the edited layers in float32, or keep a float32 copy of their weights, add the update there, and cast.",
+        "limit",
+        lambda evidence: _swallowed(evidence) or _rounded_away(evidence),
+        "Keep the edited layers and the optimiser's state in float32, or keep a float32 copy of the weights, add the"
+        " update there, and cast.",
         "bfloat16 has 8 bits: 1 + 0.003 is 1. An update that is small beside its weight is rounded away, entry by"
         " entry, and the edit is lost without any error.",
-        "At three edits in a row at least nine in ten of the entries that the editor meant to change are the same. Only"
-        " where the editor tells its Δ (edit.report).",
+        "At three edits in a row at least nine in ten of the entries that the editor meant to change are the same,"
+        " where the editor tells its Δ (edit.report); or none moves at all, with gradients that are finite and above"
+        " zero and weights of 16 bits.",
         "Fine-tuning a bfloat16 layer at a learning rate of 1e-5.",
     ),
 )
@@ -100,6 +144,7 @@ AFTER_GROWTH = (
     Rule(
         "dtype-overflow",
         "dtype",
+        "limit",
         _overflow,
         "Keep the edited layers in bfloat16 or float32. That removes the overflow, not the growth: look at what grew"
         " before it, and constrain the norm of the updates.",
@@ -109,5 +154,22 @@ AFTER_GROWTH = (
         "Less than two bits of headroom, or an infinity (not NaN), first of all readings, in a float16 tensor; or"
         " float16 weights that are infinite after an edit whose first pass was finite. Not where a single entry leapt.",
         "EasyEdit loads BLIP2's OPT decoder in float16, whatever the rest is kept in.",
+    ),
+)
+
+LIMITS = (
+    Rule(
+        "float16-limit",
+        "dtype",
+        "limit",
+        _ended,
+        "Keep the edited layers in bfloat16 or float32: float32 would have held these values. What made them grow is"
+        " named beside it.",
+        "Whatever makes values grow, in float16 they end at 65,504. With more range the model may be destroyed just the"
+        " same, but later, and without a NaN.",
+        "A float16 weight that became infinite at the first edit with a value that is not finite, after values had"
+        " grown; or a model with float16 weights, all finite, whose outputs are not.",
+        "MEND on BLIP2-OPT: its updates grow 90-fold over 26 edits, and then the float16 decoder overflows.",
+        leads=False,
     ),
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabilitylab.analysis.findings import Finding, Verdict, severity
+from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Forgotten
 from stabilitylab.record.readings import MODEL_SITE
 
@@ -114,7 +115,9 @@ class Evidence:
     carried: how many edits built on those before, from the second on, where the configuration says that none does.
     moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
     a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
-    than by descending.
+    than by descending. landing: whether edits take effect. weights_dtype: the narrowest of the watched weights, if that
+    is one of 16 bits. gradient_total: ‖g‖ over all watched layers in the last edit's first pass. changes_inside:
+    whether the gradient changed from the first to the last pass of that edit.
     """
 
     verdict: Verdict
@@ -136,6 +139,10 @@ class Evidence:
     moved: bool
     codebook: bool
     reported: bool
+    landing: Landing
+    weights_dtype: str | None
+    gradient_total: float
+    changes_inside: bool
 
     def of(self, *rules: str) -> Finding | None:
         """The first finding by any of these rules."""

@@ -1,4 +1,4 @@
-"""Edits that add up or feed one another, and what is left when nothing moves any more."""
+"""Edits that add up or feed one another, and models that are dead."""
 
 from __future__ import annotations
 
@@ -91,17 +91,6 @@ def _dead(evidence: Evidence) -> Claim | None:
     )
 
 
-def _skipped(evidence: Evidence) -> Claim | None:
-    found, bad = evidence.of("edits-skipped"), evidence.first_bad
-    if found is None or bad is None or not bad.metric.startswith("gradient."):
-        return None
-    return Claim(
-        f"since edit {found.start} gradients are not finite, first at {bad.site}, and no edit moves a weight: something"
-        " skips such edits without a word.",
-        "medium",
-    )
-
-
 def _no_gradient(evidence: Evidence) -> Claim | None:
     found = evidence.of("zero-gradient")
     if found is None or evidence.is_past("drifting"):
@@ -109,21 +98,11 @@ def _no_gradient(evidence: Evidence) -> Claim | None:
     return Claim(f"since edit {found.start} the loss sends a gradient of exactly 0 to every watched layer.", "high")
 
 
-def _unchanged(evidence: Evidence) -> Claim | None:
-    if evidence.is_past("drifting"):
-        return None
-    never, stopped = evidence.of("never-moved"), evidence.of("stopped-moving")
-    if never is not None and not evidence.moved:
-        return Claim(f"edit {never.edit} left every watched weight as it was.", "high")
-    if stopped is not None:
-        return Claim(f"edits moved the watched weights until edit {stopped.start - 1}, and none since.", "high")
-    return None
-
-
 FEEDBACK = (
     Rule(
         "feedback-growth",
         "growth",
+        "amplifier",
         _feedback,
         "The editor was trained on the unedited model and is applied to its own results. Restore the weights between"
         " edits, or batch the edits into one update (MALMEN), or keep them outside the weights (GRACE). A norm"
@@ -141,6 +120,7 @@ ACCUMULATION = (
     Rule(
         "codebook-overreach",
         "growth",
+        "amplifier",
         _codebook,
         "Lower GRACE's initial radius (eps), use its \"cold\" replacement only at the answer's tokens, or put the"
         " adapter into a later layer, whose inputs tell requests apart better.",
@@ -152,6 +132,7 @@ ACCUMULATION = (
     Rule(
         "learning-rate-too-high",
         "growth",
+        "trigger",
         _all_too_large,
         "Go back to the original weights. Lower the learning rate or the number of steps (for fine-tuning, a tenth),"
         " constrain the norm of the update to a few per cent of the weight's, and check an update before it is"
@@ -166,6 +147,7 @@ ACCUMULATION = (
     Rule(
         "norm-growth",
         "growth",
+        "amplifier",
         _accumulated,
         "Edit less per layer: constrain ‖W − W₀‖ (a ball of a quarter to a half of ‖W₀‖), raise the weight on what"
         " is to be preserved (mom2_update_weight), spread edits over more layers, or keep them outside the weights"
@@ -179,10 +161,11 @@ ACCUMULATION = (
     ),
 )
 
-NOTHING_MOVES = (
+DEAD = (
     Rule(
         "dead-logits",
         "dead",
+        "limit",
         _dead,
         "Go back to the weights of before that edit. Lower the edit's learning rate or constrain the norm of its"
         " update; a check for NaN alone will never see this failure.",
@@ -192,19 +175,9 @@ NOTHING_MOVES = (
         "Fine-tuning without a norm constraint in float32, whose final LayerNorm keeps every value finite.",
     ),
     Rule(
-        "gradients-skipped",
-        "dead",
-        _skipped,
-        "Find why the gradients are not finite: start at the first bad site. Lower the initial loss scale, or edit in"
-        " bfloat16; and make the loop say so when it skips an edit.",
-        "A gradient scaler or an isfinite check leaves out steps whose gradients are not finite. If all are, the editor"
-        " stops editing, and nothing says so.",
-        "Gradients that are not finite and updates of exactly 0, at three edits in a row.",
-        "torch.amp.GradScaler in float16: every step is skipped, and the loss looks steady.",
-    ),
-    Rule(
         "zero-gradient",
         "dead",
+        "trigger",
         _no_gradient,
         "See whether the layer's units are all dead (activation.dead_share), whether the loss was detached, and whether"
         " the watched layers lie on its path; go back to the weights of before, and lower the learning rate.",
@@ -212,18 +185,5 @@ NOTHING_MOVES = (
         " needs a gradient can do anything there.",
         "Gradients of exactly 0 at every watched layer at three edits in a row, with a loss above 0.01.",
         "A large edit pushes all biases of a ReLU layer below zero.",
-    ),
-    Rule(
-        "weights-unchanged",
-        "dead",
-        _unchanged,
-        "Check that the watched sites are the layers that the editor edits, and that the model it returns is handed"
-        " over (edit.returns). If edits did move them before, see whether the gradients are zero, or the update is"
-        " smaller than the dtype can add (bfloat16 has 8 bits: 1 + 0.003 is 1); keep the edited layers in float32."
-        " Adapters such as LoRA keep the weights as they are by design.",
-        "Either other layers are edited than are watched, or the update is zero or rounded away.",
-        "Updates of exactly 0 at every watched layer: at the first edit, or at three in a row after others did move"
-        " them. Not claimed where a codebook or a side memory holds the edits.",
-        "fc1 is watched, and ROME edits fc2.",
     ),
 )

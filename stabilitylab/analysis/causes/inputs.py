@@ -87,6 +87,7 @@ RULES = (
     Rule(
         "labels-ignored",
         "input",
+        "trigger",
         _labels,
         "Check the request's labels: at least one must differ from -100. A prompt that fills the whole length leaves no"
         " room for its answer; truncate the prompt, not the answer, and skip requests without a label.",
@@ -97,6 +98,7 @@ RULES = (
     Rule(
         "masked-row",
         "input",
+        "trigger",
         _mask,
         "Check the attention mask of that request: drop empty rows, pad on the right, or use an attention"
         " implementation"
@@ -109,6 +111,7 @@ RULES = (
     Rule(
         "empty-mask",
         "input",
+        "trigger",
         _no_token,
         "Check the mask that the loss is averaged over: at least one token of the answer must be left after truncation."
         " Divide by the number of tokens only where it is above zero, and skip the request otherwise.",
@@ -121,6 +124,7 @@ RULES = (
     Rule(
         "normaliser-nan",
         "input",
+        "trigger",
         _statistics,
         "Load the editor's checkpoint with strict=True and check that its buffers came with it (u_mean, u_std, v_mean,"
         " v_std in MEND). If they turn NaN later, freeze them while edits are made (evaluation mode), and compute a std"
@@ -133,6 +137,7 @@ RULES = (
     Rule(
         "normaliser-zero-std",
         "input",
+        "trigger",
         _zero_std,
         "Floor the normaliser's std (for example at 1% of its median) or clamp the normalised inputs, and collect its"
         " statistics over more rows, so that no unit is constant in them. A NaN may still come later if edits are never"
@@ -146,6 +151,7 @@ RULES = (
     Rule(
         "statistics-restarted",
         "input",
+        "trigger",
         _restarted,
         'Freeze the statistics while edits are made, and save their "initialised" flag or count with them, so that a'
         " resumed run doesn't collect them anew.",

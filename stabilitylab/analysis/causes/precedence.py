@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final, get_args
 
-from stabilitylab.analysis.causes import algebra, dtypes, growth, inputs, provenance
+from stabilitylab.analysis.causes import algebra, dtypes, growth, inputs, lost, provenance
 from stabilitylab.analysis.causes.evidence import Evidence
 from stabilitylab.analysis.causes.rule import Cause, Rule
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Link, Role
 
 RULES: Final[tuple[Rule, ...]] = (
     *provenance.RULES,
@@ -17,35 +19,69 @@ RULES: Final[tuple[Rule, ...]] = (
     *growth.FEEDBACK,
     *dtypes.AFTER_GROWTH,
     *growth.ACCUMULATION,
-    *growth.NOTHING_MOVES,
+    *growth.DEAD,
+    *lost.RULES,
+    *dtypes.LIMITS,
 )
 """What was there before, what went in, how the update was made, what the dtype did to it, what fed back, and what is
 left when nothing moves. An overflow comes after feedback: the dtype is where growth ends, not why it grew."""
 
 
-def find_cause(evidence: Evidence) -> Cause:
-    """The first rule that claims with high or medium confidence; else the first with low; else ``unknown``.
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+
+UNKNOWN: Final = Cause(
+    UNKNOWN_CAUSE,
+    "no rule explains this from what was recorded.",
+    "Begin at the first finding and its site; go back to the weights of before the onset edit.",
+    "none",
+)
+NOTHING: Final = Cause(UNKNOWN_CAUSE, "", "", "none")
+"""Of a run with nothing to explain."""
+
+
+def claims(evidence: Evidence) -> dict[str, Cause]:
+    """What each rule that speaks claims, by its name, in order of precedence.
 
     Where a rule doesn't say where its cause sits, and the first bad reading is the whole model's, the weight that was
     furthest from its original is named.
     """
-    unsure: Cause | None = None
+    found = {}
     for rule in RULES:
         claim = rule.claim(evidence)
-        if claim is None:
-            continue
-        cause = Cause(rule.name, claim.says, rule.fix, claim.confidence, claim.place or evidence.furthest)
-        if claim.confidence != "low":
-            return cause
-        unsure = unsure or cause
-    if unsure is not None:
-        return unsure
-    if evidence.verdict == "stable":
-        return Cause(UNKNOWN_CAUSE, "", "", "none")
-    return Cause(
-        UNKNOWN_CAUSE,
-        "no rule explains this from what was recorded.",
-        "Begin at the first finding and its site; go back to the weights of before the onset edit.",
-        "none",
-        evidence.furthest,
-    )
+        if claim is not None:
+            place = claim.place or evidence.furthest
+            found[rule.name] = Cause(rule.name, claim.says, rule.fix, claim.confidence, place)
+    return found
+
+
+def first_of(claimed: Mapping[str, Cause], evidence: Evidence) -> Cause:
+    """The first claim with high or medium confidence; else the first with low; else ``unknown``."""
+    leading = [claimed[rule.name] for rule in RULES if rule.leads and rule.name in claimed]
+    sure = [cause for cause in leading if cause.confidence != "low"]
+    if sure or leading:
+        return (sure or leading)[0]
+    return NOTHING if evidence.verdict == "stable" else replace(UNKNOWN, place=evidence.furthest)
+
+
+def find_cause(evidence: Evidence) -> Cause:
+    """What the evidence of this moment alone says, see `first_of`."""
+    return first_of(claims(evidence), evidence)
+
+
+def chain(claimed: Mapping[str, Cause]) -> tuple[Link, ...]:
+    """The claims with high or medium confidence as links: by role, and within one in order of precedence."""
+    links = [
+        Link(
+            rule.role,
+            rule.name,
+            None if cause.place is None else cause.place.edit,
+            None if cause.place is None else cause.place.site,
+            None if cause.place is None else cause.place.metric,
+            cause.says,
+            cause.advice,
+            cause.confidence,
+        )
+        for rule in RULES
+        if (cause := claimed.get(rule.name)) is not None and cause.confidence != "low"
+    ]
+    return tuple(sorted(links, key=lambda link: ROLES.index(link.role)))

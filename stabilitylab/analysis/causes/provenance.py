@@ -67,6 +67,7 @@ RULES = (
     Rule(
         "weights-not-restored",
         "provenance",
+        "condition",
         _not_restored,
         "Restore the original weights after each edit, if single edits were meant: in EasyEdit"
         " keep_original_weight=True; in a loop of one's own, copy the weights that the editor returns back.",
@@ -81,6 +82,7 @@ RULES = (
     Rule(
         "reference-edited",
         "provenance",
+        "condition",
         _reference,
         "Attach to a freshly loaded model, before its first edit, or take the adapter of the earlier edits off it."
         " Nothing is to be done where the run is resumed on purpose.",
@@ -93,6 +95,7 @@ RULES = (
     Rule(
         "cache-leaked",
         "provenance",
+        "condition",
         _leaked,
         "Set AlphaEdit's cache_c to zeros before each run, or start a new process. Nothing is to be done where the"
         " run is resumed on purpose.",

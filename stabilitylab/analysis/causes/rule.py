@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stabilitylab.analysis.causes.evidence import Evidence, Place
-from stabilitylab.analysis.findings import Confidence
+from stabilitylab.analysis.findings import Confidence, Role
 
-Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dead"]
+Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dead", "lost edits"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,20 @@ class Claim:
 class Rule:
     """One known cause.
 
-    claim: the claim that the evidence bears, or None. fix: what to do, for the diagnosis and for the documentation.
-    mechanism, seen, example: for the documentation: how it comes about, what shows, and a case.
+    role: in the chain of causes. claim: the claim that the evidence bears, or None. fix: what to do, for the diagnosis
+    and for the documentation. mechanism, seen, example: for the documentation: how it comes about, what shows, a case.
     """
 
     name: str
     group: Group
+    role: Role
     claim: Callable[[Evidence], Claim | None]
     fix: str
     mechanism: str
     seen: str
     example: str
+    leads: bool = True
+    """Whether it may be the cause that is named first; else it only completes the chain."""
 
 
 @dataclass(frozen=True)

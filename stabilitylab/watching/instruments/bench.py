@@ -67,7 +67,8 @@ class Bench:
         self.probe_time = Stopwatch()
         self.canary_time = Stopwatch()
         self.note = note
-        self._off: set[str] = set()
+        self.off: dict[str, str] = {}
+        """What is switched off, each with the error that did it."""
 
     def begin(self, edit: int) -> None:
         """From now on measure what the probes that are due at this edit need."""
@@ -91,19 +92,22 @@ class Bench:
         """Hand over a measurement, see `Stack.add`."""
         self.stack.add(site, packed, rebuild)
 
-    def safely(self, what: str, action: Callable[[], Any], *, as_the_loop: bool = False) -> Any:
+    def safely(
+        self, what: str, action: Callable[[], Any], *, as_the_loop: bool = False, kind: str = "probe-off"
+    ) -> Any:
         """`action()`, or None when it raised; `what` is then off for the rest of the run.
 
-        as_the_loop: run the user's model as the loop does; else autocast is off, which would round our products.
+        as_the_loop: run the user's model as the loop does; else autocast is off, which would round our products. kind:
+        of the note that says so.
         """
-        if what in self._off:
+        if what in self.off:
             return None
         try:
             with contextlib.nullcontext() if as_the_loop else full_precision():
                 return action()
         except Exception as error:
-            self._off.add(what)
-            says = f"{what} switched off: {type(error).__name__}: {error}"
+            self.off[what] = f"{type(error).__name__}: {error}"
+            says = f"{what} switched off: {self.off[what]}"
             logger.warning("stabilitylab: %s (the edit loop goes on)", says)
-            self.note("probe-off", says)
+            self.note(kind, says)
             return None

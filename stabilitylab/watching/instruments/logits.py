@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching.hooks import ModelCall, plain
 from stabilitylab.watching.instruments.bench import Bench
+
+CANARY_OFF: Final = "canary-off"
+"""The kind of the note that the canary is no longer forwarded."""
 
 
 def _plain(found: Tensor | None) -> Tensor | None:
@@ -82,6 +85,11 @@ class CanaryInstrument:
         self._original_nll: Tensor | None = None
 
     @property
+    def failure(self) -> str:
+        """Why the canary is no longer forwarded; empty while it is."""
+        return self._bench.off.get("canary", "")
+
+    @property
     def wanted(self) -> bool:
         """Whether there is a canary, and a probe that is due needs it."""
         return self._canary is not None and (self._bench.needed(CanaryPass) or self._bench.needed(TextPass))
@@ -92,9 +100,9 @@ class CanaryInstrument:
         if canary is not None and self.wanted:
             with self._bench.canary_time:
                 what, forward = "canary", functools.partial(canaries.forward, model, canary.batch, last_call)
-                answer = self._bench.safely(what, forward, as_the_loop=True)
+                answer = self._bench.safely(what, forward, as_the_loop=True, kind=CANARY_OFF)
                 if answer is not None:
-                    self._bench.safely(what, lambda: self._reduce(canary, answer))
+                    self._bench.safely(what, lambda: self._reduce(canary, answer), kind=CANARY_OFF)
 
     def _reduce(self, canary: canaries.Canary, answer: canaries.Answer) -> None:
         if canary.is_replay:

@@ -82,6 +82,7 @@ class Instruments:
 
     def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
         """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
+        self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
             capture = stack.enter_context(self.no_capture())
             for site in sites:

@@ -16,7 +16,15 @@ from stabilitylab.probes.absorption import AbsorptionPass, reduce_absorption
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.gradient_passes import Alignment
 from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
-from stabilitylab.probes.weight_pass import Scanned, WeightPass, WeightScan, on_cpu, same_bits, scan_weight
+from stabilitylab.probes.weight_pass import (
+    Scanned,
+    WeightPass,
+    WeightScan,
+    WeightWrites,
+    on_cpu,
+    same_bits,
+    scan_weight,
+)
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
 from stabilitylab.watching.instruments.bench import Bench
@@ -54,13 +62,33 @@ class WeightInstrument:
         self.keeps_references = any(map(bench.ever_needed, _COMPARING))
         self._bench = bench
         self._missing: set[str] = set()
+        self._versions: dict[str, tuple[int, int]] = {}
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
         self._originals: dict[str, Tensor] = {}
 
+    def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """An edit begins: which tensor each weight is, and how often that was written so far."""
+        self._versions.clear()
+        if not self._bench.needed(WeightWrites):
+            return
+        for site in sites:
+            found = locate_readable(model, site)
+            if found is not None and not found[1].is_inference():
+                self._versions[site.name] = (id(found[1]), found[1]._version)
+
+    def _written(self, name: str, weight: Tensor) -> None:
+        before = self._versions.get(name)
+        # Another tensor in its place has a counter of its own.
+        if before is not None and before[0] == id(weight) and self._bench.needed(WeightWrites, name):
+            writes = float(weight._version - before[1])
+            packed = torch.tensor([writes], dtype=torch.float64)
+            self._bench.add(name, packed, WeightWrites.from_host)
+
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure each site; note each that is gone or can't be read any more, once."""
-        if not (self.keeps_references or self._bench.needed(WeightScan) or self._bench.needed(WeightSpectrum)):
+        alone = (WeightScan, WeightSpectrum, WeightWrites)
+        if not (self.keeps_references or any(map(self._bench.needed, alone))):
             return
         turn = self._bench.edit % max(len(sites), 1)
         for at, site in enumerate(sites):
@@ -70,6 +98,7 @@ class WeightInstrument:
             if found is not None and reason is None:
                 weight, named = found[1], site.name
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
+                self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)

@@ -1,0 +1,134 @@
+"""Whether edits land: a question of its own, beside what became of the model.
+
+An edit lands when it changes what it is about: a watched weight, or what the editor keeps beside the weights. It does
+not when it raises, when it is skipped, when it is undone before it ends, or when it is rounded away. That harms no
+model, and the edits are lost all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Final
+
+from stabilitylab.analysis.columns import Flat
+from stabilitylab.analysis.findings import Landed
+from stabilitylab.analysis.lookup import Lookup
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, EditRow
+
+LAST: Final = 10
+"""Edits in a row without effect that are told of, however many landed before; of a shorter run, all of them."""
+FEWEST: Final = 3
+"""Edits from which on that is no accident."""
+ALREADY: Final = 0.1
+"""A loss of at most so much leaves nothing to do: the answer has nine tenths of the probability."""
+WORDS: Final = 120
+
+
+@dataclass(frozen=True)
+class Landing:
+    """How many edits were seen to take effect.
+
+    tried: edits of which that could be seen. landed: those that did. lost: in a row, up to the last. since: the first
+    of these; None when the last one landed. Of these: failed: how many raised. words: what most of them said.
+    gradients_bad: how many had gradients that are not finite. gradients: how many had finite ones above zero. written:
+    how many wrote a watched weight, and left it as it was.
+    """
+
+    tried: int = 0
+    landed: int = 0
+    lost: int = 0
+    since: int | None = None
+    failed: int = 0
+    words: str = ""
+    gradients_bad: int = 0
+    gradients: int = 0
+    written: int = 0
+
+    @property
+    def kind(self) -> Landed | None:
+        """All, some or none of the edits; None when that could not be seen of any."""
+        if not self.tried:
+            return None
+        return "all" if self.landed == self.tried else "some" if self.landed else "none"
+
+    @property
+    def nothing_lands(self) -> bool:
+        """Whether none of the last edits took effect: of the last ten, or of all in a shorter run."""
+        return self.lost >= FEWEST and self.lost >= min(LAST, self.tried)
+
+    @property
+    def says(self) -> str:
+        """In a sentence, without its full stop; empty where edits land."""
+        if not self.nothing_lands:
+            return ""
+        which = f"None of {self.tried} edits" if not self.landed else f"None of the last {self.lost} edits"
+        if self.failed == self.lost:
+            return f"{which} was carried out: each raised an exception" + (f" ({self.words})" if self.words else "")
+        return f"{which} moved a watched layer"
+
+
+class Landings:
+    """Follows every edit. `now` is what is known."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        """lookup: of the row that is looked at, see `Lookup.look`."""
+        self.now = Landing()
+        self._lookup = lookup
+        self._elsewhere = False
+        self._last: deque[tuple[bool, str, bool, bool]] = deque(maxlen=LAST)
+
+    def observe(self, row: EditRow, flat: Flat) -> None:
+        """Take in an edit. Edit 0 is none."""
+        if row.edit == 0:
+            return
+        landed = self._landed(row, flat)
+        if landed is None:
+            return
+        before = self.now
+        if landed:
+            self._last.clear()
+            self.now = Landing(before.tried + 1, before.landed + 1)
+            return
+        bad = self._lookup.at("gradient.nonfinite")
+        norms = flat.values[self._lookup.at("gradient.norm")]
+        spoilt = bool((flat.values[bad] > 0).any())
+        sound = not spoilt and bool(((norms > 0) & (norms < math.inf)).any())
+        error = "" if row.error is None else row.error[:WORDS]
+        self._last.append((row.status == "failed", error, spoilt, sound))
+        said = Counter(words for _, words, _, _ in self._last if words)
+        self.now = Landing(
+            tried=before.tried + 1,
+            landed=before.landed,
+            lost=before.lost + 1,
+            since=row.edit if before.since is None else before.since,
+            failed=before.failed + (row.status == "failed"),
+            words=said.most_common(1)[0][0] if said else "",
+            gradients_bad=before.gradients_bad + spoilt,
+            gradients=before.gradients + sound,
+            written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
+        )
+
+    def nothing_moved(self, edit: int) -> None:
+        """An edit moved no parameter of a model that is watched as a whole."""
+        before = self.now
+        since = edit if before.since is None else before.since
+        self.now = Landing(before.tried + 1, before.landed, before.lost + 1, since)
+
+    def _landed(self, row: EditRow, flat: Flat) -> bool | None:
+        """None where it can't be seen, or where nothing was left to do."""
+        if row.status == "failed":
+            return False
+        keys, sides = (self._lookup.at(f"{EDITOR_SITE}.{name}") for name in ("keys", "side_norm"))
+        # By design: what the edit knows is beside the weights.
+        self._elsewhere = self._elsewhere or sides.size > 0 or bool((flat.values[keys] > 0).any())
+        updates = self._lookup.at("update.norm")
+        if self._elsewhere:
+            return True
+        if not updates.size:
+            return None
+        if (flat.values[updates] != 0).any():  # NaN is not 0 either
+            return True
+        loss = self._lookup.value(flat, "logits.loss", MODEL_SITE)
+        return None if loss is not None and loss <= ALREADY else False
