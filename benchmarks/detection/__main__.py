@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,7 +44,11 @@ from benchmarks.detection.scores import (
     figures,
     sound,
 )
-from benchmarks.detection.table import console, mistakes, peers, scenarios, totals
+from benchmarks.detection.table import console, mistakes, peers, scenarios, totals, wild_cases
+from benchmarks.wild import CASES
+from benchmarks.wild import HEALTHY as WELL
+from benchmarks.wild.judge import document_of as document_of_wild
+from benchmarks.wild.judge import hear
 from benchmarks.zoo import HEALTHY, SCENARIOS, Scenario
 from benchmarks.zoo.runs import Case, Job, Result, make, spread
 from stabilitylab.analysis.findings import json_safe
@@ -175,8 +180,15 @@ def main() -> None:
         healthy = [each for each in halves["tuning"] if sound([each.judged])]
         cases = _live_cases(seen, options.peer_seeds)
         others = peers_of(seen, healthy, cases, options.processes, progress)
+        jobs = [(case.name, runs / "wild", canary) for canary in (True, False) for case in (*CASES, *WELL)]
+        shutil.rmtree(runs / "wild", ignore_errors=True)
+        wild = sorted(
+            gone_through("wild loops", hear, jobs, options.processes, progress),
+            key=lambda each: (each.number, not each.canary),
+        )
     judged = {half: [each.judged for each in found] for half, found in halves.items() if options.only in (None, half)}
     document = {half.replace("-", "_"): document_of(found) for half, found in judged.items()}
+    document["wild"] = document_of_wild(wild)
     table = {"stabilitylab": figures(judged[compared])}
     table |= {name: alarm_figures(peer["runs"]) for name, peer in others.items()}
     document["peers"] = {
@@ -184,6 +196,7 @@ def main() -> None:
         for name, peer in others.items()
     }
     _show(document, judged, compared, table)
+    console().print(wild_cases("The wild corpus", wild))
     if options.json is not None:
         options.json.write_text(json.dumps(json_safe(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.detection.scores import Figure
+from benchmarks.wild.judge import Heard
 
 Figures = Mapping[str, Figure]
 
@@ -149,3 +150,22 @@ def console() -> Console:
     """As wide as the terminal; 100 columns where it is piped."""
     found = Console()
     return found if found.is_terminal else Console(width=100)
+
+
+def wild_cases(title: str, cases: Sequence[Heard]) -> Table:
+    """One line a case: the truth, what was said, and whether that is right, with a canary and without."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("", "true", "said", "verdict, landed", "answer", "no canary"):
+        table.add_column(name, overflow="fold")
+    bare = {each.case: each.answer for each in cases if not each.canary}
+    for each in cases:
+        if each.canary:
+            said = "–" if each.confidence == "none" else f"{each.cause} ({each.confidence})"
+            needs = " *" if each.needs_operation else ""
+            true = (each.true or "healthy") + (f", edit {each.edit}" if each.edit is not None else "") + needs
+            table.add_row(
+                each.case, true, said, f"{each.verdict}, {each.landed}", each.answer, bare.get(each.case, "–")
+            )
+    table.caption = "* only the operation itself tells: vague is the best that is expected without a tracer"
+    table.caption_justify = "left"
+    return table

@@ -101,7 +101,7 @@ SCENARIOS = (
     Scenario(
         "empty-mask",
         7,
-        "empty-mask",
+        "loss-not-finite",
         "jump",
         "a long prompt is truncated, no token of the answer is left, and the mean over the mask is 0/0",
         "gradient steps with an own loss",

@@ -111,9 +111,11 @@ def diagnose(
 
 def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
     """Edits that are lost come first where the model is sound: "stable" is no news then."""
-    if not landing.nothing_lands:
+    if not landing.mostly_lost:
         return says
-    return f"{landing.says}. {says}" if severity(verdict) else f"{landing.says}; the model is as it was."
+    if severity(verdict) or not landing.nothing_lands:
+        return f"{landing.says}. {says}"
+    return f"{landing.says}; the model is as it was."
 
 
 def _blind(unwatched: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ about what is put back between edits. The limits here and where they come from:
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
 - ``STILL``: three edits in a row without effect, see `stabilitylab.analysis.landing`; or without a gradient.
 - ``RIGHT``: below a loss of 0.01 the gradient may round to zero rightly, since bfloat16 holds 1 − p only above 0.004.
+- ``GROWING``: a cache of keys that grows at five edits in a row which all begin at the original weights.
+- ``STALLED``: ten edits that wrote this layer and never moved it, while they moved others.
 - ``FROZEN_LOSS``: a loss that is the same to the last bit at five edits in a row, which differing requests never give.
   A note, since the same request against restored weights does give it.
 - ``LEAP``, ``ALONE``: after an edit the largest entry of a weight is a hundred times what it was, and the whole
@@ -46,6 +48,8 @@ RIGHT: Final = 0.01
 LEAP: Final = 100.0
 ALONE: Final = 0.02
 FROZEN_LOSS: Final = 5
+GROWING: Final = 5
+STALLED: Final = 10
 
 LOSS: Final = "logits.loss"
 
@@ -82,6 +86,11 @@ class FactRules:
         self._context = NonfiniteContext(self._lookup)
         self._first_headroom = First()
         self._largest = Before()
+        self._energy = Before()
+        self._growing = 0
+        self._ever_moved: set[int] = set()
+        self._moving_edits = 0
+        self._stall_told = False
         self._dead_gradients = 0
         self._dead_since = 0
         self._reached = False
@@ -117,6 +126,8 @@ class FactRules:
             self._editor.check,
             self._restoring.check,
             self._lost,
+            self._cache,
+            self._stalled,
             self._gradients,
             self._frozen_loss,
         )
@@ -234,6 +245,47 @@ class FactRules:
                 what = f"gradients are not finite, and {what}"
             says = f"Edits have no effect since edit {landing.since}{before}: {what}."
             yield Hit("edits-lost", metric, place, value, 0.0, "stable", says, landing.since)
+
+    def _cache(self, row: Flat) -> Iterator[Hit]:
+        """A cache of edited keys that grows while edits are put back."""
+        at = self._lookup.at("editor.cache_energy")
+        read, before = self._energy.swap(row.places[at], row.values[at])
+        grows = bool(read.any()) and bool((row.values[at[read]] > before[read]).all())
+        self._growing = self._growing + 1 if grows and self._restoring.restoring.restored else 0
+        if self._growing < GROWING:
+            return
+        for place, value, metric, site in self._lookup.new("cache-grows", row, at[:1]):
+            says = (
+                f"The cache of edited keys at {site} grows with each edit, though each begins at the original weights."
+            )
+            yield Hit("cache-grows", metric, place, value, 0.0, "stable", says, row.edit - GROWING + 1)
+
+    def _stalled(self, row: Flat) -> Iterator[Hit]:
+        """A site that never moved while others did, edit after edit."""
+        at = self._lookup.at("update.norm")
+        if not row.applied or at.size < 2 or not (row.values[at] > 0).any():
+            return
+        still = row.values[at] == 0
+        self._ever_moved |= set(row.places[at[~still]].tolist())
+        self._moving_edits += 1
+        if self._moving_edits < STALLED:
+            return
+        written = self._lookup.at("update.writes")
+        wrote = {self._lookup.key(row, position)[1] for position in written[row.values[written] > 0]}
+        # Only what was written: a watched layer that no edit means is none of this.
+        never = at[
+            [
+                int(row.places[position]) not in self._ever_moved and self._lookup.key(row, position)[1] in wrote
+                for position in at
+            ]
+        ]
+        if not never.size or self._stall_told:
+            return
+        self._stall_told = True
+        for place, value, metric, site in self._lookup.new("site-stalled", row, never[:1]):
+            more = f" and {never.size - 1} more" if never.size > 1 else ""
+            says = f"{self._moving_edits} edits wrote {site}{more} and moved nothing there, while others moved."
+            yield Hit("site-stalled", metric, place, value, 0.0, "stable", says, 1)
 
     def _gradients(self, row: Flat) -> Iterator[Hit]:
         """Gradients of exactly 0 at every watched layer, while there is a loss to reduce."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from stabilitylab.analysis.columns import Flat
@@ -21,6 +21,7 @@ LAST: Final = 10
 """Edits in a row without effect that are told of, however many landed before; of a shorter run, all of them."""
 FEWEST: Final = 3
 """Edits from which on that is no accident."""
+FLOAT16_MAX: Final = 65_504.0
 ALREADY: Final = 0.1
 """A loss of at most so much leaves nothing to do: the answer has nine tenths of the probability."""
 WORDS: Final = 120
@@ -30,21 +31,24 @@ WORDS: Final = 120
 class Landing:
     """How many edits were seen to take effect.
 
-    tried: edits of which that could be seen. landed: those that did. lost: in a row, up to the last. since: the first
-    of these; None when the last one landed. Of these: failed: how many raised. words: what most of them said.
-    gradients_bad: how many had gradients that are not finite. gradients: how many had finite ones above zero. written:
-    how many wrote a watched weight, and left it as it was.
+    tried: edits of which that could be seen. landed: those that did. lost: in a row without effect, up to the last.
+    since: the first of these; None when the last one landed. first: the first of the run without effect. Of all without
+    effect: failed: how many raised. words: what most of the last said. gradients_bad: how many had gradients that are
+    not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
+    huge: how many had a gradient whose norm over all watched layers is past what float16 holds.
     """
 
     tried: int = 0
     landed: int = 0
     lost: int = 0
     since: int | None = None
+    first: int | None = None
     failed: int = 0
     words: str = ""
     gradients_bad: int = 0
     gradients: int = 0
     written: int = 0
+    huge: int = 0
 
     @property
     def kind(self) -> Landed | None:
@@ -54,18 +58,33 @@ class Landing:
         return "all" if self.landed == self.tried else "some" if self.landed else "none"
 
     @property
+    def gone(self) -> int:
+        """How many edits of the run had no effect."""
+        return self.tried - self.landed
+
+    @property
     def nothing_lands(self) -> bool:
         """Whether none of the last edits took effect: of the last ten, or of all in a shorter run."""
         return self.lost >= FEWEST and self.lost >= min(LAST, self.tried)
 
     @property
+    def mostly_lost(self) -> bool:
+        """Whether nothing lands, or not even half of the run's edits did."""
+        return self.nothing_lands or (self.tried >= LAST and self.landed < self.tried / 2)
+
+    @property
     def says(self) -> str:
         """In a sentence, without its full stop; empty where edits land."""
-        if not self.nothing_lands:
+        if not self.mostly_lost:
             return ""
+        words = f" ({self.words})" if self.words else ""
+        if not self.nothing_lands:
+            only = f"Only {self.landed} of {self.tried} edits"
+            raised = self.failed == self.gone
+            return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved a watched layer"
         which = f"None of {self.tried} edits" if not self.landed else f"None of the last {self.lost} edits"
-        if self.failed == self.lost:
-            return f"{which} was carried out: each raised an exception" + (f" ({self.words})" if self.words else "")
+        if self.failed >= self.lost and self.failed == self.gone:
+            return f"{which} was carried out: each raised an exception{words}"
         return f"{which} moved a watched layer"
 
 
@@ -77,7 +96,7 @@ class Landings:
         self.now = Landing()
         self._lookup = lookup
         self._elsewhere = False
-        self._last: deque[tuple[bool, str, bool, bool]] = deque(maxlen=LAST)
+        self._last: deque[str] = deque(maxlen=LAST)
 
     def observe(self, row: EditRow, flat: Flat) -> None:
         """Take in an edit. Edit 0 is none."""
@@ -88,25 +107,26 @@ class Landings:
             return
         before = self.now
         if landed:
-            self._last.clear()
-            self.now = Landing(before.tried + 1, before.landed + 1)
+            self.now = replace(before, tried=before.tried + 1, landed=before.landed + 1, lost=0, since=None)
             return
         bad = self._lookup.at("gradient.nonfinite")
         norms = flat.values[self._lookup.at("gradient.norm")]
         spoilt = bool((flat.values[bad] > 0).any())
         sound = not spoilt and bool(((norms > 0) & (norms < math.inf)).any())
         error = "" if row.error is None else row.error[:WORDS]
-        self._last.append((row.status == "failed", error, spoilt, sound))
-        said = Counter(words for _, words, _, _ in self._last if words)
+        self._last.append(error)
+        said = Counter(words for words in self._last if words)
         self.now = Landing(
             tried=before.tried + 1,
             landed=before.landed,
             lost=before.lost + 1,
             since=row.edit if before.since is None else before.since,
+            first=row.edit if before.first is None else before.first,
             failed=before.failed + (row.status == "failed"),
             words=said.most_common(1)[0][0] if said else "",
             gradients_bad=before.gradients_bad + spoilt,
             gradients=before.gradients + sound,
+            huge=before.huge + (sound and math.sqrt(math.fsum((norms * norms).tolist())) > FLOAT16_MAX),
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
         )
 
@@ -114,7 +134,8 @@ class Landings:
         """An edit moved no parameter of a model that is watched as a whole."""
         before = self.now
         since = edit if before.since is None else before.since
-        self.now = Landing(before.tried + 1, before.landed, before.lost + 1, since)
+        first = edit if before.first is None else before.first
+        self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first)
 
     def _landed(self, row: EditRow, flat: Flat) -> bool | None:
         """None where it can't be seen, or where nothing was left to do."""

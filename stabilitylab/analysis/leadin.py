@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Step
+from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Step, Way
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
@@ -45,6 +45,7 @@ _BITS: Final = "weight.headroom_bits"
 _WATCHED: Final = (
     *_TELLS,
     *("update.norm", "update.ratio", "drift.norm", "drift.ratio", _BITS, "weight.nonfinite"),
+    *("gradient.nonfinite_passes", "activation.nonfinite_passes", "logits.nonfinite_passes"),
     *("gradient.nonfinite", "gradient.norm", _LAST, "activation.nonfinite", "logits.nonfinite", _MASKED, _KEYS),
 )
 
@@ -54,13 +55,15 @@ class _Where:
     """Positions in a row of what is followed.
 
     places: by metric. weights: of each weight's update, drift and relative drift, where all three are read,
-    [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. extremes: (kind, site),
+    [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. rates: of
+    update, drift and gradient, −1 for a gradient that isn't read, [layers, 3]. extremes: (kind, site),
     and where the largest entry and the headroom are. bit_sites: of the weights' headroom.
     """
 
     places: dict[str, Places]
     weights: Places
     passes: Places
+    rates: Places
     extremes: tuple[tuple[Key, int, int], ...]
     bit_sites: tuple[str, ...]
 
@@ -84,10 +87,15 @@ def _where(schema: Schema) -> _Where:
         known = np.array(lines, dtype=np.intp).reshape(-1, 1 + len(others))
         return known[(known >= 0).all(axis=1)]
 
+    def with_gradient(lines: Places) -> Places:
+        slopes = [schema.position.get(("gradient.norm", schema.keys[at][1]), -1) for at in lines[:, 0]]
+        return np.column_stack((lines, np.array(slopes, dtype=np.intp)))
+
     return _Where(
         {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()},
         beside("update.norm", "drift.norm", "drift.ratio"),
         beside(_LAST, "gradient.norm"),
+        with_gradient(beside("update.norm", "drift.norm")),
         tuple(extremes),
         sites(_BITS),
     )
@@ -120,8 +128,8 @@ class LeadIn:
         self._codebook = False
         self._reported = False
         self._masked = False
-        self._gradient_total = 0.0
         self._changes_inside = False
+        self._ways: dict[str, Way] = {}
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
 
@@ -179,6 +187,7 @@ class LeadIn:
             return
         self._follow_learning(row)
         self._follow_gradients(row)
+        self._follow_heading(row)
         if not ratios.size or not drifts.size:
             return
         # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
@@ -216,12 +225,30 @@ class LeadIn:
         return "bfloat16" if narrowest < BFLOAT16_BELOW else None
 
     def _follow_gradients(self, row: Flat) -> None:
-        """How large the last edit's gradient was over all layers, and whether it changed from pass to pass in it."""
-        norms = row.values[self._where.places["gradient.norm"]]
+        """Whether the last edit's gradient changed from pass to pass."""
         with np.errstate(over="ignore", invalid="ignore"):
-            self._gradient_total = float(np.sqrt(np.square(norms).sum()))
             last, first = row.values[self._where.passes].T
             self._changes_inside = bool((np.abs(last - first) > CHANGES * np.abs(first)).any())
+
+    def _follow_heading(self, row: Flat) -> None:
+        """Whether updates point one way, and how large they are beside their gradients, at each layer."""
+        rates = self._where.rates
+        update, drift = row.values[rates[:, :2]].T
+        gradient = np.where(rates[:, 2] >= 0, row.values[rates[:, 2]], 0.0)  # none is read where nothing asks for it
+        known = np.isfinite(update) & np.isfinite(drift) & np.isfinite(gradient) & (update > 0)
+        seen = (column[known].tolist() for column in (update, drift, gradient))
+        for position, size, way, slope in zip(rates[known, 0], *seen, strict=True):
+            site, rate = self._site(row, position), size / slope if slope else 0.0
+            before = self._ways.get(site, Way(site, 0, 0.0, 0.0, 0.0, size, size, rate, rate))
+            self._ways[site] = replace(
+                before,
+                edits=before.edits + 1,
+                added=before.added + size,
+                largest=max(before.largest, size),
+                drift=way,
+                last=size,
+                last_rate=rate,
+            )
 
     def _follow_learning(self, row: Flat) -> None:
         last, first = row.values[self._where.passes].T
@@ -246,7 +273,12 @@ class LeadIn:
         places = self._where.places
         bad, norms = places["gradient.nonfinite"], places["gradient.norm"]
         outputs, logits = places["activation.nonfinite"], places["logits.nonfinite"]
+        later = [places[f"{kind}.nonfinite_passes"] for kind in ("activation", "logits")]
         forward = np.concatenate((outputs, logits))
+        # Where a step of the same edit has spoilt the weights, what comes after it is no news.
+        still_sound = bool((row.values[np.concatenate(later)] == 0).all())
+        later_bad = still_sound and bool((row.values[places["gradient.nonfinite_passes"]] > 0).any())
+        sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
         weights = [at for at in places["weight.nonfinite"] if row.values[at] > 0]
         weight = self._site(row, weights[0]) if weights else None
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
@@ -254,9 +286,11 @@ class LeadIn:
             edit=row.edit,
             masked_rows=float(row.values[places[_MASKED]].sum()),
             unmasked_before=not self._masked,
-            sound_forward=bool(outputs.size and logits.size and (row.values[forward] == 0).all()),
-            sound_gradients=bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all()),
+            sound_forward=bool(logits.size and (row.values[forward] == 0).all()),
+            sound_gradients=sound and not later_bad,
             no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),
+            gradients_unread=norms.size == 0,
+            later_gradients=sound and later_bad,
             loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
             moved_before=self._moved_before,
             weight=weight,
@@ -339,8 +373,8 @@ class LeadIn:
             reported=self._reported,
             landing=landing,
             weights_dtype=self._weights_dtype,
-            gradient_total=self._gradient_total,
             changes_inside=self._changes_inside,
+            ways=tuple(self._ways.values()),
         )
 
 

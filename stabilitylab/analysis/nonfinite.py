@@ -91,7 +91,7 @@ class NonfiniteContext:
         return all(kind_of(metric) in _INSIDE or metric == "editor.input_max" for _, metric in self._bad(row))
 
     def _bad(self, row: Flat) -> Iterator[tuple[np.intp, str]]:
-        """(position, metric) of each reading that says that something is not finite, masked logits of the canary apart."""
+        """(position, metric) of each reading that is not finite, or counts such; masked logits of the canary apart."""
         counted = self._lookup.at("*.nonfinite")
         bad = np.concatenate((counted[row.values[counted] > 0], self._lookup.at("value")))
         for position in bad:

@@ -51,6 +51,11 @@ class Restoring:
         self._last_restored = 0
         self._runs: dict[str, tuple[int, int]] = {}
 
+    @property
+    def restored(self) -> int:
+        """How many edits began at the original weights, from the second on."""
+        return self._restored
+
     def follow(self, edit: int, sites: Sequence[str], updates: Array, drifts: Array) -> None:
         """An applied edit: ‖W_t − W_{t−1}‖ and ‖W_t − W_0‖ of each of some sites, [sites]. May hold NaN or infinity."""
         if not (updates > 0).any():

@@ -47,7 +47,7 @@ class DryRecord:
 
     def note(self, note: Note) -> None:
         """Keep what broke; what else is to be said is said by the run's own edits."""
-        if note.kind == "probe-off":
+        if note.kind in {"probe-off", "canary-off"}:
             self.broken.append(note.says)
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from stabilitylab.analysis.words import number
 
 FP16_MAX: Final = 65_504.0
 _BITS: Final = {"float16": 11, "bfloat16": 8}
+MOSTLY: Final = 0.9
 FAR: Final = 8.0
 """Bits of headroom in the edit before, from which a weight does not overflow by growing."""
 
@@ -38,6 +39,23 @@ def _adam(evidence: Evidence) -> Claim | None:
     )
 
 
+def _step(evidence: Evidence) -> Claim | None:
+    """NaN that the step itself made: what went into it was finite."""
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.edit != fatal.edit or fatal.weight is None or fatal.overflowed:
+        return None
+    sound = fatal.sound_gradients or fatal.gradients_unread
+    if not sound or not fatal.sound_forward or evidence.reported or evidence.lone_entry or fatal.edit == 0:
+        return None
+    return Claim(
+        f"the weights of {fatal.weight} are NaN after edit {fatal.edit}, whose outputs"
+        f"{'' if fatal.gradients_unread else ' and gradients'} are all finite: the step itself made them, as a division"
+        " of 0 by 0 does.",
+        "medium",
+        Place(fatal.edit, "weight.nonfinite", fatal.weight),
+    )
+
+
 def _swallowed(evidence: Evidence) -> Claim | None:
     found = evidence.of("update-swallowed")
     if found is None or evidence.is_past("drifting"):
@@ -53,10 +71,10 @@ def _swallowed(evidence: Evidence) -> Claim | None:
 def _rounded_away(evidence: Evidence) -> Claim | None:
     """The same where the editor tells no Δ: by what is left when gradients are sound and no weight moves."""
     lost, dtype = evidence.landing, evidence.weights_dtype
-    if dtype is None or lost.lost < FEWEST or lost.gradients < lost.lost or evidence.is_past("drifting"):
+    if dtype is None or lost.lost < FEWEST or lost.gradients < lost.gone or evidence.is_past("drifting"):
         return None
-    undone = evidence.changes_inside and lost.written == lost.lost
-    if undone or (dtype == "float16" and evidence.gradient_total > FP16_MAX):  # see `lost`
+    undone = evidence.changes_inside and lost.written == lost.gone
+    if undone or (dtype == "float16" and lost.huge >= MOSTLY * lost.gone):  # see `lost`
         return None
     return Claim(
         f"since edit {lost.since} gradients are finite and above zero, and no weight moves: {dtype} keeps"
@@ -78,6 +96,12 @@ def _overflow(evidence: Evidence) -> Claim | None:
     elif fatal is not None and bad.edit == fatal.edit and _overflowed_in_step(fatal):
         site = fatal.weight or site
         how = f"became infinite at edit {fatal.edit}, whose first outputs and gradients are all finite"
+    elif fatal is not None and fatal.weight is None and fatal.moved_before and evidence.weights_dtype == "float16":
+        return Claim(
+            f"the watched layers are kept in float16, which ends at 65,504: at edit {fatal.edit} the model's outputs"
+            " are not finite, while every watched weight still is.",
+            "medium",
+        )
     else:
         return None
     return Claim(f"values at {site} are kept in float16, which ends at 65,504, and {how}.", "high")
@@ -88,13 +112,6 @@ def _ended(evidence: Evidence) -> Claim | None:
     fatal = evidence.fatal
     if fatal is None or evidence.lone_entry or _overflow(evidence) is not None:
         return None
-    grew = evidence.growth is not None or bool(evidence.steps)
-    if fatal.weight is None and fatal.moved_before and evidence.weights_dtype == "float16" and grew:
-        return Claim(
-            f"the watched layers are kept in float16, which ends at 65,504: at edit {fatal.edit} the model's outputs"
-            " are not finite, while every watched weight still is.",
-            "medium",
-        )
     if fatal.weight is None or not fatal.overflowed or not _is_float16(fatal.limit):
         return None
     return Claim(
@@ -123,6 +140,19 @@ BEFORE_GROWTH = (
         " finite outputs and gradients in its first pass, by an editor that tells of no denominator, solve or"
         " normaliser.",
         "Fine-tuning SmolLM2 in float16 with Adam's defaults: 97% of the edited weights are bad after the first step.",
+    ),
+    Rule(
+        "optimiser-nan",
+        "dtype",
+        "trigger",
+        _step,
+        "Look for what the step divides by: a second moment that is 0 for entries without gradient (eps that the dtype"
+        " rounds to 0), a bias correction 1 − βᵗ that is 0 in bfloat16, a scale of a channel that is all zero. Keep the"
+        " optimiser's state in float32, and guard each division.",
+        "The gradient is sound, and what is made of it isn't: an optimiser or a quantiser divides 0 by 0.",
+        "Weights that are NaN, not infinite, first of all readings, after an edit whose outputs and gradients are"
+        " finite.",
+        "1 − β₂ᵗ is 0 in bfloat16 at the first step, so that v / (1 − β₂ᵗ) is 0/0.",
     ),
     Rule(
         "update-absorbed",
@@ -168,7 +198,7 @@ LIMITS = (
         "Whatever makes values grow, in float16 they end at 65,504. With more range the model may be destroyed just the"
         " same, but later, and without a NaN.",
         "A float16 weight that became infinite at the first edit with a value that is not finite, after values had"
-        " grown; or a model with float16 weights, all finite, whose outputs are not.",
+        " grown.",
         "MEND on BLIP2-OPT: its updates grow 90-fold over 26 edits, and then the float16 decoder overflows.",
         leads=False,
     ),

@@ -66,6 +66,32 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Way:
+    """The updates of one layer, one after the other: all that were added up, and where that led.
+
+    edits: that moved it. added: Σ‖ΔW‖. largest: of these. drift: ‖W − W₀‖ now. first, last: ‖ΔW‖. first_rate,
+    last_rate: the same over the gradient's norm in that edit; 0 where it was 0, or not read.
+    """
+
+    site: str
+    edits: int
+    added: float
+    largest: float
+    drift: float
+    first: float
+    last: float
+    first_rate: float
+    last_rate: float
+
+    @property
+    def aligned(self) -> float:
+        """Near 1 where all updates point the same way; 1/√edits where each points in its own. 0 where one of them is
+        half of their sum: that is its way, not that of many.
+        """
+        return self.drift / self.added if self.added > 2.0 * self.largest else 0.0
+
+
+@dataclass(frozen=True)
 class Learning:
     """Whether edits reach what they ask for. tried: edits that looked at their gradient more than once. reached: those
     whose last gradient was next to nothing beside their first, at the median layer.
@@ -80,12 +106,13 @@ class FatalRow:
     """The row with the first non-finite value.
 
     masked_rows: query rows without a real token. unmasked_before: whether none had any in the edits before.
-    sound_forward: whether the first forward's outputs and logits were read, and all finite. sound_gradients: whether
-    the edit's first pass had gradients, all finite; no_gradients: whether it had some, none of them finite. loss_read:
-    whether the model's own loss was. moved_before: whether any edit before moved a watched weight. weight: the first
-    watched layer whose weight is not finite, None when all are. For that weight: overflowed: whether its largest entry
-    is infinite, not NaN; headroom: the bits that it had left when last read before; limit: what its dtype can hold;
-    None where nothing says it.
+    sound_forward: whether the logits of the first pass were read, and they and its outputs are finite. sound_gradients:
+    whether the edit's passes had gradients, all finite, as long as its forward passes were; no_gradients: whether its
+    first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
+    were finite in its first pass and not in a later one. loss_read: whether the model's own loss was. moved_before:
+    whether any edit before moved a watched weight. weight: the first watched layer whose weight is not finite, None
+    when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom: the bits that
+    it had left when last read before; limit: what its dtype can hold; None where nothing says it.
     """
 
     edit: int
@@ -94,6 +121,8 @@ class FatalRow:
     sound_forward: bool
     sound_gradients: bool
     no_gradients: bool
+    gradients_unread: bool
+    later_gradients: bool
     loss_read: bool
     moved_before: bool
     weight: str | None
@@ -116,8 +145,8 @@ class Evidence:
     moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
     a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
     than by descending. landing: whether edits take effect. weights_dtype: the narrowest of the watched weights, if that
-    is one of 16 bits. gradient_total: ‖g‖ over all watched layers in the last edit's first pass. changes_inside:
-    whether the gradient changed from the first to the last pass of that edit.
+    is one of 16 bits. changes_inside:
+    whether the gradient changed from the first to the last pass of that edit. ways: of each layer.
     """
 
     verdict: Verdict
@@ -141,8 +170,8 @@ class Evidence:
     reported: bool
     landing: Landing
     weights_dtype: str | None
-    gradient_total: float
     changes_inside: bool
+    ways: Sequence[Way]
 
     def of(self, *rules: str) -> Finding | None:
         """The first finding by any of these rules."""

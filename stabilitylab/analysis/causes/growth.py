@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from stabilitylab.analysis.causes.evidence import Evidence
+from stabilitylab.analysis.causes.evidence import Evidence, Place, Way
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.words import number
 
@@ -21,6 +21,12 @@ OUTWEIGHED: Final = 0.5
 """Distance from the original weight, as a share of its norm, at which edits weigh as much as half of training."""
 SUM: Final = 4.0
 """Times the largest update, from which the distance is the work of many."""
+ALIGNED: Final = 0.8
+"""Distance as a share of the sum of all updates, from which they point one way; edits of their own give 1/√edits."""
+GROWN: Final = 2.0
+COMMON: Final = 1.05
+"""A factor within which layers have one rate."""
+OUTGROWN: Final = 3.0
 MANY: Final = 10
 """Edits, at least, that a slow accumulation takes."""
 
@@ -60,12 +66,53 @@ def _accumulated(evidence: Evidence) -> Claim | None:
         return None
     if here.number < MANY or now.largest > SMALL or here.drift_ratio < SUM * here.largest:
         return None
-    if now.drift_ratio < OUTWEIGHED:
+    if now.drift_ratio < OUTWEIGHED or _again(evidence) is not None:
         return None
     return Claim(
         f"{now.number} edits have moved the weight of {now.drift_site} by {number(now.drift_ratio)} times its original"
         f" norm, none of them by more than {number(now.largest)}: together they weigh as much as what was trained.",
         "medium",
+    )
+
+
+def _again(evidence: Evidence) -> tuple[Way, bool] | None:
+    """A layer whose updates grow and point the same way; and whether they outgrow their gradients, from a common"
+    " rate."""
+    growing = [
+        way for way in evidence.ways if way.edits >= MANY and way.aligned >= ALIGNED and way.last >= GROWN * way.first
+    ]
+    if not growing or not evidence.is_past("drifting") or evidence.growth is not None:
+        return None
+    rates = [way.first_rate for way in evidence.ways if way.first_rate > 0]
+    common = len(rates) > 1 and max(rates) <= COMMON * min(rates)
+    outgrown = all(way.last_rate >= OUTGROWN * way.first_rate for way in growing)
+    return max(growing, key=lambda way: way.aligned), common and outgrown
+
+
+def _kept_gradients(evidence: Evidence) -> Claim | None:
+    found = _again(evidence)
+    if found is None or not found[1]:
+        return None
+    way = found[0]
+    return Claim(
+        f"the first update was {number(way.first_rate)} times its gradient at every layer, as a plain step is, and the"
+        f" last one at {way.site} is {number(way.last_rate)} times its own; all {way.edits} point the same way: each"
+        " edit makes all those before it once more.",
+        "medium",
+        Place(2, "update.norm", way.site),
+    )
+
+
+def _repeated(evidence: Evidence) -> Claim | None:
+    found = _again(evidence)
+    if found is None or found[1]:
+        return None
+    way = found[0]
+    return Claim(
+        f"the {way.edits} updates of {way.site} all point the same way ({way.aligned:.0%} of their sum is distance),"
+        f" and the last is {number(way.last / way.first)} times the first: what was added before is added again.",
+        "medium",
+        Place(1, "update.norm", way.site),
     )
 
 
@@ -117,6 +164,29 @@ FEEDBACK = (
 )
 
 ACCUMULATION = (
+    Rule(
+        "gradients-not-cleared",
+        "growth",
+        "trigger",
+        _kept_gradients,
+        "Call optimizer.zero_grad() (or set .grad to None) before each edit's backward pass.",
+        "Gradients add up in .grad. Where nothing clears them, each step makes all the steps before it once more.",
+        "Every layer's first update is the same multiple of its gradient, later ones ever larger multiples, and all"
+        " point the same way: the distance is four fifths of their sum or more. Edits of their own give a share of"
+        " 1/√edits.",
+        "A loop of one's own that calls backward and subtracts .grad.",
+    ),
+    Rule(
+        "update-repeated",
+        "growth",
+        "trigger",
+        _repeated,
+        "See whether something is added to the weights again at each edit: an adapter that is merged while it is merged"
+        " already, a delta that is kept and applied once more. Check a flag before merging, or unmerge first.",
+        "A delta that was applied is applied again, and again, with what is new on top.",
+        "Updates that grow and all point the same way: the distance is four fifths of their sum or more.",
+        "merge() of an adapter, called for an evaluation after each step.",
+    ),
     Rule(
         "codebook-overreach",
         "growth",

@@ -31,15 +31,17 @@ def _mask(evidence: Evidence) -> Claim | None:
     )
 
 
-def _no_token(evidence: Evidence) -> Claim | None:
+def _no_loss(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
-    if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit or evidence.narrow:
+    if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
         return None
-    if not (fatal.sound_forward and fatal.no_gradients) or fatal.loss_read:
+    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients) or fatal.loss_read:
         return None
+    narrow = "" if not evidence.narrow else ", or, in float16, a gradient that is too large for it"
     return Claim(
-        f"the loss of edit {fatal.edit} sends NaN or infinity to every watched layer, while their outputs and the"
-        " logits are all finite: the loss itself is not finite, as a mean over a mask that leaves no token is.",
+        f"the loss of edit {fatal.edit} sends NaN or infinity to the watched layers, while their outputs and the"
+        " logits are all finite: it is not finite itself, or has no gradient there (a mean over a mask that leaves no"
+        f" token, a log of 0, a root at 0{narrow}).",
         "medium",
         None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
     )
@@ -109,16 +111,18 @@ RULES = (
         "A batch of two prompts, one of them empty, padded on the left.",
     ),
     Rule(
-        "empty-mask",
+        "loss-not-finite",
         "input",
         "trigger",
-        _no_token,
-        "Check the mask that the loss is averaged over: at least one token of the answer must be left after truncation."
-        " Divide by the number of tokens only where it is above zero, and skip the request otherwise.",
-        "A loop's own loss is often a mean over the answer's tokens, by a mask. Where the mask is empty it is 0/0, and"
-        " every gradient is NaN.",
+        _no_loss,
+        "Print the loss of that edit and the terms that it is made of. A mean over tokens: at least one token of the"
+        " answer must be left after truncation; divide only where the count is above zero. A log: of a sum, by"
+        " logsumexp or log_softmax, never log(softmax) or log(1 − p) of a certain answer. A root or a norm: add an eps"
+        " inside. Skip a request whose loss is not finite, and say so.",
+        "The model's outputs are sound and the loss made of them isn't, or its derivative: 0/0 in a mean over an empty"
+        " mask, log 0, the root's infinite slope at 0 times 0.",
         "In the first pass of an edit no watched layer has a finite gradient, while all their outputs and the logits"
-        " are finite, in a dtype wide enough for gradients. Only where the loss is not the model's own, which is read.",
+        " are finite. Only where the loss is not the model's own, which is read.",
         "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
     ),
     Rule(

@@ -2,58 +2,68 @@
 
 from __future__ import annotations
 
-from stabilitylab.analysis.causes.dtypes import FP16_MAX
-from stabilitylab.analysis.causes.evidence import Evidence
+from typing import Final
+
+from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.landing import FEWEST, Landing
-from stabilitylab.analysis.words import number
+
+NEARLY_ALL: Final = 0.9
+"""Of the edits without effect: as many must show a reason for it."""
 
 
 def _lost(evidence: Evidence) -> Landing | None:
     """What is known of edits without effect; None where they have some, or the model has another fault."""
     landing = evidence.landing
-    return None if landing.lost < FEWEST or evidence.is_past("drifting") else landing
+    lost = landing.lost >= FEWEST or landing.mostly_lost
+    return landing if lost and not evidence.is_past("drifting") else None
 
 
 def _failing(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None or lost.failed < lost.lost:
+    if lost is None or lost.failed < NEARLY_ALL * lost.gone:
         return None
     words = f", mostly: {lost.words}" if lost.words else ""
-    return Claim(f"each of the {lost.lost} edits since edit {lost.since} raised an exception{words}.", "high")
+    return Claim(f"each of {lost.gone} edits since edit {lost.first} raised an exception{words}.", "high")
 
 
 def _skipped(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None or lost.gradients_bad < lost.lost:
+    if lost is None or lost.gradients_bad < NEARLY_ALL * lost.gone:
         return None
+    first = evidence.of("step-skipped")
     return Claim(
-        f"since edit {lost.since} gradients are not finite, and no edit moves a weight: something skips such edits"
+        f"since edit {lost.first} gradients are not finite, and no edit moves a weight: something skips such edits"
         " without a word.",
         "medium",
+        None if first is None else Place(first.edit, first.metric, first.site),
     )
 
 
 def _clipped(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None or lost.gradients < lost.lost or evidence.weights_dtype != "float16":
+    if lost is None or lost.gradients < NEARLY_ALL * lost.gone or evidence.weights_dtype != "float16":
         return None
-    if not evidence.gradient_total > FP16_MAX:
+    if lost.huge < NEARLY_ALL * lost.gone:
         return None
     return Claim(
-        f"since edit {lost.since} gradients are finite, but their norm over all watched layers,"
-        f" {number(evidence.gradient_total)}, is more than float16 holds: a norm that is infinite makes clipping"
-        " multiply every gradient by 0.",
+        f"since edit {lost.first} gradients are finite, but in edits without effect their norm over all watched layers"
+        " is more than float16 holds, 65,504: a norm that is infinite makes clipping multiply every gradient by 0.",
         "medium",
     )
 
 
 def _undone(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None or lost.gradients < lost.lost or lost.written < lost.lost or not evidence.changes_inside:
+    if (
+        lost is None
+        or lost.gradients < NEARLY_ALL * lost.gone
+        or lost.written < NEARLY_ALL * lost.gone
+        or not evidence.changes_inside
+    ):
         return None
     return Claim(
-        f"since edit {lost.since} edits write the watched weights, the gradient changes from pass to pass within them,"
+        f"since edit {lost.first} edits write the watched weights, the gradient changes from pass to pass within them,"
         " and after each every weight is as it was: it is put back before the edit ends.",
         "medium",
     )
@@ -65,10 +75,37 @@ def _unchanged(evidence: Evidence) -> Claim | None:
         return None
     if not lost.landed:
         return Claim(f"none of {lost.tried} edits moved a watched layer.", "high")
+    if not lost.nothing_lands:
+        return Claim(f"only {lost.landed} of {lost.tried} edits moved a watched layer.", "medium")
     return Claim(f"edits moved the watched weights until edit {(lost.since or 1) - 1}, and none since.", "high")
 
 
+def _stalled(evidence: Evidence) -> Claim | None:
+    found, dtype = evidence.of("site-stalled"), evidence.weights_dtype
+    if found is None or evidence.is_past("drifting"):
+        return None
+    if dtype is None:
+        return Claim(f"{found.site} is written by each edit and never moves, while other watched layers do.", "low")
+    return Claim(
+        f"{found.site} is written by each edit and never moves, while other watched layers do, and weights are kept in"
+        f" {dtype}: a step that is small beside a weight is rounded away there, as it is beside gains of 1.",
+        "medium",
+        Place(1, found.metric, found.site),
+    )
+
+
 RULES = (
+    Rule(
+        "site-stalled",
+        "lost edits",
+        "limit",
+        _stalled,
+        "Keep that layer, or all of them, in float32; or leave it out of the sites if it is frozen on purpose.",
+        "Weights of one size take the same step unless their dtype rounds it away: a gain of 1 in bfloat16 only moves"
+        " in steps of 0.4%, while small weights beside it move freely.",
+        "Ten edits that wrote this layer, of 16 bits, and moved others and never this one.",
+        "Norm gains that stay exactly 1.0 when a model is trained in pure bfloat16.",
+    ),
     Rule(
         "edits-failing",
         "lost edits",

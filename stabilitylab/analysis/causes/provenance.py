@@ -17,15 +17,13 @@ def _not_restored(evidence: Evidence) -> Claim | None:
             "high",
             Place(forgotten.since, "drift.norm", forgotten.site),
         )
-    if not evidence.is_past("stable"):
-        return None
     if evidence.carried >= SUSTAINED:
         return Claim(
             f"the configuration says single edits (sequential_edit: false), and none of the {evidence.carried} edits"
             " after the first began at the original weights: each builds on those before.",
             "high",
         )
-    if evidence.restored_until is None:
+    if not evidence.is_past("stable") or evidence.restored_until is None:
         return None
     begins = evidence.begins
     if begins is not None and begins <= evidence.restored_until:  # it began while they were still restored
@@ -34,6 +32,18 @@ def _not_restored(evidence: Evidence) -> Claim | None:
         f"up to edit {evidence.restored_until} each edit began at the original weights, and none did after it: each"
         " builds on those before.",
         "medium",
+    )
+
+
+def _growing_cache(evidence: Evidence) -> Claim | None:
+    found = evidence.of("cache-grows")
+    if found is None:
+        return None
+    return Claim(
+        f"the cache of edited keys at {found.site} grows with every edit, {number(found.value)} by edit {found.edit},"
+        " while the weights are put back after each: single edits are held away from the keys of all edits before.",
+        "high",
+        Place(found.start, found.metric, found.site),
     )
 
 
@@ -63,7 +73,30 @@ def _leaked(evidence: Evidence) -> Claim | None:
     )
 
 
+def _broken(evidence: Evidence) -> Claim | None:
+    bad = evidence.first_bad
+    if bad is None or bad.edit > 0 or bad.metric != "weight.nonfinite":
+        return None
+    return Claim(
+        f"{number(bad.value)} weights of {bad.site} are NaN or infinite before the first edit: they came so from the"
+        " checkpoint, or were never written.",
+        "high",
+        Place(0, bad.metric, bad.site),
+    )
+
+
 RULES = (
+    Rule(
+        "broken-before",
+        "provenance",
+        "trigger",
+        _broken,
+        "Look at how that layer was loaded: a layer that the checkpoint lacks keeps what was in fresh memory until it"
+        " is initialised. Load with the report of missing keys, and initialise what is missing.",
+        "A layer that no checkpoint filled and no initialisation wrote holds whatever was in memory, NaN among it.",
+        "Weights that are not finite at edit 0.",
+        "A new head on a model that was built on the meta device and materialised with empty memory.",
+    ),
     Rule(
         "weights-not-restored",
         "provenance",
@@ -78,6 +111,17 @@ RULES = (
         " that is sequential on purpose only by its configuration, where that says `sequential_edit: false`.",
         "EasyEdit's `edit_dataset` never restores; `edit(sequential_edit=False)` does only with"
         " `keep_original_weight=True`.",
+    ),
+    Rule(
+        "cache-grows",
+        "provenance",
+        "condition",
+        _growing_cache,
+        "Set AlphaEdit's cache_c to zeros whenever the weights are put back: what is undone is not to be preserved.",
+        "AlphaEdit keeps the keys of all edits, so that later ones leave them alone. Where each edit is single, the"
+        " cache goes on collecting what is no longer in the weights, and edits get weaker and weaker.",
+        "The energy of the cache rises at five edits in a row, each of which began at the original weights.",
+        "AlphaEdit over a data set with sequential_edit=False.",
     ),
     Rule(
         "reference-edited",
