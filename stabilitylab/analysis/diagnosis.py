@@ -120,7 +120,7 @@ def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
 
 def _blind(unwatched: Sequence[str]) -> str:
     """What the verdict can't speak of."""
-    return f" As far as it was watched: {'; '.join(unwatched)}." if unwatched else ""
+    return f" That is as far as it was watched: {'; '.join(unwatched)}." if unwatched else ""
 
 
 def _count(edits: int) -> str:

@@ -156,7 +156,7 @@ def test_a_canary_that_breaks_is_switched_off(tmp_path: Path) -> None:
     run = sl.load(tmp_path / "run")
     assert [note.kind for note in run.notes] == ["canary-off"]
     assert run.present("update.norm", "3").all()
-    assert "As far as it was watched: canary switched off: ValueError" in run.diagnosis().says
+    assert "as far as it was watched: canary switched off: ValueError" in run.diagnosis().says
     assert run.diagnosis().to_json() == monitor.diagnosis().to_json()
 
 

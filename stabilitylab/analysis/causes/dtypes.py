@@ -68,7 +68,7 @@ def _swallowed(evidence: Evidence) -> Claim | None:
     )
 
 
-def _rounded_away(evidence: Evidence) -> Claim | None:
+def rounded_away(evidence: Evidence) -> Claim | None:
     """The same where the editor tells no Δ: by what is left when gradients are sound and no weight moves."""
     lost, dtype = evidence.landing, evidence.weights_dtype
     if dtype is None or lost.lost < FEWEST or lost.gradients < lost.gone or evidence.is_past("drifting"):
@@ -158,7 +158,7 @@ BEFORE_GROWTH = (
         "update-absorbed",
         "dtype",
         "limit",
-        lambda evidence: _swallowed(evidence) or _rounded_away(evidence),
+        lambda evidence: _swallowed(evidence) or rounded_away(evidence),
         "Keep the edited layers and the optimiser's state in float32, or keep a float32 copy of the weights, add the"
         " update there, and cast.",
         "bfloat16 has 8 bits: 1 + 0.003 is 1. An update that is small beside its weight is rounded away, entry by"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from stabilitylab.analysis.causes.dtypes import rounded_away
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.landing import FEWEST, Landing
@@ -71,7 +72,8 @@ def _undone(evidence: Evidence) -> Claim | None:
 
 def _unchanged(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None:
+    why = (_failing, _skipped, _clipped, _undone, rounded_away)
+    if lost is None or any(claim(evidence) is not None for claim in why):  # which say more
         return None
     if not lost.landed:
         return Claim(f"none of {lost.tried} edits moved a watched layer.", "high")
