@@ -176,7 +176,8 @@ class FactRules:
             spoken.add((kind, site))
             counted = metric.endswith(".nonfinite")
             shown = value if counted or not math.isfinite(value) else math.nan  # a vector that is bad further on
-            found = " (in the model as this edit found it)" if kind == "logits" else ""
+            first = kind == "logits" and not metric.endswith(("_last", "_worst", "_passes"))
+            found = " (in the model as this edit found it)" if first else ""
             says = (
                 f"{number(value)} {_MANY.get(kind, kind)} of {place_name(site)} are NaN or infinite at edit"
                 f" {row.edit}{found}."

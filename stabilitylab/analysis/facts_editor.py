@@ -8,8 +8,10 @@
 - ``RESIDUAL``: see `stabilitylab.analysis.limits`. Alone it proves nothing: least squares leave a residual rightly.
 - ``FROZEN``: statistics are frozen while edits are made; a change of the least std by more than a cast to another
   dtype makes (1%) means that they are not.
-- ``RESTARTED``: all of a normaliser's smallest standard deviations change by a quarter or more in one edit. One more
-  batch among many changes them by a few per cent, and hardly all at once.
+- ``RESTARTED``: all of a normaliser's smallest standard deviations, of two sites or more, change by a quarter or more in
+  one edit, and were above zero: those of a normaliser that has seen nothing yet begin, they don't begin anew. One more
+  batch among many changes them by a few per cent, and hardly all at once; where batches are small and change them more,
+  the change must be four times the usual one, in logs.
 - ``PINNED``: at eight edits in a row the search for v* ends on its norm clamp after at least half of its steps, and at
   three quarters of these edits after every step (``FILLED``), the first ones included: the clamp, and not the answer,
   says what is written. Ending there after most steps is usual, and after all of them happens: sound ROME runs on the
@@ -20,6 +22,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from statistics import median
@@ -41,6 +44,8 @@ TINY_STD: Final = 1e-6
 RESIDUAL: Final = 0.01
 FROZEN: Final = 0.01
 RESTARTED: Final = 1.25
+OUT_OF_LINE: Final = 4.0
+TOGETHER: Final = 2
 FILLED: Final = 0.95
 FREE: Final = 0.5
 MOSTLY: Final = 0.75
@@ -58,6 +63,7 @@ class EditorFacts:
         self._first_std = First()
         self._last_std = Before()
         self._denominators: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._changes: deque[float] = deque(maxlen=WINDOW)
         self._largest = 0.0
         self._pinned: dict[int, tuple[int, int, int]] = {}
 
@@ -129,9 +135,17 @@ class EditorFacts:
         read, before = self._last_std.swap(row.places[at], row.values[at])
         at, before, after = at[read], before[read], row.values[at[read]]
         low, high = np.where(after < before, after, before), np.where(after > before, after, before)
-        telling = (high > 0) | np.isnan(before + after)  # a std that was and is 0 says nothing
+        # A std that was 0 had seen nothing, or nothing but a constant: what it sees next is no new beginning.
+        telling = (before > 0) | np.isnan(before + after)
         at, before, low, high = at[telling], before[telling], low[telling], high[telling]
-        if not at.size or not (high >= RESTARTED * low).all():
+        if at.size < TOGETHER:
+            return
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = float(np.min(np.log(high / low)))
+        usual = median(self._changes) if self._changes else 0.0
+        self._changes.append(change if change < math.inf else 0.0)
+        # Not in the usual course of statistics that go on running.
+        if not (high >= RESTARTED * low).all() or change < OUT_OF_LINE * usual:
             return
         was, now = float(before[0]), float(row.values[at[0]])
         for place, value, metric, site in self._lookup.new("statistics-restarted", row, at[:1]):

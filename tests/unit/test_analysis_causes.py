@@ -166,7 +166,9 @@ def test_statistics_that_are_nan() -> None:
 
 
 def test_statistics_that_restart() -> None:
-    still, moved = {("editor.std_min", U): 0.2}, {("editor.std_min", U): 0.5}
+    still, moved = ({("editor.std_min", U): a, ("editor.std_min", V): b} for a, b in ((0.2, 0.01), (0.5, 0.03)))
+    alone = ({("editor.std_min", U): size} for size in (0.2, 0.2, 0.5))
+    assert claimed(*alone)[0] == "unknown"  # of one site that proves nothing
     assert claimed(still, still, moved) == ("statistics-restarted", "medium")
     assert claimed(still, still, still | {("editor.input_max", U): 300.0}, moved)[0] == "unknown"
     running = [{("editor.std_min", U): 0.2 * 1.1**edit} for edit in range(9)]

@@ -248,7 +248,10 @@ def test_a_normaliser_that_begins_anew() -> None:
         return {("editor.std_min", U): one, ("editor.std_min", V): other}
 
     assert ("statistics-restarted", U, 3) in rules(run(*[edit(0.2, 0.01)] * 3, edit(0.1, 0.0)))
-    assert run(*[edit(0.2, 0.0)] * 3, edit(0.1, 0.0)).verdict == "drifting"  # what stays 0 says nothing
+    assert run(*[edit(0.2, 0.0)] * 3, edit(0.1, 0.0)).verdict == "stable"  # what stays 0 says nothing, one site neither
+    assert run(*[edit(0.0, 0.0)] * 3, edit(0.1, 0.2)).verdict == "stable"  # it had seen nothing yet
+    sizes = (0.2, 0.24, 0.19, 0.26, 0.18, 0.25)
+    assert run(*(edit(size, size / 10) for size in sizes)).verdict == "stable"  # the usual course of small batches
     assert run(*[edit(0.2, 0.01)] * 3, edit(0.1, 0.01)).verdict == "stable"
     assert run(*[edit(0.2, 0.0)] * 3).verdict == "stable"
 

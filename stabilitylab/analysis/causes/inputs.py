@@ -51,8 +51,10 @@ def _statistics(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
     if bad is None or bad.metric != "editor.nonfinite":
         return None
-    if bad.edit <= 1:
+    if bad.edit == 0:
         when = "before the first edit: never loaded, or spoilt before they were saved"
+    elif bad.edit == 1:
+        when = "by the end of edit 1: they came so into it, or it made them so"
     else:
         when = f"at edit {bad.edit}, and were finite until then: edits update them"
     return Claim(
