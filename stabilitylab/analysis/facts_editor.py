@@ -8,10 +8,10 @@
 - ``RESIDUAL``: see `stabilitylab.analysis.limits`. Alone it proves nothing: least squares leave a residual rightly.
 - ``FROZEN``: statistics are frozen while edits are made; a change of the least std by more than a cast to another
   dtype makes (1%) means that they are not.
-- ``RESTARTED``: all of a normaliser's smallest standard deviations, of two sites or more, change by a quarter or more in
-  one edit, and were above zero: those of a normaliser that has seen nothing yet begin, they don't begin anew. One more
-  batch among many changes them by a few per cent, and hardly all at once; where batches are small and change them more,
-  the change must be four times the usual one, in logs.
+- ``RESTARTED``: all of a normaliser's smallest standard deviations, of two sites or more, change by a quarter or more
+  in one edit, and were above zero: those of a normaliser that has seen nothing yet begin, they don't begin anew. One
+  more batch among many changes them by a few per cent, and hardly all at once; where batches are small and change them
+  more, the change must be four times the usual one, in logs.
 - ``PINNED``: at eight edits in a row the search for v* ends on its norm clamp after at least half of its steps, and at
   three quarters of these edits after every step (``FILLED``), the first ones included: the clamp, and not the answer,
   says what is written. Ending there after most steps is usual, and after all of them happens: sound ROME runs on the
