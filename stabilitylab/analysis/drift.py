@@ -268,6 +268,7 @@ class DriftBank:
 
     def _levels(self, series: Places, level: Array, edit: int) -> list[Hit]:
         high = level >= self._limits["level"]
+        high &= ~self._once.said("growth", self._state["place"][series])  # which says more, and is never size alone
         limits = self._limits["level"] * detectors.far(self._state["spread"][series[high]])
         return self._hits(_Claim("level", series[high], limits), edit)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from stabilitylab.editors.base import Progress
@@ -222,6 +223,13 @@ def test_a_folder_that_is_not_there_names_its_neighbour(model_folder: Path) -> N
     assert "did you mean 'model'?" in found
 
 
+NO_TOKENIZER = (
+    "has no tokenizer that knows a word"
+    if int(transformers.__version__.split(".")[0]) >= 5
+    else "has no tokenizer that can be loaded"  # older ones raise where newer ones make an empty one
+)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -247,7 +255,7 @@ def drop_a_weight(folder: Path) -> None:
             lambda f: edit_config(f, architectures=["GPT2Model"]),
             "holds GPT2Model, expected a causal language model: GPT2",
         ),
-        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer that "),
+        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], NO_TOKENIZER),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer that can be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model that can be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes(b"12345678" * 9), "holds no model that can be loaded"),
