@@ -9,11 +9,15 @@ For T tokens the gradient is G = δᵀX, so its rank is at most min(T, in, out).
 - Beyond, a block Krylov space of 32 directions gives the leading ones (Musco and Musco, arXiv 1504.05477, algorithm 2),
   of which those are kept that its last block no longer changed; and the norm, exact within that space and estimated
   from 16 random directions outside of it (Hutch++: Meyer et al., arXiv 2010.09649).
+
+`reduce_matrix` does the same for a gradient that is there as a matrix, such as a weight's `.grad`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +44,9 @@ class GradientSpectrum:
     """Of one gradient G [out, in], all float64.
 
     singular_values: descending, all min(T, in, out) of them where `exact`, else the leading ones that converged, at
-    least one; NaN when a factor is not finite. norm: ‖G‖_F. zero_share: share of entries that are exactly 0 since their
-    input or their output unit has only zeros; dead_share: share of input units that are 0 at every token.
-    nonfinite: NaN or infinite entries of the two factors together.
+    least one; NaN when a factor is not finite, empty where only the norm is known. norm: ‖G‖_F. zero_share: share of
+    entries that are exactly 0 since their input or their output unit has only zeros; dead_share: share of input units
+    that are 0 at every token. nonfinite: NaN or infinite entries of the two factors together.
     """
 
     singular_values: Host
@@ -54,8 +58,8 @@ class GradientSpectrum:
 
     @property
     def top(self) -> float:
-        """The largest singular value."""
-        return float(self.singular_values[0])
+        """The largest singular value; NaN where none is known."""
+        return float(self.singular_values[0]) if self.singular_values.size else float("nan")
 
 
 _HEAD = 6
@@ -89,7 +93,7 @@ def _unpack(values: Host, shape: tuple[int, int], rank: int, known: int | None) 
     if known is None:
         found = np.pad(found, (0, rank - found.size))
     else:
-        residual = float(values[-1])
+        residual = float(values[-1]) ** 2
         before = _singular_values(core[:, :known])
         same = np.abs(found[:_BLOCK] - before[:_BLOCK]) <= _CONVERGED * found[:_BLOCK]
         found = found[: max(int(np.argmin(same)) if not same.all() else same.size, 1)]
@@ -182,22 +186,48 @@ def _directions(units: int, count: int, device: torch.device) -> Tensor:
     return torch.randn(units, count, generator=generator).to(device)
 
 
-def _leading(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(R [32, 32] with the singular values of QᵀG for a block Krylov basis Q; the squared norm of G outside of Q)."""
-    probes = _directions(x.shape[1], _BLOCK + _OUTSIDE, x.device).to(x.dtype)
-    image = delta.T @ (x @ probes)
+_Product = Callable[[Tensor], Tensor]
+
+
+def _leading(forth: _Product, back: _Product, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """(R [32, 32] with the singular values of QᵀG for a block Krylov basis Q; the norm of G outside of Q).
+
+    forth, back: V ↦ GV and V ↦ GᵀV. probes: random directions [in, 24].
+    """
+    image = forth(probes)
     block, outside = image[:, :_BLOCK], image[:, _BLOCK:]
     basis = torch.linalg.qr(block).Q
-    rows = [x.T @ (delta @ basis)]
+    rows = [back(basis)]
     for _ in range(_STEPS - 1):
-        block = delta.T @ (x @ rows[-1])
+        block = forth(rows[-1])
         for _ in range(2):  # twice is enough: Parlett, The Symmetric Eigenvalue Problem, §6.9
             block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-        rows.append(x.T @ (delta @ block))
+        rows.append(back(block))
         basis = torch.cat([basis, block], dim=1)
     outside = outside - basis @ (basis.T @ outside)
     triangle = torch.linalg.qr(torch.cat(rows, dim=1).double(), mode="r").R
-    return triangle, outside.double().square().sum() / _OUTSIDE
+    return triangle, torch.linalg.vector_norm(outside.double()) / math.sqrt(_OUTSIDE)
+
+
+def _packed(
+    head: Tensor, rank: int, exact: Callable[[], Tensor] | None, forth: _Product, back: _Product, like: Tensor
+) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+    """All singular values from the matrix that `exact` makes, or the leading ones. like: [.., in], of G's dtype."""
+    if exact is not None:
+        core = exact()
+        shape = (core.shape[0], core.shape[1])
+        return torch.cat([head, core.reshape(-1)]), functools.partial(_unpack, shape=shape, rank=rank, known=None)
+    probes = _directions(like.shape[1], _BLOCK + _OUTSIDE, like.device).to(like.dtype)
+    triangle, outside = _leading(forth, back, probes)
+    shape = (triangle.shape[0], triangle.shape[1])
+    packed = torch.cat([head, triangle.reshape(-1), outside.reshape(1)])
+    return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
+
+
+def norm_of(packed: Tensor) -> Tensor:
+    """‖G‖_F of what was packed, as a scalar on its device; 0 where a factor is not finite."""
+    norm: Tensor = (torch.linalg.vector_norm(packed[_HEAD:]) * packed[1]) * packed[2]
+    return norm
 
 
 @torch.no_grad()
@@ -220,14 +250,38 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
     rank = min(left.shape[0], left.shape[1], right.shape[1])
     if on_cpu(left):
         left, right = _with_delta(left, right, always=rank <= EXACT_RANK)
-    if min(rank, left.shape[0]) <= EXACT_RANK:
-        core = _core(right, left)
-        shape = (core.shape[0], core.shape[1])
-        return torch.cat([head, core.reshape(-1)]), functools.partial(_unpack, shape=shape, rank=rank, known=None)
-    triangle, outside = _leading(right, left)
-    shape = (triangle.shape[0], triangle.shape[1])
-    packed = torch.cat([head, triangle.reshape(-1), outside.reshape(1)])
-    return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
+    return _packed(
+        head,
+        rank,
+        (lambda: _core(right, left)) if min(rank, left.shape[0]) <= EXACT_RANK else None,
+        lambda directions: left.T @ (right @ directions),
+        lambda directions: right.T @ (left @ directions),
+        right,
+    )
+
+
+@torch.no_grad()
+def reduce_matrix(gradient: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+    """The same of a gradient [out, in] that is there itself. `nonfinite` counts its own entries.
+
+    All singular values are found where the smaller side is at most 256.
+    """
+    whole = _prepare(gradient.detach())
+    values = whole.values
+    silent_rows = 1 - (values != 0).any(dim=1).double().mean()
+    zero_share = 1 - (1 - whole.silent_share) * (1 - silent_rows)
+    one = torch.ones_like(whole.scale)
+    head = torch.stack([whole.nonfinite, whole.scale, one, zero_share, whole.silent_share, whole.norm])
+    tall = values if values.shape[0] >= values.shape[1] else values.T
+    rank = min(values.shape)
+    return _packed(
+        head,
+        rank,
+        (lambda: torch.linalg.qr(tall.double(), mode="r").R) if rank <= EXACT_RANK else None,
+        lambda directions: values @ directions,
+        lambda directions: values.T @ directions,
+        values,
+    )
 
 
 def _with_delta(delta: Tensor, x: Tensor, always: bool) -> tuple[Tensor, Tensor]:

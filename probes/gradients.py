@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import UsageError
+from stabilitylab.probes.accumulated_gradient import STEP, AccumulatedGradient
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
@@ -54,7 +55,9 @@ class Spectrum(Probe[GradientSpectrum]):
         self.top = top
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """The first `top` of them, or as many as are known."""
+        """The first `top` of them, or as many as are known; left out where none is."""
+        if not seen.singular_values.size:
+            return {}
         return {"gradient.spectrum": seen.singular_values[: self.top], "gradient.exact": float(seen.exact)}
 
 
@@ -68,8 +71,9 @@ class GradientNorm(Probe[GradientSpectrum]):
             "loss per weight",
             "log",
             "during",
-            "The size of the layer's gradient. Exploding and vanishing both end in a useless edit.",
-            "‖δᵀX‖_F = (Σ σ²)^½",
+            "The size of the layer's gradient. Exploding and vanishing both end in a useless edit. The loop's own "
+            "where `.grad` shows it, before clipping and without the loss scale; gradient.source says.",
+            "‖.grad‖_F, else ‖δᵀX‖_F = (Σ σ²)^½",
             "Pascanu et al. (arXiv 1211.5063)",
         ),
         Metric(
@@ -85,8 +89,9 @@ class GradientNorm(Probe[GradientSpectrum]):
     )
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """Both from the factors."""
-        return {"gradient.norm": seen.norm, "gradient.zero_share": seen.zero_share}
+        """The share is left out where nothing but the norm is known."""
+        share = {} if np.isnan(seen.zero_share) else {"gradient.zero_share": seen.zero_share}
+        return {"gradient.norm": seen.norm} | share
 
 
 class GradientRank(Probe[GradientSpectrum]):
@@ -153,8 +158,79 @@ class GradientNonfinite(Probe[GradientSpectrum]):
     )
 
     def compute(self, seen: GradientSpectrum) -> Readings:
-        """A count over both factors."""
-        return {"gradient.nonfinite": seen.nonfinite}
+        """A count over both factors; where no pass was seen, of the gradient itself."""
+        return {} if np.isnan(seen.nonfinite) else {"gradient.nonfinite": seen.nonfinite}
+
+
+class OwnGradient(Probe[AccumulatedGradient]):
+    """What the loop itself steps with."""
+
+    needs = AccumulatedGradient
+    metrics = (
+        Metric(
+            "gradient.source",
+            "code",
+            "linear",
+            "during",
+            "Where the gradient was read. 1: from the weight's `.grad` at an optimizer's step, before clipping and "
+            "without the loss scale. 2: from `.grad` as a backward left it, where no optimizer stepped. 0: from the "
+            "factors of the first pass, where `.grad` is not what the edit uses (functional gradients). 3: from "
+            "factors in float16, which may hold a loss scale.",
+            "0 δᵀX, 1 .grad at step(), 2 .grad, 3 δᵀX in float16",
+            "PyTorch, Autograd mechanics: accumulated gradients",
+        ),
+        Metric(
+            "gradient.norm_stepped",
+            "loss per weight",
+            "log",
+            "during",
+            "The gradient's norm as the first step of the optimizer got it: after clipping.",
+            "‖.grad‖_F at step()",
+            "Pascanu et al. (arXiv 1211.5063)",
+        ),
+        Metric(
+            "gradient.loss_scale",
+            "1",
+            "log",
+            "during",
+            "The factor on the loss that was divided out of the gradient. Absent where no scaler is known.",
+            "s in s·L",
+            "mixed precision training: Micikevicius et al. (arXiv 1710.03740)",
+        ),
+        Metric(
+            "gradient.nonfinite_steps",
+            "steps",
+            "count",
+            "during",
+            "How many of the gradients that were accumulated in `.grad` held a NaN or an infinity. Where the factors "
+            "are finite, their product, or its sum, left the range of the gradient's dtype.",
+            "#{steps: ‖.grad‖ ∉ ℝ}",
+            "IEEE 754-2019, §6 and §7.4",
+        ),
+        Metric(
+            "gradient.carried",
+            "backwards",
+            "count",
+            "during",
+            "How many backwards added to a gradient that an optimizer's step had used already: nobody cleared it, and "
+            "the next step makes those before it once more.",
+            "#{backwards: .grad unwritten since step()}",
+            "PyTorch, torch.optim.Optimizer.zero_grad",
+        ),
+    )
+
+    def compute(self, seen: AccumulatedGradient) -> Readings:
+        """What does not apply is left out."""
+        readings: dict[str, float] = {"gradient.source": seen.source}
+        if seen.stepped.size:
+            readings["gradient.norm_stepped"] = float(seen.stepped[0])
+        if seen.scales.size and seen.scales[0] != 1:
+            readings["gradient.loss_scale"] = float(seen.scales[0])
+        if seen.norms.size:
+            readings["gradient.nonfinite_steps"] = float(seen.nonfinite)
+        if seen.source == STEP:
+            readings["gradient.carried"] = seen.carried
+        return readings
 
 
 class GradientPasses(Probe[LaterPasses]):
@@ -168,7 +244,8 @@ class GradientPasses(Probe[LaterPasses]):
             "count",
             "during",
             "Forwards through the layer that a backward answered. All gradient readings without a suffix are of the "
-            "first; of several, the last and the worst are kept as well, the others are counted.",
+            "first, or of the optimizer's first step where its own gradient is read; of several, the last and the "
+            "worst are kept as well, the others are counted.",
             "#",
             "—",
         ),
@@ -177,7 +254,7 @@ class GradientPasses(Probe[LaterPasses]):
             "passes",
             "count",
             "during",
-            "How many of them had a NaN or an infinity in the layer's input or in the gradient at its output.",
+            "How many of the passes had a NaN or an infinity in the layer's input or in the gradient at its output.",
             "#{passes: X ∉ ℝ or δ ∉ ℝ}",
             "IEEE 754-2019, §6",
         ),
@@ -186,7 +263,7 @@ class GradientPasses(Probe[LaterPasses]):
             "loss per weight",
             "log",
             "during",
-            "The gradient's norm in the last pass: against the first, whether the edit has converged.",
+            "The gradient's norm in the last pass or step: against the first, whether the edit has converged.",
             "‖δᵀX‖_F, last pass",
             "Pascanu et al. (arXiv 1211.5063)",
         ),
@@ -195,7 +272,7 @@ class GradientPasses(Probe[LaterPasses]):
             "loss per weight",
             "log",
             "during",
-            "The gradient's norm in the worst pass: the first that is not finite, else that of the largest factors.",
+            "The gradient's norm in the worst pass or step: the first that is not finite, else the largest.",
             "‖δᵀX‖_F where ‖δ‖ ‖X‖ is largest",
             "Pascanu et al. (arXiv 1211.5063)",
         ),
@@ -230,7 +307,8 @@ class GradientPasses(Probe[LaterPasses]):
         for name, one in (("last", seen.last), ("worst", seen.worst)):
             if one is not None:
                 readings[f"gradient.norm_{name}"] = one.norm
-                readings[f"gradient.spectrum_{name}"] = one.singular_values[:SPECTRUM_LENGTH]
+                if one.singular_values.size:
+                    readings[f"gradient.spectrum_{name}"] = one.singular_values[:SPECTRUM_LENGTH]
         return readings
 
 

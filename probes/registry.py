@@ -23,6 +23,7 @@ from stabilitylab.probes.gradients import (
     GradientNorm,
     GradientPasses,
     GradientRank,
+    OwnGradient,
     Spectrum,
 )
 from stabilitylab.probes.linear_solve import CovarianceCondition, SystemCondition, SystemResidual
@@ -57,6 +58,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     GradientNorm,
     GradientRank,
     GradientNonfinite,
+    OwnGradient,
     GradientPasses,
     GradientAlignment,
     NormalisedInput,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import stabilitylab as sl
 
@@ -30,7 +31,9 @@ def edit_once(model: nn.Module, rate: float = 0.1) -> Tensor:
 def hooks_on(model: nn.Module) -> int:
     """Every hook that the model carries, whoever put it there."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+    accumulated = sum(len(tensor._post_accumulate_grad_hooks or ()) for tensor in model.parameters())
+    steps = len(_global_optimizer_pre_hooks)
+    return accumulated + steps + sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def healthy_run(folder: Path, edits: int = 12) -> Path:

@@ -6,8 +6,7 @@ about what is put back between edits. The limits here and where they come from:
 
 - ``HEADROOM_BITS``: under 2 bits a tensor is two doublings from infinity. Only a *fall* to there counts: a massive
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
-- ``STILL``: three edits in a row without effect, see `stabilitylab.analysis.landing`; or without a gradient.
-- ``RIGHT``: below a loss of 0.01 the gradient may round to zero rightly, since bfloat16 holds 1 − p only above 0.004.
+- ``STILL``: three edits in a row without effect, see `stabilitylab.analysis.landing`.
 - ``GROWING``: a cache of keys that grows at five edits in a row which all begin at the original weights.
 - ``STALLED``: ten edits that wrote this layer and never moved it, while they moved others.
 - ``FROZEN_LOSS``: a loss that is the same to the last bit at five edits in a row, which differing requests never give.
@@ -29,8 +28,8 @@ import numpy as np
 
 from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, kind_of
 from stabilitylab.analysis.facts_editor import EditorFacts
+from stabilitylab.analysis.facts_gradients import RIGHT, GradientFacts
 from stabilitylab.analysis.facts_restoring import RestoringFacts
-from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.landing import Landing, Landings
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
@@ -44,7 +43,6 @@ __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
 HEADROOM_BITS: Final = 2.0
 STILL: Final = 3
-RIGHT: Final = 0.01
 LEAP: Final = 100.0
 ALONE: Final = 0.02
 FROZEN_LOSS: Final = 5
@@ -81,6 +79,7 @@ class FactRules:
         self._lookup = Lookup(columns)
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
+        self._gradients = GradientFacts(self._lookup)
         self._restoring = RestoringFacts()
         self._landings = Landings(self._lookup)
         self._context = NonfiniteContext(self._lookup)
@@ -91,9 +90,6 @@ class FactRules:
         self._ever_moved: set[int] = set()
         self._moving_edits = 0
         self._stall_told = False
-        self._dead_gradients = 0
-        self._dead_since = 0
-        self._reached = False
         self._loss = math.nan
         self._same_loss = 0
         self._same_since = 0
@@ -128,7 +124,7 @@ class FactRules:
             self._lost,
             self._cache,
             self._stalled,
-            self._gradients,
+            self._gradients.check,
             self._frozen_loss,
         )
         return [hit for rule in rules for hit in rule(row)]
@@ -287,28 +283,6 @@ class FactRules:
             more = f" and {never.size - 1} more" if never.size > 1 else ""
             says = f"{self._moving_edits} edits wrote {site}{more} and moved nothing there, while others moved."
             yield Hit("site-stalled", metric, place, value, 0.0, "stable", says, 1)
-
-    def _gradients(self, row: Flat) -> Iterator[Hit]:
-        """Gradients of exactly 0 at every watched layer, while there is a loss to reduce."""
-        at, loss = self._lookup.at("gradient.norm"), self._lookup.value(row, LOSS, MODEL_SITE)
-        if not row.applied or not at.size or loss is None or not RIGHT < loss < math.inf:
-            return
-        if (row.values[at] != 0).any():
-            self._reached, self._dead_gradients = True, 0
-            return
-        self._dead_since = self._dead_since if self._dead_gradients else row.edit
-        self._dead_gradients += 1
-        if self._dead_gradients < STILL:
-            return
-        for place, value, metric, _ in self._lookup.new("zero-gradient", row, at[:1]):
-            before = "though it did before" if self._reached else "nor has it ever"
-            says = (
-                f"Since edit {self._dead_since} the loss ({number(loss)} at edit {row.edit}) sends no gradient to any"
-                f" watched layer, {before}."
-            )
-            # Where it never did, the layers may lie off the loss's path, which harms nothing.
-            verdict: Verdict = "drifting" if self._reached else "stable"
-            yield Hit("zero-gradient", metric, place, value, 0.0, verdict, says, self._dead_since)
 
     def _frozen_loss(self, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(LOSS)

@@ -12,6 +12,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from stabilitylab.analysis.columns import Flat
 from stabilitylab.analysis.findings import Landed
 from stabilitylab.analysis.lookup import Lookup
@@ -35,7 +37,8 @@ class Landing:
     since: the first of these; None when the last one landed. first: the first of the run without effect. Of all without
     effect: failed: how many raised. words: what most of the last said. gradients_bad: how many had gradients that are
     not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
-    huge: how many had a gradient whose norm over all watched layers is past what float16 holds.
+    huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
+    finite ones above zero that were exactly 0 when the optimizer got them.
     """
 
     tried: int = 0
@@ -49,6 +52,7 @@ class Landing:
     gradients: int = 0
     written: int = 0
     huge: int = 0
+    clipped: int = 0
 
     @property
     def kind(self) -> Landed | None:
@@ -109,8 +113,8 @@ class Landings:
         if landed:
             self.now = replace(before, tried=before.tried + 1, landed=before.landed + 1, lost=0, since=None)
             return
-        bad = self._lookup.at("gradient.nonfinite")
-        norms = flat.values[self._lookup.at("gradient.norm")]
+        bad = np.concatenate([self._lookup.at(f"gradient.{name}") for name in ("nonfinite", "nonfinite_steps")])
+        norms, stepped = (flat.values[self._lookup.at(f"gradient.{name}")] for name in ("norm", "norm_stepped"))
         spoilt = bool((flat.values[bad] > 0).any())
         sound = not spoilt and bool(((norms > 0) & (norms < math.inf)).any())
         error = "" if row.error is None else row.error[:WORDS]
@@ -127,6 +131,7 @@ class Landings:
             gradients_bad=before.gradients_bad + spoilt,
             gradients=before.gradients + sound,
             huge=before.huge + (sound and math.sqrt(math.fsum((norms * norms).tolist())) > FLOAT16_MAX),
+            clipped=before.clipped + (sound and stepped.size > 0 and bool((stepped == 0).all())),
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
         )
 

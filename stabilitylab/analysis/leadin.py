@@ -269,6 +269,13 @@ class LeadIn:
         kept = [steps for steps in self._kept.values() if bad is not None and any(s.edit == bad.start for s in steps)]
         return kept[0] if kept else ()
 
+    def _overflowed_gradient(self, row: Flat) -> str | None:
+        for at in self._where.places["gradient.norm"]:
+            site = self._site(row, at)
+            if not row.finite[at] and self._value(row, "gradient.nonfinite", site) == 0:
+                return site
+        return None
+
     def _look_at_fatal(self, row: Flat) -> FatalRow:
         places = self._where.places
         bad, norms = places["gradient.nonfinite"], places["gradient.norm"]
@@ -291,6 +298,7 @@ class LeadIn:
             no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),
             gradients_unread=norms.size == 0,
             later_gradients=sound and later_bad,
+            gradient_overflowed=self._overflowed_gradient(row),
             loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
             moved_before=self._moved_before,
             weight=weight,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger("stabilitylab")
@@ -43,6 +44,18 @@ class Watcher(Protocol):
 
     def overwritten(self, site: str) -> None:
         """A backward answered a forward whose input was changed in place since: its gradient can't be told."""
+
+    def adopts(self, site: str, weight: Tensor) -> bool:
+        """Whether to tell of what backwards add to the `.grad` of this weight, from now to the edit's end."""
+
+    def accumulated(self, site: str, weight: Tensor) -> None:
+        """A backward has added to it."""
+
+    def backward_ended(self) -> None:
+        """A backward that has added to some is over, an all-reduce that belongs to it included."""
+
+    def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to step."""
 
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run on this tensor."""
@@ -186,6 +199,7 @@ class Capture:
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
         self._left = False
+        self._backward = -1
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
@@ -222,10 +236,45 @@ class Capture:
             x, values = _first_tensor(args), plain(y)
             if values is not None:
                 self._watcher.layer_output(site, id(fired), self._as_sequence(fired, values.detach()))
-            if factors and x is not None and y.requires_grad:
-                self._await_delta(site, id(fired), x, y)
+            if factors and y.requires_grad:
+                self._watch_gradient(site, fired)
+                if x is not None:
+                    self._await_delta(site, id(fired), x, y)
 
         self.own(module.register_forward_hook(self.hook(after_forward)))
+        if factors:
+            self._watch_gradient(site, module)
+
+    def _watch_gradient(self, site: str, module: nn.Module) -> None:
+        """Hear when a backward adds to the weight's `.grad`. It may become a leaf that asks for one inside the edit."""
+        weight = module._parameters.get("weight")
+        if weight is None or not self._watcher.adopts(site, weight):
+            return
+
+        def accumulated(leaf: Tensor) -> None:
+            self._watcher.accumulated(site, leaf)
+            self._await_end()
+
+        register: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
+        self.own(register(self.hook(accumulated)))
+
+    def _await_end(self) -> None:
+        """Hear, once, when the backward that is under way is over."""
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        self._backward = backward
+        engine, ended = torch.autograd.Variable._execution_engine, self.hook(self._watcher.backward_ended)
+        # Twice: what was queued in between, such as an all-reduce of the gradients, comes first.
+        engine.queue_callback(lambda: engine.queue_callback(ended))
+
+    def watch_optimizers(self) -> None:
+        """Hear of each optimizer's step."""
+
+        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self._watcher.optimizer_steps(optimizer)
+
+        self.own(register_optimizer_step_pre_hook(self.hook(before_step)))
 
     def _await_delta(self, site: str, fired: int, x: Tensor, y: Tensor) -> None:
         node, values = _node_of(y), plain(x)

@@ -13,6 +13,7 @@ import torch
 from stabilitylab.errors import UsageError
 from stabilitylab.probes import ALL, TIERS, catalogue
 from stabilitylab.probes.absorption import AbsorptionPass
+from stabilitylab.probes.accumulated_gradient import AccumulatedGradient
 from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.codebook import CodebookHits, CodebookPass
@@ -57,6 +58,16 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         for values in ([3.0, -1.0, 2.0, 0.0], [0.0] * 4, [NAN, NAN, NAN, 4.0])
     ],
     GradientSpectrum: SPECTRA,
+    AccumulatedGradient: [
+        AccumulatedGradient(
+            source=source,
+            norms=np.array(norms),
+            stepped=np.array(stepped),
+            scales=np.ones(len(norms)),
+            carried=0.0,
+        )
+        for source, norms, stepped in ((0.0, [], []), (1.0, [3.0, NAN], [1.0, NAN]), (2.0, [0.0], []))
+    ],
     LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SPECTRA[0], SPECTRA[2])],
     Alignment: [Alignment(0.5, -1.0), Alignment(None, None), Alignment(NAN, 0.0)],
     AbsorptionPass: [AbsorptionPass(4.0, 1.0), AbsorptionPass(0.0, 0.0)],

@@ -28,7 +28,7 @@ from tests.editor_fakes import GRACEAdapter, GradientTransform, WISEAdapter
 from tests.gpt2_loop import TEXT, edit_gpt2, make_gpt2
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 
-# -- three loops, which together give every probe something to read ---------------------------------------------------
+# -- four loops, which together give every probe something to read ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ def steps(model: nn.Module, editor: object, edit: Edit | None) -> list[Tensor]:
 
 def text(model: Any, editor: object, edit: Edit | None) -> list[Tensor]:
     return [*edit_gpt2(model, passes=2), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def scaled(model: nn.Module, editor: Any, edit: Edit | None) -> list[Tensor]:
+    scaler = editor.scaler
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    loss: Tensor = model(torch.randn(2, 5, 8)).pow(2).mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(optimizer)
+    scaler.update()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
 
 
 class Mend(GradientTransform):
@@ -111,6 +124,7 @@ def closed_form(model: Any, editor: Any, edit: Edit | None) -> list[Tensor]:
 
 LOOPS = {
     "steps": Loop(make_model, lambda: None, steps, "[03]", CANARY),
+    "scaled": Loop(make_model, lambda: SimpleNamespace(scaler=torch.amp.GradScaler("cpu")), scaled, "[03]", CANARY),
     "text": Loop(make_gpt2, lambda: None, text, "*.mlp.*", TEXT),
     "closed form": Loop(adapted_model, editor_with_everything, closed_form, "*layer", CANARY),
 }

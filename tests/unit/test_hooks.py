@@ -28,6 +28,24 @@ class Heard:
         self.passes: list[tuple[str, int, Tensor, Tensor]] = []
         self.lost: list[str] = []
         self.norms: list[Tensor] = []
+        self.adopted: set[int] = set()
+        self.accumulations: list[str] = []
+        self.ended = 0
+        self.steps = 0
+
+    def adopts(self, site: str, weight: Tensor) -> bool:
+        fresh = weight.requires_grad and weight.is_leaf and id(weight) not in self.adopted
+        self.adopted |= {id(weight)} if fresh else set()
+        return fresh
+
+    def accumulated(self, site: str, weight: Tensor) -> None:
+        self.accumulations.append(site)
+
+    def backward_ended(self) -> None:
+        self.ended += 1
+
+    def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps += 1
 
     def layer_output(self, site: str, fired: int, output: Tensor) -> None:
         self.outputs.append((site, output.shape))
@@ -233,7 +251,7 @@ def test_hooks_are_gone_after_an_exception() -> None:
         seen.watch_layer("layer", model[0], factors=True)
         seen.watch_model(model)
         seen.watch_editor("editor", model[1])
-        assert hooks_on(model) == 4  # the whole model has two: before and after its forward
+        assert hooks_on(model) == 5  # the whole model has two, before and after its forward; the weight has one
         raise RuntimeError("mine")
     assert hooks_on(model) == 0
 

@@ -21,6 +21,21 @@ def _is_float16(limit: float | None) -> bool:
     return limit is not None and math.isclose(limit, FP16_MAX, rel_tol=1e-3)
 
 
+def _gradient(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.edit != fatal.edit or fatal.gradient_overflowed is None:
+        return None
+    if not fatal.sound_forward:
+        return None
+    where = "float16, which ends at 65,504" if evidence.narrow else "its dtype"
+    return Claim(
+        f"the gradient of {fatal.gradient_overflowed} at edit {fatal.edit} is not finite, while the layer's input and"
+        f" the gradient at its output are: their product left the range of {where}.",
+        "high",
+        Place(fatal.edit, "gradient.norm", fatal.gradient_overflowed),
+    )
+
+
 def _adam(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or fatal is None or bad.edit != fatal.edit or fatal.weight is None or not _is_float16(fatal.limit):
@@ -127,6 +142,19 @@ def _overflowed_in_step(fatal: FatalRow) -> bool:
 
 
 BEFORE_GROWTH = (
+    Rule(
+        "gradient-overflow",
+        "dtype",
+        "limit",
+        _gradient,
+        "Lower the loss scale, or let a scaler skip such steps (torch.amp.GradScaler); keep the weights that are"
+        " edited, and with them their gradients, in float32 or bfloat16.",
+        "A gradient sums over all tokens and is kept in its weight's dtype: in float16 it ends at 65,504, though every"
+        " term is far below.",
+        "A .grad that is not finite after a backward whose factors, the layer's input and the gradient at its output,"
+        " all are, in the edit with the first value that is not finite.",
+        "A layer in float16 with inputs of 200 and a gradient of 100 at its output: seven tokens add up to 140,000.",
+    ),
     Rule(
         "adam-eps-underflow",
         "dtype",

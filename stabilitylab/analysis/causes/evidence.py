@@ -109,7 +109,8 @@ class FatalRow:
     sound_forward: whether the logits of the first pass were read, and they and its outputs are finite. sound_gradients:
     whether the edit's passes had gradients, all finite, as long as its forward passes were; no_gradients: whether its
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
-    were finite in its first pass and not in a later one. loss_read: whether the model's own loss was. moved_before:
+    were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
+    gradient is not finite although both of its factors are. loss_read: whether the model's own loss was. moved_before:
     whether any edit before moved a watched weight. weight: the first watched layer whose weight is not finite, None
     when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom: the bits that
     it had left when last read before; limit: what its dtype can hold; None where nothing says it.
@@ -123,6 +124,7 @@ class FatalRow:
     no_gradients: bool
     gradients_unread: bool
     later_gradients: bool
+    gradient_overflowed: str | None
     loss_read: bool
     moved_before: bool
     weight: str | None

@@ -90,6 +90,14 @@ def _again(evidence: Evidence) -> tuple[Way, bool] | None:
 
 
 def _kept_gradients(evidence: Evidence) -> Claim | None:
+    carried = evidence.of("gradients-carried")
+    if carried is not None:
+        return Claim(
+            f"since edit {carried.start} the optimizer steps with gradients that it has stepped with before, and to"
+            " which each backward adds: each edit makes those before it once more.",
+            "high" if evidence.is_past("drifting") else "medium",
+            Place(carried.start, carried.metric, carried.site),
+        )
     found = _again(evidence)
     if found is None or not found[1]:
         return None
@@ -171,9 +179,10 @@ ACCUMULATION = (
         _kept_gradients,
         "Call optimizer.zero_grad() (or set .grad to None) before each edit's backward pass.",
         "Gradients add up in .grad. Where nothing clears them, each step makes all the steps before it once more.",
-        "Every layer's first update is the same multiple of its gradient, later ones ever larger multiples, and all"
-        " point the same way: the distance is four fifths of their sum or more. Edits of their own give a share of"
-        " 1/√edits.",
+        "Three edits in a row whose backwards add to a .grad that a step has used and nobody has written to since; or,"
+        " where no optimizer steps, every layer's first update is the same multiple of its gradient, later ones ever"
+        " larger multiples, and all point the same way: the distance is four fifths of their sum or more. Edits of"
+        " their own give a share of 1/√edits.",
         "A loop of one's own that calls backward and subtracts .grad.",
     ),
     Rule(

@@ -43,9 +43,17 @@ def _skipped(evidence: Evidence) -> Claim | None:
 
 def _clipped(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    if lost is None or lost.gradients < NEARLY_ALL * lost.gone or evidence.weights_dtype != "float16":
+    if lost is None or lost.gradients < NEARLY_ALL * lost.gone:
         return None
-    if lost.huge < NEARLY_ALL * lost.gone:
+    narrow = evidence.weights_dtype == "float16" and lost.huge >= NEARLY_ALL * lost.gone
+    past = " Their norm over all watched layers is more than float16 holds, 65,504." if narrow else ""
+    if lost.clipped >= NEARLY_ALL * lost.gone:
+        return Claim(
+            f"since edit {lost.first} gradients are finite and above zero after the backward, and exactly 0 when the"
+            f" optimizer gets them: a norm that is infinite makes clipping multiply every gradient by 0.{past}",
+            "high",
+        )
+    if not narrow:
         return None
     return Claim(
         f"since edit {lost.first} gradients are finite, but in edits without effect their norm over all watched layers"
@@ -139,8 +147,9 @@ RULES = (
         " clip_grad_norm_ over float32 copies), and lower the loss scale.",
         "Clipping multiplies every gradient by limit / ‖g‖. In float16 ‖g‖ overflows from 65,504 on, although each"
         " entry is finite, and the factor is 0.",
-        "No weight moves in edits whose gradients are finite and above zero, with float16 weights, and ‖g‖ over the"
-        " watched layers above 65,504.",
+        "No weight moves in edits whose gradients are finite and above zero after the backward and exactly 0 at the"
+        " optimizer's step; or, where no step is seen, with float16 weights and ‖g‖ over the watched layers above"
+        " 65,504.",
         "A loss scale of 4,096 and clip_grad_norm_ without unscale_.",
     ),
     Rule(

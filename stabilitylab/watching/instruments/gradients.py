@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.probes.accumulated_gradient import AccumulatedGradient, passes_used, spectrum_used
+from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
 from stabilitylab.probes.gradient_passes import (
     Alignment,
@@ -19,17 +23,28 @@ from stabilitylab.probes.gradient_passes import (
     inner_product,
     product_with_update,
 )
+from stabilitylab.record.readings import Rebuild
+from stabilitylab.watching.instruments.accumulated import Accumulated, AccumulatedInstrument, FirstPass
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.sites import Site, locate_readable
 
+_Packed = tuple[Tensor, Rebuild[GradientSpectrum]]
+
 
 @dataclass
 class _Seen:
-    """What one layer showed inside one edit. fired: the module that was answered first; copies of it are left out."""
+    """What one layer showed inside one edit.
+
+    fired: the module that was answered first; copies of it are left out. first: its factors, where they are kept.
+    reduced: what they were reduced to; narrow: whether they are float16; scale: the loss scale that was in force.
+    """
 
     fired: int
     first: Factors | None = None
+    reduced: _Packed | None = None
+    narrow: bool = False
+    scale: Tensor | None = None
     keeper: PassKeeper = field(default_factory=PassKeeper)
 
 
@@ -41,15 +56,51 @@ class GradientInstrument:
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Factors] = {}
         self._said: set[str] = set()
+        self._accumulated = AccumulatedInstrument(bench)
+        self._plain: set[str] = set()
+        self._sites: dict[str, Site] = {}
 
     def begin(self) -> None:
         """A new edit."""
         self._seen = {}
+        self._plain.clear()
+        self._accumulated.begin()
 
     def needs_factors(self, site: Site) -> bool:
         """Whether a layer's input and δ are wanted at this edit, or at the next as those of the edit before."""
         needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(LaterPasses, site.name)
+        needed = needed or self._bench.needed(AccumulatedGradient, site.name)
         return site.orientation != "none" and (needed or self._keeps_first(site.name))
+
+    def watch(self, site: Site, module: nn.Module) -> None:
+        """Gradients of this layer are wanted in this edit."""
+        self._sites[site.name] = site
+        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":  # a subclass may compute anything
+            self._plain.add(site.name)
+
+    def adopts(self, site: str, weight: Tensor) -> bool:
+        """Whether to tell of what backwards add to this weight's `.grad`."""
+        return self._accumulated.adopt(site, weight, self._sites[site].orientation == "in_out")
+
+    def accumulated(self, site: str, weight: Tensor) -> None:
+        """A backward has added to a weight's `.grad`."""
+        self._accumulated.accumulated(site, weight)
+
+    def backward_ended(self) -> None:
+        """And is over."""
+        self._bench.safely("accumulated gradients", self._accumulated.backward_ended)
+
+    def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to step."""
+        first = {site: self._first_of(site, seen) for site, seen in self._seen.items()}
+        known = {site: found for site, found in first.items() if found is not None}
+        self._bench.safely(
+            "gradients at the optimizer's step", lambda: self._accumulated.optimizer_steps(optimizer, known)
+        )
+
+    def _first_of(self, site: str, seen: _Seen) -> FirstPass | None:
+        is_plain = seen.keeper.passes == 1 and site in self._plain
+        return None if seen.reduced is None else FirstPass(seen.reduced[0], is_plain, seen.narrow, seen.scale)
 
     def _keeps_first(self, site: str) -> bool:
         return self._bench.needed(Alignment, site) or self._bench.needed_next(Alignment, site)
@@ -77,29 +128,62 @@ class GradientInstrument:
             return
         if self._keeps_first(site):
             seen.first = Factors.of(x, delta)
-        packed, rebuild = reduce_factors(x, delta)
+        packed, rebuild = seen.reduced = reduce_factors(x, delta)
+        seen.narrow, seen.scale = delta.dtype is torch.float16, self._accumulated.scale
         seen.keeper.first(packed, rebuild)
-        if self._bench.needed(GradientSpectrum, site):
-            self._bench.add(site, packed, rebuild)
 
     def after(self, model: nn.Module, sites: Sequence[Site], references: References) -> None:
         """Reduce what was kept, while W₋ is still the weight before the edit."""
         for site in sites:
             seen = self._seen.get(site.name)
+            self._bench.safely(f"gradient of {site.name}", functools.partial(self._gradient, site, seen))
             if seen is not None:
-                self._bench.safely(f"passes of {site.name}", functools.partial(self._later, site.name, seen))
                 self._bench.safely(
                     f"alignment of {site.name}", functools.partial(self._align, model, site, seen, references)
                 )
         self._seen = {}
+        self._accumulated.begin()
 
-    def _later(self, site: str, seen: _Seen) -> None:
-        reduced = seen.keeper.reduce() if self._bench.needed(LaterPasses, site) else None
+    def _gradient(self, site: Site, seen: _Seen | None) -> None:
+        first = None if seen is None else self._first_of(site.name, seen)
+        used = self._accumulated.after(site.name, first)
+        if used is None:
+            return
+        self._add(AccumulatedGradient, site.name, [(used.packed, used.rebuild)], lambda made: made[0])
+        parts = [(used.packed, used.rebuild), used.matrix, None if seen is None else seen.reduced]
+        self._add(GradientSpectrum, site.name, parts, lambda made: spectrum_used(made[2], made[0], made[1]))
+        if seen is not None and self._bench.needed(LaterPasses, site.name):
+            self._later(site.name, seen, used)
+
+    def _later(self, site: str, seen: _Seen, used: Accumulated) -> None:
+        reduced = seen.keeper.reduce()
         if reduced is not None and seen.keeper.overwritten:
             what = f"last or worst gradient of {site}"
             self._left_out(f"{what} left out: its factors were overwritten after the backward")
         if reduced is not None:
-            self._bench.add(site, *reduced)
+            parts = [(used.packed, used.rebuild), reduced]
+            self._add(LaterPasses, site, parts, lambda made: passes_used(made[1], made[0]))
+
+    def _add(
+        self,
+        need: type[Any],
+        site: str,
+        parts: Sequence[tuple[Tensor, Rebuild[Any]] | None],
+        combine: Callable[[list[Any]], Any],
+    ) -> None:
+        """A measurement that is made from several, those that there are."""
+        if not self._bench.needed(need, site):
+            return
+        there = [part for part in parts if part is not None]
+        ends = np.cumsum([0, *(packed.numel() for packed, _ in there)]).tolist()
+
+        def rebuild(values: Host) -> Any:
+            made = iter([make(values[start:end]) for (_, make), start, end in zip(there, ends, ends[1:], strict=False)])
+            return combine([None if part is None else next(made) for part in parts])
+
+        # Nothing was accumulated and nothing reduced: an empty tensor may lie on another device.
+        home = there[-1][0].device
+        self._bench.add(site, torch.cat([packed.to(home) for packed, _ in there]), rebuild)
 
     def _align(self, model: nn.Module, site: Site, seen: _Seen, references: References) -> None:
         before = self._before.pop(site.name, None)

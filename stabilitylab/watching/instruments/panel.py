@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.base import Probe
@@ -85,11 +86,17 @@ class Instruments:
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
             capture = stack.enter_context(self.no_capture())
+            any_factors = False
             for site in sites:
                 found = locate(model, site) if site.is_layer else None
                 factors = self._gradients.needs_factors(site)
+                if found is not None and factors:
+                    self._gradients.watch(site, found[0])
+                    any_factors = True
                 if found is not None and (factors or self._outputs.wants(site.name)):
                     capture.watch_layer(site.name, found[0], factors)
+            if any_factors:
+                capture.watch_optimizers()
             capture.watch_model(model)
             if self._bench.needed(NormInput):
                 capture.watch_norms(model)
@@ -115,6 +122,24 @@ class Instruments:
     def overwritten(self, site: str) -> None:
         """A pass whose gradient can't be told."""
         self._gradients.overwritten(site)
+
+    def adopts(self, site: str, weight: Tensor) -> bool:
+        """Whether to tell of a weight's `.grad`."""
+        return self._gradients.adopts(site, weight)
+
+    def accumulated(self, site: str, weight: Tensor) -> None:
+        """A backward has added to one."""
+        self._gradients.accumulated(site, weight)
+
+    def backward_ended(self) -> None:
+        """And is over."""
+        with self.probe_time:
+            self._gradients.backward_ended()
+
+    def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to step."""
+        with self.probe_time:
+            self._gradients.optimizer_steps(optimizer)
 
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run."""

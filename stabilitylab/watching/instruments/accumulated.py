@@ -1,0 +1,205 @@
+"""What the `.grad` of each edited weight held when the loop used it: at an optimizer's step, else after its backward.
+
+`hooks.Capture` tells when a gradient was accumulated, when that backward had ended (an all-reduce included), and when
+an optimizer is about to step. A loss scale is known from the scaler that lets it step.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.accumulated_gradient import (
+    END,
+    FACTORS,
+    SCALED_FACTORS,
+    STEP,
+    AccumulatedGradient,
+    Use,
+    gradient_norm,
+    needs_matrix,
+    reduce_used,
+    reduce_uses,
+)
+from stabilitylab.probes.gradient_factors import GradientSpectrum, norm_of
+from stabilitylab.record.readings import Rebuild
+from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.sites import why_unmeasurable
+
+_FRAMES = 12
+"""How far above an optimizer's step its scaler may be: torch's own wrappers, a scheduler's, accelerate's."""
+
+
+@dataclass
+class _Weight:
+    """One weight inside one edit.
+
+    transposed: whether it is [in, out]. stale: whether `.grad` held something before the edit's first backward. fresh:
+    whether a backward has added to it since it was last used; just_now: whether the one that is under way has. added:
+    whether it was written to after it was made: a sum over backwards, or zeroed in place. carried: how many backwards
+    added to a gradient that a step had used already. looks: as each backward since
+    the last step left it. steps: each time that an optimizer used it.
+    """
+
+    weight: Tensor
+    transposed: bool
+    stale: bool
+    fresh: bool = False
+    just_now: bool = False
+    added: bool = False
+    carried: int = 0
+    looks: list[Use] = field(default_factory=list)
+    steps: list[Use] = field(default_factory=list)
+    matrix: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Its `.grad`, where that can be read."""
+        found = self.weight.grad
+        unreadable = found is None or found.layout != torch.strided or why_unmeasurable(found) is not None
+        return None if unreadable else found
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What is known of one site at the edit's end. matrix: the spectrum of `.grad` itself, where it was needed."""
+
+    packed: Tensor
+    rebuild: Rebuild[AccumulatedGradient]
+    matrix: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The factors of a site's first pass, as they were reduced.
+
+    is_plain: whether it is the only one so far, of a layer that forms plain products: then they must make the gradient.
+    narrow: whether they are float16. scale: the loss scale that was in force.
+    """
+
+    packed: Tensor
+    is_plain: bool
+    narrow: bool
+    scale: Tensor | None
+
+
+class AccumulatedInstrument:
+    """Looks at `.grad` when it is used. Forms no gradient, keeps none."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._weights: dict[str, dict[int, _Weight]] = {}
+        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self._stepped = False
+        self._version_used: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """A new edit."""
+        self._weights, self._stepped = {}, False
+
+    def adopt(self, site: str, weight: Tensor, transposed: bool) -> bool:
+        """Whether to tell of what is accumulated in this weight: a leaf that is not watched yet in this edit."""
+        known = self._weights.setdefault(site, {})
+        if id(weight) in known or not (weight.is_leaf and weight.requires_grad):
+            return False
+        known[id(weight)] = _Weight(weight, transposed, stale=weight.grad is not None)
+        return True
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The loss scale that is in force, as far as a scaler is known: a copy, for it changes in place."""
+        scaler = None if self._scaler is None else self._scaler()
+        found = None if scaler is None else scaler._scale
+        return None if found is None else found.detach().clone()
+
+    def accumulated(self, site: str, weight: Tensor) -> None:
+        """A backward has added to a weight's gradient."""
+        one = self._weights[site][id(weight)]
+        one.fresh = one.just_now = True
+        # Adding is one write; clearing in place is another, and a new gradient has none before it.
+        if weight.grad is not None and weight.grad._version - 1 == self._version_used.get(site):
+            one.carried += 1
+
+    def backward_ended(self) -> None:
+        """The backward that added to gradients is over."""
+        for one in (one for known in self._weights.values() for one in known.values()):
+            if one.just_now and (gradient := one.gradient) is not None:
+                # A gradient that is written to after it was made is a sum, or was zeroed in place.
+                one.added = one.added or gradient._version > 0
+                one.looks.append(Use(gradient_norm(gradient), scale=self.scale))
+            one.just_now = False
+
+    def optimizer_steps(self, optimizer: torch.optim.Optimizer, first: Mapping[str, FirstPass]) -> None:
+        """An optimizer is about to step. first: the first pass of each site that had one."""
+        self._stepped = True
+        mine = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        scaler = next(_scalers_above(sys._getframe()), None)
+        self._scaler = self._scaler if scaler is None else weakref.ref(scaler)
+        within: Any = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
+        scale = within if isinstance(within, Tensor) else None if scaler is None else self.scale
+        for site, known in self._weights.items():
+            for key, one in known.items():
+                gradient = one.gradient
+                if key not in mine or not one.fresh or gradient is None:
+                    continue
+                stepped = gradient_norm(gradient)
+                stepped = stepped if within is None else stepped / within.to(stepped.device)
+                use = Use(one.looks[-1].before if one.looks else None, stepped, scale)
+                if not one.steps:
+                    self._look_closer(one, gradient, use, first.get(site))
+                one.steps.append(use)
+                self._version_used[site] = gradient._version
+                one.fresh = False
+                one.looks = []
+
+    def _look_closer(self, one: _Weight, gradient: Tensor, use: Use, first: FirstPass | None) -> None:
+        norm = use.stepped if use.before is None else use.before
+        # Both hold the loss scale where the norm is that of the backward.
+        factors = None if first is None else norm_of(first.packed)
+        if norm is not None and needs_matrix(gradient, norm, factors, first is not None and first.is_plain):
+            one.matrix = reduce_used(gradient, one.transposed)
+
+    def after(self, site: str, first: FirstPass | None) -> Accumulated | None:
+        """What became known of one site; None where it had no gradient at all."""
+        one = next((one for one in self._weights.get(site, {}).values() if one.steps or one.looks), None)
+        if one is not None and one.steps:
+            return self._of(one.steps, STEP, one)
+        if one is not None and self._is_used(one):
+            gradient = one.gradient
+            if gradient is not None and len(one.looks) == 1:
+                self._look_closer(one, gradient, one.looks[0], first)
+            return self._of(one.looks, END, one)
+        if first is None:
+            return None
+        if one is None and first.scale is not None:
+            return self._of([Use(norm_of(first.packed), scale=first.scale)], FACTORS, None)
+        source = SCALED_FACTORS if first.narrow and first.scale is None else FACTORS
+        return self._of([] if one is None else one.looks, source, None)
+
+    def _is_used(self, one: _Weight) -> bool:
+        """Whether `.grad` is all that anyone can have used, although no optimizer stepped with it: none stepped at all
+        after its backward, and each backward began a new one.
+        """
+        return not self._stepped and (not one.added or (len(one.looks) == 1 and not one.stale))
+
+    def _of(self, uses: list[Use], source: float, one: _Weight | None) -> Accumulated:
+        packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried)
+        return Accumulated(packed, rebuild, None if one is None else one.matrix)
+
+
+def _scalers_above(frame: FrameType | None) -> Iterator[torch.amp.GradScaler]:
+    """The loss scalers whose step is under way."""
+    for _ in range(_FRAMES):
+        if frame is None:
+            return
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.amp.GradScaler):
+            yield owner
+        frame = frame.f_back
