@@ -23,7 +23,7 @@ from stabilitylab.reports.verdicts import LOOKS, facts, telling
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
-_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore"})
+_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", "not-put-back"})
 """Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 
 

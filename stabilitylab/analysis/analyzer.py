@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from stabilitylab.analysis.columns import Columns
+from stabilitylab.analysis.columns import Columns, Flat
 from stabilitylab.analysis.diagnosis import diagnose
 from stabilitylab.analysis.distance import DistanceBank
 from stabilitylab.analysis.drift import BASELINE, DriftBank
@@ -16,11 +16,14 @@ from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
 from stabilitylab.analysis.leadin import LeadIn
-from stabilitylab.analysis.ledger import Ledger
+from stabilitylab.analysis.ledger import SIZE_RULES, Ledger
 from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
+from stabilitylab.analysis.undone import Undone
 from stabilitylab.record.readings import EditRow, Metric, Note
 
+NOT_PUT_BACK: Final = "not-put-back"
+"""The kind of the note that what a host does to put an edit back has run, and the edited weights stayed."""
 NOTHING_MOVED: Final = "nothing-moved"
 """The kind of the note that an edit moved no parameter at all, of a loop that was attached to without sites."""
 UNWATCHED: Final = frozenset({"canary-off", "skipped-site"})
@@ -52,6 +55,7 @@ class Analyzer:
         self._lead_in = LeadIn(self._columns, self._facts.restoring, single_edits=single_edits)
         self._ledger = Ledger(self._columns)
         self._harm = Harm()
+        self._undone = Undone()
         self._story = Story()
         self._forecaster = Forecaster(self._columns)
         self._edits = 0
@@ -70,12 +74,16 @@ class Analyzer:
             raise ValueError(f"a dry edit after {self._edits} edits; expected all of them before the first edit")
         self._diagnosis = None
         self._dry_edits += 1
-        self._drift.observe_dry(self._columns.flatten(row))
+        flat = self._columns.flatten(row)
+        self._drift.observe_dry(flat)
+        self._distance.observe_dry(flat)
 
     def observe_note(self, note: Note) -> None:
         """Take in what the monitor noted, before the row of the same edit. Most notes are for the reader alone."""
         if note.kind == NOTHING_MOVED:
             self._facts.nothing_moved(note.edit)
+        elif note.kind == NOT_PUT_BACK:
+            self._lead_in.not_put_back(note.edit)
         elif note.kind in UNWATCHED and len(self._unwatched) < MOST_NAMED:
             self._unwatched += (note.says,)
         else:
@@ -95,6 +103,7 @@ class Analyzer:
         flat = self._columns.flatten(row)
         hits = self._facts.check(row, flat) + self._drift.observe(flat)
         hits = self._harm.weigh(flat, hits + self._distance.observe(flat) + self._heading.observe(flat))
+        self._put_back(flat)
         self._ledger.add(row.edit, hits)
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
@@ -108,6 +117,19 @@ class Analyzer:
                 self._ledger.worst, self._ledger.findings(), self._ledger.first_bad(), self._facts.landing
             )
             self._story.keep(evidence)
+
+    def _put_back(self, row: Flat) -> None:
+        """What was undone before this edit has harmed no model; an alarm that it raised is withdrawn."""
+        undo = self._undone.observe(row)
+        if undo.broken:
+            for hit in self._ledger.put_back(undo.broken):
+                for bank in (self._facts, self._drift, self._distance, self._heading):
+                    bank.forget(hit)
+            self._lead_in.go_on()
+        if undo.begins_anew:
+            self._ledger.put_back(range(row.edit), SIZE_RULES)
+        if severity(self._ledger.worst) < severity("diverging"):
+            self._alarm = None
 
     def diagnosis(self) -> Diagnosis:
         """What is known after the rows so far."""

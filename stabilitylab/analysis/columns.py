@@ -194,6 +194,12 @@ class Once:
             said[places] = True
         return fresh
 
+    def forget(self, rule: str, place: int) -> None:
+        """It may speak there again."""
+        said = self._said.get(rule)
+        if said is not None and place < said.size:
+            said[place] = False
+
 
 class First:
     """The first value that was read at each place."""

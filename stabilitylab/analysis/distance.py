@@ -78,6 +78,15 @@ class DistanceBank:
         self._canaries = PerSchema(_canaries)
         self._before: dict[tuple[str, int], tuple[int, float]] = {}
 
+    def observe_dry(self, row: Flat) -> None:
+        """Take in a dry edit: a step that this loop makes and takes back is no news when it makes it again."""
+        ratios = STEP.statistic(self._steps(row)[1])
+        self._limits[STEP.detector] = max(self._limits[STEP.detector], float(ratios.max(initial=0.0)))
+
+    def forget(self, hit: Hit) -> None:
+        """What was claimed may be claimed again."""
+        self._once.forget(hit.rule, hit.place)
+
     def observe(self, row: Flat) -> list[Hit]:
         """The hits of one row; a claim that was made at a site before is not made again."""
         if row.edit == 0 or not row.applied:

@@ -165,6 +165,10 @@ class DriftBank:
             spread = 1.4826 * float(np.median(np.abs(np.array(logs) - middle)))
             state["spread"][one] = _with_prior(state["prior"][one], spread, len(logs))
 
+    def forget(self, hit: Hit) -> None:
+        """What was claimed may be claimed again."""
+        self._once.forget(hit.rule, hit.place)
+
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
         series, logs = self._read(row)

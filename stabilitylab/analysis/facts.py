@@ -108,6 +108,10 @@ class FactRules:
         """See `Landings.nothing_moved`."""
         self._landings.nothing_moved(edit)
 
+    def forget(self, hit: Hit) -> None:
+        """What was claimed may be claimed again."""
+        self._lookup.once.forget(hit.rule, hit.place)
+
     def check(self, edit: EditRow, row: Flat) -> list[Hit]:
         """The hits of one row; a claim that was made at a site before is not made again. edit: the same, as it came."""
         self._lookup.look(row)

@@ -15,22 +15,18 @@ from stabilitylab.analysis.restoring import LONG, Restoring
 
 
 class RestoringFacts:
-    """Follows all applied edits until a weight is not finite; `restoring` is what it saw."""
+    """Follows all applied edits that leave finite weights; `restoring` is what it saw."""
 
     def __init__(self) -> None:
         self.restoring = Restoring()
         self._weights = PerSchema(weights)
-        self._over = False
 
     def check(self, row: Flat) -> Iterator[Hit]:
         """The hit of one row, at the edit that established it."""
         at = self._weights.of(row.schema)
-        if self._over or not row.applied or not at.size:
+        if not row.applied or not at.size or not np.isfinite(row.values[at]).all():
             return
         updates, drifts = row.values[at].T
-        self._over = not bool(np.isfinite(row.values[at]).all())
-        if self._over:
-            return
         known = self.restoring.forgotten
         sites = [row.schema.keys[position][1] for position in at[:, 0]]
         self.restoring.follow(row.edit, sites, updates, drifts)

@@ -42,6 +42,10 @@ class HeadingBank:
         self._once = Once()
         self._weights = PerSchema(weights)
 
+    def forget(self, hit: Hit) -> None:
+        """What was claimed may be claimed again."""
+        self._once.forget(hit.rule, hit.place)
+
     def observe(self, row: Flat) -> list[Hit]:
         """The hit of one row, if it is the first. Edit 0 counts as where the canary starts from."""
         position = row.schema.position.get(_KL)

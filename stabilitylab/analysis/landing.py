@@ -68,8 +68,11 @@ class Landing:
 
     @property
     def nothing_lands(self) -> bool:
-        """Whether none of the last edits took effect: of the last ten, or of all in a shorter run."""
-        return self.lost >= FEWEST and self.lost >= min(LAST, self.tried)
+        """Whether none of the last edits took effect: of the last ten, or of all in a shorter run. Of fewer than three
+        only where each raised: an edit that moves nothing may have had nothing to do.
+        """
+        enough = self.lost >= FEWEST or (self.lost > 0 and self.failed == self.gone)
+        return enough and self.lost >= min(LAST, self.tried)
 
     @property
     def mostly_lost(self) -> bool:
@@ -88,6 +91,8 @@ class Landing:
             return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved a watched layer"
         which = f"None of {self.tried} edits" if not self.landed else f"None of the last {self.lost} edits"
         if self.failed >= self.lost and self.failed == self.gone:
+            if self.tried == 1:
+                return f"The only edit raised an exception{words}"
             return f"{which} was carried out: each raised an exception{words}"
         return f"{which} moved a watched layer"
 

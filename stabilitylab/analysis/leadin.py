@@ -132,6 +132,8 @@ class LeadIn:
         self._ways: dict[str, Way] = {}
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
+        self._stayed: int | None = None
+        self._update_site = ""
 
     def observe(self, row: Flat, *, alarmed: bool, lost: bool, nonfinite: bool) -> None:
         """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
@@ -146,6 +148,9 @@ class LeadIn:
         self._follow_steps(row)
         self._keep_steps(alarmed, lost)
         inputs, updates = row.values[places[f"{_INPUT}_max"]], row.values[places["update.norm"]]
+        if np.isfinite(updates).any():
+            largest = int(np.where(np.isfinite(updates), updates, -1.0).argmax())
+            self._update_site = self._site(row, places["update.norm"][largest])
         inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
         if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
             self._points.append((float(row.edit), math.log(inputs.max()), math.log(updates.max())))
@@ -162,6 +167,14 @@ class LeadIn:
             return
         self._masked = self._masked or bool((row.values[places[_MASKED]] > 0).any())
         self._bits.update(zip(self._where.bit_sites, row.values[places[_BITS]].tolist(), strict=True))
+
+    def not_put_back(self, edit: int) -> None:
+        """What was to put an edit back has run, and its weights stayed."""
+        self._stayed = edit if self._stayed is None else self._stayed
+
+    def go_on(self) -> None:
+        """What was not finite has been put back."""
+        self._frozen, self._fatal, self._infinite = False, None, set()
 
     def _look_up(self, row: Flat) -> None:
         self._where = self._wheres.of(row.schema)
@@ -287,7 +300,8 @@ class LeadIn:
         later_bad = still_sound and bool((row.values[places["gradient.nonfinite_passes"]] > 0).any())
         sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
         weights = [at for at in places["weight.nonfinite"] if row.values[at] > 0]
-        weight = self._site(row, weights[0]) if weights else None
+        # The update that overflowed at many entries is the one to look at, not the first in dataflow.
+        weight = self._site(row, max(weights, key=lambda at: row.values[at])) if weights else None
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
         return FatalRow(
             edit=row.edit,
@@ -342,7 +356,9 @@ class LeadIn:
             if (lower <= 0).any():
                 continue
             factors = np.exp(np.minimum(slope * (points[-1, 0] - points[0, 0]), 700.0))
-            here = Growth(int(points[0, 0]), int(points[-1, 0]), float(factors[0]), float(factors[1]))
+            here = Growth(
+                int(points[0, 0]), int(points[-1, 0]), float(factors[0]), float(factors[1]), self._update_site
+            )
             if best is None or here.least > best.least:
                 best = here
         return best
@@ -376,6 +392,7 @@ class LeadIn:
             restored_until=self._restoring.until,
             forgotten=self._restoring.forgotten,
             carried=self._restoring.carried if self._single_edits else 0,
+            stayed=self._stayed,
             moved=self._moved,
             codebook=self._codebook,
             reported=self._reported,
@@ -387,9 +404,10 @@ class LeadIn:
 
 
 def _taken_over(known: EditorInput | None, here: EditorInput) -> EditorInput:
-    """The first input past a limit; the higher limit takes over, and of one unit the furthest that it went."""
+    """The first input past a limit; the higher limit takes over. Below it, of one unit the furthest that it went."""
     if known is None or known.largest < INPUT_DIVERGING <= here.largest:
         return here
-    if (known.site, known.unit) == (here.site, here.unit) and known.largest < here.largest:
+    furthest = max(known.largest, here.largest) < INPUT_DIVERGING
+    if furthest and (known.site, known.unit) == (here.site, here.unit) and known.largest < here.largest:
         return replace(here, std=known.std)
     return known

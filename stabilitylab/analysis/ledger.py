@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -15,6 +15,9 @@ KEPT: Final = 3
 SIZE_RULES: Final = frozenset({"large-step", "jump", "level"})
 """Rules about a size alone, see `stabilitylab.analysis.harm`."""
 
+UNDONE: Final = "-undone"
+"""Ends the name of a rule whose claim was about an edit that was put back."""
+
 DRIFT_RULES: Final = frozenset(
     {
         "drift",
@@ -24,6 +27,7 @@ DRIFT_RULES: Final = frozenset(
         "canary-heading",
         *SIZE_RULES,
         *(f"{rule}-harmful" for rule in SIZE_RULES),
+        *(f"{rule}{UNDONE}" for rule in SIZE_RULES),
     }
 )
 """Rules that compare a series with its own baseline, or with what healthy runs show; all others are hard facts."""
@@ -46,7 +50,8 @@ class Hit:
 @dataclass
 class _Group:
     kept: list[tuple[tuple[int, ...], Finding]] = field(default_factory=list)
-    sites: set[str] = field(default_factory=set)
+    sites: dict[str, tuple[int, Hit]] = field(default_factory=dict)
+    """By site: the edit, and what was claimed of it then."""
 
 
 class Ledger:
@@ -64,7 +69,7 @@ class Ledger:
             group = self._groups.setdefault((hit.rule, hit.group), _Group())
             if site in group.sites:
                 continue
-            group.sites.add(site)
+            group.sites[site] = edit, hit
             if severity(hit.verdict) > severity(self.worst):
                 self.worst = hit.verdict
             if len(group.kept) < KEPT:
@@ -80,6 +85,29 @@ class Ledger:
                     since=hit.since,
                 )
                 group.kept.append(((edit, *self._columns.order(hit.place)), finding))
+
+    def put_back(self, edits: Collection[int], rules: Collection[str] | None = None) -> list[Hit]:
+        """These edits were undone: all that was claimed of them, by these rules or by any, counts as drift at most.
+
+        Returns the claims that counted for more.
+        """
+        undone = [
+            (edit, hit, key, site)
+            for key, group in self._groups.items()
+            if rules is None or key[0] in rules
+            for site, (edit, hit) in group.sites.items()
+            if edit in edits and severity(hit.verdict) > severity("drifting")
+        ]
+        for _, _, key, site in undone:
+            group = self._groups[key]
+            del group.sites[site]
+            group.kept = [(order, finding) for order, finding in group.kept if finding.site != site]
+        left = [hit.verdict for group in self._groups.values() for _, hit in group.sites.values()]
+        self.worst = max(left, key=severity, default="stable")
+        for edit, hit, _, _ in sorted(undone, key=lambda item: item[0]):
+            says = f"{hit.says} It was put back before the next edit."
+            self.add(edit, [replace(hit, rule=f"{hit.rule}{UNDONE}", verdict="drifting", says=says)])
+        return [hit for _, hit, _, _ in undone]
 
     def has_hard_fact(self) -> bool:
         """Whether any finding that is ``diverging`` or worse is a hard fact."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.analysis.analyzer import NOT_PUT_BACK
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe, Tier
@@ -68,12 +69,17 @@ def _modules_with_restore(editor: object) -> list[Any]:
 
 
 def _watched_restore(original: Callable[..., Any], editor: object, monitor: Monitor) -> Callable[..., Any]:
+    said = False
+
     @functools.wraps(original)
     def restore(whose: object, *args: Any, **kwargs: Any) -> Any:
+        nonlocal said
         answer = original(whose, *args, **kwargs)
-        if whose is editor and monitor.observe_outcome() == "committed" and monitor.last_edit_moved:
+        stayed = whose is editor and monitor.observe_outcome() == "committed" and monitor.last_edit_moved
+        if stayed and not said:
+            said = True
             monitor.note(
-                "restore",
+                NOT_PUT_BACK,
                 f"{_RESTORE} ran after edit {monitor.edits}, but the edited weights stayed: every later edit builds on "
                 "them; pass keep_original_weight=True if single edits were meant",
             )

@@ -91,8 +91,9 @@ def test_each_edit_and_what_became_of_it(
     assert editors_module.restore_after_edit is restore
     run = sl.load(tmp_path / "run")
     assert [(edit.label, edit.outcome) for edit in run.edits[1:]] == [("a", outcome), ("b", outcome)]
-    said = [note for note in run.notes if note.kind == "restore"]
-    assert bool(said) == warned
+    said = [note for note in run.notes if note.kind == "not-put-back"]
+    assert len(said) == warned  # once, however many edits
+    assert ("weights-not-restored" in [link.cause for link in run.diagnosis().causes]) == warned
     if warned:
         assert "keep_original_weight=True" in said[0].says
 

@@ -103,14 +103,15 @@ def _overflow(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or evidence.lone_entry:
         return None
-    site = bad.site
     if _is_float16(evidence.largest_finite) and bad.rule == "headroom":
+        place = Place(bad.edit, bad.metric, bad.site)
         how = f"had {number(bad.value)} bits of headroom left at edit {bad.edit}"
-    elif _is_float16(evidence.largest_finite) and evidence.overflowed:
-        how = f"became infinite at edit {bad.edit} while all that was read before it in that edit was finite"
     elif fatal is not None and bad.edit == fatal.edit and _overflowed_in_step(fatal):
-        site = fatal.weight or site
+        place = Place(fatal.edit, "weight.max_abs", fatal.weight or bad.site)
         how = f"became infinite at edit {fatal.edit}, whose first outputs and gradients are all finite"
+    elif _is_float16(evidence.largest_finite) and evidence.overflowed:
+        place = Place(bad.edit, bad.metric, bad.site)
+        how = f"became infinite at edit {bad.edit} while all that was read before it in that edit was finite"
     elif fatal is not None and fatal.weight is None and fatal.moved_before and evidence.weights_dtype == "float16":
         return Claim(
             f"the watched layers are kept in float16, which ends at 65,504: at edit {fatal.edit} the model's outputs"
@@ -119,7 +120,7 @@ def _overflow(evidence: Evidence) -> Claim | None:
         )
     else:
         return None
-    return Claim(f"values at {site} are kept in float16, which ends at 65,504, and {how}.", "high")
+    return Claim(f"values at {place.site} are kept in float16, which ends at 65,504, and {how}.", "high", place)
 
 
 def _ended(evidence: Evidence) -> Claim | None:
@@ -204,8 +205,8 @@ AFTER_GROWTH = (
         "dtype",
         "limit",
         _overflow,
-        "Keep the edited layers in bfloat16 or float32. That removes the overflow, not the growth: look at what grew"
-        " before it, and constrain the norm of the updates.",
+        "Keep the edited layers in bfloat16 or float32. That removes the overflow, not its reason: look at what grew"
+        " before it, or at what made that one update so large, and constrain the norm of the updates.",
         "Float16 ends at 65,504. A float32 update that is cast to the weight's dtype, or a weight that has grown for"
         " many edits, becomes infinite there. Where feedback is seen before it, that is named instead: the dtype is"
         " only where the growth ends.",
@@ -229,5 +230,6 @@ LIMITS = (
         " grown.",
         "MEND on BLIP2-OPT: its updates grow 90-fold over 26 edits, and then the float16 decoder overflows.",
         leads=False,
+        unless="dtype-overflow",
     ),
 )

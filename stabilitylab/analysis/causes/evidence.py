@@ -24,12 +24,15 @@ class EditorInput:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the editor's input and its update grew together over some edits. Factors are end over start."""
+    """How the editor's input and its update grew together over some edits. Factors are end over start. site: of the
+    largest update at the end.
+    """
 
     first_edit: int
     last_edit: int
     input_factor: float
     update_factor: float
+    site: str
 
     @property
     def least(self) -> float:
@@ -111,9 +114,9 @@ class FatalRow:
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
     were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
     gradient is not finite although both of its factors are. loss_read: whether the model's own loss was. moved_before:
-    whether any edit before moved a watched weight. weight: the first watched layer whose weight is not finite, None
-    when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom: the bits that
-    it had left when last read before; limit: what its dtype can hold; None where nothing says it.
+    whether any edit before moved a watched weight. weight: the watched layer whose weight has most entries that are not
+    finite, None when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom:
+    the bits that it had left when last read before; limit: what its dtype can hold; None where nothing says it.
     """
 
     edit: int
@@ -144,6 +147,7 @@ class Evidence:
     fact, whichever holds the first bad edit. latest, learning: the last edit's step, and all edits, until a value is
     not finite. fatal: the first non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`.
     carried: how many edits built on those before, from the second on, where the configuration says that none does.
+    stayed: the first edit whose weights stayed although they were to be put back; None where nothing says so.
     moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
     a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
     than by descending. landing: whether edits take effect. weights_dtype: the narrowest of the watched weights, if that
@@ -167,6 +171,7 @@ class Evidence:
     restored_until: int | None
     forgotten: Forgotten | None
     carried: int
+    stayed: int | None
     moved: bool
     codebook: bool
     reported: bool

@@ -24,6 +24,8 @@ def _failing(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
     if lost is None or lost.failed < NEARLY_ALL * lost.gone:
         return None
+    if lost.tried == 1:
+        return Claim(f"the only edit raised an exception: {lost.words}.", "high")
     words = f", mostly: {lost.words}" if lost.words else ""
     return Claim(f"each of {lost.gone} edits since edit {lost.first} raised an exception{words}.", "high")
 
@@ -123,7 +125,7 @@ RULES = (
         _failing,
         "Read the exception: the edit that raises changes nothing, and a loop that catches it goes on as if it had.",
         "An edit raises, the loop catches the exception, logs it or not, and takes the next request.",
-        "Edits that failed, three or more in a row, up to the last one.",
+        "Edits that failed, three or more in a row, or all that there were, up to the last one.",
         "A covariance with rows of zeros: each solve raises that its matrix is singular.",
     ),
     Rule(

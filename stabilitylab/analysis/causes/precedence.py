@@ -82,6 +82,6 @@ def chain(claimed: Mapping[str, Cause]) -> tuple[Link, ...]:
             cause.confidence,
         )
         for rule in RULES
-        if (cause := claimed.get(rule.name)) is not None and cause.confidence != "low"
+        if (cause := claimed.get(rule.name)) is not None and cause.confidence != "low" and rule.unless not in claimed
     ]
     return tuple(sorted(links, key=lambda link: ROLES.index(link.role)))

@@ -17,9 +17,16 @@ def _not_restored(evidence: Evidence) -> Claim | None:
             "high",
             Place(forgotten.since, "drift.norm", forgotten.site),
         )
-    if evidence.carried >= SUSTAINED:
+    if evidence.stayed is not None:
         return Claim(
-            f"the configuration says single edits (sequential_edit: false), and none of the {evidence.carried} edits"
+            f"each edit is put back by its host, and after edit {evidence.stayed} the edited weights stayed: every"
+            " later edit builds on them.",
+            "high",
+        )
+    if evidence.carried >= (1 if evidence.is_past("drifting") else SUSTAINED):
+        edits = "edit" if evidence.carried == 1 else f"{evidence.carried} edits"
+        return Claim(
+            f"the configuration says single edits (sequential_edit: false), and none of the {edits}"
             " after the first began at the original weights: each builds on those before.",
             "high",
         )

@@ -41,6 +41,8 @@ class Rule:
     example: str
     leads: bool = True
     """Whether it may be the cause that is named first; else it only completes the chain."""
+    unless: str | None = None
+    """Another rule that says the same of an earlier moment: where that speaks, this one is no link of its own."""
 
 
 @dataclass(frozen=True)
