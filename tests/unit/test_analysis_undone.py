@@ -81,8 +81,8 @@ def test_a_large_step_that_is_undone_is_drift_at_most(tmp_path: Path, restored: 
 
 
 def test_a_large_step_that_dry_edits_have_made_is_usual(tmp_path: Path) -> None:
-    usual = loop(tmp_path / "usual", lambda _: 4.0, restored=False, edits=1, dry=8)
-    new = loop(tmp_path / "new", lambda _: 4.0, restored=False, edits=1)
+    usual = loop(tmp_path / "usual", lambda _: 20.0, restored=False, edits=1, dry=8)
+    new = loop(tmp_path / "new", lambda _: 20.0, restored=False, edits=1)
     assert "large-step" not in [finding.rule for finding in usual.diagnosis().findings]
     assert "large-step" in [finding.rule for finding in new.diagnosis().findings]
 
