@@ -66,6 +66,10 @@ CANARY: Final = (
 )
 
 
+USUAL: Final = 2.0
+"""Times the largest step of the dry edits: of n of them, one more is larger than all with probability 1/(n + 1)."""
+
+
 class DistanceBank:
     """Checks each row of an applied edit. peaks: the largest statistic of each detector so far."""
 
@@ -80,8 +84,8 @@ class DistanceBank:
 
     def observe_dry(self, row: Flat) -> None:
         """Take in a dry edit: a step that this loop makes and takes back is no news when it makes it again."""
-        ratios = STEP.statistic(self._steps(row)[1])
-        self._limits[STEP.detector] = max(self._limits[STEP.detector], float(ratios.max(initial=0.0)))
+        usual = USUAL * float(STEP.statistic(self._steps(row)[1]).max(initial=0.0))
+        self._limits[STEP.detector] = max(self._limits[STEP.detector], usual)
 
     def forget(self, hit: Hit) -> None:
         """What was claimed may be claimed again."""
