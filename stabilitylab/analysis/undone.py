@@ -9,12 +9,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from stabilitylab.analysis.columns import Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.facts_restoring import weights
-from stabilitylab.analysis.restoring import SAME
+
+EXACTLY: Final = 1e-12
+"""Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same number. An edit that is a thousand times the one before
+it differs by 1e-6 only: what is near is not enough to withdraw an alarm.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Undone:
         update, drift = row.values[self._weights.of(row.schema)].T
         moved = update > 0
         with np.errstate(invalid="ignore"):
-            return bool(moved.any() and (np.abs(drift - update) <= SAME * drift)[moved].all())
+            return bool(moved.any() and (np.abs(drift - update) <= EXACTLY * drift)[moved].all())
 
 
 def _counts(schema: Schema) -> Places:

@@ -96,3 +96,10 @@ def test_only_weights_are_put_back(tmp_path: Path) -> None:
                 model(torch.full((2, 4), float("nan") if edit == 5 else 1.0))
                 model[0].weight.mul_(1.001)
     assert sl.load(tmp_path / "run").diagnosis().verdict == "non-finite"
+
+
+def test_steps_that_dwarf_those_before_them_are_not_undone(tmp_path: Path) -> None:
+    """Each is a thousand times the one before, so that it is nearly all of the distance from the original."""
+    found = loop(tmp_path / "run", lambda edit: 1e-3 * 1e3**edit, restored=False, edits=5).diagnosis()
+    assert found.verdict == "diverging"
+    assert found.alarm_edit is not None
