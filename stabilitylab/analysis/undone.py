@@ -13,13 +13,15 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Flat, PerSchema, Places, Schema
+from stabilitylab.analysis.columns import Before, Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.facts_restoring import weights
 
 EXACTLY: Final = 1e-12
-"""Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same number. An edit that is a thousand times the one before
-it differs by 1e-6 only: what is near is not enough to withdraw an alarm.
-"""
+"""Share of ‖W_t − W_0‖ within which ‖W_t − W_{t−1}‖ is the same number: what is near is not enough to withdraw an
+alarm."""
+TELLING: Final = 1e-3
+"""Share of ‖W_t − W_0‖ that ‖W_{t−1} − W_0‖ must have for that to say anything: beside an edit that dwarfs all before
+it, they are nothing, whether they were put back or not."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,28 @@ class Undone:
         self._counts = PerSchema(_counts)
         self._weights = PerSchema(weights)
         self._broken: list[int] = []
+        self._away = Before()
 
     def observe(self, row: Flat) -> Undo:
         """Take in a row."""
         counts = row.values[self._counts.of(row.schema)]
+        begins_anew = self._begins_anew(row)
         if not row.applied or not counts.size:
             return Undo()
         if (counts > 0).any():
             self._broken.append(row.edit)
             return Undo()
         broken, self._broken = frozenset(self._broken), []
-        return Undo(broken, row.edit > 1 and self._begins_anew(row))
+        return Undo(broken, begins_anew)
 
     def _begins_anew(self, row: Flat) -> bool:
-        update, drift = row.values[self._weights.of(row.schema)].T
-        moved = update > 0
-        with np.errstate(invalid="ignore"):
-            return bool(moved.any() and (np.abs(drift - update) <= EXACTLY * drift)[moved].all())
+        at = self._weights.of(row.schema)
+        update, drift = row.values[at].T
+        read, away = self._away.swap(row.places[at[:, 1]], drift)
+        with np.errstate(invalid="ignore", over="ignore"):
+            moved = read & (update > 0)
+            same = (np.abs(drift - update) <= EXACTLY * drift) & (away >= TELLING * drift)
+        return bool(moved.any() and same[moved].all())
 
 
 def _counts(schema: Schema) -> Places:
