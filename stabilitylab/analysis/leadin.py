@@ -133,7 +133,6 @@ class LeadIn:
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
         self._stayed: int | None = None
-        self._update_site = ""
 
     def observe(self, row: Flat, *, alarmed: bool, lost: bool, nonfinite: bool) -> None:
         """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
@@ -148,9 +147,6 @@ class LeadIn:
         self._follow_steps(row)
         self._keep_steps(alarmed, lost)
         inputs, updates = row.values[places[f"{_INPUT}_max"]], row.values[places["update.norm"]]
-        if np.isfinite(updates).any():
-            largest = int(np.where(np.isfinite(updates), updates, -1.0).argmax())
-            self._update_site = self._site(row, places["update.norm"][largest])
         inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
         if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
             self._points.append((float(row.edit), math.log(inputs.max()), math.log(updates.max())))
@@ -356,9 +352,7 @@ class LeadIn:
             if (lower <= 0).any():
                 continue
             factors = np.exp(np.minimum(slope * (points[-1, 0] - points[0, 0]), 700.0))
-            here = Growth(
-                int(points[0, 0]), int(points[-1, 0]), float(factors[0]), float(factors[1]), self._update_site
-            )
+            here = Growth(int(points[0, 0]), int(points[-1, 0]), float(factors[0]), float(factors[1]))
             if best is None or here.least > best.least:
                 best = here
         return best

@@ -24,15 +24,12 @@ class EditorInput:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the editor's input and its update grew together over some edits. Factors are end over start. site: of the
-    largest update at the end.
-    """
+    """How the editor's input and its update grew together over some edits. Factors are end over start."""
 
     first_edit: int
     last_edit: int
     input_factor: float
     update_factor: float
-    site: str
 
     @property
     def least(self) -> float:

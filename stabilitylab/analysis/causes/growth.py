@@ -39,7 +39,6 @@ def _feedback(evidence: Evidence) -> Claim | None:
         f"each edit fed the next: from edit {growth.first_edit} to {growth.last_edit} the editor's normalised input"
         f" grew {number(growth.input_factor)}-fold and the update it made {number(growth.update_factor)}-fold.",
         "high",
-        Place(growth.last_edit, "update.norm", growth.site),
     )
 
 
