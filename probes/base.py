@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Generic, Literal, get_args
 
@@ -27,6 +28,13 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 
 DEEP_EVERY = 10
 """Edits between two measurements of a deep probe, unless it is told otherwise."""
+
+
+@dataclass(frozen=True)
+class BySite:
+    """Measurements of several sites that were made at once: each is what the probes of its kind are given there."""
+
+    parts: Mapping[str, Any]
 
 
 class Probe(ABC, Generic[Seen]):

@@ -31,6 +31,7 @@ from stabilitylab.probes.logits import Canary, Logits, LogitsPasses, Loss, Perpl
 from stabilitylab.probes.null_space import KeyCache, NullSpace
 from stabilitylab.probes.rank_one import UpdateDenominator, ValueClamp, ValueRatio
 from stabilitylab.probes.side_memory import SideMemory
+from stabilitylab.probes.state import StateHealth, StateNonfinite
 from stabilitylab.probes.top_singular import SpectralNorm
 from stabilitylab.probes.weight_spectrum import ConditionNumber
 from stabilitylab.probes.weight_subspace import SubspaceOverlap
@@ -68,6 +69,8 @@ ALL: tuple[type[Probe[Any]], ...] = (
     UpdateDenominator,
     SystemCondition,
     SystemResidual,
+    StateHealth,
+    StateNonfinite,
     Update,
     Writes,
     Absorption,
@@ -134,12 +137,15 @@ __all__ = [
     "Normaliser",
     "NormaliserNonfinite",
     "NullSpace",
+    "OwnGradient",
     "Perplexity",
     "Probe",
     "Readings",
     "SideMemory",
     "SpectralNorm",
     "Spectrum",
+    "StateHealth",
+    "StateNonfinite",
     "SubspaceOverlap",
     "SystemCondition",
     "SystemResidual",

@@ -24,7 +24,7 @@ _PHASES: Final = {"before": 0, "during": 1, "after": 2}
 _KINDS: Final = {
     kind: rank
     for rank, kind in enumerate(
-        ("activation", "attention", "logits", "gradient", "editor", "weight", "canary", "feedback")
+        ("activation", "attention", "logits", "gradient", "editor", "state", "weight", "canary", "feedback")
     )
 }
 _KIND_OF: Final = {"update": "weight", "drift": "weight"}

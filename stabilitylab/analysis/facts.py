@@ -59,6 +59,7 @@ _MANY: Final = {
     "logits": "logits",
     "canary": "canary logits",
     "editor": "statistics",
+    "state": "entries",
 }
 
 

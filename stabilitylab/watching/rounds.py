@@ -164,6 +164,9 @@ class Rounds:
         instruments, taken = self._instruments, unread.taken
         with instruments.probe_time:
             readings = instruments.read(unread.cargo)
+            if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
+                instruments.look_everywhere(self.model, self.sites, now=unread.cargo.is_here)
+                readings |= instruments.read(instruments.send())
             passes = instruments.passes(unread.cargo)
             for site, seen in passes.items():
                 instruments.references.edited(site, seen)

@@ -28,6 +28,7 @@ from stabilitylab.probes.null_space import KeyCachePass, NullSpacePass
 from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
 from stabilitylab.probes.rank_one import ClampHits, Denominator, TargetValue
 from stabilitylab.probes.side_memory import SideMemoryPass
+from stabilitylab.probes.state_pass import BadTensor, StatePass
 from stabilitylab.probes.top_singular import TopSingular
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan, WeightWrites
 from stabilitylab.probes.weight_spectrum import WeightSpectrum
@@ -106,6 +107,8 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     AttentionPass: [
         AttentionPass(*values) for values in ([3.0, 1.2, 8.0, 0.0, 0.0], [0.0, 0.0, 0.0, 8.0, 0.0], [NAN] * 5)
     ],
+    StatePass: [StatePass(0.0), StatePass(3.0)],
+    BadTensor: [BadTensor(1.0), BadTensor(4096.0)],
     MaskPass: [MaskPass(3.0, 0.0), MaskPass(0.0, 0.0)],
 }
 

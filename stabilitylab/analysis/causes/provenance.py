@@ -82,13 +82,25 @@ def _leaked(evidence: Evidence) -> Claim | None:
 
 def _broken(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
-    if bad is None or bad.edit > 0 or bad.metric != "weight.nonfinite":
+    if bad is None or bad.edit > 0 or bad.metric not in ("weight.nonfinite", "state.nonfinite"):
         return None
     return Claim(
-        f"{number(bad.value)} weights of {bad.site} are NaN or infinite before the first edit: they came so from the"
-        " checkpoint, or were never written.",
+        f"{number(bad.value)} {'weights' if bad.metric == 'weight.nonfinite' else 'entries'} of {bad.site} are NaN or"
+        " infinite before the first edit: they came so from the checkpoint, or were never written.",
         "high",
         Place(0, bad.metric, bad.site),
+    )
+
+
+def _spoilt(evidence: Evidence) -> Claim | None:
+    bad = evidence.first_bad
+    if bad is None or bad.edit == 0 or bad.metric != "state.nonfinite":
+        return None
+    return Claim(
+        f"{number(bad.value)} entries of {bad.site} are NaN or infinite since edit {bad.edit}, and no watched layer was"
+        " before it: the fault is there, not in the layers that are edited.",
+        "high",
+        Place(bad.edit, bad.metric, bad.site),
     )
 
 
@@ -101,8 +113,22 @@ RULES = (
         "Look at how that layer was loaded: a layer that the checkpoint lacks keeps what was in fresh memory until it"
         " is initialised. Load with the report of missing keys, and initialise what is missing.",
         "A layer that no checkpoint filled and no initialisation wrote holds whatever was in memory, NaN among it.",
-        "Weights that are not finite at edit 0.",
+        "Weights, or anything else in the model, that are not finite at edit 0; infinities that are there by design, as"
+        " in a mask, apart.",
         "A new head on a model that was built on the meta device and materialised with empty memory.",
+    ),
+    Rule(
+        "state-spoilt",
+        "provenance",
+        "trigger",
+        _spoilt,
+        "Look at what writes that tensor: a BatchNorm in training mode updates its statistics with every forward of an"
+        " edit (model.eval(), or momentum 0, prevents it); else an edit, or a hook, reaches further than it should. Put"
+        " the tensor back from the unedited model.",
+        "A model holds more than the layers that are edited. One batch with a NaN in it makes a running variance NaN"
+        " for good, and every later answer with it.",
+        "A parameter or buffer beside the watched weights that is not finite, first of all bad readings.",
+        "The running variance of a BatchNorm, after an edit on a single row in training mode.",
     ),
     Rule(
         "weights-not-restored",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import Probe
+from stabilitylab.probes.base import BySite, Probe
 from stabilitylab.probes.feedback import WINDOW, History
 from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
@@ -33,6 +33,7 @@ from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
+from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import Site, locate
@@ -68,6 +69,7 @@ class Instruments:
         self._editor = EditorInstrument(bench, editor)
         self._attention = AttentionInstrument(bench)
         self._feedback = FeedbackInstrument(bench)
+        self._state = StateInstrument(bench)
         self.references = self._weights.references
         self.keeps_references = self._weights.keeps_references
         self._followed = {metric for probe in probes for metric in probe.follows}
@@ -161,6 +163,7 @@ class Instruments:
         """Measure the state that the first edit starts from."""
         self._editor.after(model, None, {})
         self._weights.after(model, sites)
+        self._state.before_any_edit(model, sites)
 
     def after(
         self, model: nn.Module, sites: Sequence[Site], capture: Capture, reports: Mapping[str, EditorReport]
@@ -173,6 +176,13 @@ class Instruments:
         self._editor.after(model, capture, reports)
         self._weights.compare(model, sites, self._editor.updates)
         self._weights.after(model, sites)
+        self._state.after(model, sites)
+
+    def look_everywhere(self, model: nn.Module, sites: Sequence[Site], now: bool) -> None:
+        """Something is wrong: look at all of the model, now or after the next edit."""
+        self._state.look_in_full_next()
+        if now:
+            self._state.after(model, sites)
 
     def look_at_weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the weights between two edits; what they are now is what the next edit starts from."""
@@ -218,7 +228,9 @@ class Instruments:
             arrived = self._bench.safely("arrival", functools.partial(getattr, shipment, "arrived"))
             for site, name, make in arrived or ():
                 seen = self._bench.safely(f"{name} of {site}", make)
-                if seen is not None:
+                if isinstance(seen, BySite):
+                    measured.extend(seen.parts.items())
+                elif seen is not None:
                     measured.append((site, seen))
         return measured
 
