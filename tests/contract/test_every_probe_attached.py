@@ -55,6 +55,8 @@ class Mend(GradientTransform):
         super().__init__(8, 16)
         for buffer in (self.u_mean, self.u_std, self.v_mean, self.v_std):
             buffer.fill_(0.5)
+        self.u_std[3] = 0.0
+        self.k.fill_(500.0)
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         return (u - self.u_mean) / (self.u_std + 1e-7)

@@ -81,7 +81,8 @@ def test_entries_of_the_normaliser_that_are_not_finite(seed: int, units: int, ba
 def test_a_std_from_a_single_row_is_nan_for_good() -> None:
     rows = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0], [2.0, 1.0]])]
     variance = sum(row.var(0) for row in rows if len(row) > 1) + torch.full((2,), math.nan)  # what one row gives
-    seen = NormaliserPass.from_host(reduce_normaliser(torch.zeros(2), variance.sqrt(), []).numpy())
+    mean = torch.cat(rows).mean(0)
+    seen = NormaliserPass.from_host(reduce_normaliser(mean, variance.sqrt(), []).numpy())
     assert NormaliserNonfinite().compute(seen)["editor.nonfinite"] == 2
 
 

@@ -134,7 +134,7 @@ class Instruments:
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
-        self._editor.after(model, None, {})
+        self._editor.after(model, None, {}, sites)
         self._weights.after(model, sites)
 
     def after(
@@ -145,7 +145,7 @@ class Instruments:
         self._logits.after()
         self._feedback.after(model, sites, capture.model_call, self.references)
         self._gradients.after(model, sites, self.references)
-        self._editor.after(model, capture, reports)
+        self._editor.after(model, capture, reports, sites)
         self._weights.compare(model, sites, self._editor.updates)
         self._weights.after(model, sites)
 
