@@ -18,12 +18,13 @@ from rich.text import Text
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
+from stabilitylab.record.serving import SERVES
 from stabilitylab.reports.text import clean, number, percent
 from stabilitylab.reports.verdicts import LOOKS, facts, telling
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
-_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore"})
+_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", SERVES})
 """Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 
 

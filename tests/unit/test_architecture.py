@@ -32,7 +32,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "record.run": ("errors", "record", "analysis"),
     "record.following": ("errors", "record", "analysis"),
     "record.display": ("reports",),
-    "analysis": ("errors", "record.readings", "record.packed", "record.display"),
+    "analysis": ("errors", "record.readings", "record.packed", "record.serving", "record.display"),
     "analysis.calibrating": ("errors", "record.run", "analysis"),
     "probes": ("errors", "record.readings"),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
