@@ -1,7 +1,7 @@
 """Which watched layers an editor's part serves that is named by a shape: one hypernetwork for all layers of that shape.
 
-EasyEdit's MEND, MALMEN and UltraEdit name it by (inputs, outputs), as in ``mend.(256, 64)``. Knows shapes and names,
-and no tensor.
+EasyEdit's MEND, MALMEN and UltraEdit name it by (inputs, outputs), as in ``mend.(256, 64)``, this package's editors by
+the weight, as in ``transforms.64x256``. Knows shapes and names, and no tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 from stabilitylab.watching.sites import Site
 
-_SHAPE: Final = re.compile(r"[(\[](\d+), ?(\d+),?[)\]]")
+_SHAPE: Final = re.compile(r"(?:[(\[](\d+), ?(\d+),?[)\]]|(?<!\w)(\d+)x(\d+)(?!\w))")
 
 
 def layers_behind(name: str, parts: Sequence[int], sites: Sequence[Site]) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def layers_behind(name: str, parts: Sequence[int], sites: Sequence[Site]) -> tup
     shape = _SHAPE.search(name)
     if shape is None:
         return ()
-    first, second = (int(size) for size in shape.groups())
+    first, second = (int(size) for size in shape.groups() if size is not None)
     meant = tuple(parts) if sorted(parts) == sorted((first, second)) else (first, second)
     exact = tuple(site.name for site in sites if _flow(site) == meant)
     return exact or tuple(site.name for site in sites if sorted(site.shape) == sorted(meant))

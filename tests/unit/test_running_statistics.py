@@ -228,6 +228,8 @@ def test_mend_that_was_never_loaded_and_mend_that_is_still_to_learn(tmp_path: Pa
         ("mend.(4, 8)", (8, 4), "fc2"),  # named by the weight: what it keeps tells which way round
         ("lifelong.(4, 8)", (12,), "fc1"),
         ("net.torch.Size([8, 4]).normalizer", (), "fc2"),
+        ("transforms.4x8", (8, 4), "fc2"),
+        ("transforms.0x4x8", (8, 4), None),
         ("mend.(8, 5)", (8, 5), None),
         ("mend.0", (8, 4), None),
         ("mend.layers#0#fc2#weight", (8, 4), None),
