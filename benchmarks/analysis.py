@@ -62,7 +62,16 @@ USUAL: Final = {
 }
 USUAL_LAST: Final = {"headroom_bits": 100.0, "norm_headroom_bits": 50.0, "min": -5.0, "swallowed_share": 0.01}
 """By the last part of a metric's name."""
-ZERO: Final = ("nonfinite", "dead", "nonfinite_passes", "masked_rows", "masked_sequences", "std_zeros", "dead_share")
+ZERO: Final = (
+    "nonfinite",
+    "dead",
+    "nonfinite_passes",
+    "masked_rows",
+    "masked_sequences",
+    "std_zeros",
+    "no_spread",
+    "dead_share",
+)
 ZERO_BEFORE: Final = (
     "editor.keys",
     "editor.cache_energy",
@@ -73,7 +82,13 @@ ZERO_BEFORE: Final = (
 )
 """Also zero at edit 0, when nothing was edited yet."""
 OTHERWISE: Final = 3.0
-STEADY: Final = ("editor.std_min", "editor.learning_rate", "editor.null_space_share", "logits.passes")
+STEADY: Final = (
+    "editor.std_min",
+    "editor.seen_rows",
+    "editor.learning_rate",
+    "editor.null_space_share",
+    "logits.passes",
+)
 """What is the same at every edit."""
 Returned = TypeVar("Returned")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.normaliser_pass import LearningRates, NormaliserPass
+from stabilitylab.probes.base import Host, Probe, Readings
+from stabilitylab.probes.normaliser_pass import LISTED, LearningRates, NormaliserPass
 from stabilitylab.record.readings import Metric
 
 _SOURCE = "MEND (arXiv 2110.11309), §3"
+_RUNNING = "MALMEN (arXiv 2311.04661) and MEND (arXiv 2110.11309), the authors' code"
 
 
 class Normaliser(Probe[NormaliserPass]):
-    """The spread that the normaliser learned, frozen at edit time."""
+    """The spread that the normaliser learned."""
 
     tier = "light"
     needs = NormaliserPass
@@ -33,11 +34,58 @@ class Normaliser(Probe[NormaliserPass]):
             "#{std = 0}",
             _SOURCE,
         ),
+        Metric(
+            "editor.zero_units",
+            "unit",
+            "linear",
+            "before",
+            f"Which units these are: the first {LISTED} of them. Left out where there is none.",
+            "{i : std_i = 0}",
+            _SOURCE,
+            LISTED,
+        ),
     )
 
     def compute(self, seen: NormaliserPass) -> Readings:
-        """From the normaliser's buffers."""
-        return {"editor.std_min": seen.std_min, "editor.std_zeros": seen.std_zeros}
+        """From the normaliser's buffers; left out while it has seen no row and normalised nothing."""
+        if seen.unused:
+            return {}
+        spread: dict[str, float | Host] = {"editor.std_min": seen.std_min, "editor.std_zeros": seen.std_zeros}
+        return spread | ({"editor.zero_units": seen.zero_units} if seen.zero_units.size else {})
+
+
+class NormaliserRows(Probe[NormaliserPass]):
+    """What the normaliser's statistics are made from."""
+
+    tier = "light"
+    needs = NormaliserPass
+    metrics = (
+        Metric(
+            "editor.seen_rows",
+            "rows",
+            "count",
+            "before",
+            "Rows that the statistics were made from, where the normaliser counts them. At 0 it has seen nothing yet,"
+            " and has no statistics to read.",
+            "n (MALMEN, UltraEdit) or k (MEND); 0 without a count while the mean is 0 and the std 0 or NaN everywhere",
+            _RUNNING,
+        ),
+        Metric(
+            "editor.no_spread",
+            "1",
+            "flag",
+            "before",
+            "1 when no unit has a spread above 0 while every mean is a number, as statistics of one row have it: a"
+            " spread needs two.",
+            "max std > 0 nowhere, all means finite",
+            _RUNNING,
+        ),
+    )
+
+    def compute(self, seen: NormaliserPass) -> Readings:
+        """From the normaliser's buffers; the flag is left out while it has seen no row and normalised nothing."""
+        counted: Readings = {} if seen.rows is None else {"editor.seen_rows": seen.rows}
+        return counted if seen.unused else {**counted, "editor.no_spread": seen.no_spread}
 
 
 class NormaliserNonfinite(Probe[NormaliserPass]):
@@ -54,13 +102,13 @@ class NormaliserNonfinite(Probe[NormaliserPass]):
             "NaN or infinite entries of the normaliser's mean and std: never loaded from the checkpoint, or a running "
             "std that was updated with a single row, which is NaN for good.",
             "#{mean or std not finite}",
-            "MALMEN (arXiv 2311.04661) and MEND (arXiv 2110.11309), the authors' code",
+            _RUNNING,
         ),
     )
 
     def compute(self, seen: NormaliserPass) -> Readings:
-        """From the normaliser's buffers."""
-        return {"editor.nonfinite": seen.nonfinite}
+        """From the buffers. While the normaliser has seen no row and normalised nothing, NaN is of no statistic."""
+        return {} if seen.unused and seen.nonfinite else {"editor.nonfinite": seen.nonfinite}
 
 
 class NormalisedInput(Probe[NormaliserPass]):

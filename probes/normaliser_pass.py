@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,15 +15,19 @@ from stabilitylab.probes.base import Host
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""
+LISTED: Final = 8
+"""Units without a spread that are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
 class NormaliserPass:
     """std_min, std_zeros: the smallest entry of the normaliser's std, and how many are exactly 0 (NaN: any is NaN).
 
-    nonfinite: entries of its mean and std that are NaN or infinite. input_max, input_unit, input_unit_std: the largest
-    magnitude among the normalised inputs of this edit, the unit it occurred at, and the std that it was divided by;
-    None when nothing entered.
+    nonfinite: entries of its mean and std that are NaN or infinite. zero_units: the first units whose std is 0, float64
+    of shape [at most `LISTED`]. no_spread: whether no entry of the std is above 0 while all of the mean are finite: 0
+    or 1. rows: how many it was made from; None where nothing tells. empty: whether it has seen no row yet. input_max,
+    input_unit, input_unit_std: the largest magnitude among the normalised inputs of this edit, the unit it occurred at,
+    and the std that it was divided by; None when nothing entered.
     """
 
     std_min: float
@@ -29,14 +36,38 @@ class NormaliserPass:
     input_max: float | None
     input_unit: float | None
     input_unit_std: float | None
+    zero_units: Host
+    no_spread: float
+    rows: float | None
+    empty: bool
+
+    @property
+    def unused(self) -> bool:
+        """Whether it has seen no row yet and nothing was normalised with it: what it holds are no statistics."""
+        return self.empty and self.input_max is None
 
     @classmethod
     def from_host(cls, values: Host) -> NormaliserPass:
-        """From the numbers that `reduce_normaliser` packed: three, or six when something entered."""
-        std_min, std_zeros, nonfinite, *entered = (float(value) for value in values)
-        if not entered:
-            return cls(std_min, std_zeros, nonfinite, None, None, None)
-        return cls(std_min, std_zeros, nonfinite, entered[0], entered[1], entered[2])
+        """From the numbers that `reduce_normaliser` packed; those of the inputs are last, where something entered."""
+        std_min, std_zeros, nonfinite, no_spread, rows, empty = (float(value) for value in values[:_FIRST])
+        listed, entered = values[_FIRST : _FIRST + LISTED], values[_FIRST + LISTED :]
+        largest, unit, unit_std = (float(value) for value in entered) if entered.size else (None, None, None)
+        return cls(
+            std_min,
+            std_zeros,
+            nonfinite,
+            largest,
+            unit,
+            unit_std,
+            zero_units=np.asarray(listed[~np.isnan(listed)], dtype=np.float64),
+            no_spread=no_spread,
+            rows=None if math.isnan(rows) else rows,
+            empty=empty == 1,
+        )
+
+
+_FIRST: Final = 6
+"""Numbers in front of the list of units."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +78,51 @@ class LearningRates:
 
 
 @torch.no_grad()
-def reduce_normaliser(mean: Tensor, std: Tensor, inputs: Sequence[Tensor], guard: float = MEND_GUARD) -> Tensor:
+def reduce_normaliser(
+    mean: Tensor,
+    std: Tensor,
+    inputs: Sequence[Tensor],
+    guard: float = MEND_GUARD,
+    rows: Tensor | None = None,
+    *,
+    learns: bool = False,
+) -> Tensor:
     """The numbers of `NormaliserPass` as a float64 tensor on the statistics' device.
 
     mean, std: [units], at least one. inputs: what entered during the edit, each [..., units]; rows that are all zero
-    (padding) are left out, as MEND leaves them out. guard: what the editor adds to the std.
+    (padding) are left out, as MEND leaves them out. guard: what the editor adds to the std. rows: the normaliser's own
+    count of the rows it has seen, one number, NaN where it has none; None where it doesn't count. Then what it holds
+    tells whether it has seen any: a mean of zeros with a std of zeros, or of NaN, is what buffers are begun with.
+    learns: whether rows are still to come. Then NaN in all of both is a beginning too; else they were never loaded.
     """
     std, mean = std.detach().double().reshape(-1), mean.detach().double().reshape(-1)
     nonfinite = torch.isfinite(torch.cat([mean, std])).logical_not().sum()
-    parts = [std.amin(), (std == 0).sum().double(), nonfinite.double()]
-    rows = [entered.detach().reshape(-1, std.numel()).to(std.device, torch.float64) for entered in inputs]
-    if rows and sum(row.shape[0] for row in rows):
-        entered = torch.cat(rows)
+    zero = std == 0
+    no_spread = ((std > 0).any() | torch.isfinite(mean).logical_not().any()).logical_not()
+    lost, unset = torch.isnan(std).all(), torch.isnan(mean).all()
+    blank = ((mean == 0).all() & (zero.all() | lost)) | (unset & lost if learns else torch.zeros_like(lost))
+    if rows is None:
+        count = torch.full_like(std[0], torch.nan)
+    else:
+        count = rows.detach().to(std.device, torch.float64).reshape(())
+    count = torch.where(torch.isnan(count) & blank, torch.zeros_like(count), count)
+    numbers = (std.amin(), zero.sum(), nonfinite, no_spread, count, count == 0)
+    parts = [torch.stack([number.double() for number in numbers]), _first_of(zero)]
+    entering = [entered.detach().reshape(-1, std.numel()).to(std.device, torch.float64) for entered in inputs]
+    if entering and sum(part.shape[0] for part in entering):
+        entered = torch.cat(entering)
         real = (entered != 0).any(dim=-1, keepdim=True)
         size = torch.where(real, ((entered - mean) / (std + guard)).abs(), torch.zeros_like(entered)).amax(dim=0)
         # A NaN wins the comparison, as it would win everything downstream.
         unit = torch.where(torch.isnan(size), torch.full_like(size, torch.inf), size).argmax()
-        parts += [size.take(unit), unit.double(), std.take(unit)]
-    return torch.stack(parts)
+        parts.append(torch.stack([size.take(unit), unit.double(), std.take(unit)]))
+    return torch.cat(parts)
+
+
+def _first_of(chosen: Tensor) -> Tensor:
+    """The first `LISTED` places that are chosen, in order, float64 [LISTED]; NaN behind the last of them."""
+    places = torch.arange(chosen.numel(), device=chosen.device, dtype=torch.float64)
+    places = torch.where(chosen, places, torch.full_like(places, torch.inf))
+    first = torch.topk(places, min(LISTED, places.numel()), largest=False, sorted=True).values
+    first = torch.where(torch.isinf(first), torch.full_like(first, torch.nan), first)
+    return torch.nn.functional.pad(first, (0, LISTED - first.numel()), value=torch.nan)

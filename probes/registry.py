@@ -15,7 +15,13 @@ from stabilitylab.probes.activations import (
 from stabilitylab.probes.attention import AttentionEntropy, AttentionLogits, MaskedRows
 from stabilitylab.probes.base import TIERS, Probe, Readings, Tier
 from stabilitylab.probes.codebook import Codebook, HitShare
-from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser, NormaliserNonfinite
+from stabilitylab.probes.editor_state import (
+    EditLearningRates,
+    NormalisedInput,
+    Normaliser,
+    NormaliserNonfinite,
+    NormaliserRows,
+)
 from stabilitylab.probes.feedback import FeedbackShare, Gain
 from stabilitylab.probes.gradients import (
     GradientAlignment,
@@ -40,6 +46,7 @@ from stabilitylab.record.readings import Metric
 
 ALL: tuple[type[Probe[Any]], ...] = (
     Normaliser,
+    NormaliserRows,
     NormaliserNonfinite,
     EditLearningRates,
     NullSpace,
@@ -136,6 +143,7 @@ __all__ = [
     "NormalisedInput",
     "Normaliser",
     "NormaliserNonfinite",
+    "NormaliserRows",
     "NullSpace",
     "OwnGradient",
     "Perplexity",

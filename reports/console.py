@@ -16,14 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.record.note_kinds import NOT_PUT_BACK
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
+from stabilitylab.record.serving import SERVES
 from stabilitylab.reports.text import clean, number, percent
 from stabilitylab.reports.verdicts import LOOKS, facts, telling
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
-_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", "not-put-back"})
+_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", NOT_PUT_BACK, SERVES})
 """Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 
 

@@ -17,17 +17,14 @@ from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import SIZE_RULES, Ledger
+from stabilitylab.analysis.serving import Serving
 from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.analysis.undone import Undone
+from stabilitylab.record.note_kinds import NEVER_RUN, NOT_PUT_BACK, NOTHING_MOVED, UNWATCHED
 from stabilitylab.record.readings import EditRow, Metric, Note
+from stabilitylab.record.serving import SERVES
 
-NOT_PUT_BACK: Final = "not-put-back"
-"""The kind of the note that what a host does to put an edit back has run, and the edited weights stayed."""
-NOTHING_MOVED: Final = "nothing-moved"
-"""The kind of the note that an edit moved no parameter at all, of a loop that was attached to without sites."""
-UNWATCHED: Final = frozenset({"canary-off", "skipped-site"})
-"""The kinds of notes that say what was asked for and could not be watched."""
 MOST_NAMED: Final = 3
 
 
@@ -52,7 +49,7 @@ class Analyzer:
         self._distance = DistanceBank(self._columns, self._thresholds)
         self._heading = HeadingBank(self._columns, self._thresholds)
         self._dry_edits = 0
-        self._lead_in = LeadIn(self._columns, self._facts.restoring, single_edits=single_edits)
+        self._lead_in = LeadIn(self._columns, self._facts.restoring, self._facts.steadiness, single_edits=single_edits)
         self._ledger = Ledger(self._columns)
         self._harm = Harm()
         self._undone = Undone()
@@ -63,6 +60,7 @@ class Analyzer:
         self._alarm: int | None = None
         self._diagnosis: Diagnosis | None = None
         self._unwatched: tuple[str, ...] = ()
+        self._serving = Serving()
 
     def observe_dry(self, row: EditRow) -> None:
         """Take in an edit that was rolled back, before the first edit that wasn't. It is for baselines alone.
@@ -84,8 +82,12 @@ class Analyzer:
             self._facts.nothing_moved(note.edit)
         elif note.kind == NOT_PUT_BACK:
             self._lead_in.not_put_back(note.edit)
+        elif note.kind == NEVER_RUN:
+            self._facts.never_run()
         elif note.kind in UNWATCHED and len(self._unwatched) < MOST_NAMED:
             self._unwatched += (note.says,)
+        elif note.kind == SERVES:
+            self._serving.learn(note.says)
         else:
             return
         self._diagnosis = None
@@ -144,10 +146,10 @@ class Analyzer:
                 edits=self._edits,
                 baseline=self._drift.ready > 0,
                 alarm=self._alarm,
-                first_bad=first_bad,
-                findings=findings,
-                cause=cause,
-                causes=causes,
+                first_bad=None if first_bad is None else self._serving.finding(first_bad),
+                findings=self._serving.findings(findings),
+                cause=self._serving.cause(cause),
+                causes=self._serving.links(causes),
                 landing=landing,
                 unwatched=self._unwatched,
                 forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),

@@ -102,7 +102,8 @@ class Columns:
         self._sites: dict[str, int] = {}
         self._phase = {metric.name: _PHASES[metric.phase] for metric in metrics}
         self._schema = Schema((), np.zeros(0, dtype=np.intp))
-        self._schemas: dict[tuple[Key, ...], Schema] = {}
+        # The current one is always among them: of one set of keys there must never be two.
+        self._schemas: dict[tuple[Key, ...], Schema] = {(): self._schema}
         self._frames: dict[Frame, Schema] = {}
 
     def order(self, place: int) -> tuple[int, int, int, int]:
@@ -155,6 +156,7 @@ class Columns:
             if len(self._schemas) >= SCHEMAS:
                 self._schemas.clear()
                 self._frames.clear()
+                self._schemas[self._schema.keys] = self._schema
             self._register(keys)
             schema = Schema(keys, np.array([self._place[key] for key in keys], dtype=np.intp))
             self._schemas[keys] = schema

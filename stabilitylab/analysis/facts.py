@@ -1,8 +1,9 @@
 """Hard facts: claims that one reading (or a few in a row) proves, with no baseline. They act from edit 0.
 
 This module has those of any model; `stabilitylab.analysis.limits` those that are one metric against one limit, and
-`stabilitylab.analysis.facts_editor` those of an editor's own state, and `stabilitylab.analysis.facts_restoring` the one
-about what is put back between edits. The limits here and where they come from:
+`stabilitylab.analysis.facts_editor` those of an editor's own state, `stabilitylab.analysis.facts_normaliser` those of
+its statistics, and `stabilitylab.analysis.facts_restoring` the one about what is put back between edits. The limits
+here and where they come from:
 
 - ``HEADROOM_BITS``: under 2 bits a tensor is two doublings from infinity. Only a *fall* to there counts: a massive
   activation of a healthy fp16 model can have 1.5 bits before any edit (FINDINGS.md, section 4); that is worth a note.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -29,6 +31,7 @@ import numpy as np
 from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, kind_of
 from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.facts_gradients import RIGHT, GradientFacts
+from stabilitylab.analysis.facts_normaliser import NormaliserFacts
 from stabilitylab.analysis.facts_restoring import RestoringFacts
 from stabilitylab.analysis.landing import Landing, Landings
 from stabilitylab.analysis.ledger import Hit
@@ -36,6 +39,7 @@ from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.nonfinite import NonfiniteContext
 from stabilitylab.analysis.restoring import Restoring
+from stabilitylab.analysis.steadiness import Steadiness
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.record.readings import MODEL_SITE, EditRow
 
@@ -81,6 +85,7 @@ class FactRules:
         self._limits = LimitFacts(self._lookup)
         self._editor = EditorFacts(self._lookup)
         self._gradients = GradientFacts(self._lookup)
+        self._normaliser = NormaliserFacts(self._lookup)
         self._restoring = RestoringFacts()
         self._landings = Landings(self._lookup)
         self._context = NonfiniteContext(self._lookup)
@@ -101,6 +106,11 @@ class FactRules:
         return self._restoring.restoring
 
     @property
+    def steadiness(self) -> Steadiness:
+        """Whether the editor's statistics hold still."""
+        return self._normaliser.steadiness
+
+    @property
     def landing(self) -> Landing:
         """Whether edits land."""
         return self._landings.now
@@ -108,6 +118,10 @@ class FactRules:
     def nothing_moved(self, edit: int) -> None:
         """See `Landings.nothing_moved`."""
         self._landings.nothing_moved(edit)
+
+    def never_run(self) -> None:
+        """See `Landings.never_run`."""
+        self._landings.never_run()
 
     def forget(self, hit: Hit) -> None:
         """What was claimed may be claimed again."""
@@ -125,6 +139,7 @@ class FactRules:
             self._lone_entry,
             self._limits.check,
             self._editor.check,
+            partial(self._normaliser.check, edit),
             self._restoring.check,
             self._lost,
             self._cache,

@@ -38,7 +38,8 @@ class Landing:
     effect: failed: how many raised. words: what most of the last said. gradients_bad: how many had gradients that are
     not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
-    finite ones above zero that were exactly 0 when the optimizer got them.
+    finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
+    model that is watched.
     """
 
     tried: int = 0
@@ -53,6 +54,7 @@ class Landing:
     written: int = 0
     huge: int = 0
     clipped: int = 0
+    elsewhere: bool = False
 
     @property
     def kind(self) -> Landed | None:
@@ -137,6 +139,7 @@ class Landings:
             gradients=before.gradients + sound,
             huge=before.huge + (sound and math.sqrt(math.fsum((norms * norms).tolist())) > FLOAT16_MAX),
             clipped=before.clipped + (sound and stepped.size > 0 and bool((stepped == 0).all())),
+            elsewhere=before.elsewhere,
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
         )
 
@@ -146,6 +149,10 @@ class Landings:
         since = edit if before.since is None else before.since
         first = edit if before.first is None else before.first
         self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first)
+
+    def never_run(self) -> None:
+        """The edits never run the model that is watched."""
+        self.now = replace(self.now, elsewhere=True)
 
     def _landed(self, row: EditRow, flat: Flat) -> bool | None:
         """None where it can't be seen, or where nothing was left to do."""

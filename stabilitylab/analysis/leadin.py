@@ -13,10 +13,12 @@ import numpy as np
 
 from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Step, Way
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
-from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING, TINY_STD
+from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING
+from stabilitylab.analysis.facts_normaliser import TINY_STD
 from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Restoring
+from stabilitylab.analysis.steadiness import State, Steadiness
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Key
 
@@ -104,10 +106,14 @@ def _where(schema: Schema) -> _Where:
 class LeadIn:
     """Remembers until the first non-finite value, then holds still: what comes after it is consequence."""
 
-    def __init__(self, columns: Columns, restoring: Restoring, *, single_edits: bool = False) -> None:
-        """restoring: followed by the facts, see `stabilitylab.analysis.facts_restoring`. single_edits: whether the
-        loop's configuration says that it makes single ones.
+    def __init__(
+        self, columns: Columns, restoring: Restoring, steadiness: Steadiness, *, single_edits: bool = False
+    ) -> None:
+        """restoring, steadiness: followed by the facts, see `stabilitylab.analysis.facts_restoring` and
+        `stabilitylab.analysis.facts_normaliser`. single_edits: whether the loop's configuration says that it makes
+        single ones.
         """
+        self._steadiness = steadiness
         self._single_edits = single_edits
         self._columns = columns
         self._restoring = restoring
@@ -328,10 +334,17 @@ class LeadIn:
             site, value = self._site(row, position), float(row.values[position])
             unit, std = self._value(row, f"{_INPUT}_unit", site), self._value(row, f"{_INPUT}_unit_std", site)
             number = int(unit) if unit is not None and math.isfinite(unit) else None
-            here = EditorInput(row.edit, site, value, number, std)
+            spreadless = self._value(row, f"{EDITOR_SITE}.no_spread", site) == 1
+            here = EditorInput(row.edit, site, value, number, std, self._state(row, site), spreadless)
             self._crossed = _taken_over(self._crossed, here)
-            if std is not None and std <= TINY_STD and site.endswith(".u"):
+            # Gradients can be next to nothing by nature; a spread of 0 is one on either side.
+            if std is not None and (std == 0 or (std <= TINY_STD and site.endswith(".u"))):
                 self._divided = _taken_over(self._divided, here)
+
+    def _state(self, row: Flat, site: str) -> State:
+        """Whether the statistics at a site hold still."""
+        at = row.schema.position.get((f"{EDITOR_SITE}.std_min", site))
+        return "" if at is None else self._steadiness.of(int(row.places[at]))
 
     @property
     def crossed(self) -> EditorInput | None:

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from stabilitylab.analysis.analyzer import NOT_PUT_BACK
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe, Tier
+from stabilitylab.record.note_kinds import NOT_PUT_BACK
 from stabilitylab.watching.attaching import attach
 from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Monitor

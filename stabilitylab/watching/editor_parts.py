@@ -2,7 +2,7 @@
 
 | editor | where | attributes |
 |---|---|---|
-| MEND | a module of the editor | ``u_mean``, ``u_std``, ``v_mean``, ``v_std``; ``edit_lrs`` |
+| MEND | a module of the editor | ``u_mean``, ``u_std``, ``v_mean``, ``v_std``, ``k``; ``edit_lrs`` |
 | MALMEN | the same | ``n``, ``mean``, ``var``, ``std``, in one with ``key_size``; ``lr`` beside ``lamda`` |
 | UltraEdit | the same | ``n``, ``mean``, ``var``, ``std`` |
 | AlphaEdit | the editor, or the Python module that holds them | ``P``, ``cache_c`` |
@@ -26,6 +26,8 @@ MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides."""
 
 _RUNNING = ("n", "mean", "var", "std")
+_COUNTS = ("k", "rows")
+"""What MEND's statistics are counted with: by the authors, and in this package."""
 _MATRIX = 2  # dimensions
 
 
@@ -34,7 +36,9 @@ class Statistics:
     """What one kind of input is normalised with: mean and std, [units].
 
     kind: ``u`` (a layer's inputs), ``v`` (gradients at its output), or empty for both in one. place: which tensor of
-    the call it is. first: the unit of that tensor at which it begins. guard: what is added to the std.
+    the call it is. first: the unit of that tensor at which it begins. guard: what is added to the std. rows: the
+    normaliser's own count of the rows that it has seen, one number; None where it keeps none. learns: whether the rows
+    that enter become part of the statistics.
     """
 
     kind: str
@@ -43,6 +47,8 @@ class Statistics:
     place: int
     first: int
     guard: float
+    rows: Tensor | None
+    learns: bool
     paired: bool = False
     """Whether a row counts only where both tensors of the call have something: MEND leaves the others out."""
 
@@ -131,24 +137,32 @@ def _mend_statistics(module: nn.Module) -> tuple[Statistics, ...]:
     if held is None or getattr(getattr(module, "cfg", None), "norm", True) is False:
         return ()  # without `norm` the buffers are never used, and stay NaN
     u_mean, u_std, v_mean, v_std = held
+    rows = _count(next((found for name in _COUNTS if (found := _tensor(module, name)) is not None), None))
+    # In training the authors' next forward takes its rows in; in evaluation nothing ever replaces what is there.
+    learns = module.training and _tensor(module, "u_s") is not None
     return (
-        Statistics("u", u_mean, u_std, 0, 0, MEND_GUARD, paired=True),
-        Statistics("v", v_mean, v_std, 1, 0, MEND_GUARD, paired=True),
+        Statistics("u", u_mean, u_std, 0, 0, MEND_GUARD, rows, learns, paired=True),
+        Statistics("v", v_mean, v_std, 1, 0, MEND_GUARD, rows, learns, paired=True),
     )
+
+
+def _count(held: Tensor | None) -> Tensor | None:
+    return held if held is not None and held.numel() == 1 else None
 
 
 def _running_statistics(module: nn.Module, owner: nn.Module | None) -> tuple[Statistics, ...]:
     held = _tensors(module, *_RUNNING)
     if held is None:
         return ()
-    _, mean, _, std = (value.reshape(-1) for value in held)
+    n, mean, _, std = (value.reshape(-1) for value in held)
+    rows = _count(n)
     guard = torch.finfo(std.dtype).eps
     keys = getattr(owner, "key_size", None)
     if not isinstance(keys, int):
-        return (Statistics("", mean, std, 0, 0, guard),)
+        return (Statistics("", mean, std, 0, 0, guard, rows, True),)
     return (
-        Statistics("u", mean[:keys], std[:keys], 0, 0, guard),
-        Statistics("v", mean[keys:], std[keys:], 0, keys, guard),
+        Statistics("u", mean[:keys], std[:keys], 0, 0, guard, rows, True),
+        Statistics("v", mean[keys:], std[keys:], 0, keys, guard, rows, True),
     )
 
 

@@ -189,6 +189,8 @@ def _node_of(output: Tensor) -> Any:
 class Capture:
     """The hooks of one edit. A context manager; what it caught stays readable after it is left, until `clear`.
 
+    asked: whether any hook was put on a layer. heard: whether any of them, or the whole model's, fired.
+
     Each (forward, backward) pair is a pass of its own: two backwards through one forward, or two forwards before one
     backward, are never added up. A forward's input is held by its own autograd node, and so as long as the graph.
     """
@@ -196,6 +198,7 @@ class Capture:
     def __init__(self, watcher: Watcher) -> None:
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
+        self.asked = self.heard = False
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
         self._left = False
@@ -229,7 +232,10 @@ class Capture:
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
         """Hook one layer; with `factors`, its input and δ too."""
 
+        self.asked = True
+
         def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.heard = True
             y = _first_tensor(output)
             if y is None or not y.is_floating_point() or y.numel() == 0:
                 return
@@ -309,6 +315,7 @@ class Capture:
         """Hook the whole model: its first call's arguments and output."""
 
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.heard = True
             self._tokens = _token_shape(args, kwargs)
             self._watcher.model_called(kwargs)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabilitylab.analysis.analyzer import NOTHING_MOVED
 from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.record.note_kinds import NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import manifest
 from stabilitylab.watching.canary import Canary, Schedule
@@ -27,6 +27,7 @@ from stabilitylab.watching.hooks import Capture, ModelCall
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.outcomes import Passes, outcome_of
 from stabilitylab.watching.recording import Recorder
+from stabilitylab.watching.silence import Silence
 from stabilitylab.watching.sites import Site, locate
 
 
@@ -45,7 +46,7 @@ class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it.
+    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model.
     """
 
     edit: int
@@ -54,6 +55,8 @@ class _Unread:
     cargo: Cargo
     between: Cargo | None = None
     times: tuple[float, float, float] | None = None
+    asked: bool = False
+    heard: bool = False
 
 
 class Rounds:
@@ -76,6 +79,7 @@ class Rounds:
         self._guard = recorder.guard
         self._instruments = Instruments(probes, editor, canary, recorder.note)
         self._schedule = None if canary is None else Schedule(canary)
+        self._silence = Silence(canary is not None)
         self._pace = Pace()
         self._discovery: Discovery | None = None
         self._began = time.perf_counter()
@@ -135,7 +139,8 @@ class Rounds:
             self._forward_canary(capture.model_call)
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
-        unread = _Unread(edit, taken, "applied" if applied else "failed", cargo)
+        status: Status = "applied" if applied else "failed"
+        unread = _Unread(edit, taken, status, cargo, asked=capture.asked, heard=capture.heard)
         capture.clear()
         self._outcome_due = edit if applied else None
         if applied and not cargo.is_here:
@@ -165,14 +170,17 @@ class Rounds:
         with instruments.probe_time:
             readings = instruments.read(unread.cargo)
             if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
-                instruments.look_everywhere(self.model, self.sites, now=unread.cargo.is_here)
-                readings |= instruments.read(instruments.send())
+                instruments.look_everywhere_next()
             passes = instruments.passes(unread.cargo)
             for site, seen in passes.items():
                 instruments.references.edited(site, seen)
             self._last_moved = any(seen.update != 0 for seen in passes.values())
             if self._schedule is not None and not self._schedule.always and unread.times is not None:
                 self._watch_pace(unread.cargo)
+        if unread.asked and unread.status == "applied":
+            note = self._silence.after(self.model, unread.heard, self._last_moved)
+            if note is not None:
+                self._note(*note)
         times = unread.times or self._times(taken.clock)
         row = EditRow(unread.edit, taken.label, unread.status, taken.started, *times, taken.error, readings)
         self._recorder.row(row)

@@ -87,7 +87,11 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     ],
     LogitsPass: [LogitsPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0), LogitsPass(*[NAN] * 6, 5.0)],
     CanaryPass: [CanaryPass(-1.0, 1.0, 2.0, 0.5, 0.1, 0.6, 0.0, 1.0, 0.0), CanaryPass(*[0.0] * 7)],
-    NormaliserPass: [NormaliserPass(0.0, 3.0, 0.0, 3e5, 117.0, 0.0), NormaliserPass(NAN, 0.0, 9.0, None, None, None)],
+    NormaliserPass: [
+        NormaliserPass(0.0, 3.0, 0.0, 3e5, 117.0, 0.0, np.array([17.0, 80.0, 117.0]), 0.0, 500.0, False),
+        NormaliserPass(NAN, 0.0, 9.0, None, None, None, np.zeros(0), 1.0, None, False),
+        NormaliserPass(0.0, 3.0, 0.0, None, None, None, np.arange(3.0), 1.0, 0.0, True),
+    ],
     LearningRates: [LearningRates(np.linspace(0, 1, 100))],
     History: [
         History(np.array(values), np.arange(len(values), dtype=np.float64))

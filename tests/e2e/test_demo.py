@@ -93,8 +93,14 @@ def test_everything_that_a_mend_run_can_show_was_read(demo: tuple[Run, str]) -> 
     # One forward and one backward an edit, so nothing of later passes; and what other editors have and MEND has not.
     of_later_passes = {name for name in (metric.name for metric in run.metrics) if name.endswith(("_last", "_worst"))}
     of_others = {metric.name for probe in (Absorption, *OF_OTHER_EDITORS) for metric in probe.metrics}
-    assert read == {metric.name for metric in run.metrics} - of_later_passes - of_others
-    assert not run.notes
+    # No unit of its statistics is without a spread, so none is listed.
+    assert not any(run.series("editor.std_zeros", site).any() for site in run.sites_of("editor.std_zeros"))
+    assert read == {metric.name for metric in run.metrics} - of_later_passes - of_others - {"editor.zero_units"}
+    layers = "language_model.model.decoder.layers"
+    assert {note.says for note in run.notes} == {
+        f"editor.transforms.256x64 serves {layers}.1.fc1, {layers}.2.fc1",
+        f"editor.transforms.64x256 serves {layers}.1.fc2, {layers}.2.fc2",
+    }
 
 
 def test_it_prints_the_verdict_and_where_to_look(demo: tuple[Run, str]) -> None:

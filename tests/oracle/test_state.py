@@ -64,7 +64,7 @@ class Net(nn.Module):
 
 
 def run(folder: Path, net: Net, spoil: int | None, what: str, edits: int = 8) -> sl.Run:
-    """Small edits of the first layer; at one of them another tensor is overwritten, or most of it behind torch's back."""
+    """Small edits of the first layer; at one another tensor is overwritten, or most of it, behind torch's back."""
     net.eval()
     with sl.attach(net, sites="first", run=folder) as monitor:
         for edit in range(1, edits + 1):

@@ -32,9 +32,10 @@ def editor(largest: float, unit: int, std: float, update: float = 4.0) -> Readin
 
 
 def test_the_reported_case() -> None:
-    """FINDINGS.md, section 1: 11, 95, 56, and 3.2e5 at the fatal edit, with a unit whose std is 0."""
+    """FINDINGS.md, section 1: 11, 95, 56, and 3.2e5 at the fatal edit, with a unit whose std is 0 from the start on."""
+    spread = {("editor.std_min", U): 0.0, ("editor.seen_rows", U): 9_000.0}
     dead = {("weight.nonfinite", A): 300.0, ("update.norm", A): math.inf}
-    diagnosis = run(
+    edits = (
         {},
         editor(11, 4, 0.1),
         editor(50, 4, 0.1),
@@ -44,6 +45,7 @@ def test_the_reported_case() -> None:
         editor(3.2e5, 117, 0.0) | dead,
         editor(2.2e8, 200, 0.1) | dead,
     )
+    diagnosis = run(*(spread | readings for readings in edits))
     assert diagnosis.cause == "normaliser-zero-std"
     assert (diagnosis.first_bad_edit, diagnosis.first_bad_site, diagnosis.onset_edit) == (6, U, 6)
     assert diagnosis.says == (

@@ -32,7 +32,10 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "record.run": ("errors", "record", "analysis"),
     "record.following": ("errors", "record", "analysis"),
     "record.display": ("reports",),
-    "analysis": ("errors", "record.readings", "record.packed", "record.display"),
+    "analysis": (
+        "errors",
+        *(f"record.{name}" for name in ("readings", "packed", "serving", "note_kinds", "display")),
+    ),
     "analysis.calibrating": ("errors", "record.run", "analysis"),
     "probes": ("errors", "record.readings"),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
@@ -45,7 +48,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "reports.tensorboard",
     ),
     "reports": ("errors", "record", "analysis"),
-    "integrations": ("errors", "watching", "probes.base", "analysis.thresholds"),
+    "integrations": ("errors", "record.note_kinds", "watching", "probes.base", "analysis.thresholds"),
     "editors": ("errors", "watching.editor_report", "watching.sites"),
     "testbed": ("errors", "record", "probes", "watching", "analysis", "reports", "editors"),
     "commands": ("errors", "record", "probes", "analysis", "reports", "testbed"),

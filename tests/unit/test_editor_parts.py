@@ -64,6 +64,24 @@ def test_a_running_normaliser_without_an_owner_is_whole() -> None:
     assert [(kind.kind, kind.std.numel()) for kind in found.statistics] == [("", 12)]
 
 
+def test_rows_are_counted_where_the_normaliser_counts_them() -> None:
+    transform = GradientTransform(4, 8)
+    for training in (True, False):
+        transform.train(training)
+        (found,) = parts.find_normalisers(nn.ModuleDict({"a": transform})).values()
+        assert [(kind.rows is transform.k, kind.learns) for kind in found.statistics] == [(True, training)] * 2
+    del transform.k
+    (found,) = parts.find_normalisers(nn.ModuleDict({"a": transform})).values()
+    assert [kind.rows for kind in found.statistics] == [None, None]
+    running = RunningMeanStd(6)
+    running.n += 40
+    (found,) = parts.find_normalisers(nn.ModuleDict({"a": running})).values()
+    assert [(kind.rows.tolist(), kind.learns) for kind in found.statistics if kind.rows is not None] == [([40], True)]
+    running.n = torch.ones(6)  # a count for each unit is not one count
+    (found,) = parts.find_normalisers(nn.ModuleDict({"a": running})).values()
+    assert [kind.rows for kind in found.statistics] == [None]
+
+
 def test_a_normaliser_without_units_is_left_out() -> None:
     assert parts.find_normalisers(nn.ModuleDict({"a": RunningMeanStd(0), "b": GradientTransform(0, 0)})) == {}
 

@@ -258,7 +258,7 @@ def test_the_largest_singular_value(shape: tuple[int, ...], dtype: torch.dtype) 
 def test_editor_state() -> None:
     with nothing_waits():
         reduce_normaliser(there(8), there(8), [there(2, 5, 8), there(3, 8)])
-        reduce_normaliser(there(8), there(8), [])
+        reduce_normaliser(there(8), there(8), [], rows=there(1), learns=True)
         reduce_codebook(there(3, 8), there(3, 6), there(3))
         reduce_hits(query_of(there(2, 5, 8), -1), there(3, 8), there(3))
         reduce_hits(query_of(there(2, 5, 8), there(1, dtype=torch.int64)), there(3, 8), there(3))

@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from stabilitylab.analysis.findings import Finding, Verdict, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Forgotten
+from stabilitylab.analysis.steadiness import State
 from stabilitylab.record.readings import MODEL_SITE
 
 
 @dataclass(frozen=True)
 class EditorInput:
-    """The largest normalised input of one site at one edit, with the unit it was at and the std it was divided by."""
+    """The largest normalised input of one site at one edit, with the unit it was at and the std it was divided by.
+
+    state: whether the statistics there hold still, as far as it is known. spreadless: whether no unit had a spread.
+    """
 
     edit: int
     site: str
     largest: float
     unit: int | None
     std: float | None
+    state: State
+    spreadless: bool
 
 
 @dataclass(frozen=True)
@@ -137,19 +143,19 @@ class FatalRow:
 class Evidence:
     """What is known of a run by now.
 
-    crossed: the first editor input past a limit, None when none was. divided: the same among layer inputs whose std is
-    next to nothing. growth: of editor input and update together. largest_finite: what the live dtype at the site of the
-    first bad reading can hold, where known. narrow: whether any watched tensor is in float16. overflowed: whether a
-    value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the alarm or the first hard
-    fact, whichever holds the first bad edit. latest, learning: the last edit's step, and all edits, until a value is
-    not finite. fatal: the first non-finite row. restored_until, forgotten: see `stabilitylab.analysis.restoring`.
-    carried: how many edits built on those before, from the second on, where the configuration says that none does.
-    stayed: the first edit whose weights stayed although they were to be put back; None where nothing says so.
-    moved: whether any watched weight ever moved. codebook: whether one holds keys. reported: whether the editor told of
-    a value that it searches for, a denominator or a solve, or has a normaliser: it makes its updates in another way
-    than by descending. landing: whether edits take effect. weights_dtype: the narrowest of the watched weights, if that
-    is one of 16 bits. changes_inside:
-    whether the gradient changed from the first to the last pass of that edit. ways: of each layer.
+    crossed: the first editor input past a limit, None when none was. divided: the same where the std is 0, or that of a
+    layer's input and next to nothing. growth: of editor input and update together. largest_finite: what the live dtype
+    at the site of the first bad reading can hold, where known. narrow: whether any watched tensor is in float16.
+    overflowed: whether a value there became infinite, not NaN, at the first bad edit. steps: the last edits up to the
+    alarm or the first hard fact, whichever holds the first bad edit. latest, learning: the last edit's step, and all
+    edits, until a value is not finite. fatal: the first non-finite row. restored_until, forgotten: see
+    `stabilitylab.analysis.restoring`. carried: how many edits built on those before, from the second on, where the
+    configuration says that none does. stayed: the first edit whose weights stayed although they were to be put back;
+    None where nothing says so. moved: whether any watched weight ever moved. codebook: whether one holds keys.
+    reported: whether the editor told of a value that it searches for, a denominator or a solve, or has a normaliser: it
+    makes its updates in another way than by descending. landing: whether edits take effect. weights_dtype: the
+    narrowest of the watched weights, if that is one of 16 bits. changes_inside: whether the gradient changed from the
+    first to the last pass of that edit. ways: of each layer.
     """
 
     verdict: Verdict
@@ -180,6 +186,10 @@ class Evidence:
     def of(self, *rules: str) -> Finding | None:
         """The first finding by any of these rules."""
         return next((finding for finding in self.findings if finding.rule in rules), None)
+
+    def at(self, site: str, *rules: str) -> Finding | None:
+        """The first finding by any of these rules at a site."""
+        return next((finding for finding in self.findings if finding.site == site and finding.rule in rules), None)
 
     def is_past(self, verdict: Verdict) -> bool:
         """Whether the run is worse than `verdict`."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.columns import kind_of
+from stabilitylab.analysis.findings import Finding
 from stabilitylab.analysis.words import number
+
+TOO_FEW_ROWS = ("no-row", "one-row", "spreadless")
+"""The findings that a normaliser's statistics hold no spread, since one row has none."""
 
 
 def _labels(evidence: Evidence) -> Claim | None:
@@ -47,10 +51,42 @@ def _no_loss(evidence: Evidence) -> Claim | None:
     )
 
 
+def _few_rows(evidence: Evidence) -> Claim | None:
+    bad, divided = evidence.first_bad, evidence.divided
+    if bad is not None and bad.metric == "editor.nonfinite":
+        found = evidence.at(bad.site, *TOO_FEW_ROWS)
+        if found is not None and found.edit == bad.edit:
+            return _few(found, "NaN", "so is all that it normalises", Place(bad.edit, bad.metric, bad.site))
+    if divided is not None and divided.spreadless:
+        found = evidence.at(divided.site, *TOO_FEW_ROWS)
+        reached = f"a normalised input reached {number(divided.largest)} at edit {divided.edit}"
+        if found is not None:
+            return _few(found, "0", reached, Place(divided.edit, "editor.input_max", divided.site))
+    return None
+
+
+def _few(found: Finding, std: str, what: str, place: Place) -> Claim:
+    made = {
+        "no-row": f"was used at edit {found.edit} before it had seen any row",
+        "one-row": f"was made from one row by edit {found.edit}, and a spread needs two",
+        "spreadless": f"has a spread at no unit at edit {found.edit}, as if made from one row: a spread needs two",
+    }
+    says = f"the editor's normaliser at {found.site} {made[found.rule]}: its std is {std} at every unit, and {what}."
+    # Where nothing is counted, rows that are all alike look like one.
+    return Claim(says, "medium" if found.rule == "spreadless" else "high", place)
+
+
 def _statistics(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
-    if bad is None or bad.metric != "editor.nonfinite":
+    if bad is None or bad.metric != "editor.nonfinite" or _few_rows(evidence) is not None:
         return None
+    spoilt = evidence.at(bad.site, "one-row-update")
+    if spoilt is not None and spoilt.edit == bad.edit > 0:
+        return Claim(
+            f"the std of the editor's normaliser at {bad.site} is NaN at every unit from edit {bad.edit} on, while its"
+            " means are finite: an update with a single row makes running statistics so, for good.",
+            "high",
+        )
     if bad.edit == 0:
         when = "before the first edit: never loaded, or spoilt before they were saved"
     elif bad.edit == 1:
@@ -63,12 +99,13 @@ def _statistics(evidence: Evidence) -> Claim | None:
 
 
 def _zero_std(evidence: Evidence) -> Claim | None:
-    worst = evidence.divided
-    if worst is None or worst.std is None:
+    worst, few = evidence.divided, _few_rows(evidence)
+    if worst is None or worst.std is None or (few is not None and worst.spreadless):
         return None
     unit = "a unit" if worst.unit is None else f"unit {worst.unit}"
+    normaliser = f"{worst.state} normaliser" if worst.state else "normaliser"
     return Claim(
-        f"{unit} of the editor's frozen normaliser at {worst.site} was divided by a std of {number(worst.std)}: its"
+        f"{unit} of the editor's {normaliser} at {worst.site} was divided by a std of {number(worst.std)}: its"
         f" normalised input reached {number(worst.largest)} at edit {worst.edit}.",
         "high",
         Place(worst.edit, "editor.input_max", worst.site),
@@ -79,9 +116,14 @@ def _restarted(evidence: Evidence) -> Claim | None:
     found, begins = evidence.of("statistics-restarted"), evidence.begins
     if found is None or begins is None or begins < found.edit:
         return None
+    seen = (
+        f"at {found.site} they had seen {number(found.threshold)} rows, and have now seen {number(found.value)}"
+        if found.metric == "editor.seen_rows"
+        else f"at {found.site} the smallest std was {number(found.threshold)} and is {number(found.value)}, and all the"
+        " others jumped with it"
+    )
     return Claim(
-        f"the statistics of the editor's normaliser began anew at edit {found.edit}: at {found.site} the smallest std"
-        f" was {number(found.threshold)} and is {number(found.value)}, and all the others jumped with it.",
+        f"the statistics of the editor's normaliser began anew at edit {found.edit}: {seen}.",
         "medium",
         Place(found.edit, found.metric, found.site),
     )
@@ -128,6 +170,21 @@ RULES = (
         "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
     ),
     Rule(
+        "normaliser-too-few-rows",
+        "input",
+        "trigger",
+        _few_rows,
+        "Collect the normaliser's statistics over many rows before the first edit, or load them with the editor's"
+        " checkpoint, and check its count (n in MALMEN and UltraEdit, k in MEND). Where edits update them, skip a batch"
+        " that holds a single row, or wait until there are two. Restore what edits were made meanwhile.",
+        "A standard deviation needs two rows. Of one it is 0/0, which is NaN, or 0 where it is not divided by n - 1; of"
+        " none it is what the buffers began with. So it is at every unit, and all that is normalised with it is NaN, or"
+        " ten million times its own size.",
+        "No unit has a spread above 0 while every mean is finite, and the normaliser's count is 0 or 1, or it has none;"
+        " its statistics are NaN, or an input over a std of 0 is beyond 100 standard deviations.",
+        "UltraEdit's first batch holds a single token: RunningMeanStd.update takes the variance of one row.",
+    ),
+    Rule(
         "normaliser-nan",
         "input",
         "trigger",
@@ -150,7 +207,8 @@ RULES = (
         " rolled back: restore the weights between edits, or edit in batches (MALMEN).",
         "A unit that was constant while the statistics were collected, such as a dead ReLU, has a std of 0. MEND"
         " divides by std + 1e-7, so the first time that the unit fires, its input is ten million times its own size.",
-        "An input to the hypernetwork beyond 100 standard deviations, at a unit whose std is at most 1e-6.",
+        "An input to the hypernetwork beyond 100 standard deviations, at a unit whose std is at most 1e-6, or 0 on the"
+        " side of the gradients; other units have a spread.",
         "MEND on BLIP2-OPT: unit 117 has std 0 and fires with 0.032 at edit 6. Its normalised value is 3.2e5, and in"
         " float16 the weights overflow in that very edit.",
     ),
@@ -163,8 +221,8 @@ RULES = (
         " resumed run doesn't collect them anew.",
         "A hypernetwork is trained for inputs of one scale. If the statistics behind that scale restart or go on"
         " running, it sees inputs that it was never trained on.",
-        "The smallest std of every one of its sites changes by a quarter or more in a single edit, before anything else"
-        " leaves its usual range.",
+        "The count of its rows falls; or, where it counts none, the smallest std of every one of its sites changes by a"
+        " quarter or more in a single edit. Before anything else leaves its usual range.",
         "A checkpoint without the flag that says that the statistics were collected: the first edit resets them.",
     ),
 )

@@ -30,6 +30,16 @@ def _failing(evidence: Evidence) -> Claim | None:
     return Claim(f"each of {lost.gone} edits since edit {lost.first} raised an exception{words}.", "high")
 
 
+def _elsewhere(evidence: Evidence) -> Claim | None:
+    lost = _lost(evidence)
+    if lost is None or not lost.elsewhere or lost.landed:
+        return None
+    return Claim(
+        f"none of {lost.tried} edits ran the watched model or moved it: they are made on another model.",
+        "high",
+    )
+
+
 def _skipped(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
     if lost is None or lost.gradients_bad < NEARLY_ALL * lost.gone:
@@ -82,7 +92,7 @@ def _undone(evidence: Evidence) -> Claim | None:
 
 def _unchanged(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    why = (_failing, _skipped, _clipped, _undone, rounded_away)
+    why = (_failing, _elsewhere, _skipped, _clipped, _undone, rounded_away)
     if lost is None or any(claim(evidence) is not None for claim in why):  # which say more
         return None
     if not lost.landed:
@@ -127,6 +137,19 @@ RULES = (
         "An edit raises, the loop catches the exception, logs it or not, and takes the next request.",
         "Edits that failed, three or more in a row, or all that there were, up to the last one.",
         "A covariance with rows of zeros: each solve raises that its matrix is singular.",
+    ),
+    Rule(
+        "another-model",
+        "lost edits",
+        "trigger",
+        _elsewhere,
+        "Attach to the model that is edited: the one that the editor holds or returns. Hand a copy over as it is made"
+        " (edit.returns), and take care with editors that share an executor: it edits the first model that it was"
+        " given.",
+        "The editor has a model of its own: a deep copy, or that of another editor in the process.",
+        "Hooks were on the watched layers, none fired, the model was never called, and no watched weight moved, in"
+        " three edits or more.",
+        "Two MEND editors in one process: their executor edits the first one's model.",
     ),
     Rule(
         "gradients-skipped",

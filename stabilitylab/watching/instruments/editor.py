@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from stabilitylab.probes.null_space import KeyCachePass, NullSpacePass, trace_of
 from stabilitylab.probes.rank_one import ClampHits, Denominator, TargetValue, reduce_denominator, reduce_target
 from stabilitylab.probes.side_memory import SideMemoryPass, reduce_side_memory
 from stabilitylab.record.readings import EDITOR_SITE, Rebuild
+from stabilitylab.record.serving import SERVES, serving_says
 from stabilitylab.watching import editor_parts as parts
 from stabilitylab.watching.calls import watch_solves
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.served_layers import layers_behind
+from stabilitylab.watching.sites import Site
 
 WIDEST_ON_CPU = 4096
 """The widest matrix whose condition number is measured on a CPU: 2 s on one core, and the time grows with the cube."""
@@ -52,6 +55,7 @@ class EditorInstrument:
         self._editor = editor
         self._names: frozenset[str] = frozenset()
         self._skipped: set[str] = set()
+        self._told: set[str] = set()
         self._updates: dict[str, Tensor] = {}
         self._read: weakref.WeakSet[EditorReport] = weakref.WeakSet()
 
@@ -75,13 +79,20 @@ class EditorInstrument:
         """What the editor said that it meant to add to the weights in this edit, by layer."""
         return self._updates
 
-    def after(self, model: nn.Module, capture: Capture | None, reports: Mapping[str, EditorReport]) -> None:
+    def after(
+        self,
+        model: nn.Module,
+        capture: Capture | None,
+        reports: Mapping[str, EditorReport],
+        sites: Sequence[Site] = (),
+    ) -> None:
         """Reduce everything that is needed of the editor, of the adapters in `model`, and of what was reported.
 
         capture: what entered the normalisers, or None before the first edit. reports: those of this edit, by layer.
+        sites: what is watched of the model.
         """
         self._see(model)
-        self._bench.safely("editor state", functools.partial(self._editor_state, capture))
+        self._bench.safely("editor state", functools.partial(self._editor_state, capture, sites))
         self._bench.safely("adapters in the model", functools.partial(self._adapters, model))
         self._bench.safely("the editor's reports", functools.partial(self._all_reports, reports))
 
@@ -96,11 +107,11 @@ class EditorInstrument:
 
     # -- in the editor --------------------------------------------------------------------------------------------
 
-    def _editor_state(self, capture: Capture | None) -> None:
+    def _editor_state(self, capture: Capture | None, sites: Sequence[Site]) -> None:
         if self._editor is None:
             return
         if self._bench.needed(NormaliserPass):
-            self._normalisers(capture)
+            self._normalisers(capture, sites)
         if self._bench.needed(LearningRates):
             for name, rates in parts.find_learning_rates(self._editor).items():
                 self._take(LearningRates, _site(name), rates.double, LearningRates)
@@ -112,12 +123,22 @@ class EditorInstrument:
         for name, covariance in parts.find_covariances(self._editor).items():
             self._condition(CovarianceExtremes, name, covariance)
 
-    def _normalisers(self, capture: Capture | None) -> None:
+    def _normalisers(self, capture: Capture | None, sites: Sequence[Site]) -> None:
         for name, normaliser in parts.find_normalisers(self._editor).items():
+            self._tell_layers(name, normaliser, sites)
             calls = capture.editors[name].calls if capture is not None and name in capture.editors else []
             for kind in normaliser.statistics:
-                reduce = functools.partial(reduce_normaliser, kind.mean, kind.std, kind.entered(calls), kind.guard)
+                held, entered = (kind.mean, kind.std), kind.entered(calls)
+                reduce = functools.partial(reduce_normaliser, *held, entered, kind.guard, kind.rows, learns=kind.learns)
                 self._take(NormaliserPass, _site(name, kind.kind), reduce, NormaliserPass.from_host)
+
+    def _tell_layers(self, name: str, normaliser: parts.Normaliser, sites: Sequence[Site]) -> None:
+        """Note, once, which layers a normaliser serves that is named by their shape."""
+        if name not in self._told:
+            layers = layers_behind(name, [kind.std.numel() for kind in normaliser.statistics], sites)
+            if layers:
+                self._told.add(name)
+                self._bench.note(SERVES, serving_says(_site(name), layers))
 
     def _condition(self, need: type[CovarianceExtremes | SystemExtremes], site: str, matrix: Tensor) -> None:
         if matrix.device.type == "cpu" and min(matrix.shape, default=0) > WIDEST_ON_CPU:

@@ -161,7 +161,7 @@ class Instruments:
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
-        self._editor.after(model, None, {})
+        self._editor.after(model, None, {}, sites)
         self._weights.after(model, sites)
         self._state.before_any_edit(model, sites)
 
@@ -173,16 +173,14 @@ class Instruments:
         self._logits.after()
         self._feedback.after(model, sites, capture.model_call, self.references)
         self._gradients.after(model, sites, self.references)
-        self._editor.after(model, capture, reports)
+        self._editor.after(model, capture, reports, sites)
         self._weights.compare(model, sites, self._editor.updates)
         self._weights.after(model, sites)
         self._state.after(model, sites)
 
-    def look_everywhere(self, model: nn.Module, sites: Sequence[Site], now: bool) -> None:
-        """Something is wrong: look at all of the model, now or after the next edit."""
+    def look_everywhere_next(self) -> None:
+        """Something is wrong: after the next edit look at every entry of the model."""
         self._state.look_in_full_next()
-        if now:
-            self._state.after(model, sites)
 
     def look_at_weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the weights between two edits; what they are now is what the next edit starts from."""
@@ -223,7 +221,7 @@ class Instruments:
         return readings
 
     def _arrived(self, cargo: Cargo) -> list[tuple[str, Any]]:
-        measured = []
+        measured: list[tuple[str, Any]] = []
         for shipment in cargo.shipments:
             arrived = self._bench.safely("arrival", functools.partial(getattr, shipment, "arrived"))
             for site, name, make in arrived or ():

@@ -1,0 +1,16 @@
+"""The kinds of notes that mean something to the analyzer. All others are for the reader alone."""
+
+from __future__ import annotations
+
+from typing import Final
+
+NOTHING_MOVED: Final = "nothing-moved"
+"""An edit moved no parameter at all, of a loop that was attached to without sites."""
+NOT_PUT_BACK: Final = "not-put-back"
+"""What a host does to put an edit back has run, and the edited weights stayed."""
+HOOKS_SILENT: Final = "hooks-silent"
+"""Hooks were on layers of the model, and none has ever fired, though edits moved weights."""
+NEVER_RUN: Final = "never-run"
+"""The same, and no weight moved: the edits are made on another model."""
+UNWATCHED: Final = frozenset({"canary-off", "skipped-site", HOOKS_SILENT})
+"""Something that was asked for could not be watched."""

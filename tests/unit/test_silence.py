@@ -1,0 +1,62 @@
+"""Hooks that never fire, and edits that are made on another model: said, and told apart."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import stabilitylab as sl
+from tests.loops import CANARY, make_model
+
+
+def moved(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0001)
+
+
+def test_edits_on_another_model(tmp_path: Path) -> None:
+    model = make_model()
+    other = copy.deepcopy(model)
+    with sl.attach(model, "0", tmp_path / "run") as monitor:
+        for _ in range(5):
+            with monitor.edit():
+                other(torch.randn(2, 5, 8))
+                moved(other)
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert (found.cause, found.landed, found.nothing_lands) == ("another-model", "none", True)
+    assert not found.unwatched
+
+
+def test_edits_that_move_weights_and_run_nothing_are_not_seen_inside(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "0", tmp_path / "run") as monitor:
+        for _ in range(5):
+            with monitor.edit():
+                moved(model)
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert len(found.unwatched) == 1
+    assert "no hook" in found.says
+
+
+def test_a_canary_sees_what_became_of_the_model_all_the_same(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "0", tmp_path / "run", canary=CANARY) as monitor:
+        for _ in range(5):
+            with monitor.edit():
+                moved(model)
+    assert not sl.load(tmp_path / "run").diagnosis().unwatched
+
+
+def test_one_edit_that_is_heard_is_enough(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "0", tmp_path / "run") as monitor:
+        for edit in range(6):
+            with monitor.edit():
+                if edit == 1:
+                    model(torch.randn(2, 5, 8))
+                moved(model)
+    assert not sl.load(tmp_path / "run").diagnosis().unwatched
