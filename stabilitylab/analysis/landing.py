@@ -35,7 +35,8 @@ class Landing:
     since: the first of these; None when the last one landed. first: the first of the run without effect. Of all without
     effect: failed: how many raised. words: what most of the last said. gradients_bad: how many had gradients that are
     not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
-    huge: how many had a gradient whose norm over all watched layers is past what float16 holds.
+    huge: how many had a gradient whose norm over all watched layers is past what float16 holds. whole: whether the
+    whole model was looked at, for want of a layer that is watched.
     """
 
     tried: int = 0
@@ -49,6 +50,12 @@ class Landing:
     gradients: int = 0
     written: int = 0
     huge: int = 0
+    whole: bool = False
+
+    @property
+    def what(self) -> str:
+        """What edits without effect did not move."""
+        return "any parameter of the model" if self.whole else "a watched layer"
 
     @property
     def kind(self) -> Landed | None:
@@ -81,11 +88,11 @@ class Landing:
         if not self.nothing_lands:
             only = f"Only {self.landed} of {self.tried} edits"
             raised = self.failed == self.gone
-            return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved a watched layer"
+            return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved {self.what}"
         which = f"None of {self.tried} edits" if not self.landed else f"None of the last {self.lost} edits"
         if self.failed >= self.lost and self.failed == self.gone:
             return f"{which} was carried out: each raised an exception{words}"
-        return f"{which} moved a watched layer"
+        return f"{which} moved {self.what}"
 
 
 class Landings:
@@ -135,7 +142,7 @@ class Landings:
         before = self.now
         since = edit if before.since is None else before.since
         first = edit if before.first is None else before.first
-        self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first)
+        self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first, whole=True)
 
     def _landed(self, row: EditRow, flat: Flat) -> bool | None:
         """None where it can't be seen, or where nothing was left to do."""

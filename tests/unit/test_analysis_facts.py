@@ -112,8 +112,8 @@ def test_the_editors_input_is_the_first_bad_and_the_first_nan_stays_visible() ->
 
 def test_a_large_input_of_the_editor_is_drifting_first() -> None:
     assert rules(run({}, {("editor.input_max", U): 101.0}, {("editor.input_max", U): 1001.0})) == [
+        ("input-limit", U, 2),  # the headline's, which comes first
         ("input-large", U, 1),
-        ("input-limit", U, 2),
     ]
 
 

@@ -349,7 +349,8 @@ def test_the_headline_says_since_when_where_and_what_to_do(dying: Run) -> None:
     assert said.startswith(
         f"Diverging since edit {diagnosis.onset_edit}, NaN or ∞ at edit {diagnosis.first_nonfinite_edit};"
     )
-    assert f"first in {headline.plain_place(str(diagnosis.first_bad_site))}: " in said
+    place = headline.plain_place(str(diagnosis.first_bad_site))
+    assert f"first in {place} ({diagnosis.first_bad_metric} 3.2e5 at edit {diagnosis.first_bad_edit}): " in said
     assert " Do this: " in said
     assert diagnosis.first_nonfinite_edit is not None
     assert diagnosis.alarm_edit is not None

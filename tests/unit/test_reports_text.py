@@ -104,7 +104,7 @@ def test_reproduction_is_quoted_for_the_shell() -> None:
 
 
 def test_sinks_are_found_by_name() -> None:
-    assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink"}
+    assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink", "AlarmSink"}
     with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
         sink_class("tensorbord")
 
