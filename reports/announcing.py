@@ -18,7 +18,7 @@ from stabilitylab.reports.text import clean
 
 WIDEST: Final = 160
 """Columns of the line, unless the run's path alone is longer."""
-LEAST: Final = 20
+LEAST: Final = 40
 """Columns that are left for what was found, however long the path is."""
 
 

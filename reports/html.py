@@ -41,6 +41,8 @@ LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
 LISTED_FINDINGS: Final = 400
+TELLING: Final = 12
+"""What was found that is seen at once; the rest can be unfolded."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     first = events.first_of_each_kind(diagnosis.findings)
     more = [finding for finding in diagnosis.findings if finding not in first]
     listed = max(0, LISTED_FINDINGS - len(first))
-    found, places = grouped(diagnosis.findings), events.short_places(run.sites)
+    found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
+    telling = events.telling(diagnosis, TELLING)
     notes = folded(run.notes)
     drawn = pictures(run)
     return fill(
@@ -186,8 +189,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         links=_links(diagnosis.findings, plain),
         chain=verdicts.chain(diagnosis),
         landed=verdicts.landed_words(diagnosis),
-        events=[(event, events.event_words(event, places)) for event in found[:LISTED_FINDINGS]],
-        events_left_out=max(0, len(found) - LISTED_FINDINGS),
+        events=[(event, events.event_words(event, places)) for event in telling],
+        more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],
         first_findings=first[:LISTED_FINDINGS],
         more_findings=more[:listed],
         findings_left_out=len(diagnosis.findings) - len(first[:LISTED_FINDINGS]) - len(more[:listed]),

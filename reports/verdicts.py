@@ -7,6 +7,7 @@ from typing import Final
 
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
 from stabilitylab.analysis.leading import edit_of
+from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
 
@@ -85,9 +86,10 @@ def strip(run: Run) -> list[Stretch]:
 
 
 def _bad_from(diagnosis: Diagnosis) -> int | None:
-    """The first edit that a bad finding names: finding 1 may be of what led there."""
-    known = [edit_of(each) for each in diagnosis.findings if severity(each.verdict) >= severity("diverging")]
-    return min(known, default=diagnosis.first_bad_edit)
+    """The first edit that a bad finding is about, of hard facts if there are any: finding 1 may be of what led there."""
+    bad = [each for each in diagnosis.findings if severity(each.verdict) >= severity("diverging")]
+    hard = [each for each in bad if each.rule not in DRIFT_RULES]
+    return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)
 
 
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:

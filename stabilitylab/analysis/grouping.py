@@ -13,7 +13,7 @@ from typing import Final
 
 from stabilitylab.analysis.findings import Finding, Verdict, severity
 from stabilitylab.analysis.leading import value_words
-from stabilitylab.analysis.ledger import FURTHEST
+from stabilitylab.analysis.ledger import FURTHEST, STEPS
 from stabilitylab.analysis.words import number
 
 _WORDS: Final = {
@@ -27,6 +27,9 @@ _WORDS: Final = {
     "update": "update",
     "weight": "weights",
 }
+
+_COMPACT: Final = frozenset({FURTHEST, *STEPS})
+"""Rules whose sentence is long for what it says."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def _group(edit: int, site: str, found: Sequence[Finding]) -> Group:
     worst = worst_first[0]
     # Of a single metric its own sentence tells more, unless that is a comparison with what is usual.
     sentence = len({finding.metric for finding in found}) == 1 and not any(
-        finding.usual or finding.rule == FURTHEST for finding in found
+        finding.usual or finding.rule in _COMPACT for finding in found
     )
     return Group(edit, site, worst.verdict, worst.says if sentence else _summary(worst_first), sentence, worst_first)
 

@@ -52,7 +52,7 @@ def reading(finding: Finding) -> str:
 def value_words(finding: Finding) -> str:
     """Its metric and number, with what that is forecast to become."""
     if finding.rule in STEPS:
-        return f"{finding.metric} {number(finding.value)} times the weight's original norm"
+        return f"update {number(finding.value)} times the weight's original norm"
     ahead = f" → {number(finding.forecast)}" if finding.forecast is not None else ""
     return f"{finding.metric} {number(finding.value)}{ahead}"
 

@@ -118,14 +118,13 @@ export class RunView {
       ["Alarm", diagnosis.alarm_edit === null ? "–" : `edit ${diagnosis.alarm_edit}`],
       ["First bad", diagnosis.first_bad_edit === null ? "–" : `edit ${diagnosis.first_bad_edit}`],
       diagnosis.first_bad_site ? ["Where", `${diagnosis.first_bad_site} (${diagnosis.first_bad_metric})`, true] : null,
-      about.verdict === "stable" && !diagnosis.cause_says ? null : ["Cause", `${diagnosis.cause}${diagnosis.confidence === "none" ? "" : `, confidence ${diagnosis.confidence}`}`, true],
     ].filter(Boolean);
     this.verdict.className = `card verdict v-${about.verdict}`;
     show(this.verdict,
       el("p", { class: "badge" }, el("span", { "aria-hidden": "true" }, `${about.sign} `), about.word),
       el("p", { class: "says", id: "says" }, diagnosis.says),
       el("p", { class: "muted" }, diagnosis.means),
-      el("div", { class: "three" }, block("Why", diagnosis.cause_says, chain(diagnosis.chain)),
+      el("div", { class: "three" }, block(diagnosis.confidence === "none" ? "Why" : `Why: ${diagnosis.cause} (${diagnosis.confidence} confidence)`, diagnosis.cause_says, chain(diagnosis.chain)),
         block("What to do", diagnosis.advice), block("Forecast", about.forecast)),
       el("dl", { class: "facts" }, facts.map(([name, value, long]) => el("div", { class: long ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))));
     this.mapCard.hidden = this.layer.hidden = !about.metrics.length || !about.number.length;
@@ -269,7 +268,7 @@ export class RunView {
     show(this.more,
       fold(`What was found, that of the headline first: ${about.events.length}`, about.events.length ? el("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Events" }, el("table", { id: "events" },
         el("tbody", {}, about.events.map((event) => el("tr", { class: `v-${event.verdict}` },
-          el("td", {}, el("span", { class: "sign", title: event.verdict }, event.sign)), el("td", { class: "n" }, `edit ${event.edit}`),
+          el("td", {}, el("span", { class: "sign", title: event.verdict === "stable" ? "worth knowing" : event.verdict }, event.sign)), el("td", { class: "n" }, `edit ${event.edit}`),
           el("td", { class: "wrap wide" }, event.says)))))) : el("p", { class: "muted" }, "Nothing out of the ordinary.")),
       fold(`Each claim with its evidence: ${about.findings.length}`, about.findings.length ? el("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Findings" }, el("table", {},
         el("thead", {}, el("tr", {}, ["", "Edit", "Metric", "Site", "Says"].map((name) => el("th", { scope: "col" }, name || el("span", { class: "hidden" }, "Verdict"))))),
