@@ -47,12 +47,11 @@ class AlarmSink:
 def announcement(diagnosis: Diagnosis, edit: int, sites: Iterable[str], run: Path) -> str:
     """The line. sites: the names of all that was read, which says how short each can be."""
     event = _event(diagnosis)
-    where = "" if event.sentence else f" at {place_words(event, short_places(sites))}"
-    head = f"stabilitylab: edit {edit}: {diagnosis.verdict}{where}: "
+    head = f"stabilitylab: edit {edit}: {diagnosis.verdict} at {place_words(event, short_places(sites))}: "
     cause = "" if diagnosis.cause == UNKNOWN_CAUSE else f" (cause: {clean(diagnosis.cause, 40)})"
     tail = f"{cause}. Look: stabilitylab check {clean(run, 400)}"
     room = max(LEAST, WIDEST - len(head) - len(tail))
-    return f"{head}{clean(event.says.rstrip('.'), room)}{tail}"
+    return f"{head}{clean(event.short, room)}{tail}"
 
 
 def _event(diagnosis: Diagnosis) -> Group:

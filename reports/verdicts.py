@@ -86,7 +86,7 @@ def strip(run: Run) -> list[Stretch]:
 
 
 def _bad_from(diagnosis: Diagnosis) -> int | None:
-    """The first edit that a bad finding is about, of hard facts if there are any: finding 1 may be of what led there."""
+    """The first edit that a bad finding is about, of hard facts if there are any: finding 1 may only lead there."""
     bad = [each for each in diagnosis.findings if severity(each.verdict) >= severity("diverging")]
     hard = [each for each in bad if each.rule not in DRIFT_RULES]
     return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)

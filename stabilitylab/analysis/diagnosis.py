@@ -124,7 +124,7 @@ def _since(diagnosis: Diagnosis) -> str:
 
 def _first(diagnosis: Diagnosis, first: Finding, bad: Finding) -> str:
     """Where first, with the reading that shows it, and why; without a known cause, what is bad."""
-    why = bad.says if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
+    why = bad.says[:1].lower() + bad.says[1:] if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
     return f"first in {place_name(first.site)} ({reading(first)}) — {why}"
 
 

@@ -37,6 +37,7 @@ class Group:
     """What was found at one edit and one site. verdict: the worst of its members, which are in that order.
 
     says: one line. sentence: whether that is a sentence of its own, which names its place; else it goes behind a place.
+    short: what goes behind a place in any case.
     """
 
     edit: int
@@ -44,6 +45,7 @@ class Group:
     verdict: Verdict
     says: str
     sentence: bool
+    short: str
     members: tuple[Finding, ...]
 
 
@@ -62,7 +64,8 @@ def _group(edit: int, site: str, found: Sequence[Finding]) -> Group:
     sentence = len({finding.metric for finding in found}) == 1 and not any(
         finding.usual or finding.rule in _COMPACT for finding in found
     )
-    return Group(edit, site, worst.verdict, worst.says if sentence else _summary(worst_first), sentence, worst_first)
+    short = _summary(worst_first)
+    return Group(edit, site, worst.verdict, worst.says if sentence else short, sentence, short, worst_first)
 
 
 def _summary(members: Sequence[Finding]) -> str:

@@ -46,7 +46,9 @@ def edit_of(finding: Finding) -> int:
 def reading(finding: Finding) -> str:
     """Its metric, number and edit: ``weight.nonfinite 300 at edit 26``; of a forecast: value → forecast / limit."""
     limit = f" / limit {number(finding.threshold)}" if finding.forecast is not None else ""
-    return f"{value_words(finding)}{limit} at edit {edit_of(finding)}"
+    edit = edit_of(finding)
+    when = f" at edit {edit}" if edit == finding.edit else f", since edit {edit}"  # the number is a later one's
+    return f"{value_words(finding)}{limit}{when}"
 
 
 def value_words(finding: Finding) -> str:

@@ -70,6 +70,7 @@ def test_each_kind_of_claim_has_its_words(findings: list[Finding], words: str) -
 def test_a_claim_alone_keeps_its_own_sentence() -> None:
     (group,) = grouped([finding("attention.masked", says="Rows are padding altogether.")])
     assert (group.says, group.sentence) == ("Rows are padding altogether.", True)
+    assert group.short == "attention.masked 10 (limit 2)"
 
 
 def test_of_one_metric_the_worst_claim_speaks() -> None:
@@ -91,7 +92,7 @@ def test_an_event_names_its_layer_as_charts_do() -> None:
     places = short_places([A, B, "model", "editor"])
 
     def words(site: str, *, sentence: bool = False) -> str:
-        return event_words(Group(1, site, "drifting", "outputs 3 times usual", sentence, ()), places)
+        return event_words(Group(1, site, "drifting", "outputs 3 times usual", sentence, "", ()), places)
 
     assert words(A) == "1.fc2: outputs 3 times usual"
     assert words("model") == "the model: outputs 3 times usual"
