@@ -22,7 +22,7 @@ from stabilitylab.record.run import Run
 from stabilitylab.reports.events import event_words, short_places, telling
 from stabilitylab.reports.noted import folded
 from stabilitylab.reports.text import clean, number, percent
-from stabilitylab.reports.verdicts import LOOKS, chain, facts
+from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
@@ -93,14 +93,14 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
     ]
     if not run.complete:
         lines.append(Text("The run was not closed: it goes on, or it ended without a word.", style="yellow"))
-    if diagnosis.cause_says and diagnosis.cause_says.rstrip(".").lower() not in diagnosis.says.lower():
-        lines.append(Text(f"Why: {clean(diagnosis.cause_says, 700)}"))
-    if diagnosis.advice:
-        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
+    if why(diagnosis):
+        lines.append(Text(f"Why: {clean(why(diagnosis), 700)}"))
     others = chain(diagnosis)
     if others:
         lines.append(Text("With it:"))
     lines += [Padding(Text(f"{role}: {clean(says, 500)}"), (0, 0, 0, 2)) for role, says in others]
+    if diagnosis.advice:
+        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
     return Group(*lines)
 
 

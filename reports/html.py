@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from stabilitylab.reports.interactive import run_charts
 from stabilitylab.reports.noted import folded
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
-from stabilitylab.reports.text import clean, number, percent, sentence, shorten
+from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
 LISTED_EDITS: Final = 200
@@ -136,7 +135,7 @@ def fill(template: str, script: str, **values: Any) -> str:
         shorten=shorten,
         percent=percent,
         sentence=sentence,
-        limit=_limit,
+        limit=limit,
     )
     sheet, scripts = source("report.css"), [_vega(), source("charts.js"), source(script)]
     policy = (
@@ -146,10 +145,6 @@ def fill(template: str, script: str, **values: Any) -> str:
     return environment.get_template(template).render(
         policy=Markup(policy), sheet=Markup(sheet), scripts=[Markup(each) for each in scripts], **values,
     )  # fmt: skip  # our own files, never a run's text
-
-
-def _limit(value: float) -> str:
-    return "–" if math.isnan(value) else number(value)
 
 
 def _sort_key(value: float) -> str:

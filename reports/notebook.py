@@ -16,8 +16,8 @@ from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.run import Run
 from stabilitylab.reports.events import event_words, short_places, telling
-from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, chain, facts
+from stabilitylab.reports.text import clean, limit, number, percent, shorten
+from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 12
 
@@ -75,8 +75,8 @@ def _(shown: Finding) -> str:
         ("edit", when),
         ("site", shorten(shown.site, 160)),
         ("metric", clean(shown.metric, 80)),
-        ("value", number(shown.value)),
-        ("threshold", number(shown.threshold)),
+        ("value", number(shown.value) + (f" → {number(shown.forecast)}" if shown.forecast is not None else "")),
+        ("threshold", limit(shown.threshold)),
         ("rule", clean(shown.rule, 80)),
     ]
     return str(_macros().finding(shown.verdict, clean(shown.says, 700), rows))
@@ -93,9 +93,12 @@ def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]], sites
     left = len(grouped(diagnosis.findings)) - len(events)
     advice = clean(diagnosis.advice, 900)
     links = [(role, clean(says, 500)) for role, says in chain(diagnosis)]
-    known = clean(diagnosis.cause_says, 700) if diagnosis.cause_says not in diagnosis.says else ""
     says = clean(diagnosis.says, 700)
-    return str(_macros().diagnosis(caption, diagnosis.verdict, says, known, links, advice, rows, found, left))
+    return str(
+        _macros().diagnosis(
+            caption, diagnosis.verdict, says, clean(why(diagnosis), 700), links, advice, rows, found, left
+        )
+    )
 
 
 def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:

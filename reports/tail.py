@@ -25,7 +25,7 @@ from stabilitylab.record.runfile import find_file, find_runs
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.sparkline import sparkline
 from stabilitylab.reports.text import clean, number, sentence, shorten
-from stabilitylab.reports.verdicts import chain, landed_words
+from stabilitylab.reports.verdicts import chain, landed_words, why
 
 SERIES: Final = {
     "update.norm": ("update", "largest update.norm", True),
@@ -79,8 +79,8 @@ class Tail:
         if follower.edits_per_minute is not None:
             counts.append(f"{number(follower.edits_per_minute, 2)} a minute")
         parts: list[RenderableType] = [head, Text(clean(said.says, 500))]
-        if said.cause_says and said.cause_says not in said.says:
-            parts.append(Text(f"Why: {clean(said.cause_says, 300)}"))
+        if why(said):
+            parts.append(Text(f"Why: {clean(why(said), 300)}"))
         parts += [Text(f"{sentence(role)}: {clean(says, 300)}") for role, says in chain(said)]
         if said.landed in ("some", "none"):
             counts.append(f"took effect: {landed_words(said)}")

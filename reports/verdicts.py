@@ -26,7 +26,7 @@ class Look:
 LOOKS: Final[dict[Verdict, Look]] = {
     "stable": Look(
         "Stable", "●", "green", "v-stable",
-        "The model does what it did, and nothing grows towards a limit.",
+        "As far as it was watched, the model does what it did, and nothing grows towards a limit.",
     ),
     "drifting": Look(
         "Drifting", "◐", "yellow", "v-drifting",
@@ -90,6 +90,12 @@ def _bad_from(diagnosis: Diagnosis) -> int | None:
     bad = [each for each in diagnosis.findings if severity(each.verdict) >= severity("diverging")]
     hard = [each for each in bad if each.rule not in DRIFT_RULES]
     return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)
+
+
+def why(diagnosis: Diagnosis) -> str:
+    """What the cause says; empty where the verdict's sentence has said it."""
+    says = diagnosis.cause_says
+    return "" if says.rstrip(".").lower() in diagnosis.says.lower() else says
 
 
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:

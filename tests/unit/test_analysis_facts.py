@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.record.readings import EditRow, Key
+from stabilitylab.analysis.analyzer import NOTHING_MOVED
+from stabilitylab.record.readings import EditRow, Key, Note
 from tests.synthetic_runs import METRICS, diagnose, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
@@ -394,3 +395,14 @@ def test_a_gradient_that_never_was_is_a_note() -> None:
     reached = edit(9) | {("gradient.norm", B): 1e-9}
     assert run({}, edit(1), edit(2), reached, edit(3), edit(4)).findings == ()
     assert run({}, reached, *map(edit, range(4))).verdict == "drifting"
+
+
+def test_of_a_loop_that_never_moves_anything_the_whole_is_told() -> None:
+    analyzer = Analyzer(METRICS)
+    for edit in range(1, 61):
+        analyzer.observe_note(Note(edit, NOTHING_MOVED, f"edit {edit} moved no parameter of the model"))
+        analyzer.observe(row(edit, {}))
+    diagnosis = analyzer.diagnosis()
+    assert diagnosis.says == "None of 60 edits moved any parameter of the model; the model is as it was."
+    assert diagnosis.cause_says == "none of 60 edits moved any parameter of the model."
+    assert (diagnosis.landed, diagnosis.nothing_lands) == ("none", True)
