@@ -8,6 +8,7 @@ name              class                                                   made w
 ================  ======================================================  ==========================================
 ``tensorboard``   `stabilitylab.reports.tensorboard.TensorBoardSink`      logdir, metrics, manifest
 ``console``       `stabilitylab.reports.console.ProgressSink`             total (or None), console (or None)
+``alarm``         `stabilitylab.reports.announcing.AlarmSink`             run (its folder)
 ================  ======================================================  ==========================================
 
 After the run: `stabilitylab.reports.html.write_report`, `stabilitylab.reports.console.diagnosis_page`, and the charts
@@ -24,6 +25,7 @@ from stabilitylab.errors import UsageError, did_you_mean
 SINKS: Final = {
     "tensorboard": "stabilitylab.reports.tensorboard:TensorBoardSink",
     "console": "stabilitylab.reports.console:ProgressSink",
+    "alarm": "stabilitylab.reports.announcing:AlarmSink",
 }
 
 

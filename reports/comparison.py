@@ -17,9 +17,11 @@ import numpy as np
 from markupsafe import Markup
 
 from stabilitylab.analysis.findings import VERDICTS, Diagnosis, json_safe, severity
+from stabilitylab.analysis.grouping import Group
+from stabilitylab.analysis.ledger import FURTHEST
 from stabilitylab.record.readings import Array
 from stabilitylab.record.run import Run
-from stabilitylab.reports import headline, verdicts
+from stabilitylab.reports import events, headline, verdicts
 from stabilitylab.reports.html import data_script, fill, write_pages
 from stabilitylab.reports.interactive import comparison_charts
 from stabilitylab.reports.payload import as_script, distinct, readable, shown
@@ -27,6 +29,8 @@ from stabilitylab.reports.text import clean
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
 FORMAT: Final = 1
+EVENTS: Final = 4
+"""What was found that is told of each run."""
 MOST_POINTS: Final = 400
 """Edits per run and metric; flagged ones are there in any case."""
 METRICS: Final = (
@@ -51,7 +55,8 @@ def stretches(run: Run) -> list[dict[str, Any]]:
     start, end = run.edits[0].edit, run.edits[-1].edit
     worst = 0
     parts: list[dict[str, Any]] = [{"verdict": VERDICTS[0], "first": start, "last": end}]
-    for finding in run.diagnosis().findings:  # in order of edit
+    claims = [finding for finding in run.diagnosis().findings if finding.rule != FURTHEST]  # which only says where
+    for finding in sorted(claims, key=lambda finding: finding.edit):
         if severity(finding.verdict) > worst:
             worst = severity(finding.verdict)
             parts[-1]["last"] = finding.edit - 1
@@ -109,6 +114,11 @@ def _one(run: Run, name: str) -> dict[str, Any]:
     return {"name": name, **about, "edits_kept": len(places), "stretches": stretches(run), "series": series}
 
 
+def _events(run: Run) -> list[tuple[Group, str]]:
+    places = events.short_places(run.sites)
+    return [(event, events.event_words(event, places)) for event in events.telling(run.diagnosis(), EVENTS)]
+
+
 def _page(runs: Sequence[Run], plain: dict[str, Any]) -> str:
     last = max((part["last"] for run in plain["runs"] for part in run["stretches"]), default=0)
     diagnoses: list[Diagnosis] = [run.diagnosis() for run in runs]
@@ -123,8 +133,11 @@ def _page(runs: Sequence[Run], plain: dict[str, Any]) -> str:
                 "diagnosis": diagnosis,
                 "says": headline.headline(diagnosis),
                 "lead": headline.lead(diagnosis),
+                "chain": verdicts.chain(diagnosis),
+                "landed": verdicts.landed_words(diagnosis),
+                "events": _events(run),
             }
-            for told, diagnosis in zip(plain["runs"], diagnoses, strict=True)
+            for run, told, diagnosis in zip(runs, plain["runs"], diagnoses, strict=True)
         ],
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},

@@ -16,12 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from stabilitylab.analysis.findings import Diagnosis
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.note_kinds import NOT_PUT_BACK
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
 from stabilitylab.record.serving import SERVES
+from stabilitylab.reports.events import event_words, short_places, telling
+from stabilitylab.reports.noted import folded
 from stabilitylab.reports.text import clean, number, percent
-from stabilitylab.reports.verdicts import LOOKS, facts, telling
+from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
@@ -92,14 +95,14 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
     ]
     if not run.complete:
         lines.append(Text("The run was not closed: it goes on, or it ended without a word.", style="yellow"))
-    if diagnosis.cause_says and diagnosis.cause_says not in diagnosis.says:
-        lines.append(Text(f"Why: {clean(diagnosis.cause_says, 700)}"))
-    if diagnosis.advice:
-        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
-    others = [link for link in diagnosis.causes if link.cause != diagnosis.cause]
+    if why(diagnosis):
+        lines.append(Text(f"Why: {clean(why(diagnosis), 700)}"))
+    others = chain(diagnosis)
     if others:
         lines.append(Text("With it:"))
-    lines += [Padding(Text(f"{link.role}: {clean(link.says, 500)}"), (0, 0, 0, 2)) for link in others]
+    lines += [Padding(Text(f"{role}: {clean(says, 500)}"), (0, 0, 0, 2)) for role, says in others]
+    if diagnosis.advice:
+        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
     return Group(*lines)
 
 
@@ -120,17 +123,18 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     return table
 
 
-def findings_table(diagnosis: Diagnosis) -> RenderableType:
-    """The most telling findings, in order of edit."""
+def findings_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
+    """The most telling findings, by edit and layer: that of the headline, then the others in order of edit."""
     kept = telling(diagnosis, FINDINGS_SHOWN)
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in kept:
-        name = Text("worth knowing", style="dim") if finding.verdict == "stable" else verdict_text(finding.verdict)
-        table.add_row(Text(f"edit {finding.edit}"), name, Text(clean(finding.says, 400)))
-    left = len(diagnosis.findings) - len(kept)
+    places = short_places(run.sites)
+    for event in kept:
+        name = Text("worth knowing", style="dim") if event.verdict == "stable" else verdict_text(event.verdict)
+        table.add_row(Text(f"edit {event.edit}"), name, Text(event_words(event, places)))
+    left = len(grouped(diagnosis.findings)) - len(kept)
     more = [Text(f"and {left} more: see the page that `stabilitylab report` writes", style="dim")] if left else []
     return Group(table, *more)
 
@@ -151,9 +155,14 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
     measure = Text(f"Baseline: {clean(diagnosis.baseline, 120)}; {clean(diagnosis.thresholds, 240)}.", style="dim")
     parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis)]
     if diagnosis.findings:
-        parts += [Text(), Text("Findings", style="bold"), findings_table(diagnosis)]
-    missing = [note for note in run.notes if note.kind not in _EVENTS]
-    events = [note for note in run.notes if note.kind in _EVENTS]
+        parts += [
+            Text(),
+            Text.assemble(("Findings", "bold"), (", that of the headline first", "dim")),
+            findings_table(run, diagnosis),
+        ]
+    notes = folded(run.notes)
+    missing = [note for note in notes if note.kind not in _EVENTS]
+    events = [note for note in notes if note.kind in _EVENTS]
     if missing:
         parts += [Text(), Text("Not measured, or not as asked", style="bold"), _notes(missing)]
     if events:

@@ -9,6 +9,7 @@ import re
 from typing import Final
 
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Confidence, Diagnosis
+from stabilitylab.analysis.leading import reading
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.reports.text import clean, shorten
 
@@ -42,13 +43,14 @@ def headline(diagnosis: Diagnosis) -> str:
         return clean(diagnosis.says, 700)
     since = diagnosis.onset_edit if diagnosis.onset_edit is not None else diagnosis.first_bad_edit
     words = [f"{_STATES[diagnosis.verdict]} since edit {since}"] if since is not None else ["Bad from the start"]
-    if diagnosis.verdict == "collapsed" and diagnosis.first_bad_edit not in {None, since}:
-        words = [f"Diverging since edit {since}", f"of no use from edit {diagnosis.first_bad_edit} on"]
+    gone = _collapse(diagnosis)
+    if diagnosis.verdict == "collapsed" and gone not in {None, since}:
+        words = [f"Diverging since edit {since}", f"of no use from edit {gone} on"]
     if diagnosis.first_nonfinite_edit is not None:
         words.append(f"NaN or ∞ at edit {diagnosis.first_nonfinite_edit}")
     said = ", ".join(words)
     if diagnosis.first_bad_site is not None:
-        said += f"; first in {plain_place(diagnosis.first_bad_site)}"
+        said += f"; first in {plain_place(diagnosis.first_bad_site)} ({reading(diagnosis.findings[0])})"
     why = diagnosis.cause_says if diagnosis.cause != UNKNOWN_CAUSE else "the readings do not show why"
     said += f": {why}"
     said = said if said.endswith(".") else f"{said}."
@@ -63,12 +65,15 @@ def _first_step(advice: str) -> str:
     return step if step.isupper() else f"{step[:1].lower()}{step[1:]}"
 
 
+def _collapse(diagnosis: Diagnosis) -> int | None:
+    return min((each.start for each in diagnosis.findings if each.verdict == "collapsed"), default=None)
+
+
 def lead(diagnosis: Diagnosis) -> str | None:
     """How long before the end the alarm was raised, where a run had an end."""
     end, name = diagnosis.first_nonfinite_edit, "first NaN or ∞"
     if end is None and diagnosis.verdict == "collapsed":
-        end = min((each.start for each in diagnosis.findings if each.verdict == "collapsed"), default=None)
-        name = "collapse"
+        end, name = _collapse(diagnosis), "collapse"
     if end is None or diagnosis.alarm_edit is None:
         return None
     ahead = end - diagnosis.alarm_edit

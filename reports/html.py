@@ -25,19 +25,23 @@ import jinja2
 from markupsafe import Markup
 
 from stabilitylab.analysis.findings import VERDICTS, Finding, severity
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
-from stabilitylab.reports import headline, manifest, verdicts
+from stabilitylab.reports import events, headline, manifest, verdicts
 from stabilitylab.reports.interactive import run_charts
+from stabilitylab.reports.noted import folded
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
-from stabilitylab.reports.text import clean, number, percent, sentence, shorten
+from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
 LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
 LISTED_FINDINGS: Final = 400
+TELLING: Final = 12
+"""What was found that is seen at once; the rest can be unfolded."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,13 @@ def fill(template: str, script: str, **values: Any) -> str:
         loader=jinja2.FunctionLoader(source),
     )  # fmt: skip
     environment.filters.update(
-        sort_key=_sort_key, number=number, clean=clean, shorten=shorten, percent=percent, sentence=sentence
+        sort_key=_sort_key,
+        number=number,
+        clean=clean,
+        shorten=shorten,
+        percent=percent,
+        sentence=sentence,
+        limit=limit,
     )
     sheet, scripts = source("report.css"), [_vega(), source("charts.js"), source(script)]
     policy = (
@@ -149,9 +159,12 @@ def data_script(value: str) -> Markup:
 def _page(run: Run, plain: dict[str, Any]) -> str:
     diagnosis = run.diagnosis()
     edits, left_out = listed_edits(run)
-    first = verdicts.first_of_each_kind(diagnosis.findings)
+    first = events.first_of_each_kind(diagnosis.findings)
     more = [finding for finding in diagnosis.findings if finding not in first]
     listed = max(0, LISTED_FINDINGS - len(first))
+    found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
+    telling = events.telling(diagnosis, TELLING)
+    notes = folded(run.notes)
     drawn = pictures(run)
     return fill(
         "report.html.j2",
@@ -169,10 +182,15 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         confidence=headline.CONFIDENCE[diagnosis.confidence],
         strip=verdicts.strip(run),
         links=_links(diagnosis.findings, plain),
+        chain=verdicts.chain(diagnosis),
+        landed=verdicts.landed_words(diagnosis),
+        events=[(event, events.event_words(event, places)) for event in telling],
+        more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],
         first_findings=first[:LISTED_FINDINGS],
         more_findings=more[:listed],
         findings_left_out=len(diagnosis.findings) - len(first[:LISTED_FINDINGS]) - len(more[:listed]),
-        notes=run.notes[:LISTED_NOTES],
+        notes=notes[:LISTED_NOTES],
+        all_notes=len(notes),
         pictures=drawn,
         readings=list(_readings(run)) if len(run.edits) == 1 else [],
         listed_readings=LISTED_READINGS,

@@ -5,6 +5,7 @@ Everything that comes from the run is text: cleaned, cut to a readable length, e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, singledispatch
 from importlib.resources import files
 from typing import Any, Final
@@ -12,9 +13,11 @@ from typing import Any, Final
 import jinja2
 
 from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.run import Run
-from stabilitylab.reports.text import clean, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, facts, telling
+from stabilitylab.reports.events import event_words, short_places, telling
+from stabilitylab.reports.text import clean, limit, number, percent, shorten
+from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 12
 
@@ -57,12 +60,12 @@ def _(shown: Run) -> str:
         ("time in the canary", percent(shown.canary_time_share)),
     ]
     goes_on = "" if shown.complete else " (not closed: it goes on, or it ended without a word)"
-    return _page(f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, rows)
+    return _page(f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, rows, shown.sites)
 
 
 @html.register
 def _(shown: Diagnosis) -> str:
-    return _page("", shown, _facts(shown))
+    return _page("", shown, _facts(shown), [finding.site for finding in shown.findings])
 
 
 @html.register
@@ -72,8 +75,8 @@ def _(shown: Finding) -> str:
         ("edit", when),
         ("site", shorten(shown.site, 160)),
         ("metric", clean(shown.metric, 80)),
-        ("value", number(shown.value)),
-        ("threshold", number(shown.threshold)),
+        ("value", number(shown.value) + (f" → {number(shown.forecast)}" if shown.forecast is not None else "")),
+        ("threshold", limit(shown.threshold)),
         ("rule", clean(shown.rule, 80)),
     ]
     return str(_macros().finding(shown.verdict, clean(shown.says, 700), rows))
@@ -84,11 +87,18 @@ def _(shown: tuple) -> str:  # type: ignore[type-arg]
     return str(_macros().catalogue(shown))
 
 
-def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]]) -> str:
-    found = telling(diagnosis, FINDINGS_SHOWN)
-    left = len(diagnosis.findings) - len(found)
+def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]], sites: Iterable[str]) -> str:
+    events, places = telling(diagnosis, FINDINGS_SHOWN), short_places(sites)
+    found = [(event.edit, event.verdict, event_words(event, places)) for event in events]
+    left = len(grouped(diagnosis.findings)) - len(events)
     advice = clean(diagnosis.advice, 900)
-    return str(_macros().diagnosis(caption, diagnosis.verdict, clean(diagnosis.says, 700), advice, rows, found, left))
+    links = [(role, clean(says, 500)) for role, says in chain(diagnosis)]
+    says = clean(diagnosis.says, 700)
+    return str(
+        _macros().diagnosis(
+            caption, diagnosis.verdict, says, clean(why(diagnosis), 700), links, advice, rows, found, left
+        )
+    )
 
 
 def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:

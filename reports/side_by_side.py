@@ -11,13 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stabilitylab.analysis.findings import json_safe
+from stabilitylab.analysis.findings import Diagnosis, json_safe
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.record.run import Run
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.headline import plain_place
 from stabilitylab.reports.text import clean, number, shorten
-from stabilitylab.reports.verdicts import cause_words
+from stabilitylab.reports.verdicts import cause_words, landed_words
 
 NAMES: Final = 16
 """Columns that the names of the rows take."""
@@ -25,6 +25,8 @@ NARROWEST: Final = 18
 """Columns that a run takes at least; of more runs than fit, the rest stand in a table below."""
 EDITS_NAMED: Final = 6
 DRIFT: Final = "drift.ratio"
+_SELDOM: Final = frozenset({"with it", "not watched"})
+"""Lines that are left out where no run has any."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ def facts(run: Run) -> dict[str, Any]:
             "first_nonfinite_edit": diagnosis.first_nonfinite_edit,
             "cause": diagnosis.cause,
             "confidence": diagnosis.confidence,
+            "causes": [asdict(link) for link in diagnosis.causes],
+            "landed": diagnosis.landed,
+            "nothing_lands": diagnosis.nothing_lands,
+            "unwatched": list(diagnosis.unwatched),
             **{name: None if reading is None else asdict(reading) for name, reading in readings.items()},
         }
     )
@@ -111,8 +117,15 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> Table:
         table.add_column(Text(name, style="bold"), overflow="fold", min_width=NARROWEST)
     columns = [_column(run) for run in runs]
     for label in columns[0] if columns else ():
-        table.add_row(Text(label), *(column[label] for column in columns))
+        words = [column[label] for column in columns]
+        if label not in _SELDOM or any(str(word) != "–" for word in words):
+            table.add_row(Text(label), *words)
     return table
+
+
+def _others(diagnosis: Diagnosis) -> list[str]:
+    """The chain of causes, but for the one that is named first."""
+    return [f"{link.role}: {clean(link.cause, 60)}" for link in diagnosis.causes if link.cause != diagnosis.cause]
 
 
 def _column(run: Run) -> dict[str, Text]:
@@ -122,6 +135,10 @@ def _column(run: Run) -> dict[str, Text]:
     bad = "–" if site is None else f"{plain_place(site)}, {clean(diagnosis.first_bad_metric, 40)}"
     drift = largest_reading(run, DRIFT)
     words = {
+        "cause": cause_words(diagnosis),
+        "with it": "; ".join(_others(diagnosis)) or "–",
+        "took effect": landed_words(diagnosis),
+        "not watched": clean("; ".join(diagnosis.unwatched), 160) or "–",
         "edits": number(diagnosis.edits) + ("" if run.complete else ", goes on"),
         "failed edits": _listed(failed),
         "onset": _edit(diagnosis.onset_edit),
@@ -129,7 +146,6 @@ def _column(run: Run) -> dict[str, Text]:
         "first bad": _edit(diagnosis.first_bad_edit),
         "first bad site": bad,
         "first NaN or ∞": _edit(diagnosis.first_nonfinite_edit),
-        "cause": cause_words(diagnosis),
         "last agreement": _reading(last_reading(run, "canary.agreement")),
         "last KL (nats)": _reading(last_reading(run, "canary.kl")),
         "largest drift": "–" if drift is None else f"{_reading(drift)}, {plain_place(drift.site)}",

@@ -24,7 +24,8 @@ from stabilitylab.record.following import Follower, Seen
 from stabilitylab.record.runfile import find_file, find_runs
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.sparkline import sparkline
-from stabilitylab.reports.text import clean, number, shorten
+from stabilitylab.reports.text import clean, number, sentence, shorten
+from stabilitylab.reports.verdicts import chain, landed_words, why
 
 SERIES: Final = {
     "update.norm": ("update", "largest update.norm", True),
@@ -77,7 +78,13 @@ class Tail:
             counts.append(f"{number(follower.failed)} failed")
         if follower.edits_per_minute is not None:
             counts.append(f"{number(follower.edits_per_minute, 2)} a minute")
-        parts: list[RenderableType] = [head, Text(clean(said.says, 500)), Text(" · ".join(counts), style="dim")]
+        parts: list[RenderableType] = [head, Text(clean(said.says, 500))]
+        if why(said):
+            parts.append(Text(f"Why: {clean(why(said), 300)}"))
+        parts += [Text(f"{sentence(role)}: {clean(says, 300)}") for role, says in chain(said)]
+        if said.landed in ("some", "none"):
+            counts.append(f"took effect: {landed_words(said)}")
+        parts.append(Text(" · ".join(counts), style="dim"))
         series = Table.grid(padding=(0, 2))
         series.add_column(style="dim", no_wrap=True)
         series.add_column(no_wrap=True)
@@ -145,6 +152,10 @@ class Tail:
                 "says": said.says,
                 "onset_edit": said.onset_edit,
                 "alarm_edit": said.alarm_edit,
+                "cause": said.cause,
+                "causes": [vars(link) for link in said.causes],
+                "landed": said.landed,
+                "unwatched": said.unwatched,
                 "forecast": None if said.forecast is None else vars(said.forecast),
                 "last": last
                 and {

@@ -86,6 +86,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 
+def limit(value: float) -> str:
+    """The limit of a finding; a dash for one that has none."""
+    return "–" if math.isnan(value) else number(value)
+
+
 def percent(share: float | None) -> str:
     """A share of time: ``2.1 %``; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f} %"

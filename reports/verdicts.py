@@ -1,12 +1,13 @@
-"""How a verdict looks and what it means in plain words; which findings come first; a run at a glance."""
+"""How a verdict looks and what it means in plain words; what a diagnosis says in numbers; a run at a glance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict, severity
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
+from stabilitylab.analysis.leading import edit_of
+from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
 
@@ -25,23 +26,24 @@ class Look:
 LOOKS: Final[dict[Verdict, Look]] = {
     "stable": Look(
         "Stable", "●", "green", "v-stable",
-        "No reading is bad in itself, and none left the range that it began in.",
+        "As far as it was watched, the model does what it did, and nothing grows towards a limit.",
     ),
     "drifting": Look(
         "Drifting", "◐", "yellow", "v-drifting",
-        "Values are leaving the range that they began in. The model still works; what comes next is worth watching.",
+        "Something grows or shrinks, or a size is out of line. What the model does is still what it was.",
     ),
     "diverging": Look(
         "Diverging", "▲", "dark_orange3", "v-diverging",
-        "Values grow (or shrink) from edit to edit and do not come back by themselves. Go back to before the onset.",
+        "The model is leaving what it did, or a trend will reach a hard limit. Go back to before the onset.",
     ),
     "collapsed": Look(
         "Collapsed", "■", "magenta", "v-collapsed",
-        "All numbers are finite, but the model no longer does what it did. A check for NaN alone would not see this.",
+        "All numbers are finite, and what the model did is gone. A check for NaN alone would not see this.",
     ),
     "non-finite": Look(
         "Non-finite", "✖", "red", "v-nonfinite",
-        "Some values are no longer numbers (NaN or infinite). Nothing computed from them can be trusted.",
+        "A state that stays, or an output that was sound before any edit, is NaN or infinite. Nothing computed from it"
+        " can be trusted.",
     ),
 }  # fmt: skip
 
@@ -63,7 +65,7 @@ def strip(run: Run) -> list[Stretch]:
     if not run.edits:
         return []
     diagnosis, start, end = run.diagnosis(), run.edits[0].edit, run.edits[-1].edit
-    bad = diagnosis.first_bad_edit
+    bad = _bad_from(diagnosis)
     onset = diagnosis.onset_edit if diagnosis.onset_edit is not None else bad
     flagged = [finding.start for finding in diagnosis.findings if severity(finding.verdict) > 0]
     # Something odd long before, with nothing between, is no part of the onset; but it was flagged.
@@ -81,6 +83,24 @@ def strip(run: Run) -> list[Stretch]:
             scale = 1000.0 / (end - start + 1)
             stretches.append(Stretch(kind, words, first, last, (first - start) * scale, (last - first + 1) * scale))
     return stretches
+
+
+def _bad_from(diagnosis: Diagnosis) -> int | None:
+    """The first edit that a bad finding is about, of hard facts if there are any: finding 1 may only lead there."""
+    bad = [each for each in diagnosis.findings if severity(each.verdict) >= severity("diverging")]
+    hard = [each for each in bad if each.rule not in DRIFT_RULES]
+    return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)
+
+
+def why(diagnosis: Diagnosis) -> str:
+    """What the cause says; empty where the verdict's sentence has said it."""
+    says = diagnosis.cause_says
+    return "" if says.rstrip(".").lower() in diagnosis.says.lower() else says
+
+
+def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """(role, what it says) of each cause but the one that is named first."""
+    return [(link.role, link.says) for link in diagnosis.causes if link.cause != diagnosis.cause]
 
 
 def cause_words(diagnosis: Diagnosis) -> str:
@@ -111,6 +131,7 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
     return [
         ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
         ("took effect", landed_words(diagnosis)),
+        *[("not watched", clean("; ".join(diagnosis.unwatched), 300))][: len(diagnosis.unwatched)],
         ("onset, in hindsight", edit_words(diagnosis.onset_edit)),
         ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
         ("first bad", where),
@@ -118,37 +139,3 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
         ("cause", cause_words(diagnosis)),
         ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
     ]
-
-
-def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:
-    """What is seen at once: what a rule says of a metric for the first time, wherever that is. In their order."""
-    first: dict[tuple[str, str], Finding] = {}
-    for finding in findings:
-        first.setdefault((finding.rule, finding.metric), finding)
-    return list(first.values())
-
-
-def telling(diagnosis: Diagnosis, most: int) -> list[Finding]:
-    """The first finding of each kind, at most `most` of them, in order of edit.
-
-    Of too many: that of the first bad reading, the alarm's, the first of each verdict, and then the earliest: once a
-    run is past its end, everything is NaN, and says no more.
-    """
-    first, culprit = first_of_each_kind(diagnosis.findings), _culprit(diagnosis)
-    known = [each for each in diagnosis.findings if each in first or each is culprit]
-    firsts = {each.verdict: each for each in reversed(known)}
-
-    def rank(finding: Finding) -> tuple[bool, bool, bool, bool]:
-        alarm = finding.edit == diagnosis.alarm_edit and severity(finding.verdict) >= severity("diverging")
-        others = finding is not firsts[finding.verdict], severity(finding.verdict) == 0
-        return finding is not culprit, not alarm, *others
-
-    kept = sorted(known, key=rank)[:most]
-    return [each for each in known if each in kept]
-
-
-def _culprit(diagnosis: Diagnosis) -> Finding | None:
-    """The finding about the first bad reading; where none is about that edit, the first about its site and metric."""
-    where = diagnosis.first_bad_site, diagnosis.first_bad_metric
-    about = [each for each in diagnosis.findings if (each.site, each.metric) == where]
-    return next((each for each in about if each.start == diagnosis.first_bad_edit), about[0] if about else None)

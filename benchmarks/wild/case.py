@@ -121,6 +121,7 @@ def run(case: Case, folder: Path, *, canary: bool = True, **options: Any) -> tup
             editor=loop.editor,
             canary=loop.canary if canary else None,
             config={**loop.config, "wild": case.name},
+            announce=False,
             **options,
         ) as monitor:
             for _, step in numbered(loop):

@@ -296,6 +296,7 @@ def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any]) -> Iterator[
         editor=loop.editor,
         canary=loop.canary,
         probes=loop.probes,
+        announce=False,
         config={**config, **loop.config},
     ) as monitor:
 

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.analysis.findings import Diagnosis, json_safe
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run
-from stabilitylab.reports import manifest, verdicts
+from stabilitylab.reports import events, manifest, verdicts
+from stabilitylab.reports.noted import folded
 from stabilitylab.reports.text import clean, sentence, short_names, shorten
 
 LABEL: Final = 300
@@ -50,6 +52,7 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "first_bad_edit": diagnosis.first_bad_edit,
         "first_bad_site": None if where is None else shorten(where, 60),
         "cause": clean(diagnosis.cause, 80),
+        "landed": verdicts.landed_words(diagnosis),
         "forecast": _forecast(diagnosis),
     }
 
@@ -72,6 +75,7 @@ def _forecast(diagnosis: Diagnosis) -> str | None:
 def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     """Everything of a run but its readings: diagnosis, edits, metrics, sites. Plain JSON values."""
     sites, metrics = run.sites, measured(run)
+    short, notes = events.short_places(sites), folded(run.notes)
     places = {site: place for place, site in enumerate(sites)}
     numbers = {metric.name: place for place, metric in enumerate(metrics)}
     return {
@@ -109,8 +113,18 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
                 for finding in diagnosis.findings
             ]
         ),
-        "notes": [{"edit": note.edit, "says": clean(note.says, SAYS)} for note in run.notes[:NOTES]],
-        "notes_left_out": max(0, len(run.notes) - NOTES),
+        "events": [
+            {
+                "edit": event.edit,
+                "verdict": event.verdict,
+                "sign": verdicts.LOOKS[event.verdict].sign,
+                "says": events.event_words(event, short),
+                "members": len(event.members),
+            }
+            for event in grouped(diagnosis.findings)
+        ],
+        "notes": [{"edit": note.edit, "says": clean(note.says, SAYS)} for note in notes[:NOTES]],
+        "notes_left_out": max(0, len(notes) - NOTES),
         "environment": manifest.environment(run.manifest),
         "probe_time_share": json_safe(run.probe_time_share),
         "canary_time_share": json_safe(run.canary_time_share),
@@ -141,6 +155,9 @@ def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         "cause_says": sentence(clean(diagnosis.cause_says, SAYS)),
         "confidence": diagnosis.confidence,
         "advice": sentence(clean(diagnosis.advice, SAYS)),
+        "chain": [[sentence(role), clean(says, SAYS)] for role, says in verdicts.chain(diagnosis)],
+        "landed": verdicts.landed_words(diagnosis),
+        "unwatched": clean("; ".join(diagnosis.unwatched), SAYS),
         "onset_edit": diagnosis.onset_edit,
         "alarm_edit": diagnosis.alarm_edit,
         "first_bad_edit": diagnosis.first_bad_edit,

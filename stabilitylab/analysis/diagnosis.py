@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from stabilitylab.analysis.causes.evidence import Place
 from stabilitylab.analysis.causes.rule import Cause
 from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Link, Verdict, severity
 from stabilitylab.analysis.landing import Landing
-from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.analysis.leading import edit_of, leading, reading
 from stabilitylab.analysis.words import place_name
-from stabilitylab.record.readings import MODEL_SITE
 
 CHAIN: Final = 10
 """Findings at most this many edits apart are taken to belong to one development."""
@@ -39,20 +37,6 @@ def onset(findings: Sequence[Finding], alarm: int | None) -> int | None:
     return begin
 
 
-def place_of(cause: Cause, first_bad: Finding | None, findings: Sequence[Finding]) -> Place | Finding | None:
-    """What says where: the cause, where it knows; else `first_bad`, unless it is about the model as a whole.
-
-    The canary's logits show that the model is bad, not which layer made it so. Then the layer (or the editor's part)
-    whose readings left their usual range first is named; of several at one edit, the first in dataflow.
-    """
-    if cause.place is not None:
-        return cause.place
-    if first_bad is None or first_bad.site != MODEL_SITE:
-        return first_bad
-    placed = [finding for finding in findings if finding.site != MODEL_SITE and severity(finding.verdict) > 0]
-    return min(placed, key=lambda finding: finding.start, default=first_bad)
-
-
 def diagnose(
     verdict: Verdict,
     *,
@@ -71,20 +55,19 @@ def diagnose(
     """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
-    by_drift = first_bad is not None and first_bad.rule in DRIFT_RULES
-    where = place_of(cause, first_bad, findings)
-    if first_bad is None:  # edits are lost, or a fault was there before the first: where it is found is the first bad
-        first_edit = None if where is None else where.edit
-    else:
-        first_edit = first_bad.edit if by_drift else first_bad.start
+    first = leading(cause.place, first_bad, findings)
+    # Without a bad reading edits may be lost, or a fault have been there before the first: the cause says where.
+    bad = first if first_bad is not None or cause.place is not None else None
+    if first is not None:
+        findings = (first, *(finding for finding in findings if _claim(finding) != _claim(first)))
     diagnosis = Diagnosis(
         verdict=verdict,
         edits=edits,
         onset_edit=began,
         alarm_edit=alarm,
-        first_bad_edit=first_edit,
-        first_bad_site=where.site if where else None,
-        first_bad_metric=where.metric if where else None,
+        first_bad_edit=None if bad is None else edit_of(bad),
+        first_bad_site=None if bad is None else bad.site,
+        first_bad_metric=None if bad is None else bad.metric,
         cause=cause.cause,
         cause_says=cause.says,
         advice=cause.advice,
@@ -99,14 +82,18 @@ def diagnose(
         unwatched=unwatched,
         causes=causes,
     )
-    if first_bad is not None:
-        says = _bad(diagnosis, first_bad)
-    elif verdict == "drifting":
-        first = next(finding for finding in findings if finding.verdict == "drifting")
-        says = f"Drifting since edit {began}: {_clause(diagnosis, first)}"
+    if first is not None and first_bad is not None:
+        says = f"{_since(diagnosis)}: {_first(diagnosis, first, first_bad)}"
+    elif first is not None and verdict == "drifting":
+        says = f"Drifting since edit {began}: {_first(diagnosis, first, first)}"
     else:
         says = _stable(rows, edits, baseline, findings)
     return replace(diagnosis, says=_in_front(landing, verdict, says) + _blind(unwatched))
+
+
+def _claim(finding: Finding) -> tuple[str, str, str, int]:
+    """What tells one finding from another, however it is worded."""
+    return finding.rule, finding.metric, finding.site, finding.edit
 
 
 def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
@@ -127,8 +114,8 @@ def _count(edits: int) -> str:
     return f"{edits} edit{'s' if edits != 1 else ''}"
 
 
-def _bad(diagnosis: Diagnosis, first_bad: Finding) -> str:
-    """For ``diverging`` and worse: since when, growing since when, first where, and why."""
+def _since(diagnosis: Diagnosis) -> str:
+    """For ``diverging`` and worse: since when, and growing since when."""
     began, verdict = diagnosis.onset_edit, diagnosis.verdict
     since = diagnosis.first_nonfinite_edit
     if since is None:
@@ -137,15 +124,13 @@ def _bad(diagnosis: Diagnosis, first_bad: Finding) -> str:
     lead = ""
     if began is not None and began < since:
         lead = f", {'diverging' if verdict == 'non-finite' else 'drifting'} since edit {began}"
-    return (
-        f"{verdict.capitalize()} since edit {since}{lead}:"
-        f" first in {place_name(diagnosis.first_bad_site or MODEL_SITE)} ({diagnosis.first_bad_metric}) —"
-        f" {_clause(diagnosis, first_bad)}"
-    )
+    return f"{verdict.capitalize()} since edit {since}{lead}"
 
 
-def _clause(diagnosis: Diagnosis, finding: Finding) -> str:
-    return finding.says if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
+def _first(diagnosis: Diagnosis, first: Finding, bad: Finding) -> str:
+    """Where first, with the reading that shows it, and why; without a known cause, what is bad."""
+    why = bad.says[:1].lower() + bad.says[1:] if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
+    return f"first in {place_name(first.site)} ({reading(first)}) — {why}"
 
 
 def _stable(rows: int, edits: int, baseline: bool, findings: Sequence[Finding]) -> str:

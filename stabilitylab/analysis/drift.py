@@ -348,7 +348,8 @@ class DriftBank:
                 says = f"{name} {claim.says[at]}; at edit {edit} it is {factor}."
             threshold = base * math.exp(min(float(claim.limits[at]), 700.0))
             says = says[0].upper() + says[1:] if metric in _NAMES else says
-            hits.append(Hit(claim.rule, metric, place, value, threshold, _verdict(claim.rule, metric), says, since))
+            verdict = _verdict(claim.rule, metric)
+            hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since, usual=base))
         return hits
 
 

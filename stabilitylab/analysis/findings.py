@@ -39,7 +39,10 @@ class Finding:
     """One claim with its evidence.
 
     edit: when it was established. verdict: what it alone would make of the run (``stable``: worth knowing only).
-    since: for a claim that needed several edits, the first of them; None when `edit` says it all.
+    since: for a claim that needed several edits, the first of them; None when `edit` says it all. usual: the baseline
+    that the value is compared with, if it is. forecast: what the value will be if it goes on so, where that is what is
+    past the threshold. threshold: NaN for a claim that has none. more_sites: at how many others the same was found
+    later, of which there are no findings.
     """
 
     rule: str
@@ -51,6 +54,9 @@ class Finding:
     says: str
     verdict: Verdict
     since: int | None = None
+    usual: float | None = None
+    forecast: float | None = None
+    more_sites: int = 0
 
     @property
     def start(self) -> int:
@@ -120,11 +126,11 @@ class Diagnosis:
     verdict: the worst of the findings. It never gets better: it is about the run's history, not its last edit. edits:
     how many were tried, failed ones included. onset_edit: the edit at which values begin to drift or diverge, in
     hindsight. alarm_edit: the edit after which the verdict was first ``diverging`` or worse. first_bad_edit,
-    first_bad_site, first_bad_metric: the first reading that is non-finite, dead or past an absolute limit, by edit
-    and then by dataflow; where a run diverges without one, the drift alarm that says so. Where that reading is the
-    whole model's (the canary), site and metric are those of the first layer that left its usual range.
-    first_nonfinite_edit: the first NaN or infinity; later than first_bad_edit when a limit was passed before.
-    findings: in order of edit, then of dataflow. forecast: None once the run has collapsed or is non-finite.
+    first_bad_site, first_bad_metric: those of the first finding, where a run is ``diverging`` or worse, or a cause
+    says where edits are lost, see `stabilitylab.analysis.leading`. first_nonfinite_edit: the first NaN or infinity;
+    later than first_bad_edit when a limit was passed before.
+    findings: first the one that the headline is about, then the others in order of edit and of dataflow.
+    forecast: None once the run has collapsed or is non-finite.
     confidence: in the cause. baseline: what series are compared with. thresholds: where the limits of statistical
     claims come from. None: not the case.
 

@@ -399,10 +399,11 @@ class Forecaster:
     def _unsure(self, series: int, found: Crossing) -> Forecast:
         metric, site, limit = self._named(series)
         if math.isfinite(found.high):
-            ends = f"anything from {_whole(found.low, math.floor)} to {_whole(found.high, math.ceil)} edits fits"
+            low, high = _whole(found.low, math.floor), _whole(found.high, math.ceil)
+            ends = f"when that ends can't be told: anything from {low} to {high} edits fits"
         else:
-            ends = "no end can be given to the interval"
-        why = f"It may be that {limit.what.format(place_name(site))} {limit.does}, but {ends}."
+            ends = "whether that ends at a limit can't be told"
+        why = f"No forecast: {metric} at {place_name(site)} moves steadily, but {ends}."
         return Forecast(made_at=self._edit, says=why, why=why, limit=limit.kind, site=site, metric=metric)
 
     def _said(self, series: int, found: Crossing, age: float) -> Forecast:

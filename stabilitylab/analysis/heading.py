@@ -65,11 +65,12 @@ class HeadingBank:
             return []
         span, limit = int(edits[-1] - edits[0]), self._limit * detectors.KL_NATS
         says = (
-            f"The canary's predictions are {number(readings[-1])} nats from the original's at edit {row.edit}, and head"
-            f" for {number(ahead)} within {span} more edits."
+            f"The canary's predictions are {number(readings[-1])} nats from the original's at edit {row.edit}, forecast"
+            f" to reach {number(ahead)} within {span} more edits (limit {number(limit)})."
         )
         since = _since(edits, readings)
-        return [Hit(RULE, METRIC, int(at[0]), float(readings[-1]), limit, "diverging", says, since)]
+        value = float(readings[-1])
+        return [Hit(RULE, METRIC, int(at[0]), value, limit, "diverging", says, since, forecast=ahead)]
 
     def _began_anew(self, row: Flat, weights: Places) -> bool:
         """Whether the edit began at the original weights, wherever it moved one."""

@@ -39,7 +39,7 @@ class Landing:
     not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
-    model that is watched.
+    model that is watched. whole: whether the whole model was looked at, for want of a layer that is watched.
     """
 
     tried: int = 0
@@ -55,6 +55,12 @@ class Landing:
     huge: int = 0
     clipped: int = 0
     elsewhere: bool = False
+    whole: bool = False
+
+    @property
+    def what(self) -> str:
+        """What edits without effect did not move."""
+        return "any parameter of the model" if self.whole else "a watched layer"
 
     @property
     def kind(self) -> Landed | None:
@@ -90,13 +96,13 @@ class Landing:
         if not self.nothing_lands:
             only = f"Only {self.landed} of {self.tried} edits"
             raised = self.failed == self.gone
-            return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved a watched layer"
+            return f"{only} were carried out, the others raised{words}" if raised else f"{only} moved {self.what}"
         which = f"None of {self.tried} edits" if not self.landed else f"None of the last {self.lost} edits"
         if self.failed >= self.lost and self.failed == self.gone:
             if self.tried == 1:
                 return f"The only edit raised an exception{words}"
             return f"{which} was carried out: each raised an exception{words}"
-        return f"{which} moved a watched layer"
+        return f"{which} moved {self.what}"
 
 
 class Landings:
@@ -148,7 +154,7 @@ class Landings:
         before = self.now
         since = edit if before.since is None else before.since
         first = edit if before.first is None else before.first
-        self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first)
+        self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first, whole=True)
 
     def never_run(self) -> None:
         """The edits never run the model that is watched."""

@@ -18,6 +18,12 @@ SIZE_RULES: Final = frozenset({"large-step", "jump", "level"})
 UNDONE: Final = "-undone"
 """Ends the name of a rule whose claim was about an edit that was put back."""
 
+STEPS: Final = frozenset({"large-step", "large-step-harmful"})
+"""Rules whose value is an update's size over its weight's, not the metric's own."""
+
+FURTHEST: Final = "furthest"
+"""Says which weight is furthest from its original, where the first bad reading is the whole model's."""
+
 DRIFT_RULES: Final = frozenset(
     {
         "drift",
@@ -25,12 +31,14 @@ DRIFT_RULES: Final = frozenset(
         "shrink",
         "canary-far",
         "canary-heading",
+        FURTHEST,
         *SIZE_RULES,
         *(f"{rule}-harmful" for rule in SIZE_RULES),
         *(f"{rule}{UNDONE}" for rule in SIZE_RULES),
     }
 )
-"""Rules that compare a series with its own baseline, or with what healthy runs show; all others are hard facts."""
+"""Rules that compare a series with its own baseline, with what healthy runs show, or with others; all others are hard
+facts."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Hit:
     verdict: Verdict
     says: str
     since: int | None = None
+    usual: float | None = None
+    forecast: float | None = None
 
 
 @dataclass
@@ -83,6 +93,8 @@ class Ledger:
                     says=hit.says,
                     verdict=hit.verdict,
                     since=hit.since,
+                    usual=hit.usual,
+                    forecast=hit.forecast,
                 )
                 group.kept.append(((edit, *self._columns.order(hit.place)), finding))
 
@@ -138,6 +150,6 @@ class Ledger:
             if more:
                 order, last = kept[-1]
                 says = f"{last.says} (And at {more} more site{'s' if more > 1 else ''}.)"
-                kept[-1] = (order, replace(last, says=says))
+                kept[-1] = (order, replace(last, says=says, more_sites=more))
             listed += kept
         return tuple(finding for _, finding in sorted(listed, key=lambda item: item[0]))

@@ -99,6 +99,7 @@ def watch(
     tensorboard: bool = False,
     config: Mapping[str, Any] | None = None,
     thresholds: str | Path | Thresholds | None = None,
+    announce: bool = True,
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
@@ -121,7 +122,7 @@ def watch(
     own = "apply_algo" in vars(editor)
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
-        options |= {"config": config, "thresholds": thresholds}
+        options |= {"config": config, "thresholds": thresholds, "announce": announce}
         monitor = stack.enter_context(attach(editor.model, sites, run, editor=_holder_of_state(apply), **options))
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")

@@ -60,6 +60,7 @@ def run_demo(out: Path, edits: int, seed: int, precision: str, console: Console)
         canary=blip2_digits.canary(tokenizer),
         tensorboard=True,
         sinks=[ProgressSink(total=edits, console=console)],
+        announce=False,  # the bar says it
         config={"demo": True, "precision": precision, "seed": seed, "edits": edits},
     ) as monitor:
         for record in digits.edit_stream(seed, edits):

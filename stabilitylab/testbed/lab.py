@@ -126,6 +126,7 @@ def run_lab(
         probes=probes,
         tensorboard=tensorboard,
         sinks=sinks,
+        announce=False,
         config={"lab": True, **bed.describe(), "editor": editor, "seed": seed, "edits": edits},
     ) as monitor:
         for place, request in enumerate(requests):

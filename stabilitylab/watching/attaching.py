@@ -15,6 +15,7 @@ from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
 from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
@@ -34,6 +35,7 @@ def attach(
     sinks: Sequence[Sink] = (),
     config: Mapping[str, Any] | None = None,
     thresholds: str | Path | Thresholds | None = None,
+    announce: bool = True,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -44,7 +46,8 @@ def attach(
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
     folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
     ``sequential_edit: false`` says that each edit is meant for the original model. thresholds: limits of your own, by
-    default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them.
+    default those of the package: a file that ``stabilitylab calibrate`` wrote. The run keeps them. announce: say it in
+    one line on stderr, once, when the run is diverging or worse.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -64,6 +67,8 @@ def attach(
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     writer = RunWriter(folder, about | options, metrics)
     receivers = list(sinks)
+    if announce:
+        receivers.append(AlarmSink(folder))
     if tensorboard:
         from stabilitylab.reports.tensorboard import TensorBoardSink
 

@@ -147,7 +147,10 @@ def test_the_tab_lists_the_runs_and_names_what_cannot_be_read(seen: Visit, tab: 
     choose(tab, "mend/dying", "Non-finite")
     diagnosis = load(logdir / "mend" / "dying").diagnosis()
     assert tab.locator("#says").inner_text() == diagnosis.says
-    for said in (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.first_bad_edit}", diagnosis.cause, diagnosis.advice):
+    flags = (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.first_bad_edit}")
+    chain = [f"{link.role}: {link.says}" for link in diagnosis.causes[1:]]
+    assert chain
+    for said in (*flags, diagnosis.cause, diagnosis.advice, *chain, "Took effect", *diagnosis.unwatched):
         assert said.lower() in tab.locator(".verdict").inner_text().lower()
     seen.keep("tensorboard-dying")
 
@@ -207,8 +210,10 @@ def test_runs_are_compared_on_one_axis(seen: Visit, tab: FrameLocator, logdir: P
         diagnosis = load(logdir / name).diagnosis()
         cells = rows.nth(place).locator("td").all_inner_texts()
         assert cells[1].endswith(diagnosis.verdict.capitalize())
-        assert cells[3] == ("–" if diagnosis.onset_edit is None else str(diagnosis.onset_edit))
-        assert cells[4] == ("–" if diagnosis.first_bad_edit is None else str(diagnosis.first_bad_edit))
+        assert cells[2] == ("–" if diagnosis.verdict == "stable" else diagnosis.cause)
+        assert cells[3].startswith(str(diagnosis.landed))
+        assert cells[5] == ("–" if diagnosis.onset_edit is None else str(diagnosis.onset_edit))
+        assert cells[6] == ("–" if diagnosis.first_bad_edit is None else str(diagnosis.first_bad_edit))
     tab.locator("#compare-metric").select_option("canary.agreement")
     lines = tab.locator("#view-compare .line")
     expect(lines).to_have_count(3)

@@ -49,8 +49,8 @@ def test_the_reported_case() -> None:
     assert diagnosis.cause == "normaliser-zero-std"
     assert (diagnosis.first_bad_edit, diagnosis.first_bad_site, diagnosis.onset_edit) == (6, U, 6)
     assert diagnosis.says == (
-        "Non-finite since edit 6: first in editor.mlp.0.u (editor.input_max) — unit 117 of the editor's frozen"
-        " normaliser at editor.mlp.0.u was divided by a std of 0: its normalised input reached 3.2e5 at edit 6."
+        "Non-finite since edit 6: first in editor.mlp.0.u (editor.input_max 3.2e5 at edit 6) — unit 117 of the editor's"
+        " frozen normaliser at editor.mlp.0.u was divided by a std of 0: its normalised input reached 3.2e5 at edit 6."
     )
 
 

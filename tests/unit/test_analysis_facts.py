@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stabilitylab.analysis import Analyzer, Diagnosis
-from stabilitylab.record.readings import EditRow, Key
+from stabilitylab.analysis.analyzer import NOTHING_MOVED
+from stabilitylab.record.readings import EditRow, Key, Note
 from tests.synthetic_runs import METRICS, diagnose, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
@@ -112,8 +113,8 @@ def test_the_editors_input_is_the_first_bad_and_the_first_nan_stays_visible() ->
 
 def test_a_large_input_of_the_editor_is_drifting_first() -> None:
     assert rules(run({}, {("editor.input_max", U): 101.0}, {("editor.input_max", U): 1001.0})) == [
+        ("input-limit", U, 2),  # the headline's, which comes first
         ("input-large", U, 1),
-        ("input-limit", U, 2),
     ]
 
 
@@ -394,3 +395,14 @@ def test_a_gradient_that_never_was_is_a_note() -> None:
     reached = edit(9) | {("gradient.norm", B): 1e-9}
     assert run({}, edit(1), edit(2), reached, edit(3), edit(4)).findings == ()
     assert run({}, reached, *map(edit, range(4))).verdict == "drifting"
+
+
+def test_of_a_loop_that_never_moves_anything_the_whole_is_told() -> None:
+    analyzer = Analyzer(METRICS)
+    for edit in range(1, 61):
+        analyzer.observe_note(Note(edit, NOTHING_MOVED, f"edit {edit} moved no parameter of the model"))
+        analyzer.observe(row(edit, {}))
+    diagnosis = analyzer.diagnosis()
+    assert diagnosis.says == "None of 60 edits moved any parameter of the model; the model is as it was."
+    assert diagnosis.cause_says == "none of 60 edits moved any parameter of the model."
+    assert (diagnosis.landed, diagnosis.nothing_lands) == ("none", True)

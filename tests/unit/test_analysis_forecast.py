@@ -111,6 +111,8 @@ def test_a_wide_interval_is_not_said_but_named() -> None:
     assert said.edits_left is None
     assert (said.metric, said.site) == WEIGHT
     assert WEIGHT[1] in str(said.why)
+    assert said.says.startswith(f"No forecast: weight.headroom_bits at {WEIGHT[1]} moves steadily, but ")
+    assert "overflow" not in said.says  # what is not forecast is not said
 
 
 def test_the_nearest_limit_is_named() -> None:

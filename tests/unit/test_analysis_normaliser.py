@@ -105,8 +105,8 @@ FIRED: Reading = {
 def test_one_row_whose_spread_is_nan() -> None:
     bad = statistics(WHOLE, math.nan, seen_rows=1.0, **NAN)
     diagnosis = run({("editor.seen_rows", WHOLE): 0.0}, bad)
-    assert [finding.rule for finding in diagnosis.findings] == ["one-row", "non-finite"]
-    assert "made from one row by edit 1: a spread needs two" in diagnosis.findings[0].says
+    assert [finding.rule for finding in diagnosis.findings] == ["non-finite", "one-row"]  # the headline's comes first
+    assert "made from one row by edit 1: a spread needs two" in diagnosis.findings[1].says
     assert (diagnosis.cause, diagnosis.confidence) == ("normaliser-too-few-rows", "high")
     assert [(link.cause, link.role) for link in diagnosis.causes] == [("normaliser-too-few-rows", "trigger")]
     assert (diagnosis.first_bad_edit, diagnosis.first_bad_site) == (1, WHOLE)

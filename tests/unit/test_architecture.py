@@ -44,6 +44,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "record",
         "probes",
         *(f"analysis.{name}" for name in ("analyzer", "findings", "pace", "restoring", "thresholds")),
+        "reports.announcing",
         "reports.sinks",
         "reports.tensorboard",
     ),

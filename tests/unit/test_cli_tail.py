@@ -185,7 +185,11 @@ def test_once_shows_a_page_and_ends_though_the_run_goes_on(tmp_path: Path) -> No
     page, diagnosis = shown(path=folder, once=True), load(folder).diagnosis()
     assert max(map(len, page.splitlines())) <= 80
     assert diagnosis.verdict in page
-    assert "20 edits · 1 failed · 60 a minute" in page
+    assert "20 edits · 1 failed · 60 a minute · took effect: some" in page
+    assert len(diagnosis.causes) > 1
+    words = re.sub(r"\s+", " ", page)
+    for link in diagnosis.causes[1:]:
+        assert f"{link.role.capitalize()}: {link.says}" in words
     assert re.search(r"largest update\.norm +[▁-█]+∞×+ +NaN", page)
     assert "Last alarms" in page
     assert "ago" in page
@@ -227,6 +231,8 @@ def test_json_is_an_object_per_line(tmp_path: Path) -> None:
     assert found[-1]["verdict"] == load(folder).diagnosis().verdict
     assert found[-1]["last"]["readings"]["update.norm"] == "NaN"
     assert all(alarm["edit"] <= each["last"]["edit"] for each in found for alarm in each["alarms"])
+    assert [link["cause"] for link in found[-1]["causes"]] == [link.cause for link in load(folder).diagnosis().causes]
+    assert (found[-1]["landed"], found[-1]["unwatched"]) == ("some", ["lm_head: tied to the input embedding"])
     (once,) = shown(path=folder, as_json=True, once=True).splitlines()
     assert json.loads(once) == found[-1]
 
@@ -328,6 +334,11 @@ def test_compared_runs_stand_side_by_side(pair: list[Run]) -> None:
     assert f"edit {diagnosis.alarm_edit}" in lines["alarm"]
     assert "1: 7" in lines["failed edits"]
     assert diagnosis.cause in page
+    for link in diagnosis.causes[1:]:
+        assert f"{link.role}: {link.cause}" in re.sub(r"\s+", " ", table_of(pair, width=200))
+    assert "some" in lines["took effect"]
+    assert "lm_head: tied" in lines["not watched"]
+    assert "with it" not in table_of(pair[1:])
     assert "NaN" in lines["last KL (nats)"]
     more = table_of(pair * 3)
     assert more.count("verdict") > 1
@@ -348,6 +359,8 @@ def test_what_is_compared_is_what_the_runs_hold(pair: list[Run]) -> None:
     assert (drift.edit, math.isfinite(drift.value)) == (14, False)
     assert found["largest_drift"]["edit"] == 14
     assert found["failed_edits"] == [7]
+    assert [link["role"] for link in found["causes"]] == [link.role for link in pair[0].diagnosis().causes]
+    assert (found["landed"], found["unwatched"]) == ("some", list(pair[0].diagnosis().unwatched))
     json.dumps(found, allow_nan=False)
     assert last_reading(run, "no.such") is largest_reading(run, "no.such") is None
 

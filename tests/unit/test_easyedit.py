@@ -15,6 +15,7 @@ from torch import nn
 import stabilitylab as sl
 from stabilitylab.analysis.thresholds import shipped
 from stabilitylab.errors import UsageError
+from stabilitylab.integrations import easyedit
 from stabilitylab.integrations.easyedit import _holder_of_state, edited_layers, watch
 
 
@@ -128,6 +129,19 @@ def test_an_editor_that_does_not_say_is_watched_by_what_moves(tmp_path: Path, ed
     with watch(editor, run=tmp_path / "run") as monitor:
         editor.edit(["a", "b"], sequential_edit=True)
         assert monitor.sites == ("h.1.c_fc",)
+
+
+@pytest.mark.parametrize("announce", [True, False])
+def test_whether_the_alarm_is_said_is_up_to_the_caller(
+    tmp_path: Path, editors_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, announce: bool
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(
+        easyedit, "attach", lambda *args, **options: asked.update(options) or sl.attach(*args, **options)
+    )
+    with watch(editors_module.BaseEditor(make_model(), MEND, Executor(False)), run=tmp_path / "run", announce=announce):
+        pass
+    assert asked["announce"] is announce
 
 
 def test_what_the_call_says_of_the_loop_is_in_the_manifest(tmp_path: Path, editors_module: types.ModuleType) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from stabilitylab.analysis import severity
 from stabilitylab.commands.cli import app
 from stabilitylab.record.run import Run, load
 from stabilitylab.reports import comparison
+from stabilitylab.reports.events import event_words, short_places, telling
 from stabilitylab.reports.payload import shown
 from tests.synthetic import HOSTILE, make_run
 
@@ -69,6 +71,16 @@ def test_a_comparison_is_one_command(runs: list[Run], tmp_path: Path) -> None:
     text = out.read_text()
     assert json.loads(out.with_suffix(".json").read_text()) == comparison.compared(runs)
     assert text.count('<tr><th scope="row"') == len(runs)
+    dying = runs[1].diagnosis()
+    assert len(dying.causes) > 1
+    said = unescape(text)
+    for link in dying.causes[1:]:
+        assert link.says in said
+    for run in runs:
+        first = telling(run.diagnosis(), 1)[0]
+        assert event_words(first, short_places(run.sites)) in said
+        assert f"Not watched: {run.diagnosis().unwatched[0]}" in said
+    assert said.count("Took effect: ") == len(runs)
     assert "'unsafe" not in text[: text.index("<title>")]
 
 

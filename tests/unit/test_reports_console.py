@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from stabilitylab.analysis import Analyzer, severity
+from stabilitylab.analysis.grouping import Group, grouped
 from stabilitylab.record.readings import EditRow, Metric, Note
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_page
+from stabilitylab.reports.events import event_words, short_places
 from tests.synthetic import HOSTILE, make_run
 
 
@@ -60,27 +62,36 @@ def test_the_page_says_all_that_counts_within_80_columns(dying: Run) -> None:
         assert note.says in words
 
 
-def test_the_first_bad_finding_is_always_among_those_shown(dying: Run) -> None:
-    diagnosis, words = dying.diagnosis(), flat(printed(diagnosis_page(dying), width=200))
-    bad = (diagnosis.first_bad_edit, diagnosis.first_bad_site, diagnosis.first_bad_metric)
-    (first, *_) = (finding for finding in diagnosis.findings if (finding.start, finding.site, finding.metric) == bad)
-    assert first.says in words
+def told(run: Run, event: Group) -> str:
+    return event_words(event, short_places(run.sites))
+
+
+def listed(run: Run) -> str:
+    """What stands below the heading of the findings."""
+    return flat(printed(diagnosis_page(run), width=300)).split("that of the headline first ")[1]
+
+
+def test_the_headlines_finding_is_the_first_of_those_shown(dying: Run) -> None:
+    diagnosis = dying.diagnosis()
+    first = grouped(diagnosis.findings)[0]
+    assert diagnosis.findings[0] in first.members
+    assert told(dying, first) in listed(dying)[: 40 + len(told(dying, first))]
 
 
 def test_what_raised_the_alarm_is_among_those_shown(tmp_path: Path) -> None:
     run = load(make_run(tmp_path / "run", edits=40, dies_at=30))
-    diagnosis, words = run.diagnosis(), flat(printed(diagnosis_page(run), width=300))
-    raised = [finding for finding in diagnosis.findings if finding.edit == diagnosis.alarm_edit]
-    grave = next(finding for finding in raised if severity(finding.verdict) >= severity("diverging"))
-    assert "more: see the page" in words
-    assert grave.says in words
+    diagnosis = run.diagnosis()
+    raised = [event for event in grouped(diagnosis.findings) if event.edit == diagnosis.alarm_edit]
+    grave = next(event for event in raised if severity(event.verdict) >= severity("diverging"))
+    assert "more: see the page" in listed(run)
+    assert told(run, grave) in listed(run)
 
 
 def test_of_a_long_dead_run_the_findings_before_its_end_are_shown(dying: Run) -> None:
-    diagnosis, words = dying.diagnosis(), flat(printed(diagnosis_page(dying), width=300))
-    for verdict in {finding.verdict for finding in diagnosis.findings}:
-        first = next(finding for finding in diagnosis.findings if finding.verdict == verdict)
-        assert first.says in words
+    events = grouped(dying.diagnosis().findings)
+    for verdict in {event.verdict for event in events}:
+        first = min((event for event in events if event.verdict == verdict), key=lambda event: event.edit)
+        assert told(dying, first) in listed(dying)
 
 
 def test_what_happened_is_told_apart_from_what_was_not_measured(tmp_path: Path) -> None:

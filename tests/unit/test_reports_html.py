@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
 from stabilitylab.record.readings import EDITOR_SITE, EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports import headline, html, payload, pictures
+from stabilitylab.reports.events import event_words, short_places
 from stabilitylab.reports.text import number
 from tests.synthetic import HOSTILE, make_run
 
@@ -76,6 +78,22 @@ def test_the_verdict_comes_first_with_what_it_rests_on(dying: Run, page: str) ->
     for words in (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.alarm_edit}", f"edit {diagnosis.first_bad_edit}"):
         assert words in first
     assert f"{diagnosis.first_bad_site}" in first
+    assert len(diagnosis.causes) > 1
+    for link in diagnosis.causes[1:]:
+        assert f"{link.role.capitalize()}: {link.says}" in first
+    assert diagnosis.unwatched[0] in first
+    assert [first.index(name) for name in ("With it", "Took effect", "Not watched")] == sorted(
+        first.index(name) for name in ("With it", "Took effect", "Not watched")
+    )
+
+
+def test_what_was_found_stands_by_edit_and_layer_the_headlines_first(dying: Run, page: str) -> None:
+    said = re.sub(r"\s+", " ", Page(page).text)
+    listed = said[said.index("one event") : said.index("Each claim with its evidence")]
+    events, places = grouped(dying.diagnosis().findings), short_places(dying.sites)
+    words = [event_words(event, places) for event in events]
+    assert all(each in listed for each in words)
+    assert listed.index(words[0]) == min(listed.index(each) for each in words)
 
 
 def test_every_finding_note_and_metric_is_on_the_page(dying: Run, page: str) -> None:
@@ -349,7 +367,8 @@ def test_the_headline_says_since_when_where_and_what_to_do(dying: Run) -> None:
     assert said.startswith(
         f"Diverging since edit {diagnosis.onset_edit}, NaN or ∞ at edit {diagnosis.first_nonfinite_edit};"
     )
-    assert f"first in {headline.plain_place(str(diagnosis.first_bad_site))}: " in said
+    place = headline.plain_place(str(diagnosis.first_bad_site))
+    assert f"first in {place} ({diagnosis.first_bad_metric} 3.2e5 at edit {diagnosis.first_bad_edit}): " in said
     assert " Do this: " in said
     assert diagnosis.first_nonfinite_edit is not None
     assert diagnosis.alarm_edit is not None

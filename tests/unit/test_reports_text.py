@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stabilitylab.analysis.analyzer import NOTHING_MOVED
 from stabilitylab.errors import UsageError
+from stabilitylab.record.readings import Note
 from stabilitylab.reports import SINKS, sink_class
 from stabilitylab.reports.manifest import environment, reproduce
+from stabilitylab.reports.noted import folded
 from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten
 from stabilitylab.reports.verdicts import strip
 
@@ -104,7 +107,7 @@ def test_reproduction_is_quoted_for_the_shell() -> None:
 
 
 def test_sinks_are_found_by_name() -> None:
-    assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink"}
+    assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink", "AlarmSink"}
     with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
         sink_class("tensorbord")
 
@@ -126,3 +129,15 @@ def test_the_strip_calls_nothing_unflagged_that_was_flagged(starts: list[int], v
         ("trouble building", 12, 14),
         ("past the first bad value", 15, 20),
     ]
+
+
+def test_what_each_edit_notes_anew_is_said_once() -> None:
+    still = [Note(edit, NOTHING_MOVED, f"edit {edit} moved no parameter of the model") for edit in (1, 2, 60)]
+    other = Note(3, NOTHING_MOVED, "edit 3 moved no parameter of the model and brought 2 new, which are looked at")
+    kept = Note(0, "logits-lag", "no canary")
+    assert folded([kept, still[0], other, *still[1:]]) == [
+        kept,
+        Note(1, NOTHING_MOVED, "3 edits (the first 1, the last 60) moved no parameter of the model"),
+        other,
+    ]
+    assert folded([kept, still[0]]) == [kept, still[0]]

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import UsageError
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.reports import frames, notebook
+from stabilitylab.reports.events import event_words, short_places
 from tests.synthetic import HOSTILE, make_run
 
 
@@ -72,8 +74,15 @@ def test_a_run_shows_verdict_evidence_and_what_it_was_compared_with(dying: Run) 
         assert words
         assert words in said
     assert diagnosis.thresholds.removeprefix("limits ") in said
-    for verdict in {finding.verdict for finding in diagnosis.findings}:
-        assert next(finding.says for finding in diagnosis.findings if finding.verdict == verdict) in said
+    places = short_places(dying.sites)
+    for verdict in {event.verdict for event in grouped(diagnosis.findings)}:
+        first = min((event for event in grouped(diagnosis.findings) if event.verdict == verdict), key=lambda e: e.edit)
+        assert event_words(first, places) in said
+    assert len(diagnosis.causes) > 1
+    for link in diagnosis.causes:
+        assert link.says in said
+    assert "took effect some" in said
+    assert f"not watched {diagnosis.unwatched[0]}" in said
     assert f"alarm, as it ran edit {diagnosis.alarm_edit}" in said
     assert "20, 1 failed" in said
     assert str(dying.path) in said
@@ -124,7 +133,7 @@ def test_at_a_prompt_all_of_them_are_short(dying: Run, hostile: Run) -> None:
 
 
 def test_hostile_text_stays_text(hostile: Run) -> None:
-    allowed = {"div", "p", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td", "code"}
+    allowed = {"div", "p", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td", "code", "ul", "li"}
     for name, shown in displays(hostile).items():
         page = Page(shown)
         assert page.tags <= allowed | {"details", "summary"}, name

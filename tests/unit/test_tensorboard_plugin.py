@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from werkzeug.test import Client, TestResponse
 
+from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import load
 from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION, RunWriter
@@ -120,6 +121,12 @@ def test_what_is_said_of_a_run_is_the_analyzers(tab: Tab, logdir: Path) -> None:
     assert sent["diagnosis"]["cause_says"].lower() == diagnosis.cause_says.lower()
     assert sent["diagnosis"]["advice"].lower() == diagnosis.advice.lower()
     assert [finding["says"] for finding in sent["findings"]] == [finding.says for finding in diagnosis.findings]
+    assert [says for _, says in sent["diagnosis"]["chain"]] == [link.says for link in diagnosis.causes[1:]]
+    assert len(diagnosis.causes) > 1
+    assert sent["diagnosis"]["landed"].startswith(str(diagnosis.landed))
+    assert sent["diagnosis"]["unwatched"] == "; ".join(diagnosis.unwatched) != ""
+    assert [event["edit"] for event in sent["events"]] == [event.edit for event in grouped(diagnosis.findings)]
+    assert sum(event["members"] for event in sent["events"]) == len(diagnosis.findings)
     assert {mark["name"]: mark["edit"] for mark in sent["marks"]} == {
         "onset": diagnosis.onset_edit,
         "alarm": diagnosis.alarm_edit,

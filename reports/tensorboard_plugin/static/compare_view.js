@@ -93,19 +93,19 @@ export class CompareView {
 
   drawTable() {
     const full = this.ticked().size >= COLOURS;
-    const heads = ["Shown", "Run", "Verdict", "Edits", "Onset", "First bad", "Where", "Cause", "Forecast"];
+    const heads = ["Shown", "Run", "Verdict", "Cause", "Took effect", "Edits", "Onset", "First bad", "Where", "Forecast"];
     const cell = (value) => el("td", { class: "n" }, value === null || value === undefined ? "–" : String(value));
     show(this.table, el("table", { id: "verdicts" }, el("thead", {}, el("tr", {}, heads.map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, this.runs.map((run, place) => {
         const name = el("th", { scope: "row", class: "wrap" }, el("button", { type: "button", class: "link", click: () => this.open(run.id) }, run.name));
-        if (run.state !== "read") return el("tr", {}, el("td", {}), name, el("td", { colspan: 7, class: "wrap" }, run.state === "unread" ? "reading …" : run.reason));
+        if (run.state !== "read") return el("tr", {}, el("td", {}), name, el("td", { colspan: 8, class: "wrap" }, run.state === "unread" ? "reading …" : run.reason));
         const box = el("input", { type: "checkbox", "data-place": place, "aria-label": `Show ${run.name}`, disabled: full && !this.shown(run), change: () => this.tick(run, box.checked) });
         box.checked = this.shown(run);
         const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
         if (box.checked) swatch.style.background = this.colour(run);
         return el("tr", { class: `v-${run.verdict}` }, el("td", {}, el("span", { class: "keyed" }, box, swatch)), name,
-          el("td", {}, el("span", { class: "sign" }, `${run.sign} ${run.word}`)), cell(run.edits), cell(run.onset_edit), cell(run.first_bad_edit),
-          el("td", { class: "wrap where" }, run.first_bad_site ?? "–"), el("td", {}, run.verdict === "stable" ? "–" : run.cause), el("td", { class: "wrap forecast" }, run.forecast ?? "–"));
+          el("td", {}, el("span", { class: "sign" }, `${run.sign} ${run.word}`)), el("td", {}, run.cause === "unknown" && run.verdict === "stable" ? "–" : run.cause), el("td", { class: "wrap" }, run.landed), cell(run.edits), cell(run.onset_edit), cell(run.first_bad_edit),
+          el("td", { class: "wrap where" }, run.first_bad_site ?? "–"), el("td", { class: "wrap forecast" }, run.forecast ?? "–"));
       }))));
     const drawn = this.ticked().size;
     const many = this.readable().length;

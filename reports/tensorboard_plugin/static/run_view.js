@@ -111,21 +111,22 @@ export class RunView {
     const { about } = this;
     const { diagnosis } = about;
     const facts = [
+      ["Took effect", diagnosis.landed],
+      diagnosis.unwatched ? ["Not watched", diagnosis.unwatched, true] : null,
       ["Edits", `${about.edits.toLocaleString("en-US")}${about.complete ? "" : ", not closed"}`],
       ["Onset", diagnosis.onset_edit === null ? "–" : `edit ${diagnosis.onset_edit}`],
       ["Alarm", diagnosis.alarm_edit === null ? "–" : `edit ${diagnosis.alarm_edit}`],
       ["First bad", diagnosis.first_bad_edit === null ? "–" : `edit ${diagnosis.first_bad_edit}`],
       diagnosis.first_bad_site ? ["Where", `${diagnosis.first_bad_site} (${diagnosis.first_bad_metric})`, true] : null,
-      about.verdict === "stable" ? null : ["Cause", `${diagnosis.cause}${diagnosis.confidence === "none" ? "" : `, confidence ${diagnosis.confidence}`}`, true],
     ].filter(Boolean);
     this.verdict.className = `card verdict v-${about.verdict}`;
     show(this.verdict,
       el("p", { class: "badge" }, el("span", { "aria-hidden": "true" }, `${about.sign} `), about.word),
       el("p", { class: "says", id: "says" }, diagnosis.says),
       el("p", { class: "muted" }, diagnosis.means),
-      el("dl", { class: "facts" }, facts.map(([name, value, long]) => el("div", { class: long ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))),
-      el("div", { class: "three" }, block("Why", about.verdict === "stable" ? "" : diagnosis.cause_says),
-        block("What to do", about.verdict === "stable" ? "" : diagnosis.advice), block("Forecast", about.forecast)));
+      el("div", { class: "three" }, block(diagnosis.confidence === "none" ? "Why" : `Why: ${diagnosis.cause} (${diagnosis.confidence} confidence)`, diagnosis.cause_says, chain(diagnosis.chain)),
+        block("What to do", diagnosis.advice), block("Forecast", about.forecast)),
+      el("dl", { class: "facts" }, facts.map(([name, value, long]) => el("div", { class: long ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))));
     this.mapCard.hidden = this.layer.hidden = !about.metrics.length || !about.number.length;
     this.more.hidden = false;
   }
@@ -265,7 +266,11 @@ export class RunView {
     const opened = [...this.more.querySelectorAll("details")].map((details) => details.open);
     const { diagnosis } = about;
     show(this.more,
-      fold(`Findings: ${about.findings.length}`, about.findings.length ? el("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Findings" }, el("table", {},
+      fold(`What was found, that of the headline first: ${about.events.length}`, about.events.length ? el("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Events" }, el("table", { id: "events" },
+        el("tbody", {}, about.events.map((event) => el("tr", { class: `v-${event.verdict}` },
+          el("td", {}, el("span", { class: "sign", title: event.verdict === "stable" ? "worth knowing" : event.verdict }, event.sign)), el("td", { class: "n" }, `edit ${event.edit}`),
+          el("td", { class: "wrap wide" }, event.says)))))) : el("p", { class: "muted" }, "Nothing out of the ordinary.")),
+      fold(`Each claim with its evidence: ${about.findings.length}`, about.findings.length ? el("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Findings" }, el("table", {},
         el("thead", {}, el("tr", {}, ["", "Edit", "Metric", "Site", "Says"].map((name) => el("th", { scope: "col" }, name || el("span", { class: "hidden" }, "Verdict"))))),
         el("tbody", {}, about.findings.map((finding) => el("tr", { class: `v-${finding.verdict}` },
           el("td", {}, el("span", { class: "sign", title: finding.verdict }, finding.sign)), el("td", { class: "n" }, String(finding.edit)),
@@ -287,8 +292,13 @@ export class RunView {
   }
 }
 
-function block(heading, words) {
-  return words ? el("div", {}, el("h3", {}, heading), el("p", {}, words)) : null;
+function block(heading, words, more = null) {
+  return words || more ? el("div", {}, el("h3", {}, heading), words ? el("p", {}, words) : null, more) : null;
+}
+
+/** The causes beside the first: what each does in the chain, and what shows it. */
+function chain(links) {
+  return links.length ? [el("p", {}, "With it:"), el("ul", { class: "chain" }, links.map(([role, says]) => el("li", {}, el("strong", {}, `${role}: `), says)))] : null;
 }
 
 function fold(heading, ...content) {

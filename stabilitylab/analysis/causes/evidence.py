@@ -45,11 +45,12 @@ class Growth:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something is: a reading's metric and site, at an edit."""
+    """Where something is: a reading's metric and site, at an edit. value: the reading, where no finding has it."""
 
     edit: int
     metric: str
     site: str
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,4 +219,4 @@ class Evidence:
         bad, step = self.first_bad, self.step
         if bad is None or bad.site != MODEL_SITE or step is None or step.drift_ratio == 0:
             return None
-        return Place(step.edit, "drift.ratio", step.drift_site)
+        return Place(step.edit, "drift.ratio", step.drift_site, step.drift_ratio)

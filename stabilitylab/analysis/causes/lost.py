@@ -96,9 +96,9 @@ def _unchanged(evidence: Evidence) -> Claim | None:
     if lost is None or any(claim(evidence) is not None for claim in why):  # which say more
         return None
     if not lost.landed:
-        return Claim(f"none of {lost.tried} edits moved a watched layer.", "high")
+        return Claim(f"none of {lost.tried} edits moved {lost.what}.", "high")
     if not lost.nothing_lands:
-        return Claim(f"only {lost.landed} of {lost.tried} edits moved a watched layer.", "medium")
+        return Claim(f"only {lost.landed} of {lost.tried} edits moved {lost.what}.", "medium")
     return Claim(f"edits moved the watched weights until edit {(lost.since or 1) - 1}, and none since.", "high")
 
 
