@@ -411,10 +411,13 @@ class LeadIn:
 
 
 def _taken_over(known: EditorInput | None, here: EditorInput) -> EditorInput:
-    """The first input past a limit; the higher limit takes over. Below it, of one unit the furthest that it went."""
+    """The first input past a limit; the higher limit takes over, and of several at one edit the furthest. Below it, of
+    one unit the furthest that it went.
+    """
     if known is None or known.largest < INPUT_DIVERGING <= here.largest:
         return here
     furthest = max(known.largest, here.largest) < INPUT_DIVERGING
-    if furthest and (known.site, known.unit) == (here.site, here.unit) and known.largest < here.largest:
-        return replace(here, std=known.std)
-    return known
+    same_unit = furthest and (known.site, known.unit) == (here.site, here.unit)
+    if known.edit == here.edit and known.largest < here.largest:
+        return here
+    return replace(here, std=known.std) if same_unit and known.largest < here.largest else known
