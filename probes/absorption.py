@@ -1,4 +1,4 @@
-"""What the dtype swallowed of an update: entries that were to change, and are the same bits as before."""
+"""What the dtype swallowed of an update: entries that were to change, and are the same as before."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ def reduce_absorption(update: Tensor, weight: Tensor, previous: Tensor) -> Tenso
     return torch.stack([meant.sum().double(), swallowed.sum().double()])
 
 
+@dataclass(frozen=True)
+class MovedEntries:
+    """moved: entries of a weight that an edit changed; entries: how many it has; float64."""
+
+    moved: float
+    entries: float
+
+    @classmethod
+    def from_host(cls, values: Host) -> MovedEntries:
+        """From [moved, entries]."""
+        return cls(float(values[0]), float(values[1]))
+
+
+@torch.no_grad()
+def reduce_moved(weight: Tensor, previous: Tensor) -> Tensor:
+    """The numbers of `MovedEntries` as a float64 tensor on the weight's device."""
+    moved = torch.count_nonzero(weight.detach() != previous).double()
+    return torch.stack([moved, torch.full_like(moved, weight.numel())])
+
+
 class Absorption(Probe[AbsorptionPass]):
     """How much of an update is lost to rounding."""
 
@@ -63,3 +83,25 @@ class Absorption(Probe[AbsorptionPass]):
     def compute(self, seen: AbsorptionPass) -> Readings:
         """Left out where nothing was meant to change."""
         return {} if seen.meant == 0 else {"update.swallowed_share": seen.swallowed / seen.meant}
+
+
+class MovedShare(Probe[MovedEntries]):
+    """How many entries an edit moved at all, of weights of 16 bits."""
+
+    needs = MovedEntries
+    metrics = (
+        Metric(
+            "update.moved_share",
+            "share",
+            "linear",
+            "after",
+            "Share of the weight's entries that the edit changed. Only of weights of 16 bits: far below the share of "
+            "entries that have a gradient, the rest of the step was rounded away.",
+            "#{W_t ≠ W_{t−1}} / #W",
+            "bfloat16 training: Zamirai et al. (arXiv 2010.06192)",
+        ),
+    )
+
+    def compute(self, seen: MovedEntries) -> Readings:
+        """From the counts."""
+        return {"update.moved_share": seen.moved / seen.entries}

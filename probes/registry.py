@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stabilitylab.probes.absorption import Absorption
+from stabilitylab.probes.absorption import Absorption, MovedShare
 from stabilitylab.probes.activations import (
     ActivationPasses,
     ActivationRange,
@@ -81,6 +81,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     Update,
     Writes,
     Absorption,
+    MovedShare,
     Drift,
     WeightNorm,
     WeightRange,
@@ -139,6 +140,7 @@ __all__ = [
     "Loss",
     "MaskedRows",
     "Metric",
+    "MovedShare",
     "NormHeadroom",
     "NormalisedInput",
     "Normaliser",

@@ -12,7 +12,7 @@ import torch
 
 from stabilitylab.errors import UsageError
 from stabilitylab.probes import ALL, TIERS, catalogue
-from stabilitylab.probes.absorption import AbsorptionPass
+from stabilitylab.probes.absorption import AbsorptionPass, MovedEntries
 from stabilitylab.probes.accumulated_gradient import AccumulatedGradient
 from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe
@@ -71,6 +71,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     ],
     LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SPECTRA[0], SPECTRA[2])],
     Alignment: [Alignment(0.5, -1.0), Alignment(None, None), Alignment(NAN, 0.0)],
+    MovedEntries: [MovedEntries(3.0, 4.0), MovedEntries(0.0, 8.0)],
     AbsorptionPass: [AbsorptionPass(4.0, 1.0), AbsorptionPass(0.0, 0.0)],
     FeedbackPass: [FeedbackPass(2.0, 1.0), FeedbackPass(0.0, 1.0), FeedbackPass(NAN, 1.0)],
     TopSingular: [TopSingular(2.0, 3.0), TopSingular(0.0, 0.0), TopSingular(NAN, NAN)],

@@ -28,7 +28,7 @@ from tests.editor_fakes import GRACEAdapter, GradientTransform, WISEAdapter
 from tests.gpt2_loop import TEXT, edit_gpt2, make_gpt2
 from tests.loops import CANARY, edit_once, hooks_on, make_model
 
-# -- four loops, which together give every probe something to read ---------------------------------------------------
+# -- five loops, which together give every probe something to read ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ def scaled(model: nn.Module, editor: Any, edit: Edit | None) -> list[Tensor]:
     scaler.step(optimizer)
     scaler.update()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def narrow(model: nn.Module, editor: object, edit: Edit | None) -> list[Tensor]:
+    loss: Tensor = model(torch.randn(2, 5, 8).bfloat16()).pow(2).mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter -= 0.1 * gradient
+    return [loss.detach()]
 
 
 class Mend(GradientTransform):
@@ -128,6 +137,7 @@ def closed_form(model: Any, editor: Any, edit: Edit | None) -> list[Tensor]:
 LOOPS = {
     "steps": Loop(make_model, lambda: None, steps, "[03]", CANARY),
     "scaled": Loop(make_model, lambda: SimpleNamespace(scaler=torch.amp.GradScaler("cpu")), scaled, "[03]", CANARY),
+    "narrow": Loop(lambda: make_model().bfloat16(), lambda: None, narrow, "[03]", CANARY.bfloat16()),
     "text": Loop(make_gpt2, lambda: None, text, "*.mlp.*", TEXT),
     "closed form": Loop(adapted_model, editor_with_everything, closed_form, "*layer", CANARY),
 }

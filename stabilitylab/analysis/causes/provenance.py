@@ -19,7 +19,7 @@ def _not_restored(evidence: Evidence) -> Claim | None:
         )
     if evidence.stayed is not None:
         return Claim(
-            f"each edit is put back by its host, and after edit {evidence.stayed} the edited weights stayed: every"
+            f"the host was to put each edit back, and after edit {evidence.stayed} the edited weights stayed: every"
             " later edit builds on them.",
             "high",
         )

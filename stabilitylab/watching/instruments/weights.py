@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import did_you_mean
-from stabilitylab.probes.absorption import AbsorptionPass, reduce_absorption
+from stabilitylab.probes.absorption import AbsorptionPass, MovedEntries, reduce_absorption, reduce_moved
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.gradient_passes import Alignment
 from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
@@ -31,10 +31,11 @@ from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.sites import Site, locate, locate_readable, why_unmeasurable
 
-_COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, Alignment, FeedbackPass)
+_COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
 """The measurements that need W₀ or W₋."""
 
 _MATRIX = 2  # dimensions
+_NARROW = (torch.float16, torch.bfloat16)
 
 _UNSEEN = 0.005
 """Share of σ₁ by which updates may add up before it is followed anew: it can't have changed by more than that."""
@@ -118,6 +119,16 @@ class WeightInstrument:
                 self._bench.safely(
                     f"absorption at {site.name}", functools.partial(self._absorbed, model, site, updates[site.name])
                 )
+
+            if site.dtype in _NARROW and self._bench.needed(MovedEntries, site.name):
+                self._bench.safely(f"moved entries of {site.name}", functools.partial(self._moved, model, site))
+
+    def _moved(self, model: nn.Module, site: Site) -> None:
+        found = locate_readable(model, site)
+        if found is None or not self.references.holds(site.name) or self.references.untouched(site.name, found[1]):
+            return
+        previous = self.references.previous(site.name, found[1])
+        self._bench.add(site.name, reduce_moved(found[1], previous), MovedEntries.from_host)
 
     def _absorbed(self, model: nn.Module, site: Site, update: Tensor) -> None:
         found = locate_readable(model, site)
