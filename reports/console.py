@@ -17,19 +17,15 @@ from rich.text import Text
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.grouping import grouped
-from stabilitylab.record.note_kinds import NOT_PUT_BACK
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
-from stabilitylab.record.serving import SERVES
 from stabilitylab.reports.events import event_words, short_places, telling
-from stabilitylab.reports.noted import folded
+from stabilitylab.reports.noted import events, missing
 from stabilitylab.reports.text import clean, number, percent
 from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 8
 NOTES_SHOWN: Final = 4
-_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", NOT_PUT_BACK, SERVES})
-"""Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 
 
 def verdict_text(verdict: str) -> Text:
@@ -160,11 +156,7 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
             Text.assemble(("Findings", "bold"), (", that of the headline first", "dim")),
             findings_table(run, diagnosis),
         ]
-    notes = folded(run.notes)
-    missing = [note for note in notes if note.kind not in _EVENTS]
-    events = [note for note in notes if note.kind in _EVENTS]
-    if missing:
-        parts += [Text(), Text("Not measured, or not as asked", style="bold"), _notes(missing)]
-    if events:
-        parts += [Text(), Text("Of note", style="bold"), _notes(events)]
+    for says, notes in (("Not measured, or not as asked", missing(run.notes)), ("Of note", events(run.notes))):
+        if notes:
+            parts += [Text(), Text(says, style="bold"), _notes(notes)]
     return Group(*parts, Text(), measure)

@@ -30,7 +30,8 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, verdicts
 from stabilitylab.reports.interactive import run_charts
-from stabilitylab.reports.noted import folded
+from stabilitylab.reports.noted import events as happened
+from stabilitylab.reports.noted import missing
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
 from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
@@ -164,7 +165,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     listed = max(0, LISTED_FINDINGS - len(first))
     found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
     telling = events.telling(diagnosis, TELLING)
-    notes = folded(run.notes)
+    notes = missing(run.notes)
     drawn = pictures(run)
     return fill(
         "report.html.j2",
@@ -191,6 +192,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         findings_left_out=len(diagnosis.findings) - len(first[:LISTED_FINDINGS]) - len(more[:listed]),
         notes=notes[:LISTED_NOTES],
         all_notes=len(notes),
+        happened=happened(run.notes)[:LISTED_NOTES],
         pictures=drawn,
         readings=list(_readings(run)) if len(run.edits) == 1 else [],
         listed_readings=LISTED_READINGS,

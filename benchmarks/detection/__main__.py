@@ -187,7 +187,9 @@ def main() -> None:
             key=lambda each: (each.number, not each.canary),
         )
     judged = {half: [each.judged for each in found] for half, found in halves.items() if options.only in (None, half)}
+    blind = {half: [each.blind for each in found] for half, found in halves.items() if half in judged}
     document = {half.replace("-", "_"): document_of(found) for half, found in judged.items()}
+    document |= {f"{half.replace('-', '_')}_without_canary": document_of(found) for half, found in blind.items()}
     document["wild"] = document_of_wild(wild)
     table = {"stabilitylab": figures(judged[compared])}
     table |= {name: alarm_figures(peer["runs"]) for name, peer in others.items()}
@@ -196,6 +198,8 @@ def main() -> None:
         for name, peer in others.items()
     }
     _show(document, judged, compared, table)
+    for half, found in blind.items():
+        console().print(totals(f"Totals, {half}, once more without a canary", figures(found)))
     console().print(wild_cases("The wild corpus", wild))
     if options.json is not None:
         options.json.write_text(json.dumps(json_safe(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")

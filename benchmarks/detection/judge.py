@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +12,7 @@ from benchmarks.detection.judged import Asked, Judged
 from benchmarks.zoo import Outcome, State
 from benchmarks.zoo.runs import Case, folder_of, kept
 from stabilitylab.analysis.findings import Diagnosis, Forecast, severity
+from stabilitylab.record.readings import EditRow
 from stabilitylab.record.run import analyzer_of, load
 
 SHARES: Final = (0.3, 0.5, 0.7, 0.85)
@@ -21,10 +22,12 @@ SHARES: Final = (0.3, 0.5, 0.7, 0.85)
 class Seen:
     """A judged run, and what the peers are given of it, from its first edit on.
 
-    norms: ‖ΔW‖ over all watched weights. losses: of the edit's own forward; None where there was none.
+    blind: the same, judged as if there had been no canary. norms: ‖ΔW‖ over all watched weights. losses: of the edit's
+    own forward; None where there was none.
     """
 
     judged: Judged
+    blind: Judged
     norms: tuple[float, ...]
     losses: tuple[float | None, ...]
 
@@ -36,12 +39,21 @@ def judge(job: tuple[Case, Path]) -> Seen:
     run = load(folder_of(case, runs))
     moments = set(_moments(outcome))
     analyzer, asked = analyzer_of(run.metrics, run.manifest, run.thresholds), []
+    blind = analyzer_of(run.metrics, run.manifest, run.thresholds)
     for edit in run.edits:
         analyzer.observe(edit.row)
+        blind.observe(_without_canary(edit.row))
         if edit.edit in moments:
             asked.append(_asked(outcome, edit.edit, analyzer.diagnosis().forecast))
     losses = tuple(edit.row.scalar("logits.loss", "model") for edit in run.edits[1:])
-    return Seen(_judged(outcome, analyzer.diagnosis(), tuple(asked)), tuple(map(_norm, outcome.states[1:])), losses)
+    judged = _judged(outcome, analyzer.diagnosis(), tuple(asked))
+    return Seen(judged, _judged(outcome, blind.diagnosis(), ()), tuple(map(_norm, outcome.states[1:])), losses)
+
+
+def _without_canary(row: EditRow) -> EditRow:
+    """The row of the same loop without a canary, which changes nothing else that is read."""
+    readings = {key: values for key, values in row.readings.items() if not key[0].startswith("canary.")}
+    return replace(row, readings=readings)
 
 
 def _norm(state: State) -> float:

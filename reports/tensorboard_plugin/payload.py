@@ -19,7 +19,7 @@ from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, manifest, verdicts
-from stabilitylab.reports.noted import folded
+from stabilitylab.reports.noted import missing
 from stabilitylab.reports.text import clean, sentence, short_names, shorten
 
 LABEL: Final = 300
@@ -75,7 +75,7 @@ def _forecast(diagnosis: Diagnosis) -> str | None:
 def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     """Everything of a run but its readings: diagnosis, edits, metrics, sites. Plain JSON values."""
     sites, metrics = run.sites, measured(run)
-    short, notes = events.short_places(sites), folded(run.notes)
+    short, notes = events.short_places(sites), missing(run.notes)
     places = {site: place for place, site in enumerate(sites)}
     numbers = {metric.name: place for place, metric in enumerate(metrics)}
     return {

@@ -19,7 +19,7 @@ Key = tuple[str, str]
 Scale = Literal["log", "linear", "count", "flag"]
 Phase = Literal["before", "during", "after"]
 Status = Literal["start", "applied", "failed"]
-OutcomeKind = Literal["committed", "restored", "rolled_back"]
+OutcomeKind = Literal["committed", "restored", "rolled_back", "independent"]
 
 MODEL_SITE = "model"
 """The site of readings that belong to the model as a whole, such as its logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from stabilitylab.probes.weight_pass import WeightPass
@@ -22,6 +23,14 @@ def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKi
         return "committed"
     seen = {references.changed_between(site, look) for site, look in changed.items()}
     return seen.pop() if len(seen) == 1 else None
+
+
+def is_independent(passes: Passes) -> bool:
+    """Whether a model that an edit returned, another than it began with, was made from the unedited one: it is nearer
+    to that than to what the last edit returned. MEND's editors and ROME with a copy make each edit so.
+    """
+    seen = passes.values()
+    return math.hypot(*(each.drift for each in seen)) < math.hypot(*(each.update for each in seen))
 
 
 def _is_lost(now: WeightPass, before: WeightPass | None) -> bool:

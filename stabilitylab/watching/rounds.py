@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from stabilitylab.watching.discovery import Discovery
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture, ModelCall
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
-from stabilitylab.watching.outcomes import Passes, outcome_of
+from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.silence import Silence
 from stabilitylab.watching.sites import Site, locate
@@ -46,7 +47,8 @@ class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model.
+    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. returned: whether
+    it left another model than it began with.
     """
 
     edit: int
@@ -57,6 +59,7 @@ class _Unread:
     times: tuple[float, float, float] | None = None
     asked: bool = False
     heard: bool = False
+    returned: bool = False
 
 
 class Rounds:
@@ -86,6 +89,7 @@ class Rounds:
         self._unread: _Unread | None = None
         self._outcome_due: int | None = None
         self._last_moved = False
+        self._entered = weakref.ref(model)
         if sites is None:
             self._discovery = Discovery(model)
         else:
@@ -122,6 +126,7 @@ class Rounds:
                 self.observe_outcome()
             else:
                 self._guard("observing the outcome", self._observe_later)
+            self._entered = weakref.ref(self.model)
             self._instruments.begin(self._recorder.edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
             return capture or self._instruments.no_capture()
@@ -140,7 +145,10 @@ class Rounds:
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
-        unread = _Unread(edit, taken, status, cargo, asked=capture.asked, heard=capture.heard)
+        returned = self.model is not self._entered()
+        unread = _Unread(
+            edit, taken, status, cargo, asked=capture.asked, heard=capture.heard, returned=applied and returned
+        )
         capture.clear()
         self._outcome_due = edit if applied else None
         if applied and not cargo.is_here:
@@ -168,10 +176,11 @@ class Rounds:
     def _record(self, unread: _Unread) -> None:
         instruments, taken = self._instruments, unread.taken
         with instruments.probe_time:
-            readings = instruments.read(unread.cargo)
+            passes = instruments.passes(unread.cargo)
+            independent = unread.returned and unread.edit > 1 and is_independent(passes)
+            readings = instruments.read(unread.cargo, from_original=independent)
             if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
                 instruments.look_everywhere_next()
-            passes = instruments.passes(unread.cargo)
             for site, seen in passes.items():
                 instruments.references.edited(site, seen)
             self._last_moved = any(seen.update != 0 for seen in passes.values())
@@ -185,7 +194,10 @@ class Rounds:
         row = EditRow(unread.edit, taken.label, unread.status, taken.started, *times, taken.error, readings)
         self._recorder.row(row)
         between = unread.between
-        if between is not None:
+        if independent:
+            self._outcome_due = None
+            self._recorder.outcome(unread.edit, "independent")
+        elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes))
 
     # -- the canary -----------------------------------------------------------------------------------------------

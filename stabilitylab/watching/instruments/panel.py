@@ -208,10 +208,13 @@ class Instruments:
         """The same of those that have references."""
         return {site: seen for site, seen in self.scans(cargo).items() if isinstance(seen, WeightPass)}
 
-    def read(self, cargo: Cargo) -> dict[Key, Array]:
-        """Every probe that was due on every measurement; waits for it."""
+    def read(self, cargo: Cargo, *, from_original: bool = False) -> dict[Key, Array]:
+        """Every probe that was due on every measurement; waits for it. from_original: the edit began at W₀, not W₋."""
         readings: dict[Key, Array] = {}
-        for site, seen in self._arrived(cargo):
+        for site, arrived in self._arrived(cargo):
+            seen = arrived
+            if from_original and isinstance(arrived, WeightPass):
+                seen = replace(arrived, update=arrived.drift)
             self._apply(cargo.due, site, seen, readings)
         for (metric, site), values in list(readings.items()):
             if metric in self._followed:
