@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.state_pass import BadTensor, StatePass, count_bad, state_of
+from stabilitylab.probes.weight_pass import extremes
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Site, locate, why_unmeasurable
@@ -43,8 +44,10 @@ class StateInstrument:
         if not self.wanted:
             return
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if _is_readable(tensor) and bool(torch.isinf(tensor).any()) and not bool(torch.isnan(tensor).any()):
-                self._designed.add(name)
+            if _is_readable(tensor):
+                ends = torch.stack(extremes(tensor))  # NaN where the tensor has one; makes no mask of its size
+                if bool(torch.isinf(ends).any() & ~torch.isnan(ends).any()):
+                    self._designed.add(name)
 
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Look, after an edit."""
