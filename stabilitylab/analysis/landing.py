@@ -130,7 +130,8 @@ class Landings:
         norms, stepped = (flat.values[self._lookup.at(f"gradient.{name}")] for name in ("norm", "norm_stepped"))
         spoilt = bool((flat.values[bad] > 0).any())
         sound = not spoilt and bool(((norms > 0) & (norms < math.inf)).any())
-        error = "" if row.error is None else row.error[:WORDS]
+        error = row.error or ""
+        error = error if len(error) <= WORDS else f"{error[: WORDS - 1].rstrip()}…"
         self._last.append(error)
         said = Counter(words for words in self._last if words)
         self.now = Landing(
