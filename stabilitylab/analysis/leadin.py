@@ -33,6 +33,8 @@ REACHED: Final = 0.05
 FLOAT16_MAX: Final = 65_504.0
 BFLOAT16_BELOW: Final = 3.395e38
 """Between the largest of bfloat16, 3.3895e38, and of float32, 3.4028e38."""
+STRAY: Final = 0.1
+"""Of the bad entries of the worst weight: one that has fewer was hit by the way."""
 CHANGES: Final = 0.01
 """Of a gradient from an edit's first pass to its last: in between the model, or the request, was another."""
 
@@ -302,8 +304,9 @@ class LeadIn:
         later_bad = still_sound and bool((row.values[places["gradient.nonfinite_passes"]] > 0).any())
         sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
         weights = [at for at in places["weight.nonfinite"] if row.values[at] > 0]
-        # The update that overflowed at many entries is the one to look at, not the first in dataflow.
-        weight = self._site(row, max(weights, key=lambda at: row.values[at])) if weights else None
+        # The first in dataflow, but for stray entries: where thousands overflowed is the place to look at.
+        most = max((row.values[at] for at in weights), default=0.0)
+        weight = next((self._site(row, at) for at in weights if row.values[at] >= STRAY * most), None)
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
         return FatalRow(
             edit=row.edit,

@@ -54,6 +54,11 @@ class Lookup:
         """(metric, site) of a position in the row."""
         return self._columns.keys[int(row.places[position])]
 
+    def earliest(self, row: Flat, positions: Places) -> Places:
+        """The one of some positions in the row that comes first in the dataflow; none of none."""
+        found = min(positions, key=lambda position: self._columns.order(int(row.places[position])), default=None)
+        return _NOTHING if found is None else np.array([found], dtype=np.intp)
+
     def new(self, rule: str, row: Flat, at: Places) -> Iterator[tuple[int, float, str, str]]:
         """(place, value, metric, site) of those positions in the row at which `rule` has not spoken before."""
         for position in at[self.once.new(rule, row.places[at])]:

@@ -65,8 +65,10 @@ class NonfiniteContext:
                 for place, value, metric, _ in self._lookup.new("masked-by-design", row, at[row.values[at] > 0]):
                     says = f"{value:,.0f} {family} values are −∞ from the start, all others finite: masked by design."
                     yield Hit("masked-by-design", metric, place, value, 0.0, "stable", says)
-        at = np.array([position for position, _ in self._bad(row)][:1] if self._skipped else [], dtype=np.intp)
-        for place, value, metric, site in self._lookup.new("step-skipped", row, at):
+        found = list(self._bad(row)) if self._skipped else []
+        counts = [position for position, metric in found if metric.endswith(".nonfinite")]  # which say most
+        bad = np.array(counts or [position for position, _ in found], dtype=np.intp)
+        for place, value, metric, site in self._lookup.new("step-skipped", row, self._lookup.earliest(row, bad)):
             says = (
                 f"{metric} at {place_name(site)} is {number(value)} at edit {row.edit}, and no weight moved: the step"
             )

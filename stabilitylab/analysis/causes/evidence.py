@@ -118,9 +118,10 @@ class FatalRow:
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
     were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
     gradient is not finite although both of its factors are. loss_read: whether the model's own loss was. moved_before:
-    whether any edit before moved a watched weight. weight: the watched layer whose weight has most entries that are not
-    finite, None when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom:
-    the bits that it had left when last read before; limit: what its dtype can hold; None where nothing says it.
+    whether any edit before moved a watched weight. weight: the first watched layer whose weight is not finite, at a
+    tenth as many entries as the worst or more; None when all are. For that weight: overflowed: whether its largest
+    entry is infinite, not NaN; headroom: the bits that it had left when last read before; limit: what its dtype can
+    hold; None where nothing says it.
     """
 
     edit: int
