@@ -9,6 +9,7 @@ from stabilitylab.analysis.causes.evidence import Evidence, FatalRow, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.landing import FEWEST
 from stabilitylab.analysis.words import number
+from stabilitylab.record.readings import MODEL_SITE
 
 FP16_MAX: Final = 65_504.0
 _BITS: Final = {"float16": 11, "bfloat16": 8}
@@ -117,6 +118,7 @@ def _overflow(evidence: Evidence) -> Claim | None:
             f"the watched layers are kept in float16, which ends at 65,504: at edit {fatal.edit} the model's outputs"
             " are not finite, while every watched weight still is.",
             "medium",
+            link=Place(fatal.edit, "logits.nonfinite", MODEL_SITE),
         )
     else:
         return None

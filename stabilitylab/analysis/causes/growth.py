@@ -32,13 +32,15 @@ MANY: Final = 10
 
 
 def _feedback(evidence: Evidence) -> Claim | None:
-    growth = evidence.growth
+    growth, latest = evidence.growth, evidence.latest
     if growth is None or growth.least < FEEDBACK_FACTOR:
         return None
+    grown = None if latest is None else Place(growth.last_edit, "update.norm", latest.update_site)
     return Claim(
         f"each edit fed the next: from edit {growth.first_edit} to {growth.last_edit} the editor's normalised input"
         f" grew {number(growth.input_factor)}-fold and the update it made {number(growth.update_factor)}-fold.",
         "high",
+        link=grown,
     )
 
 

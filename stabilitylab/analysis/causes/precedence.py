@@ -50,7 +50,7 @@ def claims(evidence: Evidence) -> dict[str, Cause]:
         claim = rule.claim(evidence)
         if claim is not None:
             place = claim.place or evidence.furthest
-            found[rule.name] = Cause(rule.name, claim.says, rule.fix, claim.confidence, place)
+            found[rule.name] = Cause(rule.name, claim.says, rule.fix, claim.confidence, place, claim.link or place)
     return found
 
 
@@ -74,9 +74,9 @@ def chain(claimed: Mapping[str, Cause]) -> tuple[Link, ...]:
         Link(
             rule.role,
             rule.name,
-            None if cause.place is None else cause.place.edit,
-            None if cause.place is None else cause.place.site,
-            None if cause.place is None else cause.place.metric,
+            None if cause.link is None else cause.link.edit,
+            None if cause.link is None else cause.link.site,
+            None if cause.link is None else cause.link.metric,
             cause.says,
             cause.advice,
             cause.confidence,

@@ -15,12 +15,14 @@ Group = Literal["provenance", "input", "update algebra", "dtype", "growth", "dea
 @dataclass(frozen=True)
 class Claim:
     """What a rule says of one run: a sentence with its numbers, how sure it is, and where the cause sits, if that is
-    known and is not the first bad reading's own place.
+    known and is not the first bad reading's own place. link: where it stands in the chain of causes, if that is another
+    moment or place: where growth led to, where it ended.
     """
 
     says: str
     confidence: Confidence
     place: Place | None = None
+    link: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause with a sentence that shows it, what to do, and how sure that is. place: see `Claim`."""
+    """A cause with a sentence that shows it, what to do, and how sure that is. place, link: see `Claim`."""
 
     cause: str
     says: str
     advice: str
     confidence: Confidence
     place: Place | None = None
+    link: Place | None = None
