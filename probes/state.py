@@ -21,7 +21,7 @@ class StateHealth(Probe[StatePass]):
             "Parameters and buffers beside the watched weights that hold a NaN or an infinity, such as the running "
             "variance of a BatchNorm. Looked at in full before the first edit, after each write that torch counts, in "
             "turn, and after an edit in which anything was wrong; else at about a thousand entries each. What was "
-            "infinite before the first edit, such as a mask, is left out.",
+            "infinite before the first edit, such as a mask, is left out, and so is a buffer that held NaN then.",
             "#{tensors ∌ ℝ}",
             "IEEE 754-2019, §6",
         ),

@@ -91,6 +91,30 @@ def test_a_mask_is_meant(tmp_path: Path) -> None:
     assert set(found.series("state.bad_tensors")) == {0.0}
 
 
+def test_a_buffer_that_nobody_has_written_yet_is_none_of_the_models(tmp_path: Path) -> None:
+    net = Net()
+    net.register_buffer("cache", torch.full((3, 5), float("nan")))
+    found = run(tmp_path / "run", net, None, "")
+    assert found.diagnosis().verdict == "stable"
+    assert [note.says for note in found.notes if note.kind == "state-before"]
+
+
+@pytest.mark.parametrize(("what", "verdict"), [("cache", "drifting"), ("norm.running_var", "non-finite")])
+def test_a_canary_says_whether_it_matters(tmp_path: Path, what: str, verdict: str) -> None:
+    """A scratch buffer may hold anything, and the model be sound; a statistic is read by each answer."""
+    net = Net().eval()
+    net.register_buffer("cache", torch.zeros(3, 5))
+    with sl.attach(net, sites="first", run=tmp_path / "run", canary=torch.ones(2, 8)) as monitor:
+        for edit in range(1, 9):
+            with monitor.edit(), torch.no_grad():
+                net(torch.ones(4, 8))
+                net.first.weight.mul_(1.0001)
+                if edit == 5:
+                    net.get_buffer(what).fill_(float("nan"))
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert (found.verdict, found.cause) == (verdict, "state-spoilt")
+
+
 def test_what_was_broken_before_the_first_edit(tmp_path: Path) -> None:
     net = Net()
     with torch.no_grad():

@@ -35,8 +35,9 @@ def _elsewhere(evidence: Evidence) -> Claim | None:
     if lost is None or not lost.elsewhere or lost.landed:
         return None
     return Claim(
-        f"none of {lost.tried} edits ran the watched model or moved it: they are made on another model.",
-        "high",
+        f"none of {lost.tried} edits ran the watched model or moved it: they are made on another model, or keep what"
+        " they know outside of it.",
+        "medium",
     )
 
 
@@ -146,7 +147,8 @@ RULES = (
         "Attach to the model that is edited: the one that the editor holds or returns. Hand a copy over as it is made"
         " (edit.returns), and take care with editors that share an executor: it edits the first model that it was"
         " given.",
-        "The editor has a model of its own: a deep copy, or that of another editor in the process.",
+        "The editor has a model of its own: a deep copy, or that of another editor in the process. Editing by prompts"
+        " (IKE) moves no model at all.",
         "Hooks were on the watched layers, none fired, the model was never called, and no watched weight moved, in"
         " three edits or more.",
         "Two MEND editors in one process: their executor edits the first one's model.",

@@ -94,13 +94,14 @@ def _broken(evidence: Evidence) -> Claim | None:
 
 def _spoilt(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
-    if bad is None or bad.edit == 0 or bad.metric != "state.nonfinite":
+    found = next((each for each in evidence.findings if each.metric == "state.nonfinite" and each.edit > 0), None)
+    if found is None or (bad is not None and bad.edit < found.edit):
         return None
     return Claim(
-        f"{number(bad.value)} entries of {bad.site} are NaN or infinite since edit {bad.edit}, and no watched layer was"
-        " before it: the fault is there, not in the layers that are edited.",
+        f"{number(found.value)} entries of {found.site} are NaN or infinite since edit {found.edit}, and no watched"
+        " layer was before it: the fault is there, not in the layers that are edited.",
         "high",
-        Place(bad.edit, bad.metric, bad.site),
+        Place(found.edit, found.metric, found.site),
     )
 
 
@@ -127,7 +128,7 @@ RULES = (
         " the tensor back from the unedited model.",
         "A model holds more than the layers that are edited. One batch with a NaN in it makes a running variance NaN"
         " for good, and every later answer with it.",
-        "A parameter or buffer beside the watched weights that is not finite, first of all bad readings.",
+        "A parameter or buffer beside the watched weights that is not finite, before or at the first bad reading.",
         "The running variance of a BatchNorm, after an edit on a single row in training mode.",
     ),
     Rule(

@@ -36,17 +36,24 @@ class StateInstrument:
         self._in_full = True
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Look at everything. What is infinite now, and not NaN, is meant: a mask. Waits for an accelerator."""
+        """Look at everything. What is infinite now is meant: a mask; and so is a buffer that nobody has written yet.
+        Waits for an accelerator.
+        """
         self._bench.safely("masks in the model's state", lambda: self._learn_design(model))
         self.after(model, sites)
 
     def _learn_design(self, model: nn.Module) -> None:
         if not self.wanted:
             return
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        buffers = dict(model.named_buffers())
+        for name, tensor in (*model.named_parameters(), *buffers.items()):
             if _is_readable(tensor):
                 ends = torch.stack(extremes(tensor))  # NaN where the tensor has one; makes no mask of its size
-                if bool(torch.isinf(ends).any() & ~torch.isnan(ends).any()):
+                lost, infinite = bool(torch.isnan(ends).any()), bool(torch.isinf(ends).any())
+                if lost and name in buffers:
+                    says = f"the buffer {name} holds NaN before the first edit: it is not looked at"
+                    self._bench.note("state-before", says)
+                if (lost and name in buffers) or (infinite and not lost):
                     self._designed.add(name)
 
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
