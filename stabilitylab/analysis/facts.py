@@ -252,7 +252,7 @@ class FactRules:
     def _lost(self, row: Flat) -> Iterator[Hit]:
         """Edits without effect, from three in a row on. That is no harm to the model: a note, see `landing`."""
         landing, at = self._landings.now, self._lookup.at("update.norm")
-        if landing.lost < STILL or landing.since is None or not at.size:
+        if landing.lost < STILL or landing.in_turn or landing.since is None or not at.size:
             return
         for place, value, metric, _ in self._lookup.new("edits-lost", row, at[:1]):
             before = ", though edits did before" if landing.landed else ""

@@ -23,6 +23,8 @@ LAST: Final = 10
 """Edits in a row without effect that are told of, however many landed before; of a shorter run, all of them."""
 FEWEST: Final = 3
 """Edits from which on that is no accident."""
+SAME: Final = 2
+"""Gaps between landings in a row that are alike, from which on a loop is taken to step in turn."""
 FLOAT16_MAX: Final = 65_504.0
 ALREADY: Final = 0.1
 """A loss of at most so much leaves nothing to do: the answer has nine tenths of the probability."""
@@ -39,7 +41,8 @@ class Landing:
     not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
-    model that is watched. whole: whether the whole model was looked at, for want of a layer that is watched.
+    model that is watched. gap: edits from each of the last landings to the next, where these are as many: a loop that
+    steps at each n-th. whole: whether the whole model was looked at, for want of a layer that is watched.
     """
 
     tried: int = 0
@@ -55,6 +58,7 @@ class Landing:
     huge: int = 0
     clipped: int = 0
     elsewhere: bool = False
+    gap: int | None = None
     whole: bool = False
 
     @property
@@ -70,6 +74,14 @@ class Landing:
         return "all" if self.landed == self.tried else "some" if self.landed else "none"
 
     @property
+    def in_turn(self) -> bool:
+        """Whether edits wait for their step, as in accumulation: the last ones too, as far as it can be told by now.
+        Those that wait neither fail nor write a weight.
+        """
+        waits = self.gap is not None and 1 < self.gap and self.lost < 2 * self.gap
+        return waits and not self.failed and not self.written
+
+    @property
     def gone(self) -> int:
         """How many edits of the run had no effect."""
         return self.tried - self.landed
@@ -80,12 +92,12 @@ class Landing:
         only where each raised: an edit that moves nothing may have had nothing to do.
         """
         enough = self.lost >= FEWEST or (self.lost > 0 and self.failed == self.gone)
-        return enough and self.lost >= min(LAST, self.tried)
+        return enough and not self.in_turn and self.lost >= min(LAST, self.tried)
 
     @property
     def mostly_lost(self) -> bool:
         """Whether nothing lands, or not even half of the run's edits did."""
-        return self.nothing_lands or (self.tried >= LAST and self.landed < self.tried / 2)
+        return self.nothing_lands or (self.tried >= LAST and self.landed < self.tried / 2 and not self.in_turn)
 
     @property
     def says(self) -> str:
@@ -114,6 +126,8 @@ class Landings:
         self._lookup = lookup
         self._elsewhere = False
         self._last: deque[str] = deque(maxlen=LAST)
+        self._landed_at: int | None = None
+        self._gaps: deque[int] = deque(maxlen=SAME)
 
     def observe(self, row: EditRow, flat: Flat) -> None:
         """Take in an edit. Edit 0 is none."""
@@ -124,7 +138,11 @@ class Landings:
             return
         before = self.now
         if landed:
-            self.now = replace(before, tried=before.tried + 1, landed=before.landed + 1, lost=0, since=None)
+            if self._landed_at is not None:
+                self._gaps.append(row.edit - self._landed_at)
+            self._landed_at = row.edit
+            gap = self._gaps[0] if len(self._gaps) == SAME and len(set(self._gaps)) == 1 else None
+            self.now = replace(before, tried=before.tried + 1, landed=before.landed + 1, lost=0, since=None, gap=gap)
             return
         bad = np.concatenate([self._lookup.at(f"gradient.{name}") for name in ("nonfinite", "nonfinite_steps")])
         norms, stepped = (flat.values[self._lookup.at(f"gradient.{name}")] for name in ("norm", "norm_stepped"))
@@ -147,6 +165,7 @@ class Landings:
             huge=before.huge + (sound and math.sqrt(math.fsum((norms * norms).tolist())) > FLOAT16_MAX),
             clipped=before.clipped + (sound and stepped.size > 0 and bool((stepped == 0).all())),
             elsewhere=before.elsewhere,
+            gap=before.gap,
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
         )
 

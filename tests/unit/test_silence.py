@@ -60,3 +60,34 @@ def test_one_edit_that_is_heard_is_enough(tmp_path: Path) -> None:
                     model(torch.randn(2, 5, 8))
                 moved(model)
     assert not sl.load(tmp_path / "run").diagnosis().unwatched
+
+
+def test_a_loop_that_steps_at_each_fourth_edit_loses_none(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with sl.attach(model, "[03]", tmp_path / "run", canary=CANARY) as monitor:
+        for edit in range(1, 43):
+            with monitor.edit():
+                model(torch.randn(2, 5, 8)).pow(2).mean().backward()
+                if edit % 4 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert (found.landed, found.nothing_lands) == ("some", False)
+    assert not found.causes
+    assert "moved a watched layer" not in found.says
+
+
+def test_one_that_stops_stepping_is_told(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with sl.attach(model, "[03]", tmp_path / "run", canary=CANARY) as monitor:
+        for edit in range(1, 43):
+            with monitor.edit():
+                model(torch.randn(2, 5, 8)).pow(2).mean().backward()
+                if edit % 4 == 0 and edit < 24:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert found.nothing_lands
+    assert found.causes

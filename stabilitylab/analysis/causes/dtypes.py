@@ -87,7 +87,9 @@ def _swallowed(evidence: Evidence) -> Claim | None:
 def rounded_away(evidence: Evidence) -> Claim | None:
     """The same where the editor tells no Δ: by what is left when gradients are sound and no weight moves."""
     lost, dtype = evidence.landing, evidence.weights_dtype
-    if dtype is None or lost.lost < FEWEST or lost.gradients < lost.gone or evidence.is_past("drifting"):
+    if dtype is None or lost.lost < FEWEST or lost.in_turn or lost.gradients < lost.gone:
+        return None
+    if evidence.is_past("drifting"):
         return None
     undone = evidence.changes_inside and lost.written == lost.gone
     if undone or (dtype == "float16" and lost.huge >= MOSTLY * lost.gone):  # see `lost`

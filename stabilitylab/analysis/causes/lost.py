@@ -16,7 +16,7 @@ NEARLY_ALL: Final = 0.9
 def _lost(evidence: Evidence) -> Landing | None:
     """What is known of edits without effect; None where they have some, or the model has another fault."""
     landing = evidence.landing
-    lost = landing.lost >= FEWEST or landing.mostly_lost
+    lost = (landing.lost >= FEWEST or landing.mostly_lost) and not landing.in_turn
     return landing if lost and not evidence.is_past("drifting") else None
 
 
