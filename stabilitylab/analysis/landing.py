@@ -78,7 +78,7 @@ class Landing:
         """Whether edits wait for their step, as in accumulation: the last ones too, as far as it can be told by now.
         Those that wait neither fail nor write a weight.
         """
-        waits = self.gap is not None and 1 < self.gap and self.lost < 2 * self.gap
+        waits = self.gap is not None and self.gap > 1 and self.lost < 2 * self.gap
         return waits and not self.failed and not self.written
 
     @property
