@@ -133,6 +133,18 @@ class Hook:
         return (Hook, (None,))  # a model that is saved inside an edit holds no capture buffer, and a silent hook
 
 
+def carries_hooks(model: nn.Module) -> bool:
+    """Whether any hook of an edit that is open is on `model`: it is the model that the edit began with, a wrapper
+    around it, or a copy of it that was made inside the edit.
+    """
+    return any(
+        isinstance(hook, Hook) and hook.alive
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
 def sweep(model: nn.Module) -> None:
     """Take the silent hooks of ours off every module of `model`."""
     for module in model.modules():

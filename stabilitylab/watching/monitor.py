@@ -22,7 +22,7 @@ from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import dry_edits
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
-from stabilitylab.watching.hooks import Capture, logger, sweep
+from stabilitylab.watching.hooks import Capture, carries_hooks, logger, sweep
 from stabilitylab.watching.recording import Record, Recorder
 from stabilitylab.watching.rounds import Rounds, Taken
 from stabilitylab.watching.sites import Site
@@ -256,13 +256,18 @@ class Edit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        rounds = self._monitor._rounds
+        # A copy of the model that is watched takes its hooks along.
+        foreign = rounds.model is not self._entered and not carries_hooks(rounds.model)
         self.capture.__exit__(kind, error, traceback)
-        rounds, says = self._monitor._rounds, None if error is None else f"{type(error).__name__}: {error}"
+        says = None if error is None else f"{type(error).__name__}: {error}"
         for model in {self._entered, rounds.model}:
             sweep(model)
         self._monitor._open = None
         taken = Taken(self.label, self.started, self.clock, says)
-        self._monitor._recorder.guard("the record of an edit", lambda: rounds.end(taken, self.capture, self.reports))
+        self._monitor._recorder.guard(
+            "the record of an edit", lambda: rounds.end(taken, self.capture, self.reports, foreign)
+        )
         # `edit` outlives its block: it must not hold what the edit was made of.
         self.reports.clear()
         del self.capture, self._entered

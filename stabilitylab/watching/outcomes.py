@@ -26,8 +26,8 @@ def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKi
 
 
 def is_independent(passes: Passes) -> bool:
-    """Whether a model that an edit returned, another than it began with, was made from the unedited one: it is nearer
-    to that than to what the last edit returned. MEND's editors and ROME with a copy make each edit so.
+    """Whether a model that was not made from what the last edit returned was made from the unedited one: it is nearer
+    to that. MEND's editors and ROME with a copy make each edit so.
     """
     seen = passes.values()
     return math.hypot(*(each.drift for each in seen)) < math.hypot(*(each.update for each in seen))

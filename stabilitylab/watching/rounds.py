@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,8 +46,8 @@ class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. returned: whether
-    it left another model than it began with.
+    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. foreign: whether
+    it left a model that was not made from the one that it began with.
     """
 
     edit: int
@@ -59,7 +58,7 @@ class _Unread:
     times: tuple[float, float, float] | None = None
     asked: bool = False
     heard: bool = False
-    returned: bool = False
+    foreign: bool = False
 
 
 class Rounds:
@@ -89,7 +88,6 @@ class Rounds:
         self._unread: _Unread | None = None
         self._outcome_due: int | None = None
         self._last_moved = False
-        self._entered = weakref.ref(model)
         if sites is None:
             self._discovery = Discovery(model)
         else:
@@ -126,13 +124,15 @@ class Rounds:
                 self.observe_outcome()
             else:
                 self._guard("observing the outcome", self._observe_later)
-            self._entered = weakref.ref(self.model)
             self._instruments.begin(self._recorder.edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
             return capture or self._instruments.no_capture()
 
-    def end(self, taken: Taken, capture: Capture, reports: Mapping[str, EditorReport]) -> None:
-        """An edit has ended, and its hooks are gone: measure what it left, and record it as soon as nothing waits."""
+    def end(self, taken: Taken, capture: Capture, reports: Mapping[str, EditorReport], foreign: bool = False) -> None:
+        """An edit has ended, and its hooks are gone: measure what it left, and record it as soon as nothing waits.
+
+        foreign: whether it left a model that was not made from the one that it began with.
+        """
         self._recorder.edits += 1
         edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
         self.flush()
@@ -145,9 +145,8 @@ class Rounds:
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
-        returned = self.model is not self._entered()
         unread = _Unread(
-            edit, taken, status, cargo, asked=capture.asked, heard=capture.heard, returned=applied and returned
+            edit, taken, status, cargo, asked=capture.asked, heard=capture.heard, foreign=applied and foreign
         )
         capture.clear()
         self._outcome_due = edit if applied else None
@@ -177,7 +176,7 @@ class Rounds:
         instruments, taken = self._instruments, unread.taken
         with instruments.probe_time:
             passes = instruments.passes(unread.cargo)
-            independent = unread.returned and unread.edit > 1 and is_independent(passes)
+            independent = unread.foreign and unread.edit > 1 and is_independent(passes)
             readings = instruments.read(unread.cargo, from_original=independent)
             if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
                 instruments.look_everywhere_next()
