@@ -6,6 +6,7 @@ from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.restoring import SUSTAINED
 from stabilitylab.analysis.words import number
+from stabilitylab.record.readings import MODEL_SITE
 
 
 def _not_restored(evidence: Evidence) -> Claim | None:
@@ -22,6 +23,7 @@ def _not_restored(evidence: Evidence) -> Claim | None:
             f"the host was to put each edit back, and after edit {evidence.stayed} the edited weights stayed: every"
             " later edit builds on them.",
             "high",
+            link=Place(evidence.stayed, "drift.norm", MODEL_SITE),
         )
     if evidence.carried >= (1 if evidence.is_past("drifting") else SUSTAINED):
         edits = "edit" if evidence.carried == 1 else f"{evidence.carried} edits"
@@ -29,6 +31,7 @@ def _not_restored(evidence: Evidence) -> Claim | None:
             f"the configuration says single edits (sequential_edit: false), and none of the {edits}"
             " after the first began at the original weights: each builds on those before.",
             "high",
+            link=Place(2, "drift.norm", MODEL_SITE),
         )
     if not evidence.is_past("stable") or evidence.restored_until is None:
         return None
