@@ -64,12 +64,11 @@ class HeadingBank:
         if ahead < self._limit * detectors.KL_NATS or not self._once.new(RULE, at).any():
             return []
         span, limit = int(edits[-1] - edits[0]), self._limit * detectors.KL_NATS
-        says = (
-            f"The canary's predictions are {number(readings[-1])} nats from the original's at edit {row.edit}, forecast"
-            f" to reach {number(ahead)} within {span} more edits (limit {number(limit)})."
-        )
-        since = _since(edits, readings)
-        value = float(readings[-1])
+        value, since = float(readings[-1]), _since(edits, readings)
+        says = f"The canary's predictions are {number(value)} nats from the original's at edit {row.edit}"
+        if value >= limit:  # it is there already: nothing is forecast
+            return [Hit(RULE, METRIC, int(at[0]), value, limit, "diverging", f"{says} (limit {number(limit)}).", since)]
+        says = f"{says}, forecast to reach {number(ahead)} within {span} more edits (limit {number(limit)})."
         return [Hit(RULE, METRIC, int(at[0]), value, limit, "diverging", says, since, forecast=ahead)]
 
     def _began_anew(self, row: Flat, weights: Places) -> bool:
