@@ -70,35 +70,31 @@ def check(run: sl.Run, true: list[float], source: float) -> None:
     np.testing.assert_allclose(whole, true, rtol=1e-5)  # all singular values are among the 32 that are kept
 
 
-def test_a_step(tmp_path: Path) -> None:
-    net = Net()
+def stepping(net: Net, batches: int = 1) -> Callable[[], float]:
+    """One step of descent an edit, on the sum over some batches."""
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
 
     def loop() -> float:
         optimizer.zero_grad()
-        loss_of(net).backward()
+        for seed in range(batches):
+            loss_of(net, seed).backward()
         size = norm(net.first.weight.grad)
         optimizer.step()
         return size
 
-    run, true = edits(tmp_path, net, loop)
+    return loop
+
+
+def test_a_step(tmp_path: Path) -> None:
+    net = Net()
+    run, true = edits(tmp_path, net, stepping(net))
     check(run, true, STEP)
     np.testing.assert_allclose(read(run, "norm_stepped"), true, rtol=1e-6)
 
 
 def test_accumulation_over_micro_batches(tmp_path: Path) -> None:
     net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-
-    def loop() -> float:
-        optimizer.zero_grad()
-        for seed in range(3):
-            loss_of(net, seed).backward()
-        size = norm(net.first.weight.grad)
-        optimizer.step()
-        return size
-
-    check(*edits(tmp_path, net, loop), STEP)
+    check(*edits(tmp_path, net, stepping(net, batches=3)), STEP)
 
 
 def test_several_steps_give_the_first_the_last_and_the_worst(tmp_path: Path) -> None:
@@ -192,16 +188,7 @@ class Tripled(nn.Linear):
 )
 def test_layers_whose_factors_are_not_their_gradient(tmp_path: Path, make: Callable[[], Net]) -> None:
     net = make()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-
-    def loop() -> float:
-        optimizer.zero_grad()
-        loss_of(net).backward()
-        size = norm(net.first.weight.grad)
-        optimizer.step()
-        return size
-
-    check(*edits(tmp_path, net, loop), STEP)
+    check(*edits(tmp_path, net, stepping(net)), STEP)
 
 
 def by_hand(net: Net, clear: Callable[[], None]) -> Callable[[], float]:
