@@ -1,0 +1,1 @@
+"""How well the operation that first made a value NaN or infinite is found: the truths, written down beforehand."""
