@@ -22,6 +22,7 @@ from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.analysis.undone import Undone
 from stabilitylab.record.note_kinds import NEVER_RUN, NOT_PUT_BACK, NOTHING_MOVED, UNWATCHED
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import EditRow, Metric, Note
 from stabilitylab.record.serving import SERVES
 
@@ -61,6 +62,7 @@ class Analyzer:
         self._diagnosis: Diagnosis | None = None
         self._unwatched: tuple[str, ...] = ()
         self._serving = Serving()
+        self._operations: list[Operation] = []
 
     def observe_dry(self, row: EditRow) -> None:
         """Take in an edit that was rolled back, before the first edit that wasn't. It is for baselines alone.
@@ -90,6 +92,11 @@ class Analyzer:
             self._serving.learn(note.says)
         else:
             return
+        self._diagnosis = None
+
+    def observe_operation(self, operation: Operation) -> None:
+        """Take in what tracing has named, before the row of the same edit."""
+        self._operations.append(operation)
         self._diagnosis = None
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.acting.schedule import Trace
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe, Tier
@@ -100,6 +101,7 @@ def watch(
     config: Mapping[str, Any] | None = None,
     thresholds: str | Path | Thresholds | None = None,
     announce: bool = True,
+    trace: Trace = "auto",
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
@@ -122,7 +124,7 @@ def watch(
     own = "apply_algo" in vars(editor)
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
-        options |= {"config": config, "thresholds": thresholds, "announce": announce}
+        options |= {"config": config, "thresholds": thresholds, "announce": announce, "trace": trace}
         monitor = stack.enter_context(attach(editor.model, sites, run, editor=_holder_of_state(apply), **options))
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")

@@ -12,6 +12,7 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import Contents, Run, analyzer_of, fed, keys_of, thresholds_of
 from stabilitylab.record.runfile import connect, find_file
@@ -22,6 +23,7 @@ from stabilitylab.record.store import (
     read_manifest,
     read_metrics,
     read_notes,
+    read_operations,
     read_outcomes,
     read_rows,
 )
@@ -72,7 +74,7 @@ class Follower:
         self._rows: list[EditRow] = []
         self._dry: list[EditRow] = []
         self._last = self._last_dry = -1
-        self._noted = 0
+        self._noted = self._named = 0
         self.edits = self.failed = 0
         self._started: deque[float] = deque(maxlen=PACE_EDITS + 1)
 
@@ -132,9 +134,9 @@ class Follower:
         dry = list(read_rows(db, "dry", self._unpack_dry, self._last_dry)) if self._last < 1 else []
         shown = [row.edit for row in rows if row.edit > self._told]
         shown = shown if keep is None else shown[max(0, len(shown) - keep) :]
-        notes = read_notes(db)
+        notes, operations = read_notes(db), read_operations(db)
         seen = []
-        for row in fed(self._analyzer, rows, dry, notes[self._noted :]):
+        for row in fed(self._analyzer, rows, dry, notes[self._noted :], operations[self._named :]):
             if row.edit > 0:
                 self.edits += 1
                 self.failed += row.status == "failed"
@@ -143,15 +145,15 @@ class Follower:
                 seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
         self._last = rows[-1].edit if rows else self._last
         self._last_dry = dry[-1].edit if dry else self._last_dry
-        self._noted = len(notes)
+        self._noted, self._named = len(notes), len(operations)
         self._told = max(self._told, self._last)
         if self._keeps_rows:
             self._rows += rows
             self._dry += dry
-            self._run = Run(file.parent, self._contents(db, notes))
+            self._run = Run(file.parent, self._contents(db, notes, operations))
         return seen
 
-    def _contents(self, db: sqlite3.Connection, notes: tuple[Note, ...]) -> Contents:
+    def _contents(self, db: sqlite3.Connection, notes: tuple[Note, ...], operations: tuple[Operation, ...]) -> Contents:
         return Contents(
             manifest=self.manifest,
             metrics=self._metrics,
@@ -161,4 +163,5 @@ class Follower:
             outcomes=read_outcomes(db),
             alarms=self.alarms,
             notes=notes,
+            operations=operations,
         )

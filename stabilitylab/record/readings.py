@@ -59,7 +59,8 @@ class EditRow:
 
     readings: 1-d float64 arrays by (metric, site), in dataflow order of the sites. A missing key is a reading that was
     not taken; NaN and Inf are values. started: seconds since the epoch. seconds: the whole edit, probes included.
-    probe_seconds, canary_seconds: the parts of it that the probes and the canary's forward pass took.
+    probe_seconds, canary_seconds: the parts of it that the probes and the canary's forward pass took. trace_seconds:
+    spent in the tracer, wherever that was on.
     """
 
     edit: int
@@ -71,6 +72,7 @@ class EditRow:
     canary_seconds: float
     error: str | None = None
     readings: Mapping[Key, Array] = field(default_factory=dict)
+    trace_seconds: float = 0.0
 
     def scalar(self, metric: str, site: str) -> float | None:
         """The first value of a reading, or None when it was not taken."""

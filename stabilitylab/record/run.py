@@ -20,6 +20,7 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.runfile import connect, find_file
@@ -30,6 +31,7 @@ from stabilitylab.record.store import (
     read_manifest,
     read_metrics,
     read_notes,
+    read_operations,
     read_outcomes,
     read_rows,
 )
@@ -50,27 +52,39 @@ def analyzer_of(metrics: Sequence[Metric], manifest: Mapping[str, Any], threshol
 
 
 def fed(
-    analyzer: Analyzer, rows: Sequence[EditRow], dry: Sequence[EditRow], notes: Sequence[Note]
+    analyzer: Analyzer,
+    rows: Sequence[EditRow],
+    dry: Sequence[EditRow],
+    notes: Sequence[Note],
+    operations: Sequence[Operation] = (),
 ) -> Iterator[EditRow]:
     """Show rows to an analyzer in the order in which the monitor did; yields each when it was seen.
 
-    That is edit 0, the dry edits, then all others; and each note before the row of its edit.
+    That is edit 0, the dry edits, then all others; and each note and operation before the row of its edit.
     """
-    waiting = deque(sorted(notes, key=lambda note: note.edit))
+    said: list[Note | Operation] = [*notes, *operations]
+    waiting = deque(sorted(said, key=lambda each: each.edit))
     started = [row for row in rows if row.edit < 1]
     for number, row in enumerate(rows):
         if number == len(started):
             for dry_row in dry:
                 analyzer.observe_dry(dry_row)
         while waiting and waiting[0].edit <= row.edit:
-            analyzer.observe_note(waiting.popleft())
+            _tell(analyzer, waiting.popleft())
         analyzer.observe(row)
         yield row
     if len(rows) == len(started):
         for dry_row in dry:
             analyzer.observe_dry(dry_row)
-    for note in waiting:
-        analyzer.observe_note(note)
+    for each in waiting:
+        _tell(analyzer, each)
+
+
+def _tell(analyzer: Analyzer, said: Note | Operation) -> None:
+    if isinstance(said, Note):
+        analyzer.observe_note(said)
+    else:
+        analyzer.observe_operation(said)
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class Contents:
     outcomes: Mapping[int, OutcomeKind]
     alarms: tuple[Alarm, ...]
     notes: tuple[Note, ...]
+    operations: tuple[Operation, ...] = ()
 
 
 def _read(db: sqlite3.Connection) -> Contents:
@@ -127,6 +142,7 @@ def _read(db: sqlite3.Connection) -> Contents:
         outcomes=read_outcomes(db),
         alarms=read_alarms(db),
         notes=read_notes(db),
+        operations=read_operations(db),
     )
 
 
@@ -153,6 +169,8 @@ class Run:
         """The edits that `Monitor.calibrate` made and rolled back, numbered from 1 by themselves."""
         self.alarms: tuple[Alarm, ...] = contents.alarms
         self.notes: tuple[Note, ...] = contents.notes
+        self.operations: tuple[Operation, ...] = contents.operations
+        """The operations that tracing has named, see `stabilitylab.record.operations`."""
 
     @property
     def complete(self) -> bool:
@@ -241,6 +259,11 @@ class Run:
         return self._time_share("canary_seconds")
 
     @property
+    def trace_time_share(self) -> float | None:
+        """Share of the edits' wall time spent in the tracer. None before the first edit."""
+        return self._time_share("trace_seconds")
+
+    @property
     def thresholds(self) -> Thresholds:
         """The limits that the run was watched with: those given to `attach`, else those of the package.
 
@@ -262,7 +285,7 @@ class Run:
     def analyzed(self, thresholds: Thresholds) -> Analyzer:
         """An analyzer that has seen all rows, in the order in which the monitor saw them: dry edits after edit 0."""
         analyzer = analyzer_of(self.metrics, self.manifest, thresholds)
-        for _ in fed(analyzer, [edit.row for edit in self.edits], self.dry_edits, self.notes):
+        for _ in fed(analyzer, [edit.row for edit in self.edits], self.dry_edits, self.notes, self.operations):
             pass
         return analyzer
 

@@ -21,19 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import RunError
+from stabilitylab.record.operations import Operation, operation_from_json
 from stabilitylab.record.packed import Frame, PackedReadings
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 
 FILE_NAME = "run.db"
 APPLICATION_ID = 0x57AB1AB0
-SCHEMA_VERSION = 2
-"""2 added the table `dry`; a file of version 1 has none."""
+SCHEMA_VERSION = 3
+"""2 added the table `dry`, 3 the table `operation` and the time that tracing took; an older file has none of them."""
 LABEL_LIMIT = 4_000
 
 _ROW = """(
     edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
     probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
-    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL
+    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL,
+    trace_seconds REAL NOT NULL
 )"""
 
 _SCHEMA = f"""
@@ -52,6 +54,7 @@ CREATE TABLE alarm (
     id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, verdict TEXT NOT NULL, metric TEXT NOT NULL, site TEXT NOT NULL,
     says TEXT NOT NULL
 );
+CREATE TABLE operation (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, says TEXT NOT NULL);
 CREATE TABLE note (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, kind TEXT NOT NULL, says TEXT NOT NULL);
 """
 
@@ -178,7 +181,7 @@ def read_rows(
     db: sqlite3.Connection, table: Literal["edit", "dry"], unpack: Unpacker, after: int = -1
 ) -> Iterator[EditRow]:
     """The rows of edits with a number above `after`, in order. Of a file without the table `dry`: none."""
-    if table == "dry" and not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dry'").fetchone()[0]:
+    if table == "dry" and not _has_table(db, table):
         return  # schema 1
     cursor = db.execute(f"SELECT * FROM {table} WHERE edit > ? ORDER BY edit", (after,))
     names = [column[0] for column in cursor.description]
@@ -186,6 +189,19 @@ def read_rows(
         columns = dict(zip(names, values, strict=True))
         readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
         yield EditRow(**columns, readings=readings)
+
+
+def _has_table(db: sqlite3.Connection, name: str) -> bool:
+    return bool(db.execute("SELECT count(*) FROM sqlite_master WHERE name = ?", (name,)).fetchone()[0])
+
+
+def read_operations(db: sqlite3.Connection) -> tuple[Operation, ...]:
+    """The operations that tracing has named. Of a file without that table: none."""
+    if not _has_table(db, "operation"):
+        return ()  # schema 2
+    return tuple(
+        operation_from_json(json.loads(says)) for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
+    )
 
 
 def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
@@ -288,7 +304,7 @@ class RunWriter:
                     number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
                 present, data = _pack(row.readings, layout)
                 self._db.execute(
-                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         row.edit,
                         plain_text(row.label),
@@ -301,6 +317,7 @@ class RunWriter:
                         number,
                         present,
                         data,
+                        row.trace_seconds,
                     ),
                 )
         # Only now: where the rows were rolled back, their new layouts are not in the file either.
@@ -320,6 +337,12 @@ class RunWriter:
                 "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
                 (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
             )
+
+    def operation(self, operation: Operation) -> None:
+        """Append an operation that tracing has named."""
+        says = json.dumps(operation.to_json(), allow_nan=False, ensure_ascii=True)
+        with self._db:
+            self._db.execute("INSERT INTO operation (edit, says) VALUES (?, ?)", (operation.edit, says))
 
     def note(self, note: Note) -> None:
         """Append what was not measured, and why."""

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.hooks import Hook, logger, plain
+from stabilitylab.watching.own_work import OWN_WORK, is_under_a_mode_of_the_users
 
 SOLVE_LIMIT = 4
 """Solves per edit that are handed on: the first ones, and later ones that are larger than one of the largest so far."""
@@ -76,7 +77,7 @@ def _would_show() -> bool:
     """Whether operations of ours would end up in what is being recorded here: a compiled or traced graph, or a dispatch
     mode, of which selective checkpointing would hand our results to the user's recomputation.
     """
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_under_a_mode_of_the_users()
 
 
 def _version(tensor: Tensor) -> int:
@@ -160,7 +161,7 @@ class CallWatch(TorchFunctionMode):
             # What came out through `out` may have been written over what went in.
             if action is not None and kwargs.get("out") is None and not _would_show():
                 # Nor may a mode of the user's see operations of ours, or a transform wrap their results.
-                with torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
+                with OWN_WORK, torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
                     action(result, args, kwargs)
         except Exception as error:
             self._actions = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import nn
 
 from stabilitylab.errors import EditError, UsageError
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
@@ -49,6 +50,9 @@ class DryRecord:
         """Keep what broke; what else is to be said is said by the run's own edits."""
         if note.kind in {"probe-off", "canary-off"}:
             self.broken.append(note.says)
+
+    def operation(self, operation: Operation) -> None:
+        """Nothing: dry edits are not traced."""
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Nothing: the run has a manifest."""

@@ -22,6 +22,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from stabilitylab.watching.own_work import OWN_WORK
+
 logger = logging.getLogger("stabilitylab")
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -116,7 +118,7 @@ class Hook:
         """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
         if self._action is not None:
             try:
-                with _outside_of_transforms():
+                with OWN_WORK, _outside_of_transforms():
                     self._action(*args)
             except Exception as error:
                 self.fall_silent()
@@ -339,6 +341,14 @@ class Capture:
             self._watcher.model_output(kwargs, output)
 
         self.own(model.register_forward_hook(self.hook(after_forward), with_kwargs=True))
+
+    def watch_output(self, model: nn.Module, gave: Callable[[Any], None]) -> None:
+        """Hook the whole model: what it returns, as it is."""
+
+        def after_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            gave(output)
+
+        self.own(model.register_forward_hook(self.hook(after_forward)))
 
     def watch_norms(self, model: nn.Module) -> None:
         """Hook each normalisation of the model, known by its class's name: what enters it."""

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from stabilitylab.acting.schedule import Trace
 from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.thresholds import Thresholds
@@ -48,6 +49,7 @@ class Monitor:
         *,
         single_edits: bool = False,
         skipped: Mapping[str, str] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.path: Path = record.path.parent
         self._editor = editor
@@ -55,7 +57,7 @@ class Monitor:
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
         self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
-        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped)
+        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace)
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False
@@ -266,7 +268,7 @@ class Edit:
         self._monitor._open = None
         taken = Taken(self.label, self.started, self.clock, says)
         self._monitor._recorder.guard(
-            "the record of an edit", lambda: rounds.end(taken, self.capture, self.reports, foreign)
+            "the record of an edit", lambda: rounds.end(taken, self.capture, self.reports, self._entered, foreign)
         )
         # `edit` outlives its block: it must not hold what the edit was made of.
         self.reports.clear()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching.guard import Guard
@@ -28,6 +29,9 @@ class Record(Protocol):
 
     def note(self, note: Note) -> None:
         """What was not measured, or not as asked."""
+
+    def operation(self, operation: Operation) -> None:
+        """An operation that tracing has named."""
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Entries of the manifest."""
@@ -76,6 +80,11 @@ class Recorder:
             self._record.note(note)
         with suppress(Exception):
             self._analyzer.observe_note(note)
+
+    def operation(self, operation: Operation) -> None:
+        """Record an operation that tracing has named, before the row of its edit."""
+        self.guard("the run file", lambda: self._record.operation(operation))
+        self.guard("the analyzer", lambda: self._analyzer.observe_operation(operation))
 
     def manifest(self, entries: Mapping[str, Any]) -> None:
         """Write or replace entries of the manifest. Raises what the record raises."""

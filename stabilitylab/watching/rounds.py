@@ -9,10 +9,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from stabilitylab.acting.schedule import Trace
+from stabilitylab.acting.tracer import Tracer
+from stabilitylab.acting.tracing import Tracing
+from stabilitylab.analysis.alertness import gives_reason
 from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
@@ -41,13 +45,28 @@ class Taken:
     error: str | None = None
 
 
+class _Times(NamedTuple):
+    """Seconds of an edit, in the order of the row."""
+
+    whole: float
+    probes: float
+    canary: float
+    tracer: float
+
+    @property
+    def loop(self) -> float:
+        """The loop's own, and the tracer's, which is in it."""
+        return self.whole - self.probes - self.canary
+
+
 @dataclass(frozen=True)
 class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
     belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. foreign: whether
-    it left a model that was not made from the one that it began with.
+    it left a model that was not made from the one that it began with. tracers: that were on, of the edit and of the
+    canary.
     """
 
     edit: int
@@ -55,7 +74,8 @@ class _Unread:
     status: Status
     cargo: Cargo
     between: Cargo | None = None
-    times: tuple[float, float, float] | None = None
+    times: _Times | None = None
+    tracers: tuple[Tracer, ...] = ()
     asked: bool = False
     heard: bool = False
     foreign: bool = False
@@ -73,6 +93,7 @@ class Rounds:
         editor: object | None,
         canary: Canary | None,
         skipped: Mapping[str, str] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason."""
         self.model = model
@@ -83,6 +104,8 @@ class Rounds:
         self._schedule = None if canary is None else Schedule(canary)
         self._silence = Silence(canary is not None)
         self._pace = Pace()
+        self._tracing = Tracing(trace, recorder.note)
+        self._tracer: Tracer | None = None
         self._discovery: Discovery | None = None
         self._began = time.perf_counter()
         self._unread: _Unread | None = None
@@ -110,12 +133,12 @@ class Rounds:
         taken = Taken("", time.time(), time.perf_counter())
         with self._instruments.probe_time:
             self._instruments.before_any_edit(self.model, self.sites)
-        self._forward_canary(None)
+        tracers = self._forward_canary(0, None)
         if self._instruments.canary.failure:
             raise UsageError(f"the canary can't be run: {self._instruments.canary.failure}")
         with self._instruments.probe_time:
             cargo = self._instruments.send()
-        self._read(_Unread(0, taken, "start", cargo))
+        self._read(_Unread(0, taken, "start", cargo, tracers=tracers))
 
     def begin(self) -> Capture:
         """An edit begins: see what became of the last one, and put hooks on the model."""
@@ -126,14 +149,34 @@ class Rounds:
                 self._guard("observing the outcome", self._observe_later)
             self._instruments.begin(self._recorder.edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
-            return capture or self._instruments.no_capture()
+            capture = capture or self._instruments.no_capture()
+        self._guard("the tracer", lambda: self._trace(capture))
+        return capture
 
-    def end(self, taken: Taken, capture: Capture, reports: Mapping[str, EditorReport], foreign: bool = False) -> None:
+    def _trace(self, capture: Capture) -> None:
+        """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
+        self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)
+        if self._tracer is not None:
+            capture.watch_output(self.model, self._tracer.gave)
+            capture.stack.enter_context(self._tracing.entered(self._tracer))
+
+    def end(
+        self,
+        taken: Taken,
+        capture: Capture,
+        reports: Mapping[str, EditorReport],
+        entered: nn.Module,
+        foreign: bool = False,
+    ) -> None:
         """An edit has ended, and its hooks are gone: measure what it left, and record it as soon as nothing waits.
 
-        foreign: whether it left a model that was not made from the one that it began with.
+        entered: the model that it began with. foreign: whether it left one that was not made from that.
         """
         self._recorder.edits += 1
+        tracers: tuple[Tracer, ...] = ()
+        if self._tracer is not None:
+            tracers, self._tracer = (self._tracer,), None
+            self._tracing.left(tracers[0], list(dict.fromkeys((self.model, entered))))
         edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
         self.flush()
         with instruments.probe_time:
@@ -141,12 +184,19 @@ class Rounds:
             instruments.after(self.model, self.sites, capture, reports)
             cargo = instruments.send()
         if applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo)):
-            self._forward_canary(capture.model_call)
+            tracers += self._forward_canary(edit, capture.model_call)
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
         unread = _Unread(
-            edit, taken, status, cargo, asked=capture.asked, heard=capture.heard, foreign=applied and foreign
+            edit,
+            taken,
+            status,
+            cargo,
+            tracers=tracers,
+            asked=capture.asked,
+            heard=capture.heard,
+            foreign=applied and foreign,
         )
         capture.clear()
         self._outcome_due = edit if applied else None
@@ -156,10 +206,15 @@ class Rounds:
         else:
             self._read(unread)
 
-    def _times(self, clock: float) -> tuple[float, float, float]:
-        """Seconds since `clock`, and those of them that probes and canary took; both counts start anew."""
+    def _times(self, clock: float) -> _Times:
+        """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew."""
         instruments = self._instruments
-        return time.perf_counter() - clock, instruments.probe_time.take(), instruments.canary_time.take()
+        return _Times(
+            time.perf_counter() - clock,
+            instruments.probe_time.take(),
+            instruments.canary_time.take(),
+            self._tracing.take_seconds(),
+        )
 
     def flush(self) -> None:
         """Read what is still on its way: before anything is said of the last edit, and after an exception."""
@@ -189,9 +244,25 @@ class Rounds:
             note = self._silence.after(self.model, unread.heard, self._last_moved)
             if note is not None:
                 self._note(*note)
+        for tracer in unread.tracers:
+            operation = self._tracing.read(tracer)
+            if operation is not None:
+                self._recorder.operation(operation)
         times = unread.times or self._times(taken.clock)
-        row = EditRow(unread.edit, taken.label, unread.status, taken.started, *times, taken.error, readings)
+        row = EditRow(
+            edit=unread.edit,
+            label=taken.label,
+            status=unread.status,
+            started=taken.started,
+            seconds=times.whole,
+            probe_seconds=times.probes,
+            canary_seconds=times.canary,
+            trace_seconds=times.tracer,
+            error=taken.error,
+            readings=readings,
+        )
         self._recorder.row(row)
+        self._guard("the tracer's schedule", lambda: self._pace_tracer(row, times, bool(unread.tracers)))
         between = unread.between
         if independent:
             self._outcome_due = None
@@ -201,11 +272,28 @@ class Rounds:
 
     # -- the canary -----------------------------------------------------------------------------------------------
 
-    def _forward_canary(self, last_call: ModelCall | None) -> None:
-        before = self._instruments.canary_time.seconds
-        self._instruments.canary.forward(self.model, last_call)
+    def _forward_canary(self, edit: int, last_call: ModelCall | None) -> tuple[Tracer, ...]:
+        """Returns the tracers that were on."""
+        canary, before = self._instruments.canary, self._instruments.canary_time.seconds
+        tracer = self._tracing.around_canary(edit, self.model) if canary.wanted else None
+        logits = canary.forward(self.model, last_call, None if tracer is None else self._tracing.entered(tracer))
         if self._schedule is not None:
             self._schedule.paid(self._instruments.canary_time.seconds - before)
+        if tracer is None and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
+            tracer = self._tracing.second_look(edit, self.model)
+            if tracer is not None:
+                canary.forward_again(self.model, last_call, self._tracing.entered(tracer))
+        if tracer is None:
+            return ()
+        self._tracing.left(tracer, [self.model])
+        return (tracer,)
+
+    def _pace_tracer(self, row: EditRow, times: _Times, traced: bool) -> None:
+        """Tell the tracer's schedule what an edit was like, and what it took."""
+        schedule = self._tracing.schedule
+        schedule.heard(gives_reason(row, self._recorder.diagnosis()))
+        if row.status == "applied" and schedule.timed(times.loop, times.tracer if traced else None):
+            self._recorder.manifest({"trace": schedule.to_json()})
 
     def _canary_is_due(self, cargo: Cargo) -> bool:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where

@@ -119,7 +119,7 @@ def run_of(folder: Path, loop: Loop, **options: object) -> sl.Run:
 
 
 def untimed(row: EditRow) -> EditRow:
-    return replace(row, started=0.0, seconds=0.0, probe_seconds=0.0, canary_seconds=0.0, readings={})
+    return replace(row, started=0.0, seconds=0.0, probe_seconds=0.0, canary_seconds=0.0, trace_seconds=0.0, readings={})
 
 
 def assert_same(first: sl.Run, second: sl.Run) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -94,15 +94,40 @@ class CanaryInstrument:
         """Whether there is a canary, and a probe that is due needs it."""
         return self._canary is not None and (self._bench.needed(CanaryPass) or self._bench.needed(TextPass))
 
-    def forward(self, model: nn.Module, last_call: ModelCall | None) -> None:
-        """Forward it and reduce its logits. last_call: what a replay forwards."""
+    def forward(
+        self, model: nn.Module, last_call: ModelCall | None, around: AbstractContextManager[Any] | None = None
+    ) -> Tensor | None:
+        """Forward it and reduce its logits, which are returned; None where there are none. last_call: what a replay
+        forwards. around: entered for the forward pass.
+        """
         canary = self._canary
-        if canary is not None and self.wanted:
-            with self._bench.canary_time:
-                what, forward = "canary", functools.partial(canaries.forward, model, canary.batch, last_call)
-                answer = self._bench.safely(what, forward, as_the_loop=True, kind=CANARY_OFF)
-                if answer is not None:
-                    self._bench.safely(what, lambda: self._reduce(canary, answer), kind=CANARY_OFF)
+        if canary is None or not self.wanted:
+            return None
+        with self._bench.canary_time:
+            answer = self._answer(canary, model, last_call, around)
+            if answer is None:
+                return None
+            self._bench.safely("canary", lambda: self._reduce(canary, answer), kind=CANARY_OFF)
+            return answer.logits
+
+    def forward_again(self, model: nn.Module, last_call: ModelCall | None, around: AbstractContextManager[Any]) -> None:
+        """Forward it once more and measure nothing."""
+        if self._canary is not None:
+            self._answer(self._canary, model, last_call, around)
+
+    def _answer(
+        self,
+        canary: canaries.Canary,
+        model: nn.Module,
+        last_call: ModelCall | None,
+        around: AbstractContextManager[Any] | None,
+    ) -> canaries.Answer | None:
+        def forward() -> canaries.Answer | None:
+            with around or nullcontext():
+                return canaries.forward(model, canary.batch, last_call)
+
+        answer: canaries.Answer | None = self._bench.safely("canary", forward, as_the_loop=True, kind=CANARY_OFF)
+        return answer
 
     def _reduce(self, canary: canaries.Canary, answer: canaries.Answer) -> None:
         if canary.is_replay:

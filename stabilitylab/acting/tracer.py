@@ -1,0 +1,407 @@
+"""The tracer: looks at what each operation gives, while the edit runs, and names the first that was not finite.
+
+A dispatch mode is below autograd, so it sees forward, backward, optimiser and editor algebra alike. Each result is
+summed once, in fp32 or above: a sum is not finite where an entry isn't, and a hit is confirmed entry by entry. Nothing
+more is done until something is found. On an accelerator the sums are kept there and read when the edit is over, so
+that nothing waits; ranges and indices are then not known.
+
+What it can't see: compiled graphs, TorchScript, NumPy, and what other threads of Python do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._C import _pop_torch_dispatch_stack
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabilitylab.acting.call import Call
+from stabilitylab.acting.deferred import Log
+from stabilitylab.acting.lines import Spot, look, place_of
+from stabilitylab.acting.operators import Operator, operator_of
+from stabilitylab.acting.origins import Entering, Origins
+from stabilitylab.acting.telling import Names, bare, in_full, told
+from stabilitylab.acting.tensors import (
+    NAN,
+    Held,
+    dtype_of,
+    first_bad,
+    held,
+    in_output,
+    is_finite,
+    is_whole,
+    kinds_of,
+    memory_of,
+    quietly,
+    range_of,
+    readable,
+    spelled_kinds,
+    values_of,
+)
+from stabilitylab.record.operations import Made, Operation, Phase, Step, Values
+from stabilitylab.watching.own_work import OWN_WORK, OwnMode
+
+_FORWARDS_KEPT: Final = 200_000
+"""Forward operations of which the line is kept for their backward."""
+_AT_ONCE: Final = 8
+"""Steps of autograd that one operation may have, at most."""
+_LOOKED: Final = 4_000
+"""Operands that are looked at, of operations with a result that is not finite; of later ones what is known is trusted:
+after a NaN there are many.
+"""
+
+
+class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
+    """Traces what runs in this thread, and in autograd's for it, while it is entered: one edit, or one forward.
+
+    Results are what they are without it: nothing is computed but sums of what was computed. A failure of ours ends the
+    tracing (`failure` says why), never the operation.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        edit: int,
+        phase: Phase = "edit",
+        *,
+        ranges: bool = False,
+        deferred: bool = False,
+        largest_at: Step | None = None,
+    ) -> None:
+        """ranges: also keep the range of every result, so that those of overwritten operands are known. deferred: read
+        nothing before `finish`, as on an accelerator. largest_at: keep the largest magnitude that this operation gives.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.failure = ""
+        self.stopped = ""
+        """Why it stepped aside for the rest of the edit."""
+        self.operations = 0
+        """How many operations ran, those of ours left out."""
+        self.seconds = 0.0
+        """Spent in here."""
+        self.largest: float | None = None
+        self._edit, self._phase, self._deferred, self._with_ranges = edit, phase, deferred, ranges
+        self._largest_at = largest_at
+        self._operators: dict[Any, Operator] = {}
+        self._origins = Origins()
+        self._alive: dict[int, Held] = {}
+        self._unwritten: dict[int, Held] = {}
+        self._ranges: dict[int, tuple[float, float]] = {}
+        self._forwards: dict[int, Spot] = {}
+        self._sequence = _sequence()
+        self._looked = 0
+        self._calls: dict[int, Call] = {}
+        self._log = Log()
+        self._given: list[int] = []
+        self._names = Names()
+        self._thread = -1
+        self._entered = False
+
+    def for_canary(self) -> Tracer:
+        """The same, for the canary's forward."""
+        self._phase = "canary"
+        return self
+
+    def __enter__(self) -> Tracer:
+        self._thread = threading.get_ident()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._entered = True
+        return self
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Not entered meanwhile."""
+        above = self._take_out()
+        try:
+            yield
+        finally:
+            self._put_in(above)
+
+    def leave(self, why: str) -> None:
+        """No longer entered, for the rest of the edit."""
+        if self._entered:
+            self._take_out()
+            self._entered = False
+            self.stopped = self.stopped or why
+
+    def _take_out(self) -> list[Any] | None:
+        """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
+        None where it is not in this thread's.
+        """
+        if not self._entered or self._thread != threading.get_ident():
+            return None
+        above = []
+        while (height := torch._C._len_torch_dispatch_stack()) > 0:
+            if torch._C._get_dispatch_stack_at(height - 1) is self:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                break
+            above.append(_pop_torch_dispatch_stack(None))
+        for mode in reversed(above):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        return above
+
+    def _put_in(self, above: list[Any] | None) -> None:
+        """Back, below the same modes."""
+        if above is None:
+            return
+        for _ in above:
+            _pop_torch_dispatch_stack(None)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        for mode in reversed(above):
+            torch._C._push_on_torch_dispatch_stack(mode)
+
+    # torch.compile is as without us: what it makes runs as a few operations that are not looked into.
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """See `TorchDispatchMode`."""
+        return True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """The same, for releases of torch that ask so."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """`func` itself, then a look at what it gave."""
+        result = func(*args, **(kwargs or {}))
+        if OWN_WORK.depth or self.failure:
+            return result
+        began = time.perf_counter()
+        try:
+            self._after(func, args, kwargs or {}, result)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+        self.seconds += time.perf_counter() - began
+        return result
+
+    # -- each operation -------------------------------------------------------------------------------------------
+
+    def _after(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        number, self.operations = self.operations, self.operations + 1
+        sequence = _sequence()
+        if sequence != self._sequence:  # it is a step of autograd, whose backward will want to know the line
+            self._learn(sequence)
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = operator_of(func)
+        if operator.skipped:
+            return
+        if operator.unwritten:
+            self._unwritten_memory(result)
+            return
+        results = list(readable(_values_in(operator, args, kwargs, result)))
+        if self._deferred or any(tensor.is_cuda for tensor in results):
+            self._put_off(number, operator, args, kwargs, results)
+            return
+        bad = [tensor for tensor in results if not self._is_finite(tensor)]
+        if self._largest_at is not None and operator.full == self._largest_at.operator:
+            self._measure(results)
+        if bad:
+            self._found(Call(number, operator, args, kwargs, *self._where()), bad)
+        elif self._origins or self._unwritten:
+            for tensor in results:
+                if is_whole(tensor):
+                    self._forget(memory_of(tensor))
+
+    def _learn(self, sequence: int) -> None:
+        spot = look(sys._getframe(3)).spot
+        if spot.code is None:  # a backward that is to be differentiated again
+            spot = self._forward_spot() or spot
+        for number in range(max(self._sequence, sequence - _AT_ONCE), sequence):
+            self._forwards[number] = spot
+        while len(self._forwards) > _FORWARDS_KEPT:
+            del self._forwards[next(iter(self._forwards))]
+        self._sequence = sequence
+
+    def _forward_spot(self) -> Spot | None:
+        number = getattr(torch._C._current_autograd_node(), "_sequence_nr", None)
+        return None if number is None else self._forwards.get(number())
+
+    def _where(self) -> tuple[Spot, bool, str]:
+        """(the line, whether this is a backward, the step of autograd)."""
+        node: Any = torch._C._current_autograd_node()
+        found = look(sys._getframe(3))
+        if node is None:
+            return found.spot, False, ""
+        if found.above_engine:  # a forward that is made again, or a backward in Python
+            backward = not torch.is_grad_enabled()
+            return found.spot, backward, node.name() if backward else ""
+        spot = self._forward_spot()
+        if spot is None:  # such as the sum of two gradients
+            spot = look(sys._getframe(3), past_engine=True).spot
+        return spot, True, node.name()
+
+    def _is_finite(self, tensor: Tensor) -> bool:
+        if not self._with_ranges or not tensor.numel():
+            return is_finite(tensor)
+        least, greatest = (each.item() for each in quietly(tensor.aminmax))
+        self._ranges[memory_of(tensor)] = (least, greatest)
+        return math.isfinite(least) and math.isfinite(greatest)
+
+    def _measure(self, results: Sequence[Tensor]) -> None:
+        step, place = self._largest_at, place_of(self._where()[0])
+        if step is not None and (place.file, place.line) == (step.place.file, step.place.line):
+            ends = [end for tensor in results for end in range_of(tensor)[:2] if end is not None]
+            self.largest = max([self.largest or 0.0, *map(abs, ends)])
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _unwritten_memory(self, result: Any) -> None:
+        for tensor in readable(result):
+            memory = memory_of(tensor)
+            self._forget(memory)
+            self._unwritten[memory] = held(tensor)
+
+    def _forget(self, memory: int) -> None:
+        """All of it is written anew."""
+        self._unwritten.pop(memory, None)
+        self._alive.pop(memory, None)
+        self._origins.overwritten(memory)
+
+    def _kinds_before(self, call: Call, tensor: Tensor) -> int:
+        """What an operand held when the operation began, as far as that can be known."""
+        memory = memory_of(tensor)
+        if memory in call.changed and call.operator.fills:
+            return 0
+        alive = self._alive.get(memory)
+        if alive is not None and alive.expired():
+            self._forget(memory)
+        self._looked += 1
+        if memory in call.changed or memory in self._unwritten or self._looked > _LOOKED:
+            return self._origins.kinds(memory)
+        return kinds_of(tensor)
+
+    # -- something is not finite ----------------------------------------------------------------------------------
+
+    def _found(self, call: Call, bad: Sequence[Tensor]) -> None:
+        blank = {memory for memory in call.changed if memory in self._unwritten}
+        if any(not self._unwritten[memory].expired() for memory in blank) and not call.operator.fills:
+            return  # some of a memory that is not written yet, and may hold anything
+        entering = [
+            Entering(memory_of(tensor), kinds, self._arrived(call, name, tensor, kinds))
+            for name, tensor in call.operands
+            for kinds in (self._kinds_before(call, tensor),)
+            if kinds
+        ]
+        leaving = []
+        for tensor in bad:
+            memory = memory_of(tensor)
+            self._unwritten.pop(memory, None)
+            self._alive[memory] = held(tensor)
+            leaving.append((memory, kinds_of(tensor)))
+
+        def begin(made: Made) -> Operation:
+            index, value = first_bad(bad[0])
+            operation = in_full(self._begun(call, made), call, self._operand)
+            return replace(operation, result=values_of("", bad[0]), index=index, value=value)
+
+        trail = self._origins.passed(call, entering, leaving, begin)
+        if bad[0].numel() == 1 and not call.backward:
+            trail.reaches("loss")
+
+    def _begun(self, call: Call, made: Made) -> Operation:
+        self._calls[call.number] = call.without_tensors()
+        return bare(self._edit, self._phase, call, made)
+
+    def _arrived(self, call: Call, name: str, tensor: Tensor, kinds: int) -> Callable[[], Operation]:
+        def make() -> Operation:
+            # An infinity that was there before, and is no weight: a mask that the model keeps.
+            fault = isinstance(tensor, nn.Parameter) or kinds & NAN
+            operation = self._begun(call, "arrived" if fault else "designed")
+            return replace(operation, operands=(values_of(name, tensor),), value=spelled_kinds(kinds))
+
+        return make
+
+    def _operand(self, call: Call, name: str, tensor: Tensor) -> Values:
+        """An operand with its range; of one that was written over, the range that it had, where that was kept."""
+        if memory_of(tensor) not in call.changed:
+            return values_of(name, tensor)
+        least, greatest = self._ranges.get(memory_of(tensor), (None, None))
+        return Values(name, tuple(tensor.shape), dtype_of(tensor), least, greatest)
+
+    # -- on an accelerator ----------------------------------------------------------------------------------------
+
+    def _put_off(
+        self,
+        number: int,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        results: Sequence[Tensor],
+    ) -> None:
+        if not results or (results[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._log.add(Call(number, operator, args, kwargs, *self._where()), results)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def gave(self, output: Any) -> None:
+        """The whole model has returned this."""
+        if self._origins or self._log:
+            self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
+            if not self._log:
+                self._see_given()
+
+    def _see_given(self) -> None:
+        for memory in self._given:
+            trail = self._origins.trail(memory)
+            if trail is not None:
+                trail.reaches("output")
+        self._given.clear()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave, wherever in the stack it is by now. Left from another thread, it can only fall silent."""
+        if self._thread != threading.get_ident():
+            self.failure = self.failure or "the edit was left in another thread"
+        self._take_out()
+        self._entered = False
+
+    def seal(self, models: Sequence[nn.Module]) -> None:
+        """The edit is over. models: that it began with and left, as they are now. Waits for nothing."""
+        if self._origins or self._origins.trails or self._log:
+            self._names = Names.of(models)
+
+    def finish(self) -> Operation | None:
+        """The operation to blame, if any. Waits for an accelerator; a failure of ours gives None."""
+        try:
+            self._log.read(self._origins, self._begun)
+            self._see_given()
+            self._names.see_what_was_reached(self._origins)
+            trail = self._origins.blamed()
+            return None if trail is None else told(trail, self._calls[trail.operation.number], self._names)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            return None
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._origins, self._names = Origins(), Names()
+        for known in (self._alive, self._unwritten, self._ranges, self._forwards, self._calls):
+            known.clear()
+        self._log.clear()
+        self._given.clear()
+
+
+def _sequence() -> int:
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def _values_in(operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    if operator.written:
+        return operator.changed(args, kwargs)
+    return result[0] if operator.first_only and isinstance(result, tuple) else result
