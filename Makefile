@@ -12,7 +12,7 @@ LINT := $(VENV)/.installed-lint
 PRETRAINED := $(VENV)/.installed-smollm2
 PINNED := setup.cfg pyproject.toml constraints.txt
 ROOTS := stabilitylab probes reports
-CHECKED := $(ROOTS) tests benchmarks
+CHECKED := $(ROOTS) tests benchmarks examples
 # Small models: one thread is as fast as two, and the same on every machine.
 export OMP_NUM_THREADS := 1
 
