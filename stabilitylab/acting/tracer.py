@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._C import _pop_torch_dispatch_stack
+from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitylab.acting.call import Call
@@ -105,17 +105,20 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._given: list[int] = []
         self._names = Names()
         self._thread = -1
-        self._entered = False
+        self.is_over = False
+        """Whether the edit is."""
 
     def for_canary(self) -> Tracer:
         """The same, for the canary's forward."""
         self._phase = "canary"
         return self
 
+    # What torch itself does besides, to enter a mode, is to set flags by which the compiler tells that it is inside of
+    # one, and to put them back when it is left: wrongly, where the user's modes were entered in between and stay.
+
     def __enter__(self) -> Tracer:
         self._thread = threading.get_ident()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._entered = True
+        _push_on_torch_dispatch_stack(self)
         return self
 
     @contextlib.contextmanager
@@ -129,36 +132,34 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def leave(self, why: str) -> None:
         """No longer entered, for the rest of the edit."""
-        if self._entered:
+        if not self.stopped:
             self._take_out()
-            self._entered = False
-            self.stopped = self.stopped or why
+            self.stopped = why
 
     def _take_out(self) -> list[Any] | None:
         """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
-        None where it is not in this thread's.
+        None where it is not in this thread's, or an operation that it was asked for is still running.
         """
-        if not self._entered or self._thread != threading.get_ident():
+        if self._thread != threading.get_ident():
             return None
-        above = []
-        while (height := torch._C._len_torch_dispatch_stack()) > 0:
-            if torch._C._get_dispatch_stack_at(height - 1) is self:
-                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                break
-            above.append(_pop_torch_dispatch_stack(None))
-        for mode in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(mode)
+        height = torch._C._len_torch_dispatch_stack()
+        place = next((at for at in range(height)[::-1] if torch._C._get_dispatch_stack_at(at) is self), None)
+        if place is None:
+            return None
+        above = [_pop_torch_dispatch_stack(None) for _ in range(height - place - 1)][::-1]
+        _pop_torch_dispatch_stack(None)
+        for mode in above:
+            _push_on_torch_dispatch_stack(mode)
         return above
 
     def _put_in(self, above: list[Any] | None) -> None:
         """Back, below the same modes."""
-        if above is None:
+        if above is None or self.is_over or self.stopped:
             return
         for _ in above:
             _pop_torch_dispatch_stack(None)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        for mode in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in (self, *above):
+            _push_on_torch_dispatch_stack(mode)
 
     # torch.compile is as without us: what it makes runs as a few operations that are not looked into.
 
@@ -177,7 +178,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """`func` itself, then a look at what it gave."""
         result = func(*args, **(kwargs or {}))
-        if OWN_WORK.depth or self.failure:
+        if OWN_WORK.depth or self.failure or self.stopped:
             return result
         began = time.perf_counter()
         try:
@@ -363,11 +364,18 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._given.clear()
 
     def __exit__(self, *exception: Any) -> None:
-        """Leave, wherever in the stack it is by now. Left from another thread, it can only fall silent."""
+        """Leave, wherever in the stack it is by now. Left from another thread, it can only fall silent, until that
+        thread calls torch again.
+        """
+        self.is_over = True
         if self._thread != threading.get_ident():
             self.failure = self.failure or "the edit was left in another thread"
         self._take_out()
-        self._entered = False
+
+    def sweep(self) -> None:
+        """Leave this thread's stack, if the edit is over and another thread left it."""
+        if self.is_over:
+            self._take_out()
 
     def seal(self, models: Sequence[nn.Module]) -> None:
         """The edit is over. models: that it began with and left, as they are now. Waits for nothing."""

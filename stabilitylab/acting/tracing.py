@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from stabilitylab.acting.aside import StepAside
+from stabilitylab.acting.aside import StepAside, compiler
 from stabilitylab.acting.schedule import Asked, Schedule, Trace, asked_for, mode_of
 from stabilitylab.acting.tracer import Tracer
 from stabilitylab.record.operations import Operation, Place, Reach
@@ -50,6 +50,8 @@ class Tracing:
         self._said: set[str] = set()
         self._second_looks = _SECOND_LOOKS
         self._named: Counter[tuple[str, Place, Reach]] = Counter()
+        if not self.is_off:
+            compiler()  # not inside the first edit
 
     @property
     def is_off(self) -> bool:
@@ -89,7 +91,7 @@ class Tracing:
     @contextlib.contextmanager
     def entered(tracer: Tracer) -> Iterator[None]:
         """Traced inside."""
-        with tracer, StepAside(tracer.aside, tracer.leave):
+        with tracer, StepAside(tracer):
             yield
 
     def left(self, tracer: Tracer, models: Sequence[nn.Module]) -> None:
