@@ -92,12 +92,16 @@ def is_whole(tensor: Tensor) -> bool:
 
 def total(tensor: Tensor) -> Tensor:
     """Its sum, 0-d, in fp32 or above: not finite where an entry isn't, and where it is too large."""
-    return quietly(lambda: torch.sum(tensor, dtype=SUMMED[tensor.dtype]))
+    return quietly(lambda: _sum(tensor))
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return torch.sum(tensor, dtype=SUMMED[tensor.dtype])
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is: by the sum, and where that isn't by each of them."""
-    return math.isfinite(total(tensor).item()) or bool(quietly(lambda: tensor.isfinite().all()))
+    return quietly(lambda: math.isfinite(_sum(tensor).item()) or bool(tensor.isfinite().all()))
 
 
 def kinds_of(tensor: Tensor) -> int:

@@ -52,6 +52,8 @@ from stabilitylab.watching.own_work import OWN_WORK, OwnMode
 
 _FORWARDS_KEPT: Final = 200_000
 """Forward operations of which the line is kept for their backward."""
+_WRONGLY_HANDED: Final = "Expected a value of type 'Tensor'"
+"""What torch says of a number in place of a tensor. TorchScript's constants come as such to any dispatch mode."""
 _AT_ONCE: Final = 8
 """Steps of autograd that one operation may have, at most."""
 _LOOKED: Final = 4_000
@@ -177,7 +179,12 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """`func` itself, then a look at what it gave."""
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if _WRONGLY_HANDED not in str(error):
+                raise
+            result = func(*_handed_rightly(func, args), **(kwargs or {}))
         if OWN_WORK.depth or self.failure or self.stopped:
             return result
         began = time.perf_counter()
@@ -248,7 +255,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _is_finite(self, tensor: Tensor) -> bool:
         if not self._with_ranges or not tensor.numel():
             return is_finite(tensor)
-        least, greatest = (each.item() for each in quietly(tensor.aminmax))
+        least, greatest = quietly(lambda: [each.item() for each in tensor.aminmax()])
         self._ranges[memory_of(tensor)] = (least, greatest)
         return math.isfinite(least) and math.isfinite(greatest)
 
@@ -352,7 +359,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def gave(self, output: Any) -> None:
         """The whole model has returned this."""
         if self._origins or self._log:
-            self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
+            with torch._C.DisableTorchFunction():  # a mode of the user's would see us look
+                self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
             if not self._log:
                 self._see_given()
 
@@ -402,6 +410,15 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             known.clear()
         self._log.clear()
         self._given.clear()
+
+
+def _handed_rightly(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The arguments of a call with a tensor wherever a number stands for one."""
+    wants = [isinstance(argument.type, torch._C.TensorType) for argument in func._schema.arguments]
+    return [
+        torch.tensor(given) if tensor and isinstance(given, int | float | complex) else given
+        for given, tensor in zip(args, wants, strict=False)
+    ]
 
 
 def _sequence() -> int:
