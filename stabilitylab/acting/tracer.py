@@ -79,9 +79,11 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         ranges: bool = False,
         deferred: bool = False,
         largest_at: Step | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         """ranges: also keep the range of every result, so that those of overwritten operands are known. deferred: read
         nothing before `finish`, as on an accelerator. largest_at: keep the largest magnitude that this operation gives.
+        model: whose weights are no masks, where they hold an infinity.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.failure = ""
@@ -106,6 +108,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._log = Log()
         self._given: list[int] = []
         self._names = Names()
+        weights = () if model is None else model.parameters()
+        self._weights = frozenset(memory_of(found) for weight in weights for found in readable(weight))
         self._thread = -1
         self.is_over = False
         """Whether the edit is."""
@@ -209,6 +213,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             return
         if operator.unwritten:
             self._unwritten_memory(result)
+            if self._log or self._deferred:
+                self._log.unwritten(readable(result))
             return
         results = list(readable(_values_in(operator, args, kwargs, result)))
         if self._deferred or any(tensor.is_cuda for tensor in results):
@@ -317,8 +323,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             return replace(operation, result=values_of("", bad[0]), index=index, value=value)
 
         trail = self._origins.passed(call, entering, leaving, begin)
-        if bad[0].numel() == 1 and not call.backward:
-            trail.reaches("loss")
+        if bad[0].numel() == 1:
+            trail.gives_one_number(call)
 
     def _begun(self, call: Call, made: Made) -> Operation:
         self._calls[call.number] = call.without_tensors()
@@ -327,11 +333,14 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _arrived(self, call: Call, name: str, tensor: Tensor, kinds: int) -> Callable[[], Operation]:
         def make() -> Operation:
             # An infinity that was there before, and is no weight: a mask that the model keeps.
-            fault = isinstance(tensor, nn.Parameter) or kinds & NAN
+            fault = kinds & NAN or self._is_weight(tensor)
             operation = self._begun(call, "arrived" if fault else "designed")
             return replace(operation, operands=(values_of(name, tensor),), value=spelled_kinds(kinds))
 
         return make
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or memory_of(tensor) in self._weights
 
     def _operand(self, call: Call, name: str, tensor: Tensor) -> Values:
         """An operand with its range; of one that was written over, the range that it had, where that was kept."""
@@ -352,7 +361,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     ) -> None:
         if not results or (results[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self._log.add(Call(number, operator, args, kwargs, *self._where()), results)
+        self._log.add(Call(number, operator, args, kwargs, *self._where()), results, self._is_weight)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

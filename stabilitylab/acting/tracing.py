@@ -70,7 +70,7 @@ class Tracing:
         if reason is not None:
             self._say(f"operations are not traced: {reason}")
             return None
-        return Tracer(edit, ranges=in_full)
+        return Tracer(edit, ranges=in_full, model=model)
 
     def around_canary(self, edit: int, model: nn.Module) -> Tracer | None:
         """The tracer of the canary's forward, or None where it is off."""
