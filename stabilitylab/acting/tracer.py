@@ -62,6 +62,10 @@ after a NaN there are many.
 """
 
 
+_View = tuple[int, Any, torch.Size]
+"""The memory of a tensor, and which part of it."""
+
+
 class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     """Traces what runs in this thread, and in autograd's for it, while it is entered: one edit, or one forward.
 
@@ -100,7 +104,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._origins = Origins()
         self._alive: dict[int, Held] = {}
         self._unwritten: dict[int, Held] = {}
-        self._ranges: dict[int, tuple[float, float]] = {}
+        self._ranges: dict[_View, tuple[float, float]] = {}
+        self._new_ranges: dict[_View, tuple[float, float]] = {}
         self._forwards: dict[int, Spot] = {}
         self._sequence = _sequence()
         self._looked = 0
@@ -229,6 +234,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             for tensor in results:
                 if is_whole(tensor):
                     self._forget(memory_of(tensor))
+        if self._with_ranges:
+            self._remember_ranges()
 
     def _learn(self, sequence: int) -> None:
         spot = look(sys._getframe(3)).spot
@@ -262,8 +269,17 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         if not self._with_ranges or not tensor.numel():
             return is_finite(tensor)
         least, greatest = quietly(lambda: [each.item() for each in tensor.aminmax()])
-        self._ranges[memory_of(tensor)] = (least, greatest)
+        self._new_ranges[_view(tensor)] = (least, greatest)
         return math.isfinite(least) and math.isfinite(greatest)
+
+    def _remember_ranges(self) -> None:
+        """When nobody asks any more what was there before."""
+        for view, ends in self._new_ranges.items():
+            if all(map(math.isfinite, ends)):
+                self._ranges[view] = ends
+            else:
+                self._ranges.pop(view, None)
+        self._new_ranges.clear()
 
     def _measure(self, results: Sequence[Tensor]) -> None:
         step, place = self._largest_at, place_of(self._where()[0])
@@ -277,6 +293,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         for tensor in readable(result):
             memory = memory_of(tensor)
             self._forget(memory)
+            self._ranges.pop(_view(tensor), None)
             self._unwritten[memory] = held(tensor)
 
     def _forget(self, memory: int) -> None:
@@ -346,7 +363,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         """An operand with its range; of one that was written over, the range that it had, where that was kept."""
         if memory_of(tensor) not in call.changed:
             return values_of(name, tensor)
-        least, greatest = self._ranges.get(memory_of(tensor), (None, None))
+        least, greatest = self._ranges.get(_view(tensor), (None, None))
         return Values(name, tuple(tensor.shape), dtype_of(tensor), least, greatest)
 
     # -- on an accelerator ----------------------------------------------------------------------------------------
@@ -415,7 +432,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def _let_go(self) -> None:
         self._origins, self._names = Origins(), Names()
-        for known in (self._alive, self._unwritten, self._ranges, self._forwards, self._calls):
+        for known in (self._alive, self._unwritten, self._ranges, self._new_ranges, self._forwards, self._calls):
             known.clear()
         self._log.clear()
         self._given.clear()
@@ -428,6 +445,10 @@ def _handed_rightly(func: Any, args: tuple[Any, ...]) -> list[Any]:
         torch.tensor(given) if tensor and isinstance(given, int | float | complex) else given
         for given, tensor in zip(args, wants, strict=False)
     ]
+
+
+def _view(tensor: Tensor) -> _View:
+    return memory_of(tensor), tensor.storage_offset(), tensor.shape
 
 
 def _sequence() -> int:

@@ -58,6 +58,10 @@ class Tracing:
         """Whether no edit will be traced, whatever happens."""
         return self.schedule.mode == "off" and not self.asked
 
+    def to_json(self) -> dict[str, object]:
+        """What was asked for and decided, for the manifest."""
+        return self.schedule.to_json() | ({"asked": str(self.asked)} if self.asked else {})
+
     def begin(self, edit: int, model: nn.Module) -> Tracer | None:
         """The tracer of an edit, or None where it is off."""
         in_full = edit in self.asked
