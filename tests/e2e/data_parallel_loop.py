@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def main(folder: Path) -> None:
         "digests": digests,
         "traced": found.trace_time_share,
         "off": [note.says for note in found.notes if note.kind == "trace-off"],
-        "operations": [(each.operator, each.place.source, each.reached, each.edit) for each in found.operations],
+        "operations": [(each.operator, each.place.source, each.made, each.edit) for each in found.operations],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     dist.destroy_process_group()
@@ -74,7 +73,7 @@ def traced(folder: Path, rank: int, trace: bool | None) -> str:
             optimizer.zero_grad()
             loss = parallel(x).pow(2).mean()
             if edit == 2 and rank == 1:
-                loss = loss + (x - x).sum().log() * 0 * math.pi
+                loss = loss * ((x - x).sum().log() * 0)
             loss.backward()
             optimizer.step()
         for parameter in parallel.parameters():

@@ -161,13 +161,14 @@ def runs(op: Any, sample: Any) -> bool:
 
 def check(name: str, most: int, **options: Any) -> int:
     """Returns how many samples were compared."""
-    op, compared = OPERATORS[name], 0
+    op, compared, seen = OPERATORS[name], 0, 0
     for sample in filter(functools.partial(runs, op), samples(op, most)):
         tracer = Tracer(1, **options)
         assert is_as_without_us(op, sample, results(op, sample, tracer)), f"{name}: sample {compared}"
         assert tracer.failure == ""
-        assert tracer.operations > 0 or tracer.stopped or op.name.startswith(("linalg", "norm"))
+        seen += tracer.operations
         compared += 1
+    assert seen > 0 or compared == 0 or name == "broadcast_shapes"  # which computes nothing
     return compared
 
 
