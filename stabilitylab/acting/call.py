@@ -62,6 +62,11 @@ class Call:
         return {name: f"{value:.6g}" for name, value in numbers if not isinstance(value, bool)}
 
     @cached_property
+    def gathers(self) -> bool:
+        """Whether anything of more than one entry went in."""
+        return any(tensor.numel() > 1 for _, tensor in self.operands)
+
+    @cached_property
     def asks_for_infinity(self) -> bool:
         """Whether it makes a tensor of a number, or a number that it was called with is not finite."""
         given = [*self.args, *self.kwargs.values()]
@@ -75,6 +80,6 @@ class Call:
     def without_tensors(self) -> Call:
         """The same, remembering what it is asked for and no tensor."""
         light = replace(self, args=(), kwargs={})
-        for name in ("changed", "memories", "shapes", "settings", "asks_for_infinity"):
+        for name in ("changed", "memories", "shapes", "settings", "gathers", "asks_for_infinity"):
             light.__dict__[name] = getattr(self, name)
         return light

@@ -294,7 +294,7 @@ class Rounds:
         schedule = self._tracing.schedule
         schedule.heard(gives_reason(row, self._recorder.diagnosis()))
         if row.status == "applied" and schedule.timed(times.loop, times.tracer if traced else None):
-            self._recorder.manifest({"trace": schedule.to_json()})
+            self._recorder.manifest({"trace": self._tracing.to_json()})
 
     def _canary_is_due(self, cargo: Cargo) -> bool:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
