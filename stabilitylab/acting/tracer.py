@@ -48,7 +48,7 @@ from stabilitylab.acting.tensors import (
     values_of,
 )
 from stabilitylab.record.operations import Made, Operation, Phase, Step, Values
-from stabilitylab.watching.own_work import OWN_WORK, OwnMode
+from stabilitylab.watching.own_work import OwnMode
 
 _FORWARDS_KEPT: Final = 200_000
 """Forward operations of which the line is kept for their backward."""
@@ -177,7 +177,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """`func` itself, then a look at what it gave."""
         result = func(*args, **(kwargs or {}))
-        if OWN_WORK.depth or self.failure:
+        if self.failure:
             return result
         began = time.perf_counter()
         try:

@@ -159,6 +159,7 @@ class Analyzer:
                 causes=self._serving.links(causes),
                 landing=landing,
                 unwatched=self._unwatched,
+                operations=self._operations,
                 forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),
             )
             self._diagnosis = replace(diagnosis, baseline=self._baseline(), thresholds=str(self._thresholds))

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+from stabilitylab.analysis.causes.precedence import in_chain
 from stabilitylab.analysis.causes.rule import Cause
 from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Link, Verdict, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.leading import edit_of, leading, reading
+from stabilitylab.analysis.operation import advice, blamed, its_finding, link, says
 from stabilitylab.analysis.words import place_name
+from stabilitylab.record.operations import Operation
 
 CHAIN: Final = 10
 """Findings at most this many edits apart are taken to belong to one development."""
@@ -51,11 +54,16 @@ def diagnose(
     causes: tuple[Link, ...],
     landing: Landing,
     unwatched: tuple[str, ...],
+    operations: Sequence[Operation] = (),
 ) -> Diagnosis:
-    """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such."""
+    """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such. operations:
+    that were traced.
+    """
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
-    first = leading(cause.place, first_bad, findings)
+    operation = blamed(operations, min(nonfinite, default=None), nothing_lands=landing.nothing_lands, edits=edits)
+    traced = None if operation is None or first_bad is None else its_finding(operation, findings)
+    first = traced or leading(cause.place, first_bad, findings)
     # Without a bad reading edits may be lost, or a fault have been there before the first: the cause says where.
     bad = first if first_bad is not None or cause.place is not None else None
     if first is not None:
@@ -70,7 +78,7 @@ def diagnose(
         first_bad_metric=None if bad is None else bad.metric,
         cause=cause.cause,
         cause_says=cause.says,
-        advice=cause.advice,
+        advice=cause.advice if operation is None or cause.cause != UNKNOWN_CAUSE else advice(operation),
         findings=findings,
         says="",
         first_nonfinite_edit=min(nonfinite, default=None),
@@ -80,7 +88,8 @@ def diagnose(
         lost_edits=landing.lost,
         nothing_lands=landing.nothing_lands,
         unwatched=unwatched,
-        causes=causes,
+        causes=causes if operation is None else in_chain(causes, link(operation)),
+        operation=operation,
     )
     if first is not None and first_bad is not None:
         says = f"{_since(diagnosis)}: {_first(diagnosis, first, first_bad)}"
@@ -129,7 +138,12 @@ def _since(diagnosis: Diagnosis) -> str:
 
 def _first(diagnosis: Diagnosis, first: Finding, bad: Finding) -> str:
     """Where first, with the reading that shows it, and why; without a known cause, what is bad."""
-    why = bad.says[:1].lower() + bad.says[1:] if diagnosis.cause == UNKNOWN_CAUSE else diagnosis.cause_says
+    if diagnosis.cause == UNKNOWN_CAUSE and diagnosis.operation is not None:
+        why = says(diagnosis.operation)
+    elif diagnosis.cause == UNKNOWN_CAUSE:
+        why = bad.says[:1].lower() + bad.says[1:]
+    else:
+        why = diagnosis.cause_says
     return f"first in {place_name(first.site)} ({reading(first)}) — {why}"
 
 

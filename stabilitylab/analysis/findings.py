@@ -8,6 +8,7 @@ from reprlib import Repr
 from typing import Any, Final, Literal
 
 from stabilitylab.record.display import html
+from stabilitylab.record.operations import Operation
 
 Verdict = Literal["stable", "drifting", "diverging", "collapsed", "non-finite"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("stable", "drifting", "diverging", "collapsed", "non-finite")
@@ -98,8 +99,10 @@ class Forecast:
         return self.says
 
 
-Role = Literal["trigger", "amplifier", "limit", "condition"]
-"""What a cause does in the chain: it begins the trouble, makes it grow, is where that ends, or let it come about."""
+Role = Literal["trigger", "amplifier", "operation", "limit", "condition"]
+"""What a cause does in the chain: it begins the trouble, makes it grow, is where that ends, or let it come about. The
+operation is no cause of its own: it was traced, and shows in which line the others struck.
+"""
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ class Diagnosis:
     landed: whether edits took effect: all, some or none of them; None when that could not be seen. lost_edits: how many
     in a row did not, up to the last. nothing_lands: whether that is all of the last ten, or of a shorter run; it is no
     part of the verdict, which is about the model. unwatched: what was asked for and could not be watched, in words.
-    causes: the chain of causes, in the order of the story: triggers, amplifiers, limits, conditions. `cause` is the one
-    of them to act on first. Once a run diverges, what was claimed stays in it.
+    causes: the chain of causes, in the order of the story: triggers, amplifiers, the traced operation, limits,
+    conditions. `cause` is the one of them to act on first. Once a run diverges, what was claimed stays in it.
+    operation: the traced operation that broke the model, or keeps edits from it; None where none was traced.
     """
 
     verdict: Verdict
@@ -163,6 +167,7 @@ class Diagnosis:
     nothing_lands: bool = False
     unwatched: tuple[str, ...] = ()
     causes: tuple[Link, ...] = ()
+    operation: Operation | None = None
 
     def __str__(self) -> str:
         return self.says

@@ -289,9 +289,14 @@ class LeadIn:
     def _overflowed_gradient(self, row: Flat) -> str | None:
         for at in self._where.places["gradient.norm"]:
             site = self._site(row, at)
-            if not row.finite[at] and self._value(row, "gradient.nonfinite", site) == 0:
+            # The factors are those of the first pass; the gradient may be a sum over several.
+            if not row.finite[at] and self._value(row, "gradient.nonfinite", site) == 0 and self._later(row, site) == 0:
                 return site
         return None
+
+    def _later(self, row: Flat, site: str) -> float:
+        """How many passes of a layer after its first had a gradient that was not finite."""
+        return self._value(row, "gradient.nonfinite_passes", site) or 0.0
 
     def _look_at_fatal(self, row: Flat) -> FatalRow:
         places = self._where.places
@@ -302,7 +307,10 @@ class LeadIn:
         # Where a step of the same edit has spoilt the weights, what comes after it is no news.
         still_sound = bool((row.values[np.concatenate(later)] == 0).all())
         later_bad = still_sound and bool((row.values[places["gradient.nonfinite_passes"]] > 0).any())
-        sound = bool(norms.size) and bool((row.values[bad] == 0).all() and row.finite[norms].all())
+        first_sound = bool(norms.size) and bool((row.values[bad] == 0).all())
+        sound = first_sound and bool(row.finite[norms].all())
+        # The gradient itself is not finite where a later pass is a part of it.
+        told = all(row.finite[at] or self._later(row, self._site(row, at)) > 0 for at in norms)
         weights = [at for at in places["weight.nonfinite"] if row.values[at] > 0]
         # The first in dataflow, but for stray entries: where thousands overflowed is the place to look at.
         most = max((row.values[at] for at in weights), default=0.0)
@@ -316,7 +324,7 @@ class LeadIn:
             sound_gradients=sound and not later_bad,
             no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),
             gradients_unread=norms.size == 0,
-            later_gradients=sound and later_bad,
+            later_gradients=first_sound and told and later_bad,
             gradient_overflowed=self._overflowed_gradient(row),
             loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
             moved_before=self._moved_before,

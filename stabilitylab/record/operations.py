@@ -106,6 +106,16 @@ class Operation:
         parts = self.operator.split(".")
         return parts[1] if len(parts) > 1 else self.operator
 
+    @property
+    def kind(self) -> Literal["range", "algebra"] | None:
+        """What other precisions say: ``range`` where a wider one is finite, ``algebra`` where the widest that could be
+        tried is not; None where none was.
+        """
+        tried = [each.finite for each in self.precisions if each.finite is not None]
+        if not tried:
+            return None
+        return "range" if any(tried) else "algebra"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values. Numbers are finite by what they mean."""
         return asdict(self)

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.hooks import Hook, logger, plain
-from stabilitylab.watching.own_work import OWN_WORK, is_under_a_mode_of_the_users
+from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, own_work
 
 SOLVE_LIMIT = 4
 """Solves per edit that are handed on: the first ones, and later ones that are larger than one of the largest so far."""
@@ -161,7 +161,12 @@ class CallWatch(TorchFunctionMode):
             # What came out through `out` may have been written over what went in.
             if action is not None and kwargs.get("out") is None and not _would_show():
                 # Nor may a mode of the user's see operations of ours, or a transform wrap their results.
-                with OWN_WORK, torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
+                with (
+                    own_work(),
+                    torch._C.DisableTorchFunction(),
+                    torch.no_grad(),
+                    temporarily_clear_interpreter_stack(),
+                ):
                     action(result, args, kwargs)
         except Exception as error:
             self._actions = {}

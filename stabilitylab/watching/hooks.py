@@ -22,7 +22,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from stabilitylab.watching.own_work import OWN_WORK
+from stabilitylab.watching.own_work import own_work
 
 logger = logging.getLogger("stabilitylab")
 
@@ -118,7 +118,7 @@ class Hook:
         """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
         if self._action is not None:
             try:
-                with OWN_WORK, _outside_of_transforms():
+                with own_work(), _outside_of_transforms():
                     self._action(*args)
             except Exception as error:
                 self.fall_silent()

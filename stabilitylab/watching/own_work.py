@@ -1,32 +1,45 @@
-"""Marks work of ours that runs inside a user's edit, so that our own tracer passes it by."""
+"""Work of ours that runs inside a user's edit: modes of ours neither see it nor change how torch carries it out."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-
-
-class OwnWork(threading.local):
-    """A context manager: work of ours runs in this thread inside of it. It may be entered again inside itself."""
-
-    depth = 0
-
-    def __enter__(self) -> None:
-        self.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-
-
-OWN_WORK = OwnWork()
+from torch._C import _len_torch_dispatch_stack, _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 
 
 class OwnMode:
     """What a dispatch mode of ours is, besides being one."""
 
 
+def own_work() -> contextlib.AbstractContextManager[None]:
+    """Modes of ours are not entered inside. While a compiler traces our hooks nothing happens: it would break off."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _without_own_modes()
+
+
+@contextlib.contextmanager
+def _without_own_modes() -> Iterator[None]:
+    # By the stack of this thread alone: autograd runs hooks in others, with the modes of the one that called it.
+    modes = [_pop_torch_dispatch_stack(None) for _ in range(_len_torch_dispatch_stack())][::-1]
+    _push([mode for mode in modes if not isinstance(mode, OwnMode)])
+    try:
+        yield
+    finally:
+        for _ in range(_len_torch_dispatch_stack()):
+            _pop_torch_dispatch_stack(None)
+        _push(modes)
+
+
+def _push(modes: list[Any]) -> None:
+    for mode in modes:
+        _push_on_torch_dispatch_stack(mode)
+
+
 def is_under_a_mode_of_the_users() -> bool:
     """Whether a dispatch mode that is none of ours would see what is computed here."""
-    modes = range(torch._C._len_torch_dispatch_stack())
+    modes = range(_len_torch_dispatch_stack())
     return any(not isinstance(torch._C._get_dispatch_stack_at(place), OwnMode) for place in modes)

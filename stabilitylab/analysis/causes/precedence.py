@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, get_args
 
@@ -66,6 +66,11 @@ def first_of(claimed: Mapping[str, Cause], evidence: Evidence) -> Cause:
 def find_cause(evidence: Evidence) -> Cause:
     """What the evidence of this moment alone says, see `first_of`."""
     return first_of(claims(evidence), evidence)
+
+
+def in_chain(links: Sequence[Link], more: Link) -> tuple[Link, ...]:
+    """The chain with one link more, at the place of its role."""
+    return tuple(sorted([*links, more], key=lambda link: ROLES.index(link.role)))
 
 
 def chain(claimed: Mapping[str, Cause]) -> tuple[Link, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -43,9 +43,9 @@ class _Weight:
 
     transposed: whether it is [in, out]. stale: whether `.grad` held something before the edit's first backward. fresh:
     whether a backward has added to it since it was last used; just_now: whether the one that is under way has. added:
-    whether it was written to after it was made: a sum over backwards, or zeroed in place. carried: how many backwards
-    added to a gradient that a step had used already. looks: as each backward since
-    the last step left it. steps: each time that an optimizer used it.
+    whether it was written to after it was made: a sum over backwards, or zeroed in place. last: that gradient, as long
+    as anyone else holds it. carried: how many backwards added to a gradient that a step had used already. looks: as
+    each backward since the last step left it. steps: each time that an optimizer used it.
     """
 
     weight: Tensor
@@ -54,6 +54,7 @@ class _Weight:
     fresh: bool = False
     just_now: bool = False
     added: bool = False
+    last: Callable[[], Tensor | None] = lambda: None
     carried: int = 0
     looks: list[Use] = field(default_factory=list)
     steps: list[Use] = field(default_factory=list)
@@ -109,7 +110,7 @@ class AccumulatedInstrument:
         known = self._weights.setdefault(site, {})
         if id(weight) in known or not (weight.is_leaf and weight.requires_grad):
             return False
-        known[id(weight)] = _Weight(weight, transposed, stale=weight.grad is not None)
+        known[id(weight)] = _Weight(weight, transposed, stale=weight.grad is not None, last=_weakly(weight.grad))
         return True
 
     @property
@@ -123,6 +124,10 @@ class AccumulatedInstrument:
         """A backward has added to a weight's gradient."""
         one = self._weights[site][id(weight)]
         one.fresh = one.just_now = True
+        # The same tensor as before is a sum, or was zeroed in place. (Not by its version: that also counts how autograd
+        # added up the passes of one backward.)
+        one.added = one.added or (weight.grad is not None and weight.grad is one.last())
+        one.last = _weakly(weight.grad)
         # Adding is one write; clearing in place is another, and a new gradient has none before it.
         if weight.grad is not None and weight.grad._version - 1 == self._version_used.get(site):
             one.carried += 1
@@ -131,8 +136,6 @@ class AccumulatedInstrument:
         """The backward that added to gradients is over."""
         for one in (one for known in self._weights.values() for one in known.values()):
             if one.just_now and (gradient := one.gradient) is not None:
-                # A gradient that is written to after it was made is a sum, or was zeroed in place.
-                one.added = one.added or gradient._version > 0
                 one.looks.append(Use(gradient_norm(gradient), scale=self.scale))
             one.just_now = False
 
@@ -192,6 +195,10 @@ class AccumulatedInstrument:
     def _of(self, uses: list[Use], source: float, one: _Weight | None) -> Accumulated:
         packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried)
         return Accumulated(packed, rebuild, None if one is None else one.matrix)
+
+
+def _weakly(gradient: Tensor | None) -> Callable[[], Tensor | None]:
+    return (lambda: None) if gradient is None else weakref.ref(gradient)
 
 
 def _scalers_above(frame: FrameType | None) -> Iterator[torch.amp.GradScaler]:
