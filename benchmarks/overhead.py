@@ -65,8 +65,8 @@ ADDED = {
 HEADER = ("CPU time to plain", "median", "95%", "min", "max", "pairs", "inside", "MB")
 LEGEND = (
     "95%: interval of the median, from order statistics; – below 6 pairs. inside: share of the edits' wall time inside "
-    "probes (canary: in its forwards; bare, traced and armed: in the tracer). MB: peak memory beyond two copies of the edited weights (light: beyond none, it "
-    "keeps none)."
+    "probes (canary: in its forwards; bare and traced: in the tracer). MB: peak memory beyond two copies of the edited "
+    "weights (light: beyond none, it keeps none)."
 )
 
 
