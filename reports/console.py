@@ -17,10 +17,13 @@ from rich.text import Text
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.grouping import grouped
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
 from stabilitylab.reports.events import event_words, short_places, telling
 from stabilitylab.reports.noted import events, missing
+from stabilitylab.reports.operations import facts as operation_facts
+from stabilitylab.reports.operations import untraced
 from stabilitylab.reports.text import clean, number, percent
 from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
@@ -97,6 +100,8 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
     if others:
         lines.append(Text("With it:"))
     lines += [Padding(Text(f"{role}: {clean(says, 500)}"), (0, 0, 0, 2)) for role, says in others]
+    if untraced(run, diagnosis):
+        lines.append(Text(untraced(run, diagnosis), style="yellow"))
     if diagnosis.advice:
         lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
     return Group(*lines)
@@ -112,6 +117,7 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
         *facts(diagnosis, failed, site_length=60),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
+        ("time in the tracer", percent(run.trace_time_share)),
         ("run", clean(run.path, 300)),
     ]
     for name, value in rows:
@@ -135,6 +141,15 @@ def findings_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     return Group(table, *more)
 
 
+def _operation(operation: Operation) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, words in operation_facts(operation):
+        table.add_row(Text(name), Text(words))
+    return Padding(table, (0, 0, 0, 2))
+
+
 def _notes(notes: Sequence[Note]) -> RenderableType:
     said = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in notes[:NOTES_SHOWN]]
     if len(notes) > NOTES_SHOWN:
@@ -150,6 +165,8 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
     diagnosis = diagnosis or run.diagnosis()
     measure = Text(f"Baseline: {clean(diagnosis.baseline, 120)}; {clean(diagnosis.thresholds, 240)}.", style="dim")
     parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis)]
+    if diagnosis.operation is not None:
+        parts += [Text(), Text("The operation", style="bold"), _operation(diagnosis.operation)]
     if diagnosis.findings:
         parts += [
             Text(),

@@ -10,6 +10,7 @@ from typing import Final
 
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Confidence, Diagnosis
 from stabilitylab.analysis.leading import reading
+from stabilitylab.analysis.operation import says, where
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.reports.text import clean, shorten
 
@@ -47,15 +48,21 @@ def headline(diagnosis: Diagnosis) -> str:
     if diagnosis.verdict == "collapsed" and gone not in {None, since}:
         words = [f"Diverging since edit {since}", f"of no use from edit {gone} on"]
     if diagnosis.first_nonfinite_edit is not None:
-        words.append(f"NaN or ∞ at edit {diagnosis.first_nonfinite_edit}")
+        by = "" if diagnosis.operation is None else f" by {where(diagnosis.operation)}"
+        words.append(f"NaN or ∞ at edit {diagnosis.first_nonfinite_edit}{by}")
     said = ", ".join(words)
     if diagnosis.first_bad_site is not None:
         said += f"; first in {plain_place(diagnosis.first_bad_site)} ({reading(diagnosis.findings[0])})"
-    why = diagnosis.cause_says if diagnosis.cause != UNKNOWN_CAUSE else "the readings do not show why"
+    why = diagnosis.cause_says if diagnosis.cause != UNKNOWN_CAUSE else _unexplained(diagnosis)
     said += f": {why}"
     said = said if said.endswith(".") else f"{said}."
     advice = _first_step(diagnosis.advice)
     return clean(f"{said} Do this: {advice}" if advice else said, 900)
+
+
+def _unexplained(diagnosis: Diagnosis) -> str:
+    """What is said where no rule speaks: what the traced operation did, if one was."""
+    return "the readings do not show why" if diagnosis.operation is None else says(diagnosis.operation)
 
 
 def _first_step(advice: str) -> str:

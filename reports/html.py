@@ -28,7 +28,7 @@ from stabilitylab.analysis.findings import VERDICTS, Finding, severity
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
-from stabilitylab.reports import events, headline, manifest, verdicts
+from stabilitylab.reports import events, headline, manifest, operations, verdicts
 from stabilitylab.reports.interactive import run_charts
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
@@ -184,6 +184,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         strip=verdicts.strip(run),
         links=_links(diagnosis.findings, plain),
         chain=verdicts.chain(diagnosis),
+        operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
+        untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
         events=[(event, events.event_words(event, places)) for event in telling],
         more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],

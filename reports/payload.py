@@ -100,6 +100,7 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
             "rows": len(run.edits),
             "probe_time_share": run.probe_time_share,
             "canary_time_share": run.canary_time_share,
+            "trace_time_share": run.trace_time_share,
         },
         "diagnosis": found,
         "findings_left_out": max(0, len(diagnosis.findings) - MOST_FINDINGS),

@@ -17,6 +17,7 @@ def plain(run: Run, found: Diagnosis) -> dict[str, Any]:
         "complete": run.complete,
         "probe_time_share": run.probe_time_share,
         "canary_time_share": run.canary_time_share,
+        "trace_time_share": run.trace_time_share,
         "alarms": [vars(alarm) for alarm in run.alarms],
         "notes": [vars(note) for note in run.notes],
     }

@@ -100,7 +100,12 @@ class TensorBoardSink:
         families = dict.fromkeys(name.partition(".")[0] for name, _ in row.readings)
         values += [self._scalar(f"nonfinite/{dashboards.tag_part(name, 60)}", bad[name]) for name in families]
         values.append(self._scalar("nonfinite/total", bad.total()))
-        spent = {"edit": row.seconds, "probes": row.probe_seconds, "canary": row.canary_seconds}
+        spent = {
+            "edit": row.seconds,
+            "probes": row.probe_seconds,
+            "canary": row.canary_seconds,
+            "tracer": row.trace_seconds,
+        }
         values += [self._scalar(f"seconds/{name}", seconds) for name, seconds in spent.items()]
         if diagnosis is not None:
             verdict = {"severity": severity(diagnosis.verdict), "last_edit": row.edit}

@@ -8,6 +8,7 @@ from typing import Final
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
 from stabilitylab.analysis.leading import edit_of
 from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.analysis.operation import where as operation_where
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
 
@@ -136,6 +137,7 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
         ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
         ("first bad", where),
         ("first NaN or ∞", edit_words(diagnosis.first_nonfinite_edit)),
+        *([] if diagnosis.operation is None else [("operation", clean(operation_where(diagnosis.operation), 160))]),
         ("cause", cause_words(diagnosis)),
         ("forecast", clean(diagnosis.forecast.says, 300) if diagnosis.forecast else "–"),
     ]

@@ -20,6 +20,7 @@ from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, manifest, verdicts
 from stabilitylab.reports.noted import missing
+from stabilitylab.reports.operations import facts as operation_facts
 from stabilitylab.reports.text import clean, sentence, short_names, shorten
 
 LABEL: Final = 300
@@ -52,6 +53,7 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "first_bad_edit": diagnosis.first_bad_edit,
         "first_bad_site": None if where is None else shorten(where, 60),
         "cause": clean(diagnosis.cause, 80),
+        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation),
         "landed": verdicts.landed_words(diagnosis),
         "forecast": _forecast(diagnosis),
     }
@@ -128,6 +130,7 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "environment": manifest.environment(run.manifest),
         "probe_time_share": json_safe(run.probe_time_share),
         "canary_time_share": json_safe(run.canary_time_share),
+        "trace_time_share": json_safe(run.trace_time_share),
     }
 
 

@@ -309,7 +309,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             return replace(operation, result=values_of("", bad[0]), index=index, value=value)
 
         trail = self._origins.passed(call, entering, leaving, begin)
-        if bad[0].numel() == 1 and not call.backward:
+        made_here = trail.operation.number == call.number
+        if bad[0].numel() == 1 and not call.backward and not (made_here and trail.made == "designed"):
             trail.reaches("loss")
 
     def _begun(self, call: Call, made: Made) -> Operation:

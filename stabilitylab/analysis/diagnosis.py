@@ -12,7 +12,7 @@ from stabilitylab.analysis.drift import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Link, Verdict, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.leading import edit_of, leading, reading
-from stabilitylab.analysis.operation import advice, blamed, its_finding, link, says
+from stabilitylab.analysis.operation import advice, blamed, its_finding, link, says, where
 from stabilitylab.analysis.words import place_name
 from stabilitylab.record.operations import Operation
 
@@ -133,7 +133,8 @@ def _since(diagnosis: Diagnosis) -> str:
     lead = ""
     if began is not None and began < since:
         lead = f", {'diverging' if verdict == 'non-finite' else 'drifting'} since edit {began}"
-    return f"{verdict.capitalize()} since edit {since}{lead}"
+    by = "" if diagnosis.operation is None else f", by {where(diagnosis.operation)}"
+    return f"{verdict.capitalize()} since edit {since}{by}{lead}"
 
 
 def _first(diagnosis: Diagnosis, first: Finding, bad: Finding) -> str:

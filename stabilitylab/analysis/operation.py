@@ -133,15 +133,19 @@ def _operand(values: Values) -> str:
     return f"{values.name} {what}{bad} ({values.dtype})"
 
 
-def _then(operation: Operation) -> str:
-    reached = {
-        "weight": f"It reached {operation.reached}.",
-        "gradient": f"It reached the gradient of {operation.reached}.",
-        "output": "It reached what the model returns.",
-        "loss": "It reached the loss.",
+def reached(operation: Operation) -> str:
+    """How far its result came, in words; empty where that is not known."""
+    return {
+        "weight": operation.reached,
+        "gradient": f"the gradient of {operation.reached}",
+        "output": "what the model returns",
+        "loss": "the loss",
         "values": "",
-    }
-    return reached[operation.reach]
+    }[operation.reach]
+
+
+def _then(operation: Operation) -> str:
+    return f"It reached {reached(operation)}." if reached(operation) else ""
 
 
 def _replayed(operation: Operation) -> str:

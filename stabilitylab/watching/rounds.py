@@ -282,9 +282,10 @@ class Rounds:
         if tracer is None and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
             tracer = self._tracing.second_look(edit, self.model)
             if tracer is not None:
-                canary.forward_again(self.model, last_call, self._tracing.entered(tracer))
+                logits = canary.forward_again(self.model, last_call, self._tracing.entered(tracer))
         if tracer is None:
             return ()
+        tracer.gave(logits)
         self._tracing.left(tracer, [self.model])
         return (tracer,)
 

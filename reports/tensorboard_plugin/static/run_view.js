@@ -126,6 +126,7 @@ export class RunView {
       el("p", { class: "muted" }, diagnosis.means),
       el("div", { class: "three" }, block(diagnosis.confidence === "none" ? "Why" : `Why: ${diagnosis.cause} (${diagnosis.confidence} confidence)`, diagnosis.cause_says, chain(diagnosis.chain)),
         block("What to do", diagnosis.advice), block("Forecast", about.forecast)),
+      diagnosis.operation.length ? el("details", { class: "operation" }, el("summary", {}, "The operation that gave it"), el("dl", {}, diagnosis.operation.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]).flat())) : null,
       el("dl", { class: "facts" }, facts.map(([name, value, long]) => el("div", { class: long ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))));
     this.mapCard.hidden = this.layer.hidden = !about.metrics.length || !about.number.length;
     this.more.hidden = false;
@@ -278,7 +279,7 @@ export class RunView {
       about.notes.length ? fold(`Not measured, or not as asked: ${about.notes.length + about.notes_left_out}`, el("ul", {}, about.notes.slice(0, LISTED).map((note) => el("li", {}, `edit ${note.edit}: ${note.says}`))),
         about.notes.length + about.notes_left_out > LISTED ? el("p", { class: "muted" }, `and ${about.notes.length + about.notes_left_out - LISTED} more, in the run's report`) : null) : null,
       fold("How it was judged, and what it was made with", el("dl", { class: "pairs" },
-        [["compared with", diagnosis.baseline], ["limits", diagnosis.thresholds], ["probes took", share(about.probe_time_share)], ["the canary took", share(about.canary_time_share)], ...about.environment]
+        [["compared with", diagnosis.baseline], ["limits", diagnosis.thresholds], ["probes took", share(about.probe_time_share)], ["the canary took", share(about.canary_time_share)], ["the tracer took", share(about.trace_time_share)], ...about.environment]
           .filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))));
     [...this.more.querySelectorAll("details")].forEach((details, at) => {
       details.open = opened[at] ?? false;

@@ -110,10 +110,12 @@ class CanaryInstrument:
             self._bench.safely("canary", lambda: self._reduce(canary, answer), kind=CANARY_OFF)
             return answer.logits
 
-    def forward_again(self, model: nn.Module, last_call: ModelCall | None, around: AbstractContextManager[Any]) -> None:
-        """Forward it once more and measure nothing."""
-        if self._canary is not None:
-            self._answer(self._canary, model, last_call, around)
+    def forward_again(
+        self, model: nn.Module, last_call: ModelCall | None, around: AbstractContextManager[Any]
+    ) -> Tensor | None:
+        """Forward it once more and measure nothing; returns its logits."""
+        answer = None if self._canary is None else self._answer(self._canary, model, last_call, around)
+        return None if answer is None else answer.logits
 
     def _answer(
         self,
