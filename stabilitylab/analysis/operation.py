@@ -72,7 +72,7 @@ def its_finding(operation: Operation, findings: Sequence[Finding]) -> Finding | 
 def link(operation: Operation) -> Link:
     """The operation as a link in the chain of causes."""
     site = operation.module or None
-    return Link("operation", OPERATION, operation.edit, site, None, says(operation), advice(operation), "high")
+    return Link("operation", OPERATION, operation.edit, site, None, _shortly(operation), advice(operation), "high")
 
 
 def where(operation: Operation) -> str:
@@ -89,10 +89,16 @@ def _line(operation: Operation) -> str:
 
 
 def says(operation: Operation) -> str:
-    """What it did, in a sentence or two."""
-    return " ".join(
-        part for part in (_did(operation), _with(operation), _then(operation), _replayed(operation)) if part
-    )
+    """What it did, and with which values."""
+    return _joined(_did(operation), _with(operation), _then(operation), _replayed(operation))
+
+
+def _shortly(operation: Operation) -> str:
+    return _joined(_did(operation), _then(operation), _replayed(operation))
+
+
+def _joined(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
 
 
 def _did(operation: Operation) -> str:
