@@ -50,16 +50,23 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 import stabilitylab as sl
 from benchmarks.memory import COPIES, extra_mb
 from benchmarks.variants import VARIANTS, Action, Variant
-from benchmarks.workloads import WORKLOADS, Subject, Workload
+from benchmarks.workloads import TRACED, WORKLOADS, Subject, Workload
 
 LEAST_ROUNDS = 6
 WISHED_WIDTH = 0.01
 DECIDING = ("a_a", "default")
+ADDED = {
+    "armed and quiet": ("bare_armed", "bare"),
+    "traced, no probes": ("bare_traced", "bare"),
+    "traced in full, no probes": ("bare_ranges", "bare"),
+    "traced, default probes": ("traced", "untraced"),
+}
+"""What the tracer adds to the same monitor without it: pairs of variants."""
 HEADER = ("CPU time to plain", "median", "95%", "min", "max", "pairs", "inside", "MB")
 LEGEND = (
     "95%: interval of the median, from order statistics; – below 6 pairs. inside: share of the edits' wall time inside "
-    "probes (canary: in its forwards). MB: peak memory beyond two copies of the edited weights (light: beyond none, it "
-    "keeps none)."
+    "probes (canary: in its forwards; bare and traced: in the tracer). MB: peak memory beyond two copies of the edited "
+    "weights (light: beyond none, it keeps none)."
 )
 
 
@@ -99,9 +106,9 @@ def cpu_seconds(action: Action) -> float:
     return time.process_time() - start
 
 
-def resolved(measured: Mapping[str, Measured]) -> bool:
+def resolved(measured: Mapping[str, Measured], deciding: Iterable[str] = DECIDING) -> bool:
     """Whether the deciding intervals are as narrow as wished."""
-    for name in DECIDING:
+    for name in deciding:
         if name in measured:
             found = summary(measured[name].ratios(1))
             low, high = found["low"], found["high"]
@@ -117,6 +124,7 @@ def measure_pairs(
     pairs: int,
     chance: random.Random,
     tick: Callable[[float], None],
+    deciding: Iterable[str] = DECIDING,
 ) -> tuple[dict[str, Measured], str]:
     """Rounds of pairs, and why they ended: ``"resolved"``, ``"time"`` or ``"pairs"``. tick: is told the share done."""
     measured = {name: Measured() for name in actions}
@@ -136,7 +144,7 @@ def measure_pairs(
             if time.monotonic() - started > seconds:
                 return measured, "time"
             others_done = all(number + 1 >= limit for name, limit in limits.items() if limit < pairs)
-            if others_done and resolved(measured):
+            if others_done and resolved(measured, deciding):
                 return measured, "resolved"
     return measured, "pairs"
 
@@ -168,20 +176,29 @@ def prepare(
 
 
 def own_account(names: Iterable[str], folder: Path) -> dict[str, Any]:
-    """What our runs say themselves: time shares. Raises RuntimeError when a probe broke: its tier would look cheap."""
-    shares: dict[str, Any] = {"probe_time_share": {}}
+    """What our runs say themselves: time shares. Raises RuntimeError when a probe or the tracer broke: it would look
+    cheap.
+    """
+    shares: dict[str, Any] = {"probe_time_share": {}, "trace_time_share": {}}
     for name in names:
-        if not (folder / name / "run.db").exists() or name not in (*COPIES, "canary"):
+        if not (folder / name / "run.db").exists() or name not in (*COPIES, *TRACED, "canary"):
             continue
         run = sl.load(folder / name)
-        broken = [note.says for note in run.notes if note.kind == "probe-off"]
+        broken = [note.says for note in run.notes if note.kind in ("probe-off", "trace-off")]
         if broken:
             raise RuntimeError(f"{name}: {'; '.join(broken)}")
+        shares["trace_time_share"][name] = run.trace_time_share
         if name == "canary":
             shares["canary_time_share"] = run.canary_time_share
         else:
             shares["probe_time_share"][name] = run.probe_time_share
     return shares
+
+
+def added(measured: Mapping[str, Measured], name: str, without: str) -> list[float]:
+    """What a variant takes beyond another one, round by round: the quotient of their ratios."""
+    pairs = zip(measured[name].ratios(1), measured[without].ratios(1), strict=False)
+    return [ratio / beside for ratio, beside in pairs]
 
 
 def measure(
@@ -190,8 +207,9 @@ def measure(
     options: argparse.Namespace,
     skip: Callable[[str, str], None],
     tick: Callable[[float], None],
+    deciding: Sequence[str] = DECIDING,
 ) -> dict[str, Any]:
-    """Everything about one workload, as it goes into the JSON file."""
+    """Everything about one workload, as it goes into the JSON file. deciding: whose intervals end it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make = workload.start(options.seed)
@@ -205,13 +223,16 @@ def measure(
             try:
                 seconds = workload.seconds * options.time_factor
                 chance = random.Random(options.seed)
-                measured, why = measure_pairs(plains, actions, seconds, options.pairs, chance, tick)
+                measured, why = measure_pairs(plains, actions, seconds, options.pairs, chance, tick, deciding)
             finally:
                 gc.unfreeze()
         found: dict[str, Any] = {name: summary(seen.ratios(VARIANTS[name].cycle)) for name, seen in measured.items()}
         found |= own_account(names, folder)
         if {*COPIES} & {*names}:
             found["extra_memory_mb"] = extra_mb(make, folder / "memory")
+        found["added"] = {
+            what: summary(added(measured, *pair)) for what, pair in ADDED.items() if {*pair} <= {*measured}
+        }
         neighbours = [value for seen in measured.values() for value in seen.plain]
         found["about"] = {"says": workload.says, "ended_by": why, "plain_cpu_seconds": statistics.median(neighbours)}
     return found
@@ -228,6 +249,8 @@ def cells(variant: Variant, found: Mapping[str, Any]) -> list[str]:
     share = found["probe_time_share"].get(variant.name)
     if variant.name == "canary":
         share = found.get("canary_time_share")
+    if variant.name in TRACED:
+        share = found["trace_time_share"].get(variant.name)
     memory = found.get("extra_memory_mb", {}).get(variant.name)
     return [
         variant.label or variant.name,

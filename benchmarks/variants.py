@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 
 import stabilitylab as sl
 from benchmarks.workloads import Subject
+from stabilitylab.acting.schedule import VARIABLE, Trace
 from stabilitylab.probes.base import DEEP_EVERY, Tier
 
 Action = Callable[[], object]
@@ -42,17 +44,50 @@ def _plain(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     return subject.edit
 
 
-def _watched(tier: Tier, with_canary: bool, subject: Subject, folder: Path, stack: ExitStack) -> Action:
+def _watched(
+    tier: Tier | None,
+    with_canary: bool,
+    subject: Subject,
+    folder: Path,
+    stack: ExitStack,
+    *,
+    trace: Trace = "auto",
+    ranges: bool = False,
+) -> Action:
+    """tier: None for a monitor that measures nothing. ranges: the tracer as the environment asks for it, in full."""
+    probes: Tier | tuple[()] = () if tier is None else tier
     canary = subject.canary if with_canary else None
-    monitor = stack.enter_context(
-        sl.attach(subject.model, subject.sites, folder, probes=tier, editor=subject.editor, canary=canary)
-    )
+    with _environment(VARIABLE, "all") if ranges else contextlib.nullcontext():
+        monitor = stack.enter_context(
+            sl.attach(
+                subject.model,
+                subject.sites,
+                folder,
+                probes=probes,
+                editor=subject.editor,
+                canary=canary,
+                trace=trace,
+            )
+        )
 
     def edit() -> None:
         with monitor.edit():
             subject.edit()
 
     return edit
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
@@ -179,6 +214,13 @@ VARIANTS: dict[str, Variant] = {
             cycle=DEEP_EVERY,
             label=f"deep ({DEEP_EVERY} edits a pair)",
         ),
+        # The tracer, beside the same monitor without it: one that measures nothing, and one of the default tier.
+        Variant("bare", partial(_watched, None, False, trace=False), label="bare (a monitor without probes)"),
+        Variant("bare_armed", partial(_watched, None, False, trace="armed"), label="bare, tracer armed"),
+        Variant("bare_traced", partial(_watched, None, False, trace=True), label="bare, traced"),
+        Variant("bare_ranges", partial(_watched, None, False, ranges=True), rounds=12, label="bare, traced in full"),
+        Variant("untraced", partial(_watched, "default", False, trace=False), label="default, not traced"),
+        Variant("traced", partial(_watched, "default", False, trace=True), label="default, traced"),
         Variant("canary", partial(_watched, "default", True), rounds=12, label="default + canary"),
         Variant("floor", _floor, rounds=12, label="floor (‖ΔW‖ and copy)"),
         Variant("set_detect_anomaly", _set_detect_anomaly, rounds=12, ours=False),

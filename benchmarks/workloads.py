@@ -21,6 +21,8 @@ TIERS = (*CONTROL, "deep")
 CHEAP = (*TIERS, "canary", "floor", "set_detect_anomaly")
 COSTLY = ("debug_underflow_overflow", "tensorboard_histograms", "svdvals_loop", "wandb_watch", "weightwatcher")
 EVERYTHING = (*CHEAP, *COSTLY)
+TRACED = ("bare", "bare_armed", "bare_traced", "bare_ranges", "untraced", "traced")
+POSSIBLE = (*EVERYTHING, *TRACED)
 
 _RATE = 1e-4
 _CANARY_SHAPE = (4, 16)  # rows x positions
@@ -56,7 +58,7 @@ class Workload:
     seconds: float
     start: Callable[[int], Callable[[], Subject]]
     variants: tuple[str, ...]
-    possible: tuple[str, ...] = EVERYTHING
+    possible: tuple[str, ...] = POSSIBLE
 
 
 def weight_of(model: nn.Module, site: str) -> nn.Parameter:
@@ -159,7 +161,7 @@ def llama135m(
 def demo260k(seconds: float) -> Workload:
     variants = (*TIERS, "canary")
     says = "the demo's 260k BLIP2-OPT with MEND: too small for watching to be cheap, shown as what it is"
-    return Workload("demo260k", says, seconds, demo_model, variants, variants)
+    return Workload("demo260k", says, seconds, demo_model, variants, (*variants, *TRACED))
 
 
 def _batch(shape: tuple[int, int], steps: int) -> str:

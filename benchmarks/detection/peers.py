@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from benchmarks.zoo import by_name
 from benchmarks.zoo.runs import Case
 from benchmarks.zoo.scenario import CarryOut, Loop, Step, watched
 
+D = TypeVar("D", bound="Debugger")
 WARM_UP: Final = 8
 """Readings, as many as our own baseline takes."""
 FOLLOWS: Final = 0.97
@@ -173,7 +174,7 @@ def _watched_by(peers: Collection[str], model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Debugger(DebugUnderflowOverflow):
+class Debugger(DebugUnderflowOverflow):
     """What it detects, without the extremes that it prints: these take most of its time."""
 
     def analyse_variable(self, var: Any, ctx: str) -> None:
@@ -182,14 +183,15 @@ class _Debugger(DebugUnderflowOverflow):
 
 
 @contextmanager
-def _debugger(model: nn.Module) -> Iterator[None]:
-    debugger = _Debugger(model)  # type: ignore[no-untyped-call]
+def debugging(model: nn.Module, debugger: Callable[[nn.Module], D]) -> Iterator[D]:
+    """Watched by what this makes, whose hooks come off afterwards."""
+    ours = debugger(model)
     try:
-        yield
+        yield ours
     finally:  # it throws the handles away
         for module in model.modules():
-            ours = [key for key, hook in module._forward_hooks.items() if getattr(hook, "__self__", None) is debugger]
-            for key in ours:
+            hooks = [key for key, hook in module._forward_hooks.items() if getattr(hook, "__self__", None) is ours]
+            for key in hooks:
                 del module._forward_hooks[key]
 
 
@@ -197,8 +199,8 @@ def _anomaly(model: nn.Module) -> AbstractContextManager[None]:
     return torch.autograd.set_detect_anomaly(True)
 
 
-LIVE: Final[dict[str, tuple[Callable[[nn.Module], AbstractContextManager[None]], str]]] = {
-    "transformers_debugger": (_debugger, "DebugUnderflowOverflow: inf/nan"),
+LIVE: Final[dict[str, tuple[Callable[[nn.Module], AbstractContextManager[object]], str]]] = {
+    "transformers_debugger": (lambda model: debugging(model, Debugger), "DebugUnderflowOverflow: inf/nan"),
     "detect_anomaly": (_anomaly, "returned nan values"),
 }
 """What is entered around an edit, and the words by which its own exceptions are known."""

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.acting.schedule import Trace
 from stabilitylab.editors.base import Batch
 from stabilitylab.probes.base import Tier
 from stabilitylab.watching.attaching import attach
@@ -268,12 +269,16 @@ Watch = Callable[[Loop], AbstractContextManager[CarryOut]]
 """Watches a loop from before its first edit to after its last."""
 
 
-def run(scenario: Scenario, seed: int, folder: Path, **variant: Any) -> Outcome:
+def run(
+    scenario: Scenario, seed: int, folder: Path, *, canary: bool = True, trace: Trace = "auto", **variant: Any
+) -> Outcome:
     """Go through the scenario's loop under a monitor that writes the run `folder`; it ends some edits after the model.
 
-    The global random state is as before. seed: of the loop, see `Make`. variant: further arguments of `scenario.make`.
+    The global random state is as before. seed: of the loop, see `Make`. canary: False for a monitor without one. trace:
+    as for `stabilitylab.attach`. variant: further arguments of `scenario.make`.
     """
-    watch = partial(_monitored, folder=folder, config={"zoo": scenario.name, "seed": seed})
+    config = {"zoo": scenario.name, "seed": seed}
+    watch = partial(_monitored, folder=folder, config=config, canary=canary, trace=trace)
     loop, states = _go(scenario, seed, watch, variant)
     return Outcome(scenario, seed, folder, _truth(scenario, loop, states), tuple(states))
 
@@ -288,15 +293,16 @@ def watched(scenario: Scenario, seed: int, watch: Watch, **variant: Any) -> tupl
 
 
 @contextmanager
-def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any]) -> Iterator[CarryOut]:
+def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any], canary: bool, trace: Trace) -> Iterator[CarryOut]:
     with attach(
         loop.model,
         sites=loop.sites,
         run=folder,
         editor=loop.editor,
-        canary=loop.canary,
+        canary=loop.canary if canary else None,
         probes=loop.probes,
         announce=False,
+        trace=trace,
         config={**config, **loop.config},
     ) as monitor:
 

@@ -23,7 +23,8 @@ _USERS_OF_OURS: Final = ("stabilitylab.editors", "stabilitylab.testbed")
 _SOURCE_LIMIT: Final = 200
 _FRAMES: Final = 400
 
-_kinds: dict[CodeType, int] = {}
+_kinds: dict[int, tuple[int, CodeType]] = {}
+"""By the code object's `id`, kept alive: its hash is that of all its constants and names, each time anew."""
 
 
 class Spot(NamedTuple):
@@ -68,12 +69,14 @@ def look(frame: FrameType | None, *, past_engine: bool = False) -> Look:
     for _ in range(_FRAMES):
         if frame is None:
             break
-        kind = _kinds.get(frame.f_code)
-        if kind is None:
-            kind = _kinds[frame.f_code] = _kind_of(frame)
+        here = frame.f_code
+        known = _kinds.get(id(here))
+        if known is None:
+            known = _kinds[id(here)] = (_kind_of(frame), here)
+        kind = known[0]
         if kind == _THEIRS:
             if code is None:
-                code, instruction = frame.f_code, frame.f_lasti
+                code, instruction = here, frame.f_lasti
                 if module is not None:
                     break
         elif kind == _CALL:
