@@ -96,7 +96,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._origins = Origins()
         self._alive: dict[int, Held] = {}
         self._unwritten: dict[int, Held] = {}
-        self._ranges: dict[int, tuple[float, float]] = {}
+        self._ranges: dict[int, tuple[float | None, float | None]] = {}
+        self._new_ranges: dict[int, tuple[float | None, float | None]] = {}
         self._forwards: dict[int, Spot] = {}
         self._sequence = _sequence()
         self._looked = 0
@@ -215,6 +216,9 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             for tensor in results:
                 if is_whole(tensor):
                     self._forget(memory_of(tensor))
+        if self._new_ranges:  # what was there before was asked for until now
+            self._ranges |= self._new_ranges
+            self._new_ranges.clear()
 
     def _learn(self, sequence: int) -> None:
         spot = look(sys._getframe(3)).spot
@@ -248,8 +252,9 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         if not self._with_ranges or not tensor.numel():
             return is_finite(tensor)
         least, greatest = (each.item() for each in quietly(tensor.aminmax))
-        self._ranges[memory_of(tensor)] = (least, greatest)
-        return math.isfinite(least) and math.isfinite(greatest)
+        finite = math.isfinite(least) and math.isfinite(greatest)
+        self._new_ranges[memory_of(tensor)] = (least, greatest) if finite else (None, None)
+        return finite
 
     def _measure(self, results: Sequence[Tensor]) -> None:
         step, place = self._largest_at, place_of(self._where()[0])

@@ -60,8 +60,8 @@ class Step:
 class Precision:
     """The edit made once more in another precision. finite: whether all that it computed and left was; None where that
     can't be said. largest: where it is finite, the largest magnitude that the blamed operation gave, or, where that
-    precision has no such operation (a cast), of the weight or gradient that it had reached. error: why it could not be made, or what it
-    raised.
+    precision has no such operation (a cast), of the weight or gradient that it had reached. error: why it could not be
+    made, or what it raised.
     """
 
     dtype: str
