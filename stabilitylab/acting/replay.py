@@ -7,6 +7,7 @@ prints or writes to files, it prints and writes again.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -23,6 +24,8 @@ from stabilitylab.errors import UsageError
 from stabilitylab.record.operations import Operation, Precision, Step
 from stabilitylab.watching.reach import Outer, model_in, roots_of
 from stabilitylab.watching.snapshot import RandomStates, look, take
+
+_logger = logging.getLogger("stabilitylab")
 
 _NAMED: Final = 3
 """How many things a message names."""
@@ -79,7 +82,8 @@ def _roots(
 ) -> dict[str, object]:
     apply = None if application is None else application.apply
     given = None if application is None else [list(application.args), dict(application.kwargs or {})]
-    roots = roots_of(model, editor, apply) | {"returned": returned, **outer.values, "arguments": given}
+    roots = roots_of(model, editor, apply) | {"returned": returned, "arguments": given}
+    roots |= {f"outer.{name}": value for name, value in outer.values.items()}
     return roots | {"(before)": None if before is None else before.snapshot.reached}
 
 
@@ -120,11 +124,11 @@ class Replay:
         """What else is to be said, a sentence each."""
         self._lost: frozenset[str] = frozenset()
 
-    def make(self, now: nn.Module | None, *, compared: bool = True) -> Operation | None:
-        """Make it, then put back what is there at present, whatever is raised.
+    def make(self, now: nn.Module | None, failed: bool | None = None) -> Operation | None:
+        """Make it, then put back what is there at present, whatever is raised. What the edit raises is swallowed.
 
-        now: the model as it is at present, which the edit left; None where all is as it was before the edit. compared:
-        whether what it leaves has to be the same.
+        now: the model as it is at present, which the edit left; None where all is as it was before the edit. failed:
+        whether the edit raised; None where the present state may be that of another edit.
         """
         reason = self._why_not(now is not None)
         if reason is not None:
@@ -135,11 +139,12 @@ class Replay:
             returned = None if now is self._before.model else now
             present = Kept(self._before.model, self._editor, self._application, returned, self._before)
         try:
-            return self._in_all_precisions(None if now is None else present, compared)
+            return self._in_all_precisions(None if now is None else present, failed)
         finally:
             left = present.put_back()
             if left:
                 self._say(f"after that {_listed(left)} could not be put back: from here on the loop may go another way")
+                _logger.warning("stabilitylab: %s", self.notes[-1])
 
     def _why_not(self, copies: bool) -> str | None:
         """copies: whether the present state has to be copied."""
@@ -154,18 +159,20 @@ class Replay:
             return f"{_listed(iterators)} can't be wound back; expected an edit that is given what it takes"
         return shortage(self._before.snapshot.sizes()) if copies else None
 
-    def _in_all_precisions(self, left: Kept | None, compared: bool) -> Operation | None:
-        """left: what the edit had left, where that is known."""
+    def _in_all_precisions(self, left: Kept | None, failed: bool | None) -> Operation | None:
+        """left: what the edit had left, where that is known. failed: see `make`."""
         made = self._run(None, None)
         if made is None:
             return None
         same = None
         if left is not None:
             unlike = self._unlike(left, made)
-            same = not unlike if compared or not unlike else None
+            if failed is not None and failed != (made.error is not None):
+                unlike.insert(0, "what it raises")
+            same = not unlike if failed is not None or not unlike else None
             if unlike:
-                reasons = "the editor is not deterministic" + ("" if compared else ", or the last edit was another one")
-                self._say(f"it left something else in {_listed(unlike)}: {reasons}")
+                or_else = ", or the last edit was another one" if failed is None else ""
+                self._say(f"it left something else in {_listed(unlike)}: the editor is not deterministic{or_else}")
         if made.unseen:
             self._say(f"not all of it was seen: {made.unseen}")
         operation, error = made.operation, made.error
@@ -249,12 +256,19 @@ class Replay:
             return Precision(name, error=_one_line(error))
         if made is None:
             return Precision(name, error="the state before the edit could not be put back")
-        result = None if made.operation is None else made.operation.result
-        if result is not None and is_narrower(getattr(torch, result.dtype), target):
-            return Precision(name, error=f"part of it is in {result.dtype} all the same")
-        if not made.finite:
-            return Precision(name, False, error=made.error)
-        return Precision(name, None if made.error else True, made.largest, made.error)
+        return _judged(name, made, blamed)
+
+
+def _judged(dtype: str, made: _Made, blamed: Operation) -> Precision:
+    """What is to be said of an edit that was made in another precision."""
+    result = None if made.operation is None else made.operation.result
+    if result is not None and is_narrower(getattr(torch, result.dtype), getattr(torch, dtype)):
+        return Precision(dtype, error=f"part of it is in {result.dtype} all the same")
+    if not made.finite:
+        return Precision(dtype, False, error=made.error)
+    if made.unseen and blamed.reach != "weight":
+        return Precision(dtype, error=f"not all of it was seen: {made.unseen}")
+    return Precision(dtype, None if made.error else True, made.largest, made.error)
 
 
 def _one_line(error: Exception) -> str:

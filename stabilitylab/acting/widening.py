@@ -26,8 +26,8 @@ _ROOM: Final = 2
 _CASTS: Final = {Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16, Tensor.float: torch.float32}
 _DRAWS: Final = frozenset({"rand", "randn", "rand_like", "randn_like", "normal"})
 """What draws random numbers: in another dtype it would draw others."""
-_LEFT_ALONE: Final = frozenset({"__get__", "__set__", "grad", "backward"})
-"""What asks for attributes of the very tensors that it is given, or for gradients of them."""
+_LEFT_ALONE: Final = frozenset({"__get__", "__set__", "__deepcopy__", "grad", "backward"})
+"""What is about the very tensors that it is given: their attributes, copies or gradients."""
 _IN_PLACE: Final = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 ) | {"__setitem__"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -21,7 +22,7 @@ from torch import nn
 from stabilitylab.watching.snapshot import is_ours
 
 _NO_STATE: Final = (ModuleType, type, str, bytes, int, float, complex, type(None))
-_CONTAINERS: Final = (dict, list, set, deque, tuple, Mapping, Random, SimpleNamespace)
+_CONTAINERS: Final = (dict, list, set, deque, tuple, Mapping, Iterator, Random, SimpleNamespace)
 """Of Python's own classes, those whose objects are an edit's state; others are its plumbing: loggers, locks, files."""
 
 
@@ -146,4 +147,5 @@ def _is_the_users(function: FunctionType) -> bool:
 def _is_plumbing(value: object) -> bool:
     """Of one of Python's own classes, and no container."""
     top = type(value).__module__.partition(".")[0]
-    return top in sys.stdlib_module_names and top != "__main__" and not isinstance(value, _CONTAINERS)
+    is_python = top in sys.stdlib_module_names and top != "__main__"
+    return is_python and (isinstance(value, io.IOBase) or not isinstance(value, _CONTAINERS))

@@ -73,7 +73,7 @@ class Replays:
             return 0.0
         self._over, self._passing_over = bool(lost), True
         clock = time.perf_counter()
-        self._replay(Replay(row.edit, application, kept, self._editor), model)
+        self._replay(Replay(row.edit, application, kept, self._editor), model, row.status == "failed")
         return time.perf_counter() - clock
 
     def autopsy(self, model: nn.Module, application: Callable[[nn.Module], Application]) -> Operation | None:
@@ -84,7 +84,7 @@ class Replays:
         kept = self._kept
         if kept is not None:
             replay = Replay(self._recorder.edits, application(kept.model), kept, self._editor)
-            return self._replay(replay, model, compared=False)
+            return self._replay(replay, model)
         lost = sorted(lost_in(model))
         if lost:
             raise UsageError(
@@ -95,10 +95,10 @@ class Replays:
         replay = Replay(self._recorder.edits, asked, Kept(model, self._editor, asked), self._editor)
         return self._replay(replay, None)
 
-    def _replay(self, replay: Replay, model: nn.Module | None, *, compared: bool = True) -> Operation | None:
+    def _replay(self, replay: Replay, model: nn.Module | None, failed: bool | None = None) -> Operation | None:
         self.busy = True
         try:
-            operation = replay.make(model, compared=compared)
+            operation = replay.make(model, failed)
         finally:
             self.busy = False
             for says in replay.notes:

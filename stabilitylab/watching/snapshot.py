@@ -79,7 +79,13 @@ class Snapshot:
     @property
     def reached(self) -> list[Any]:
         """All that can be put back, whether or not anything else still holds it."""
-        return [*(holder.held for holder in self.holders), *(values.tensor for values in self.values)]
+        return [
+            *(thing for _, thing, _ in self.classes),
+            *(holder.held for holder in self.holders),
+            *(values.tensor for values in self.values),
+            *(array for _, array, _ in self.arrays),
+            *self.generators,
+        ]
 
     def sizes(self) -> dict[torch.device, int]:
         """The bytes of all the tensors in it, by where they lie; arrays are on the CPU."""
@@ -183,13 +189,13 @@ def _walk(roots: Mapping[str, object], *, copied: bool) -> Snapshot:
         elif isinstance(thing, dict | list | set | deque):
             snapshot.holders.append(_Holder(name, thing, _contents(thing)))
             waiting += reversed(list(_inside(name, thing)))
+        elif isinstance(thing, Iterator) and not isinstance(thing, io.IOBase) and not hasattr(thing, "__dict__"):
+            snapshot.iterators.append(name)
         elif isinstance(thing, _FOLLOWED) or id(thing) in top or _belongs(thing, packages):
             attributes = getattr(thing, "__dict__", None)
             if isinstance(attributes, dict):
                 snapshot.classes.append((name, thing, type(thing)))
                 waiting.append((name, attributes))
-        elif isinstance(thing, Iterator) and not isinstance(thing, io.IOBase):
-            snapshot.iterators.append(name)
     return snapshot
 
 
