@@ -90,7 +90,7 @@ def _follow(
         Entering(memory, found, lambda: begun(call, "arrived"))
         for memory, at in logged.entering
         for found in (origins.kinds(memory) or (0 if at is None else kinds[at]),)
-        if found and not (call.operator.fills and memory in call.changed)
+        if found and memory not in call.filled
     ]
 
     def begin(made: Made) -> Operation:

@@ -264,11 +264,11 @@ def _judged(dtype: str, made: _Made, blamed: Operation) -> Precision:
     result = None if made.operation is None else made.operation.result
     if result is not None and is_narrower(getattr(torch, result.dtype), getattr(torch, dtype)):
         return Precision(dtype, error=f"part of it is in {result.dtype} all the same")
-    if not made.finite:
-        return Precision(dtype, False, error=made.error)
+    if made.error or not made.finite:
+        return Precision(dtype, None if made.finite else False, error=made.error)
     if made.unseen and blamed.reach != "weight":
         return Precision(dtype, error=f"not all of it was seen: {made.unseen}")
-    return Precision(dtype, None if made.error else True, made.largest, made.error)
+    return Precision(dtype, True, made.largest)
 
 
 def _one_line(error: Exception) -> str:

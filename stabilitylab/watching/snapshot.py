@@ -349,7 +349,8 @@ class RandomStates:
         self._numpy = np.random.get_state()  # noqa: NPY002 -- the global one is what an editor may draw from
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if in_use else None
-        self._own = [(generator, _state_of(generator)) for generator in generators]
+        own = [each for each in generators if not isinstance(each, random.SystemRandom)]  # which has no state
+        self._own = [(generator, _state_of(generator)) for generator in own]
 
     def put_back(self) -> None:
         """Each goes on from where it was."""
