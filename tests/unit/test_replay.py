@@ -89,6 +89,7 @@ def without_a_leaf(model: nn.Module, number: int) -> None:
         (overflow, torch.float16, "aten.mm.default"),
         (cast_down, torch.float16, "aten._to_copy.default"),
         (without_a_leaf, torch.float32, "aten.mul.Tensor"),
+        (without_a_leaf, torch.bfloat16, "aten.mul.Tensor"),
     ],
 )
 def test_what_a_wider_precision_holds_is_a_matter_of_range(
@@ -133,9 +134,9 @@ def test_memory_that_is_shared_is_shared_in_the_wider_precision(tmp_path: Path) 
     editor = SimpleNamespace(view=model[0].weight.detach()[2:4])
 
     def apply(number: int) -> None:
-        editor.view += 1.0
+        editor.view += 1.0 if number == BAD else 0.0
         with torch.no_grad():
-            model[3].bias += (model[0].weight[2:4].sum() > 2) * torch.full((4,), 1e30 if number == BAD else 0.0).half()
+            model[3].bias += (model[0].weight[2:4].sum() > 8) * torch.full((4,), 1e30 if number == BAD else 0.0).half()
 
     with sl.attach(model, "[03]", tmp_path / "run", editor=editor, replay=True, announce=False) as monitor:
         step = monitor.wrap(apply)
@@ -337,11 +338,12 @@ class Editor:
 
     def edit(self, model: nn.Module, number: int) -> Tensor:
         self.steps += 1
-        self.optimizer.zero_grad(set_to_none=number % 2 == 0)
+        self.optimizer.zero_grad(set_to_none=number % 2 == 1)
         self.array += np.random.rand(3)  # noqa: NPY002 -- what an editor may draw from
         x = torch.randn(4, 8) * torch.rand((), generator=self.generator) + random.random()
         logits: Tensor = model(x.to(model[0].weight.dtype))
-        self.mean = 0.9 * self.mean + logits.detach().mean(0)
+        self.mean += logits.detach().mean(0)
+        self.mean = 0.9 * self.mean
         loss = logits.pow(2).mean()
         if number == BAD:  # the loss is lost, and the step skipped, as a loss scaler does it
             loss = loss * torch.tensor(0.0).log()
@@ -357,7 +359,7 @@ def course(folder: Path | None, dtype: torch.dtype = torch.float32) -> dict[str,
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
     model = make_model(dtype)
-    editor, heard, answers, called = Editor(model), [], [], 0
+    editor, heard, answers, let_go, called = Editor(model), [], [], [], 0
     model[0].weight.register_hook(lambda gradient: heard.append(float(gradient.float().sum())))
     model[3].weight.register_post_accumulate_grad_hook(lambda weight: heard.append(float(weight.float().sum())))
 
@@ -368,6 +370,7 @@ def course(folder: Path | None, dtype: torch.dtype = torch.float32) -> dict[str,
 
     def loop(step: Callable[[nn.Module, int], Tensor]) -> None:
         for number in range(1, 8):
+            let_go.append(editor.mean)
             answers.append(step(model, number))
 
     if folder is None:
@@ -388,6 +391,7 @@ def course(folder: Path | None, dtype: torch.dtype = torch.float32) -> dict[str,
         "editor": [editor.mean, torch.from_numpy(editor.array), torch.tensor([editor.steps, called])],
         "optimizer": state,
         "answers": answers,
+        "let go": let_go,
         "requires_grad": torch.tensor([parameter.requires_grad for parameter in model.parameters()]),
         "generators": [torch.get_rng_state(), editor.generator.get_state(), torch.tensor([random.random(), drawn])],
         "heard": [torch.tensor(heard, dtype=torch.float64)],
