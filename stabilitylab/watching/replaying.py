@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from stabilitylab.acting.replay import Application, Kept, Replay, lost_in, size_
 from stabilitylab.errors import UsageError
 from stabilitylab.record.note_kinds import REPLAY
 from stabilitylab.record.operations import Operation
-from stabilitylab.record.readings import EditRow
+from stabilitylab.record.readings import EditRow, Key
 from stabilitylab.watching.recording import Recorder
 
 
@@ -31,6 +31,7 @@ class Replays:
         self._kept: Kept | None = None
         self._application: Application | None = None
         self._lost = frozenset[str]()
+        self._by_design = frozenset[Key]()
         self._over = self._passing_over = not keeps
         if not keeps:
             return
@@ -58,17 +59,21 @@ class Replays:
         """The edit was stopped from outside: it is not to be made once more."""
         self._application = None
 
-    def after(self, row: EditRow, model: nn.Module, operation_was_named: bool) -> float:
+    def after(self, row: EditRow, model: nn.Module, operations: Sequence[Operation]) -> float:
         """An edit ended, and its row is about to be written: make it once more if it is the first that left something
         that is not finite. Returns the seconds that took.
 
         The first that left it in the model is made so, and before that the first with a passing one, or that failed.
+        operations: that were named by now. What is not finite in the canary's answer alone is not of the edit's making.
         """
         kept, application = self._kept, self._application
+        if row.edit == 0:
+            self._by_design = _nonfinite_in(row)
         if self._over or kept is None or application is None:
             return 0.0
         lost = lost_in(model) - self._lost
-        passing = row.status == "failed" or operation_was_named or _met_nonfinite(row)
+        named = any(each.phase == "edit" and each.reach != "values" for each in operations)
+        passing = row.status == "failed" or named or bool(_nonfinite_in(row) - self._by_design)
         if not lost and (self._passing_over or not passing):
             return 0.0
         self._over, self._passing_over = bool(lost), True
@@ -112,5 +117,7 @@ class Replays:
         self._kept = self._application = self._editor = None
 
 
-def _met_nonfinite(row: EditRow) -> bool:
-    return any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in row.readings.items())
+def _nonfinite_in(row: EditRow) -> frozenset[Key]:
+    """Which of an edit's readings tell of values that are not finite."""
+    counts = {key: values[0] for key, values in row.readings.items() if key[0].endswith(".nonfinite")}
+    return frozenset(key for key, count in counts.items() if count > 0 and not key[0].startswith("canary."))

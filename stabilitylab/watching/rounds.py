@@ -267,7 +267,7 @@ class Rounds:
             readings=readings,
         )
         try:
-            self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, bool(named))) or 0.0)
+            self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
         finally:  # it may take long, and be stopped by who watches
             self._recorder.row(row)
         self._guard("the tracer's schedule", lambda: self._pace_tracer(row, times, bool(unread.tracers)))
