@@ -113,7 +113,7 @@ def _follow(
         Entering(memory, found, functools.partial(_arrived, call, found, is_weight, begun))
         for memory, at, is_weight in logged.entering
         for found in (origins.kinds(memory) or (0 if at is None else kinds[at]),)
-        if found and not (call.operator.fills and memory in call.changed)
+        if found and memory not in call.filled
     ]
 
     def begin(made: Made) -> Operation:

@@ -305,7 +305,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _kinds_before(self, call: Call, tensor: Tensor) -> int:
         """What an operand held when the operation began, as far as that can be known."""
         memory = memory_of(tensor)
-        if memory in call.changed and call.operator.fills:
+        if memory in call.filled:
             return 0
         alive = self._alive.get(memory)
         if alive is not None and alive.expired():
