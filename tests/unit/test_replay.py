@@ -273,24 +273,25 @@ def test_what_can_not_be_wound_back_is_not_made_once_more(tmp_path: Path) -> Non
 
 
 def test_what_is_there_by_design_or_reaches_nothing_is_no_reason(tmp_path: Path) -> None:
-    """A mask, 0/0 that is replaced, and a canary whose answer is not finite."""
+    """A mask, 0/0 that is replaced, and a canary whose answer ceases to be finite."""
     model = make_model()
-    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    model.mask = nn.Parameter(torch.full((4, 4), -torch.inf).triu(1))
 
     def apply(number: int) -> None:
         ratio = torch.zeros(4) / torch.zeros(4)
         with torch.no_grad():
             model[3].bias += torch.where(ratio.isfinite(), ratio, torch.full((4,), 1e-3))
+            model[0].weight *= 1000.0 if number == 2 else 1.0
 
-    canary = torch.full((2, 8), 1e38)
-    with sl.attach(
-        model, "[03]", tmp_path / "run", canary=canary, probes="deep", replay=True, announce=False
-    ) as monitor:
+    canary, sites = torch.full((2, 8), 1e36), ["[03]", "mask"]
+    with sl.attach(model, sites, tmp_path / "run", canary=canary, replay=True, announce=False) as monitor:
         step = monitor.wrap(apply)
         for number in range(1, 4):
             step(number)
     run = load(tmp_path / "run")
-    assert run.operations
+    assert {found.phase for found in run.operations} == {"edit", "canary"}
+    assert run.edits[2].row.scalar("canary.nonfinite", "model") != 0
+    assert run.edits[0].row.scalar("weight.nonfinite", "mask") == 6
     assert of_replays(run) == []
     assert said(run) == []
 
