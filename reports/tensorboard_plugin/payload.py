@@ -53,7 +53,6 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "first_bad_edit": diagnosis.first_bad_edit,
         "first_bad_site": None if where is None else shorten(where, 60),
         "cause": clean(diagnosis.cause, 80),
-        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation),
         "landed": verdicts.landed_words(diagnosis),
         "forecast": _forecast(diagnosis),
     }
@@ -158,6 +157,7 @@ def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         "cause_says": sentence(clean(diagnosis.cause_says, SAYS)),
         "confidence": diagnosis.confidence,
         "advice": sentence(clean(diagnosis.advice, SAYS)),
+        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation),
         "chain": [[sentence(role), clean(says, SAYS)] for role, says in verdicts.chain(diagnosis)],
         "landed": verdicts.landed_words(diagnosis),
         "unwatched": clean("; ".join(diagnosis.unwatched), SAYS),
