@@ -50,11 +50,11 @@ class Traced(Protocol):
     def aside(self) -> AbstractContextManager[Any]:
         """Not entered meanwhile."""
 
-    def leave(self, why: str) -> None:
-        """No longer entered, for the rest of the edit."""
+    def leave(self, why: str) -> bool:
+        """No longer entered, for the rest of the edit. Returns whether that is so already."""
 
     def sweep(self) -> None:
-        """Leave this thread, if the edit is over already."""
+        """Leave this thread, if it should have been left before and could not."""
 
 
 class StepAside(TorchFunctionMode):
@@ -93,8 +93,8 @@ class StepAside(TorchFunctionMode):
 
     def _compiling(self, *_: object) -> None:
         """The compiler begins. It looks at which modes are entered only after this."""
-        if self._thread == threading.get_ident():
-            self._tracer.leave("torch.compile is in use")
+        # Where it can't leave yet, as inside of torch.cond, `sweep` has to be called again.
+        if self._thread == threading.get_ident() and self._tracer.leave("torch.compile is in use"):
             self._take_out()
 
     def __torch_function__(
@@ -102,6 +102,8 @@ class StepAside(TorchFunctionMode):
     ) -> Any:
         """`func` itself."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # the compiler traces this very line, so the graph stays the user's
+            return func(*args, **kwargs)
         self._tracer.sweep()
         if func in _VALUES_ONLY:
             with self._tracer.aside():

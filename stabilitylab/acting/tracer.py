@@ -11,6 +11,7 @@ What it can't see: compiled graphs, TorchScript, NumPy, and what other threads o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -129,6 +130,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Tracer:
         self._thread = threading.get_ident()
+        if not hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+            _be_known_to_higher_order_operators()
         _push_on_torch_dispatch_stack(self)
         return self
 
@@ -141,11 +144,12 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         finally:
             self._put_in(above)
 
-    def leave(self, why: str) -> None:
-        """No longer entered, for the rest of the edit."""
-        if not self.stopped:
-            self._take_out()
-            self.stopped = why
+    def leave(self, why: str) -> bool:
+        """No longer entered, for the rest of the edit. Returns whether that is so already: not, where torch has put the
+        modes away to put them back later.
+        """
+        self.stopped = self.stopped or why
+        return self._take_out() is not None
 
     def _take_out(self) -> list[Any] | None:
         """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
@@ -407,8 +411,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._take_out()
 
     def sweep(self) -> None:
-        """Leave this thread's stack, if the edit is over and another thread left it."""
-        if self.is_over:
+        """Leave this thread's stack, if it should have been left before and could not."""
+        if self.is_over or self.stopped:
             self._take_out()
 
     def seal(self, models: Sequence[nn.Module]) -> None:
@@ -436,6 +440,18 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             known.clear()
         self._log.clear()
         self._given.clear()
+
+
+def _be_known_to_higher_order_operators() -> None:
+    """Older releases of torch run those under no mode that they don't know."""
+
+    def pass_on(operator: Any, _: Tracer, *args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    known: Mapping[str, Any] = torch._ops._higher_order_ops
+    for operator in known.values():
+        if Tracer not in operator.python_key_mode_table:
+            operator.py_impl(Tracer)(functools.partial(pass_on, operator))
 
 
 def _handed_rightly(func: Any, args: tuple[Any, ...]) -> list[Any]:

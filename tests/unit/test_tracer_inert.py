@@ -477,7 +477,7 @@ def test_a_mode_around_the_edit_sees_nothing_of_ours(kind: Callable[[], Any]) ->
         model, x = Model(), torch.randn(3, 5, 8)
         with kind() as mode, Tracing.entered(Tracer(1)) if traced else contextlib.nullcontext():
             make_a_nan(model, x)
-        return list(mode.seen)
+        return [name for name in mode.seen if name != "aten.detach.default"]  # of torch 2.4's own, between two modes
 
     assert edit(True) == edit(False)
 
@@ -510,7 +510,7 @@ def test_a_mode_that_is_entered_before_and_left_inside_of_the_edit(tmp_path: Pat
     assert modes() == before
 
 
-@torch.library.custom_op("stabilitylab_tests::scaled", mutates_args=())
+@torch.library.custom_op("stabilitylab_tests::scaled", mutates_args=(), schema="(Tensor x) -> Tensor")
 def scaled(x: Tensor) -> Tensor:
     """An operator in Python, which calls functions that the tracer steps aside for while it is running itself."""
     return x / torch.linalg.svdvals(x)[0] * torch.linalg.norm(x, 2) * x.masked_fill(x > 0, 1.0).prod()
