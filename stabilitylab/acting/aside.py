@@ -50,8 +50,13 @@ class Traced(Protocol):
     def aside(self) -> AbstractContextManager[Any]:
         """Not entered meanwhile."""
 
-    def leave(self, why: str) -> bool:
-        """No longer entered, for the rest of the edit. Returns whether that is so already."""
+    stopped: str
+
+    def stop(self, why: str) -> None:
+        """Look at nothing more in this edit."""
+
+    def leave(self, why: str) -> None:
+        """No longer entered for the rest of the edit, from now on or as soon as that may be."""
 
     def sweep(self) -> None:
         """Leave this thread, if it should have been left before and could not."""
@@ -93,8 +98,9 @@ class StepAside(TorchFunctionMode):
 
     def _compiling(self, *_: object) -> None:
         """The compiler begins. It looks at which modes are entered only after this."""
-        # Where it can't leave yet, as inside of torch.cond, `sweep` has to be called again.
-        if self._thread == threading.get_ident() and self._tracer.leave("torch.compile is in use"):
+        # The tracer may not leave here: the compiler puts back what it found entered.
+        if self._thread == threading.get_ident():
+            self._tracer.stop("torch.compile is in use")
             self._take_out()
 
     def __torch_function__(
@@ -105,11 +111,11 @@ class StepAside(TorchFunctionMode):
         if torch.compiler.is_compiling():  # the compiler traces this very line, so the graph stays the user's
             return func(*args, **kwargs)
         self._tracer.sweep()
-        if func in _VALUES_ONLY:
-            with self._tracer.aside():
-                return func(*args, **kwargs)
         if func in _ANOTHER_WAY_BACK and torch.is_grad_enabled() and _is_differentiated(func, args, kwargs):
             self._tracer.leave(f"the backward of {func.__name__} is computed in another way under a tracer")
+        if func in _VALUES_ONLY or self._tracer.stopped:
+            with self._tracer.aside():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -144,12 +145,14 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         finally:
             self._put_in(above)
 
-    def leave(self, why: str) -> bool:
-        """No longer entered, for the rest of the edit. Returns whether that is so already: not, where torch has put the
-        modes away to put them back later.
-        """
+    def stop(self, why: str) -> None:
+        """Look at nothing more in this edit."""
         self.stopped = self.stopped or why
-        return self._take_out() is not None
+
+    def leave(self, why: str) -> None:
+        """No longer entered for the rest of the edit, from now on or as soon as that may be."""
+        self.stop(why)
+        self.sweep()
 
     def _take_out(self) -> list[Any] | None:
         """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
@@ -169,7 +172,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def _put_in(self, above: list[Any] | None) -> None:
         """Back, below the same modes."""
-        if above is None or self.is_over or self.stopped:
+        if above is None:
             return
         for _ in above:
             _pop_torch_dispatch_stack(None)
@@ -388,6 +391,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def gave(self, output: Any) -> None:
         """The whole model has returned this."""
+        self.sweep()
         if self._origins or self._log:
             with torch._C.DisableTorchFunction():  # a mode of the user's would see us look
                 self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
@@ -412,7 +416,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def sweep(self) -> None:
         """Leave this thread's stack, if it should have been left before and could not."""
-        if self.is_over or self.stopped:
+        if (self.is_over or self.stopped) and _may_leave():
             self._take_out()
 
     def seal(self, models: Sequence[nn.Module]) -> None:
@@ -440,6 +444,20 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             known.clear()
         self._log.clear()
         self._given.clear()
+
+
+def _may_leave() -> bool:
+    """Whether nobody around keeps by heart that a mode is entered, to have it so again: the compiler does, and the
+    transforms of torch.func.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo"):
+            return False
+        frame = frame.f_back
+    return True
 
 
 def _be_known_to_higher_order_operators() -> None:

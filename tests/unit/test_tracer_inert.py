@@ -413,6 +413,25 @@ def _descend(model: nn.Module, y: Tensor) -> list[Tensor]:
     return [y]
 
 
+def _keys() -> str:
+    return str(torch._C._dispatch_tls_local_include_set())
+
+
+def test_inside_of_a_transform_it_leaves_later(tmp_path: Path) -> None:
+    """Transforms put back the dispatch keys that they found."""
+    before = _keys()
+
+    def way(model: nn.Module, x: Tensor) -> list[Tensor]:
+        found = torch.func.grad(lambda z: torch.func.grad(lambda y: y.prod(-1).sum())(z).sin().sum())(x)
+        batched = torch.func.vmap(torch.func.grad(lambda z: z.prod(-1).sum()))(x)
+        _descend(model, model(x) + found.sum())
+        return [found, batched, torch.linalg.svdvals(x)]
+
+    traced = compare(way, tmp_path)
+    assert any("prod" in says for says in traced.said)
+    assert _keys() == before
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_where_a_backward_would_be_computed_in_another_way_the_rest_of_the_edit_is_not_traced(
     name: str, tmp_path: Path
@@ -680,6 +699,7 @@ def test_what_is_compiled_first_inside_of_an_edit_is_compiled_as_without_us(tmp_
     assert_same(plain, traced)
     assert graphs == others == own
     assert graphs[0][1] == graphs[0][-1] > 0  # and is not compiled again
+    assert "Python" not in _keys()
     assert said == [
         "from there on operations are not traced in an edit: torch.compile is in use",
         "operations are not traced: torch.compile is in use",
