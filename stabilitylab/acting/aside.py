@@ -2,7 +2,7 @@
 
 Under a mode torch takes every tensor for one that might be a subclass. Singular values and eigenvalues alone are then
 computed together with their vectors, and the backwards of a few functions take another way. Over all samples of torch's
-own operator database no others differ (`tests/oracle/test_tracer_inert.py`).
+own operator database no others differ (`tests/oracle/test_tracer_operators.py`).
 """
 
 from __future__ import annotations
