@@ -2,7 +2,7 @@
 
 Under a mode torch takes every tensor for one that might be a subclass. Singular values and eigenvalues alone are then
 computed together with their vectors, and the backwards of a few functions take another way. Over all samples of torch's
-own operator database no others differ (`tests/oracle/test_tracer_inert.py`).
+own operator database no others differ (`tests/oracle/test_tracer_operators.py`).
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ class Traced(Protocol):
     def aside(self) -> AbstractContextManager[Any]:
         """Not entered meanwhile."""
 
+    stopped: str
+
+    def stop(self, why: str) -> None:
+        """Look at nothing more in this edit."""
+
     def leave(self, why: str) -> None:
-        """No longer entered, for the rest of the edit."""
+        """No longer entered for the rest of the edit, from now on or as soon as that may be."""
 
     def sweep(self) -> None:
-        """Leave this thread, if the edit is over already."""
+        """Leave this thread, if it should have been left before and could not."""
 
 
 class StepAside(TorchFunctionMode):
@@ -93,8 +98,9 @@ class StepAside(TorchFunctionMode):
 
     def _compiling(self, *_: object) -> None:
         """The compiler begins. It looks at which modes are entered only after this."""
+        # The tracer may not leave here: the compiler puts back what it found entered.
         if self._thread == threading.get_ident():
-            self._tracer.leave("torch.compile is in use")
+            self._tracer.stop("torch.compile is in use")
             self._take_out()
 
     def __torch_function__(
@@ -102,12 +108,14 @@ class StepAside(TorchFunctionMode):
     ) -> Any:
         """`func` itself."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # the compiler traces this very line, so the graph stays the user's
+            return func(*args, **kwargs)
         self._tracer.sweep()
-        if func in _VALUES_ONLY:
-            with self._tracer.aside():
-                return func(*args, **kwargs)
         if func in _ANOTHER_WAY_BACK and torch.is_grad_enabled() and _is_differentiated(func, args, kwargs):
             self._tracer.leave(f"the backward of {func.__name__} is computed in another way under a tracer")
+        if func in _VALUES_ONLY or self._tracer.stopped:
+            with self._tracer.aside():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -79,8 +79,7 @@ class Log:
 
     def read(self, origins: Origins, begun: Begun) -> None:
         """Wait for the sums, and follow in `origins` what was not finite."""
-        sums = torch.stack([each.double() for each in self._sums]).tolist() if self._sums else []
-        kinds = [kind_of(each) for each in sums]
+        kinds = [kind_of(each) for each in _fetched(self._sums)]
         unwritten: set[int] = set()
         for logged in self._logged:
             if isinstance(logged, _Unwritten):
@@ -103,6 +102,18 @@ class Log:
         self._logged.clear()
         self._sums.clear()
         self._seen.clear()
+
+
+def _fetched(sums: Sequence[Tensor]) -> list[float]:
+    """Their values, in one go from each device."""
+    places: dict[torch.device, list[int]] = {}
+    for place, each in enumerate(sums):
+        places.setdefault(each.device, []).append(place)
+    values = [0.0] * len(sums)
+    for there in places.values():
+        for place, value in zip(there, torch.stack([sums[place].double() for place in there]).tolist(), strict=True):
+            values[place] = value
+    return values
 
 
 def _follow(

@@ -11,12 +11,14 @@ What it can't see: compiled graphs, TorchScript, NumPy, and what other threads o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -129,6 +131,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Tracer:
         self._thread = threading.get_ident()
+        if not hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+            _be_known_to_higher_order_operators()
         _push_on_torch_dispatch_stack(self)
         return self
 
@@ -141,11 +145,14 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         finally:
             self._put_in(above)
 
+    def stop(self, why: str) -> None:
+        """Look at nothing more in this edit."""
+        self.stopped = self.stopped or why
+
     def leave(self, why: str) -> None:
-        """No longer entered, for the rest of the edit."""
-        if not self.stopped:
-            self._take_out()
-            self.stopped = why
+        """No longer entered for the rest of the edit, from now on or as soon as that may be."""
+        self.stop(why)
+        self.sweep()
 
     def _take_out(self) -> list[Any] | None:
         """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
@@ -165,7 +172,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def _put_in(self, above: list[Any] | None) -> None:
         """Back, below the same modes."""
-        if above is None or self.is_over or self.stopped:
+        if above is None:
             return
         for _ in above:
             _pop_torch_dispatch_stack(None)
@@ -384,6 +391,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def gave(self, output: Any) -> None:
         """The whole model has returned this."""
+        self.sweep()
         if self._origins or self._log:
             with torch._C.DisableTorchFunction():  # a mode of the user's would see us look
                 self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
@@ -407,8 +415,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._take_out()
 
     def sweep(self) -> None:
-        """Leave this thread's stack, if the edit is over and another thread left it."""
-        if self.is_over:
+        """Leave this thread's stack, if it should have been left before and could not."""
+        if (self.is_over or self.stopped) and _may_leave():
             self._take_out()
 
     def seal(self, models: Sequence[nn.Module]) -> None:
@@ -436,6 +444,32 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             known.clear()
         self._log.clear()
         self._given.clear()
+
+
+def _may_leave() -> bool:
+    """Whether nobody around keeps by heart that a mode is entered, to have it so again: the compiler does, and the
+    transforms of torch.func.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo"):
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _be_known_to_higher_order_operators() -> None:
+    """Older releases of torch run those under no mode that they don't know."""
+
+    def pass_on(operator: Any, _: Tracer, *args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    known: Mapping[str, Any] = torch._ops._higher_order_ops
+    for operator in known.values():
+        if Tracer not in operator.python_key_mode_table:
+            operator.py_impl(Tracer)(functools.partial(pass_on, operator))
 
 
 def _handed_rightly(func: Any, args: tuple[Any, ...]) -> list[Any]:

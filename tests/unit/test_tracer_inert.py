@@ -27,7 +27,7 @@ from tests.loops import hooks_on
 
 Trace = bool | None
 """None for no monitor at all."""
-EDITS = 2
+EDITS = 1
 
 
 @pytest.fixture(autouse=True)
@@ -413,6 +413,25 @@ def _descend(model: nn.Module, y: Tensor) -> list[Tensor]:
     return [y]
 
 
+def _keys() -> str:
+    return str(torch._C._dispatch_tls_local_include_set())
+
+
+def test_inside_of_a_transform_it_leaves_later(tmp_path: Path) -> None:
+    """Transforms put back the dispatch keys that they found."""
+    before = _keys()
+
+    def way(model: nn.Module, x: Tensor) -> list[Tensor]:
+        found = torch.func.grad(lambda z: torch.func.grad(lambda y: y.prod(-1).sum())(z).sin().sum())(x)
+        batched = torch.func.vmap(torch.func.grad(lambda z: z.prod(-1).sum()))(x)
+        _descend(model, model(x) + found.sum())
+        return [found, batched, torch.linalg.svdvals(x)]
+
+    traced = compare(way, tmp_path)
+    assert any("prod" in says for says in traced.said)
+    assert _keys() == before
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_where_a_backward_would_be_computed_in_another_way_the_rest_of_the_edit_is_not_traced(
     name: str, tmp_path: Path
@@ -477,7 +496,7 @@ def test_a_mode_around_the_edit_sees_nothing_of_ours(kind: Callable[[], Any]) ->
         model, x = Model(), torch.randn(3, 5, 8)
         with kind() as mode, Tracing.entered(Tracer(1)) if traced else contextlib.nullcontext():
             make_a_nan(model, x)
-        return list(mode.seen)
+        return [name for name in mode.seen if name != "aten.detach.default"]  # of torch 2.4's own, between two modes
 
     assert edit(True) == edit(False)
 
@@ -510,7 +529,7 @@ def test_a_mode_that_is_entered_before_and_left_inside_of_the_edit(tmp_path: Pat
     assert modes() == before
 
 
-@torch.library.custom_op("stabilitylab_tests::scaled", mutates_args=())
+@torch.library.custom_op("stabilitylab_tests::scaled", mutates_args=(), schema="(Tensor x) -> Tensor")
 def scaled(x: Tensor) -> Tensor:
     """An operator in Python, which calls functions that the tracer steps aside for while it is running itself."""
     return x / torch.linalg.svdvals(x)[0] * torch.linalg.norm(x, 2) * x.masked_fill(x > 0, 1.0).prod()
@@ -680,6 +699,7 @@ def test_what_is_compiled_first_inside_of_an_edit_is_compiled_as_without_us(tmp_
     assert_same(plain, traced)
     assert graphs == others == own
     assert graphs[0][1] == graphs[0][-1] > 0  # and is not compiled again
+    assert "Python" not in _keys()
     assert said == [
         "from there on operations are not traced in an edit: torch.compile is in use",
         "operations are not traced: torch.compile is in use",
@@ -732,7 +752,7 @@ def test_functions_in_torchscript_and_what_is_traced_there(tmp_path: Path) -> No
         return [traced(x), made(x), *model.parameters()]
 
     compare(way, tmp_path)
-    assert kinds[:2] * 6 == kinds
+    assert kinds[:2] * (3 * EDITS) == kinds
 
 
 def test_higher_order_operators(tmp_path: Path) -> None:
