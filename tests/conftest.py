@@ -16,6 +16,15 @@ hypothesis.settings.load_profile("stabilitylab")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes runs only where it is asked for."""
+    if "exhaustive" not in config.option.markexpr:
+        skipped = pytest.mark.skip(reason="all of torch's operators; run with: make test-exhaustive")
+        for item in items:
+            if "exhaustive" in item.keywords:
+                item.add_marker(skipped)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

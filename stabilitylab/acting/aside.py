@@ -7,9 +7,11 @@ own operator database no others differ (`tests/oracle/test_tracer_inert.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -35,27 +37,77 @@ _ANOTHER_WAY_BACK: Final = frozenset(
 )
 
 
+def compiler() -> Any:
+    """What the compiler tells when it begins. Takes a second or two when it is called first in a process."""
+    from torch._dynamo.callback import callback_handler
+
+    return callback_handler
+
+
+class Traced(Protocol):
+    """A tracer, as far as it is told to step aside."""
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Not entered meanwhile."""
+
+    def leave(self, why: str) -> None:
+        """No longer entered, for the rest of the edit."""
+
+    def sweep(self) -> None:
+        """Leave this thread, if the edit is over already."""
+
+
 class StepAside(TorchFunctionMode):
     """Calls functions of torch as they are; those that would be rounded differently, without the tracer."""
 
-    def __init__(self, aside: Callable[[], AbstractContextManager[Any]], leave: Callable[[str], None]) -> None:
-        """aside: takes the tracer away while it is entered. leave: takes it away for the rest of the edit; told why."""
+    def __init__(self, tracer: Traced) -> None:
         super().__init__()
-        self._aside = aside
-        self._leave = leave
+        self._tracer = tracer
+        self._thread = -1
+        self._compiler = compiler()
+
+    def __enter__(self) -> StepAside:
+        self._thread = threading.get_ident()
+        torch._C._push_on_torch_function_stack(self)
+        # What is compiled here would be compiled anew later, when this mode is no longer entered.
+        self._compiler.register_start_callback(self._compiling)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave, wherever in the stack it is by now: a mode that the user entered meanwhile stays entered. Left from
+        another thread, it only passes calls on.
+        """
+        with contextlib.suppress(ValueError):  # where the compiler was reset meanwhile
+            self._compiler.remove_start_callback(self._compiling)
+        self._take_out()
+
+    def _take_out(self) -> None:
+        if self._thread != threading.get_ident():
+            return
+        height = torch._C._len_torch_function_stack()
+        place = next((at for at in range(height)[::-1] if torch._C._get_function_stack_at(at) is self), None)
+        if place is not None:
+            above = [torch._C._pop_torch_function_stack() for _ in range(height - place)][::-1]
+            for mode in above[1:]:
+                torch._C._push_on_torch_function_stack(mode)
+
+    def _compiling(self, *_: object) -> None:
+        """The compiler begins. It looks at which modes are entered only after this."""
+        if self._thread == threading.get_ident():
+            self._tracer.leave("torch.compile is in use")
+            self._take_out()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """`func` itself."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # the compiler traces this very line, so the graph stays the user's
-            return func(*args, **kwargs)
+        self._tracer.sweep()
         if func in _VALUES_ONLY:
-            with self._aside():
+            with self._tracer.aside():
                 return func(*args, **kwargs)
         if func in _ANOTHER_WAY_BACK and torch.is_grad_enabled() and _is_differentiated(func, args, kwargs):
-            self._leave(f"the backward of {func.__name__} is computed in another way under a tracer")
+            self._tracer.leave(f"the backward of {func.__name__} is computed in another way under a tracer")
         return func(*args, **kwargs)
 
 

@@ -45,6 +45,15 @@ class Call:
         return frozenset(memory_of(tensor) for tensor in readable(self.operator.changed(self.args, self.kwargs)))
 
     @cached_property
+    def filled(self) -> frozenset[int]:
+        """Those of them that it has written over, whatever was there; not where it read there too: ``w[:8] += x`` ends
+        in a copy of ``w[:8]`` onto itself.
+        """
+        written = {name for _, name in self.operator.written}
+        read = {memory for name, memory in self.memories if name not in written}
+        return self.changed - read if self.operator.fills else frozenset()
+
+    @cached_property
     def memories(self) -> tuple[tuple[str, int], ...]:
         """The name and the memory of each operand."""
         return tuple((name, memory_of(tensor)) for name, tensor in self.operands)
@@ -62,6 +71,11 @@ class Call:
         return {name: f"{value:.6g}" for name, value in numbers if not isinstance(value, bool)}
 
     @cached_property
+    def gathers(self) -> bool:
+        """Whether anything of more than one entry went in."""
+        return any(tensor.numel() > 1 for _, tensor in self.operands)
+
+    @cached_property
     def asks_for_infinity(self) -> bool:
         """Whether it makes a tensor of a number, or a number that it was called with is not finite."""
         given = [*self.args, *self.kwargs.values()]
@@ -75,6 +89,6 @@ class Call:
     def without_tensors(self) -> Call:
         """The same, remembering what it is asked for and no tensor."""
         light = replace(self, args=(), kwargs={})
-        for name in ("changed", "memories", "shapes", "settings", "asks_for_infinity"):
+        for name in ("changed", "filled", "memories", "shapes", "settings", "gathers", "asks_for_infinity"):
             light.__dict__[name] = getattr(self, name)
         return light

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 _UNWRITTEN: Final = frozenset(
     {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+    | {"resize_", "resize_as_"}
 )
 _FILLS: Final = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"})
 _CONSTANTS: Final = frozenset({"lift_fresh", "lift_fresh_copy", "scalar_tensor"})
@@ -30,6 +31,7 @@ _SUMS: Final = frozenset(
     }
     | {"linear", "convolution", "linalg_vector_norm", "nll_loss_forward", "nll_loss2d_forward", "native_layer_norm"}
 )
+_ATTENTION: Final = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 _COMMUNICATION: Final = ("c10d", "_c10d")
 
 
@@ -87,5 +89,5 @@ def operator_of(func: Any) -> Operator:
         constant=name in _CONSTANTS,
         adds_up=name in _SUMS,
         # The others of fused attention are sums of rows (−∞ for an empty one) and random states.
-        first_only=name.startswith("_scaled_dot_product") and not name.endswith("backward"),
+        first_only=name.startswith(_ATTENTION) and not name.endswith("backward"),
     )

@@ -21,7 +21,7 @@ FOLLOWED: Final = 4
 MOST_TRAILS: Final = 256
 
 _SOFTMAXES: Final = frozenset({"_softmax", "_log_softmax", "_safe_softmax", "logsumexp"})
-_ATTENTION: Final = "_scaled_dot_product"
+_ATTENTION: Final = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 """Operations for which −∞ is a value like any other, so that a NaN from it is their own: a row of nothing else."""
 
 
@@ -39,6 +39,11 @@ class Trail:
     def made(self) -> Made:
         """How the first value came to be."""
         return self.operation.made
+
+    def gives_one_number(self, call: Call) -> None:
+        """An operation of the forward made it a single number: a loss, unless a number was asked for, as for a mask."""
+        if not call.backward and (self.made != "designed" or call.gathers):
+            self.reaches("loss")
 
     def reaches(self, reach: Reach, name: str = "") -> None:
         """It came so far, unless it was further already."""

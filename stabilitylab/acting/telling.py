@@ -40,12 +40,14 @@ def in_full(operation: Operation, call: Call, read: Callable[[Call, str, Tensor]
 @dataclass(frozen=True, eq=False)
 class Names:
     """What things are called, at the end of an edit. layers: by the module's `id`. weights, gradients: by memory.
-    bad: the memories of weights that are not finite; None where that can't be told without waiting.
+    buffers: the memories of those weights that
+    are buffers. bad: of those that are not finite; None where that can't be told without waiting.
     """
 
     layers: Mapping[int, str] = field(default_factory=dict)
     weights: Mapping[int, str] = field(default_factory=dict)
     gradients: Mapping[int, str] = field(default_factory=dict)
+    buffers: frozenset[int] = frozenset()
     bad: frozenset[int] | None = None
 
     @classmethod
@@ -59,6 +61,9 @@ class Names:
             layers={id(module): name or MODEL_SITE for model in last_first for name, module in model.named_modules()},
             weights={memory_of(tensor): name for name, tensor in tensors},
             gradients={memory_of(found): name for name, leaf in leaves for found in readable(leaf.grad)},
+            buffers=frozenset(
+                memory_of(found) for model in models for buffer in model.buffers() for found in readable(buffer)
+            ),
             bad=None if waits else frozenset(memory_of(tensor) for _, tensor in tensors if not is_finite(tensor)),
         )
 
@@ -66,7 +71,9 @@ class Names:
         """Tell each trail how far it came."""
         for memory, name in self.weights.items():
             trail = origins.trail(memory)
-            if trail is not None and (self.bad is None or memory in self.bad):
+            if trail is None or (trail.made == "designed" and memory in self.buffers):
+                continue  # a mask that the model keeps
+            if self.bad is None or memory in self.bad:
                 trail.reaches("weight", name)
         for memory, name in self.gradients.items():
             trail = origins.trail(memory)

@@ -15,6 +15,8 @@ from stabilitylab.record.operations import Values
 
 T = TypeVar("T")
 
+_SHRUNK: Final = 2.0**-64
+
 MINUS_INFINITY: Final = 1
 INFINITY: Final = 2
 NAN: Final = 4
@@ -91,13 +93,17 @@ def is_whole(tensor: Tensor) -> bool:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Its sum, 0-d, in fp32 or above: not finite where an entry isn't, and where it is too large."""
-    return quietly(lambda: torch.sum(tensor, dtype=SUMMED[tensor.dtype]))
+    """Its sum, 0-d, such that it can't overflow: not finite exactly where an entry isn't."""
+    if tensor.dtype == torch.float64:
+        return quietly(lambda: torch.sum(tensor * _SHRUNK))
+    return quietly(lambda: torch.sum(tensor, dtype=torch.float32 if tensor.dtype == torch.float16 else torch.float64))
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is: by the sum, and where that isn't by each of them."""
-    return math.isfinite(total(tensor).item()) or bool(quietly(lambda: tensor.isfinite().all()))
+    return quietly(
+        lambda: math.isfinite(torch.sum(tensor, dtype=SUMMED[tensor.dtype]).item()) or bool(tensor.isfinite().all())
+    )
 
 
 def kinds_of(tensor: Tensor) -> int:

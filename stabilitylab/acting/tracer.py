@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._C import _pop_torch_dispatch_stack
+from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitylab.acting.call import Call
@@ -52,12 +52,18 @@ from stabilitylab.watching.own_work import OwnMode
 
 _FORWARDS_KEPT: Final = 200_000
 """Forward operations of which the line is kept for their backward."""
+_WRONGLY_HANDED: Final = "Expected a value of type 'Tensor'"
+"""What torch says of a number in place of a tensor. TorchScript's constants come as such to any dispatch mode."""
 _AT_ONCE: Final = 8
 """Steps of autograd that one operation may have, at most."""
 _LOOKED: Final = 4_000
 """Operands that are looked at, of operations with a result that is not finite; of later ones what is known is trusted:
 after a NaN there are many.
 """
+
+
+_View = tuple[int, Any, torch.Size]
+"""The memory of a tensor, and which part of it."""
 
 
 class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
@@ -77,9 +83,11 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         ranges: bool = False,
         deferred: bool = False,
         largest_at: Step | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         """ranges: also keep the range of every result, so that those of overwritten operands are known. deferred: read
         nothing before `finish`, as on an accelerator. largest_at: keep the largest magnitude that this operation gives.
+        model: whose weights are no masks, where they hold an infinity.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.failure = ""
@@ -96,7 +104,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._origins = Origins()
         self._alive: dict[int, Held] = {}
         self._unwritten: dict[int, Held] = {}
-        self._ranges: dict[int, tuple[float, float]] = {}
+        self._ranges: dict[_View, tuple[float, float]] = {}
+        self._new_ranges: dict[_View, tuple[float, float]] = {}
         self._forwards: dict[int, Spot] = {}
         self._sequence = _sequence()
         self._looked = 0
@@ -104,18 +113,23 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._log = Log()
         self._given: list[int] = []
         self._names = Names()
+        weights = () if model is None else model.parameters()
+        self._weights = frozenset(memory_of(found) for weight in weights for found in readable(weight))
         self._thread = -1
-        self._entered = False
+        self.is_over = False
+        """Whether the edit is."""
 
     def for_canary(self) -> Tracer:
         """The same, for the canary's forward."""
         self._phase = "canary"
         return self
 
+    # What torch itself does besides, to enter a mode, is to set flags by which the compiler tells that it is inside of
+    # one, and to put them back when it is left: wrongly, where the user's modes were entered in between and stay.
+
     def __enter__(self) -> Tracer:
         self._thread = threading.get_ident()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._entered = True
+        _push_on_torch_dispatch_stack(self)
         return self
 
     @contextlib.contextmanager
@@ -129,36 +143,34 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def leave(self, why: str) -> None:
         """No longer entered, for the rest of the edit."""
-        if self._entered:
+        if not self.stopped:
             self._take_out()
-            self._entered = False
-            self.stopped = self.stopped or why
+            self.stopped = why
 
     def _take_out(self) -> list[Any] | None:
         """Out of the stack of modes, wherever in it; returns the modes that were entered since, which stay entered.
-        None where it is not in this thread's.
+        None where it is not in this thread's, or an operation that it was asked for is still running.
         """
-        if not self._entered or self._thread != threading.get_ident():
+        if self._thread != threading.get_ident():
             return None
-        above = []
-        while (height := torch._C._len_torch_dispatch_stack()) > 0:
-            if torch._C._get_dispatch_stack_at(height - 1) is self:
-                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                break
-            above.append(_pop_torch_dispatch_stack(None))
-        for mode in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(mode)
+        height = torch._C._len_torch_dispatch_stack()
+        place = next((at for at in range(height)[::-1] if torch._C._get_dispatch_stack_at(at) is self), None)
+        if place is None:
+            return None
+        above = [_pop_torch_dispatch_stack(None) for _ in range(height - place - 1)][::-1]
+        _pop_torch_dispatch_stack(None)
+        for mode in above:
+            _push_on_torch_dispatch_stack(mode)
         return above
 
     def _put_in(self, above: list[Any] | None) -> None:
         """Back, below the same modes."""
-        if above is None:
+        if above is None or self.is_over or self.stopped:
             return
         for _ in above:
             _pop_torch_dispatch_stack(None)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        for mode in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in (self, *above):
+            _push_on_torch_dispatch_stack(mode)
 
     # torch.compile is as without us: what it makes runs as a few operations that are not looked into.
 
@@ -176,8 +188,13 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """`func` itself, then a look at what it gave."""
-        result = func(*args, **(kwargs or {}))
-        if self.failure:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if _WRONGLY_HANDED not in str(error):
+                raise
+            result = func(*_handed_rightly(func, args), **(kwargs or {}))
+        if self.failure or self.stopped:
             return result
         began = time.perf_counter()
         try:
@@ -201,6 +218,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             return
         if operator.unwritten:
             self._unwritten_memory(result)
+            if self._log or self._deferred:
+                self._log.unwritten(readable(result))
             return
         results = list(readable(_values_in(operator, args, kwargs, result)))
         if self._deferred or any(tensor.is_cuda for tensor in results):
@@ -215,6 +234,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             for tensor in results:
                 if is_whole(tensor):
                     self._forget(memory_of(tensor))
+        if self._with_ranges:
+            self._remember_ranges()
 
     def _learn(self, sequence: int) -> None:
         spot = look(sys._getframe(3)).spot
@@ -247,9 +268,18 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _is_finite(self, tensor: Tensor) -> bool:
         if not self._with_ranges or not tensor.numel():
             return is_finite(tensor)
-        least, greatest = (each.item() for each in quietly(tensor.aminmax))
-        self._ranges[memory_of(tensor)] = (least, greatest)
+        least, greatest = quietly(lambda: [each.item() for each in tensor.aminmax()])
+        self._new_ranges[_view(tensor)] = (least, greatest)
         return math.isfinite(least) and math.isfinite(greatest)
+
+    def _remember_ranges(self) -> None:
+        """When nobody asks any more what was there before."""
+        for view, ends in self._new_ranges.items():
+            if all(map(math.isfinite, ends)):
+                self._ranges[view] = ends
+            else:
+                self._ranges.pop(view, None)
+        self._new_ranges.clear()
 
     def _measure(self, results: Sequence[Tensor]) -> None:
         step, place = self._largest_at, place_of(self._where()[0])
@@ -263,6 +293,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         for tensor in readable(result):
             memory = memory_of(tensor)
             self._forget(memory)
+            self._ranges.pop(_view(tensor), None)
             self._unwritten[memory] = held(tensor)
 
     def _forget(self, memory: int) -> None:
@@ -274,7 +305,7 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _kinds_before(self, call: Call, tensor: Tensor) -> int:
         """What an operand held when the operation began, as far as that can be known."""
         memory = memory_of(tensor)
-        if memory in call.changed and call.operator.fills:
+        if memory in call.filled:
             return 0
         alive = self._alive.get(memory)
         if alive is not None and alive.expired():
@@ -309,9 +340,8 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
             return replace(operation, result=values_of("", bad[0]), index=index, value=value)
 
         trail = self._origins.passed(call, entering, leaving, begin)
-        made_here = trail.operation.number == call.number
-        if bad[0].numel() == 1 and not call.backward and not (made_here and trail.made == "designed"):
-            trail.reaches("loss")
+        if bad[0].numel() == 1:
+            trail.gives_one_number(call)
 
     def _begun(self, call: Call, made: Made) -> Operation:
         self._calls[call.number] = call.without_tensors()
@@ -320,17 +350,20 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     def _arrived(self, call: Call, name: str, tensor: Tensor, kinds: int) -> Callable[[], Operation]:
         def make() -> Operation:
             # An infinity that was there before, and is no weight: a mask that the model keeps.
-            fault = isinstance(tensor, nn.Parameter) or kinds & NAN
+            fault = kinds & NAN or self._is_weight(tensor)
             operation = self._begun(call, "arrived" if fault else "designed")
             return replace(operation, operands=(values_of(name, tensor),), value=spelled_kinds(kinds))
 
         return make
 
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or memory_of(tensor) in self._weights
+
     def _operand(self, call: Call, name: str, tensor: Tensor) -> Values:
         """An operand with its range; of one that was written over, the range that it had, where that was kept."""
         if memory_of(tensor) not in call.changed:
             return values_of(name, tensor)
-        least, greatest = self._ranges.get(memory_of(tensor), (None, None))
+        least, greatest = self._ranges.get(_view(tensor), (None, None))
         return Values(name, tuple(tensor.shape), dtype_of(tensor), least, greatest)
 
     # -- on an accelerator ----------------------------------------------------------------------------------------
@@ -345,14 +378,15 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
     ) -> None:
         if not results or (results[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self._log.add(Call(number, operator, args, kwargs, *self._where()), results)
+        self._log.add(Call(number, operator, args, kwargs, *self._where()), results, self._is_weight)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def gave(self, output: Any) -> None:
         """The whole model has returned this."""
         if self._origins or self._log:
-            self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
+            with torch._C.DisableTorchFunction():  # a mode of the user's would see us look
+                self._given += [memory_of(tensor) for tensor in readable(in_output(output))]
             if not self._log:
                 self._see_given()
 
@@ -364,11 +398,18 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._given.clear()
 
     def __exit__(self, *exception: Any) -> None:
-        """Leave, wherever in the stack it is by now. Left from another thread, it can only fall silent."""
+        """Leave, wherever in the stack it is by now. Left from another thread, it can only fall silent, until that
+        thread calls torch again.
+        """
+        self.is_over = True
         if self._thread != threading.get_ident():
             self.failure = self.failure or "the edit was left in another thread"
         self._take_out()
-        self._entered = False
+
+    def sweep(self) -> None:
+        """Leave this thread's stack, if the edit is over and another thread left it."""
+        if self.is_over:
+            self._take_out()
 
     def seal(self, models: Sequence[nn.Module]) -> None:
         """The edit is over. models: that it began with and left, as they are now. Waits for nothing."""
@@ -391,10 +432,23 @@ class Tracer(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
 
     def _let_go(self) -> None:
         self._origins, self._names = Origins(), Names()
-        for known in (self._alive, self._unwritten, self._ranges, self._forwards, self._calls):
+        for known in (self._alive, self._unwritten, self._ranges, self._new_ranges, self._forwards, self._calls):
             known.clear()
         self._log.clear()
         self._given.clear()
+
+
+def _handed_rightly(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The arguments of a call with a tensor wherever a number stands for one."""
+    wants = [isinstance(argument.type, torch._C.TensorType) for argument in func._schema.arguments]
+    return [
+        torch.tensor(given) if tensor and isinstance(given, int | float | complex) else given
+        for given, tensor in zip(args, wants, strict=False)
+    ]
+
+
+def _view(tensor: Tensor) -> _View:
+    return memory_of(tensor), tensor.storage_offset(), tensor.shape
 
 
 def _sequence() -> int:

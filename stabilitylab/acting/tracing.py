@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from stabilitylab.acting.aside import StepAside
+from stabilitylab.acting.aside import StepAside, compiler
 from stabilitylab.acting.schedule import Asked, Schedule, Trace, asked_for, mode_of
 from stabilitylab.acting.tracer import Tracer
 from stabilitylab.record.operations import Operation, Place, Reach
@@ -50,11 +50,17 @@ class Tracing:
         self._said: set[str] = set()
         self._second_looks = _SECOND_LOOKS
         self._named: Counter[tuple[str, Place, Reach]] = Counter()
+        if not self.is_off:
+            compiler()  # not inside the first edit
 
     @property
     def is_off(self) -> bool:
         """Whether no edit will be traced, whatever happens."""
         return self.schedule.mode == "off" and not self.asked
+
+    def to_json(self) -> dict[str, object]:
+        """What was asked for and decided, for the manifest."""
+        return self.schedule.to_json() | ({"asked": str(self.asked)} if self.asked else {})
 
     def begin(self, edit: int, model: nn.Module) -> Tracer | None:
         """The tracer of an edit, or None where it is off."""
@@ -68,7 +74,7 @@ class Tracing:
         if reason is not None:
             self._say(f"operations are not traced: {reason}")
             return None
-        return Tracer(edit, ranges=in_full)
+        return Tracer(edit, ranges=in_full, model=model)
 
     def around_canary(self, edit: int, model: nn.Module) -> Tracer | None:
         """The tracer of the canary's forward, or None where it is off."""
@@ -89,7 +95,7 @@ class Tracing:
     @contextlib.contextmanager
     def entered(tracer: Tracer) -> Iterator[None]:
         """Traced inside."""
-        with tracer, StepAside(tracer.aside, tracer.leave):
+        with tracer, StepAside(tracer):
             yield
 
     def left(self, tracer: Tracer, models: Sequence[nn.Module]) -> None:

@@ -26,6 +26,8 @@ def gives_reason(row: EditRow, diagnosis: Diagnosis) -> bool:
 
 
 def _speaks(metric: str, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> bool:
+    if not values.size:
+        return False
     if metric.endswith(".nonfinite"):
         return bool(values[0] > 0)
     if _HEADROOM in metric:

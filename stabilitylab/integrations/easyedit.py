@@ -102,6 +102,7 @@ def watch(
     thresholds: str | Path | Thresholds | None = None,
     announce: bool = True,
     trace: Trace = "auto",
+    replay: bool = False,
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
@@ -125,6 +126,7 @@ def watch(
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
         options |= {"config": config, "thresholds": thresholds, "announce": announce, "trace": trace}
+        options["replay"] = replay
         monitor = stack.enter_context(attach(editor.model, sites, run, editor=_holder_of_state(apply), **options))
         editor.apply_algo = monitor.wrap(apply, label=_label)
         stack.callback(setattr, editor, "apply_algo", apply) if own else stack.callback(delattr, editor, "apply_algo")

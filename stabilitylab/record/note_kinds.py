@@ -12,5 +12,7 @@ HOOKS_SILENT: Final = "hooks-silent"
 """Hooks were on layers of the model, and none has ever fired, though edits moved weights."""
 NEVER_RUN: Final = "never-run"
 """The same, and no weight moved: the edits are made on another model."""
+REPLAY: Final = "replay"
+"""What is to be said of an edit that was made once more, besides the operation that was found."""
 UNWATCHED: Final = frozenset({"canary-off", "skipped-site", HOOKS_SILENT})
 """Something that was asked for could not be watched."""

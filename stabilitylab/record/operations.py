@@ -15,6 +15,7 @@ not. ``arrived``: it passed on what was not finite before the edit began."""
 Reach = Literal["weight", "gradient", "output", "loss", "values"]
 """How far its result had come by the end, the worst first: a weight or buffer of the model; a gradient; what the model
 returned; a single number; only other values."""
+Kind = Literal["range", "algebra"]
 REACHES: Final[tuple[Reach, ...]] = get_args(Reach)
 
 
@@ -57,8 +58,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Precision:
-    """The edit made once more in another precision. finite: whether all that it left was. largest: the largest
-    magnitude that any operation gave. error: why it could not be made.
+    """The edit made once more in another precision. finite: whether all that it computed and left was; None where that
+    can't be said. largest: where it is finite, the largest magnitude that the blamed operation gave, or, where that
+    precision has no such operation (a cast), of the weight or gradient that it had reached. error: why it could not be
+    made, or what it raised.
     """
 
     dtype: str
@@ -101,20 +104,18 @@ class Operation:
     deterministic: bool | None = None
 
     @property
+    def kind(self) -> Kind | None:
+        """Of a replay, what it was about: the numbers' range, where a wider precision stays finite; the algebra, where
+        the widest that could be tried is not finite either; None where none could.
+        """
+        tried = [each.finite for each in self.precisions if each.finite is not None]
+        return None if not tried else "range" if tried[-1] else "algebra"
+
+    @property
     def short(self) -> str:
         """Its name without namespace and overload: ``div``."""
         parts = self.operator.split(".")
         return parts[1] if len(parts) > 1 else self.operator
-
-    @property
-    def kind(self) -> Literal["range", "algebra"] | None:
-        """What other precisions say: ``range`` where a wider one is finite, ``algebra`` where the widest that could be
-        tried is not; None where none was.
-        """
-        tried = [each.finite for each in self.precisions if each.finite is not None]
-        if not tried:
-            return None
-        return "range" if any(tried) else "algebra"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Numbers are finite by what they mean."""

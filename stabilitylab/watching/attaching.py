@@ -38,6 +38,7 @@ def attach(
     thresholds: str | Path | Thresholds | None = None,
     announce: bool = True,
     trace: Trace = "auto",
+    replay: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -52,7 +53,9 @@ def attach(
     one line on stderr, once, when the run is diverging or worse. trace: whether to look at each operation's result, so
     that the first that is not finite is named, with its line: ``"auto"`` in the first three edits, and on where that
     costs less than 5% of an edit; ``"armed"`` once anything is out of the ordinary; True always; False never, unless
-    the environment variable ``STABILITYLAB_TRACE`` asks for it.
+    the environment variable ``STABILITYLAB_TRACE`` asks for it. replay: keep a copy of what each edit may touch, model
+    and editor; the first edit of a wrapped loop (`Monitor.wrap`) that leaves something that is not finite, or fails, is
+    then made once more from there, traced, and in wider precisions; `Monitor.autopsy` does so when asked.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -73,7 +76,7 @@ def attach(
     )
     tracing = Schedule(mode_of(trace)).to_json() | ({"asked": str(asked)} if (asked := asked_for()) else {})
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
-    options["trace"] = tracing
+    options |= {"trace": tracing, "replay": replay}
     writer = RunWriter(folder, about | options, metrics)
     receivers = list(sinks)
     if announce:
@@ -96,6 +99,7 @@ def attach(
             single_edits=single,
             skipped=skipped,
             trace=trace,
+            replay=replay,
         )
     except UsageError:  # such as a canary that can't be run: nothing was measured yet
         writer.discard()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -16,6 +15,7 @@ from stabilitylab.errors import EditError, UsageError
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 from stabilitylab.watching.hooks import logger
+from stabilitylab.watching.reach import model_in, roots_of
 from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
 
 if TYPE_CHECKING:
@@ -67,12 +67,6 @@ class DryRecord:
         """Nothing is open."""
 
 
-def model_in(answer: object) -> nn.Module | None:
-    """The model in what an editing function returned: itself, or the first of a tuple; None where there is none."""
-    first = answer[0] if isinstance(answer, tuple) and answer else answer
-    return first if isinstance(first, nn.Module) else None
-
-
 def first_of(requests: Iterable[Any], n: int) -> list[Any]:
     """The first n requests. Raises UsageError when they are too few for a baseline."""
     if not isinstance(n, int) or isinstance(n, bool) or n < FEWEST:
@@ -95,7 +89,7 @@ def make(
         UsageError: the model or the editor holds a tensor that can't be copied.
         EditError: something was not bit for bit as before after it was put back.
     """
-    before = take(_roots(model, editor, apply))
+    before = take(roots_of(model, editor, apply))
     random = RandomStates(before.generators)
     try:
         with _bar(len(requests)) as made:
@@ -130,14 +124,6 @@ def _differs(number: int, left: Sequence[str]) -> str:
         f"dry edit {number} can't be undone: {names}{more} could not be put back as before it; expected an edit that "
         "changes tensors and attributes only; load the model anew and leave calibrate out"
     )
-
-
-def _roots(model: nn.Module, editor: object | None, apply: object) -> dict[str, object]:
-    """Whose state is put back: the model's, the editor's, and that of the object whose method `apply` is."""
-    while isinstance(apply, functools.partial):
-        apply = apply.func
-    owner = apply.__self__ if inspect.ismethod(apply) else None if inspect.isroutine(apply) else apply
-    return {"": model, "editor": editor, "apply": owner}
 
 
 @contextmanager

@@ -12,18 +12,21 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from stabilitylab.acting.replay import Application
 from stabilitylab.acting.schedule import Trace
 from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import EditError, UsageError
 from stabilitylab.probes.base import Probe
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import dry_edits
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture, carries_hooks, logger, sweep
+from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
 from stabilitylab.watching.rounds import Rounds, Taken
 from stabilitylab.watching.sites import Site
@@ -50,6 +53,7 @@ class Monitor:
         single_edits: bool = False,
         skipped: Mapping[str, str] | None = None,
         trace: Trace | None = None,
+        replay: bool = False,
     ) -> None:
         self.path: Path = record.path.parent
         self._editor = editor
@@ -57,7 +61,7 @@ class Monitor:
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
         self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
-        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace)
+        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay)
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False
@@ -82,6 +86,11 @@ class Monitor:
                 "dry edits are being made, and one of them opened an edit of the run; expected calibrate to get the "
                 "bare editing function, without monitor.edit or monitor.wrap in it"
             )
+        if self._rounds.replays.busy:
+            raise UsageError(
+                "an edit is being made once more, and opened an edit of the run; expected autopsy to get the bare "
+                "editing function, without monitor.edit or monitor.wrap in it"
+            )
         return Edit(self, str(label))
 
     def wrap(self, apply: Callable[P, R], *, label: Callable[P, object] | None = None) -> Callable[P, R]:
@@ -94,9 +103,11 @@ class Monitor:
         @functools.wraps(apply)
         def watched(*args: P.args, **kwargs: P.kwargs) -> R:
             name = "" if label is None else self._label(label, *args, **kwargs)
-            with self.edit(name) as edit:
+            edit = self.edit(name)
+            edit.application = Application(apply, args, kwargs)
+            with edit:
                 answer = apply(*args, **kwargs)
-                model = dry_edits.model_in(answer)
+                model = model_in(answer)
                 if model is not None:
                     edit.returns(model)
             return answer
@@ -159,6 +170,31 @@ class Monitor:
         else:
             return
         raise UsageError(f"{why}; expected calibrate once, before the first edit; attach again for a new run")
+
+    def autopsy(self, apply: Callable[[Any, Any], object], request: Any) -> Operation | None:
+        """Make an edit once more under the full tracer, and name the first operation whose result is not finite.
+
+        Then in fp32 and fp64, where there is memory: whether it is finite there (`Operation.kind`: what the numbers'
+        range is to blame for, or the algebra). With ``attach(..., replay=True)`` it is made from the state before the
+        last edit, with the random numbers of that time; else from the present one, as long as that is finite.
+        Everything is put back bit for bit, as by `calibrate`, and outer variables of `apply` too; what it prints or
+        writes to files, it does again. What is found is recorded with the last edit, and notes of kind ``replay`` say
+        what else there is to say.
+
+        apply: the bare editing function; it may return a model, as in `wrap`; what it raises is not passed on. Returns
+        the operation; None where none was found, or the edit could not be made once more. Raises UsageError where there
+        is nothing to make it from.
+        """
+        if self._closed:
+            raise UsageError("the monitor is closed; expected autopsy before close()")
+        if self._open is not None or self._calibrating or self._rounds.replays.busy:
+            raise UsageError("an edit is open; expected autopsy between edits, or after the last one")
+        self._rounds.flush()
+        clock = time.perf_counter()
+        try:
+            return self._rounds.replays.autopsy(self._rounds.model, lambda model: Application(apply, (model, request)))
+        finally:
+            self._rounds.pause(time.perf_counter() - clock)
 
     def diagnosis(self) -> Diagnosis:
         """What the analyzer says so far; the same that `stabilitylab.load(run).diagnosis()` says of the rows so far.
@@ -227,6 +263,8 @@ class Edit:
         self._entered: nn.Module
         self.started = 0.0
         self.clock = 0.0
+        self.application: Application | None = None
+        """How it is made, where that is known."""
         self._monitor = monitor
 
     def returns(self, model: M) -> M:
@@ -251,7 +289,8 @@ class Edit:
             raise UsageError("an edit is open already; expected one `with monitor.edit()` at a time")
         self.started, self.clock = time.time(), time.perf_counter()
         self._entered = self._monitor._rounds.model
-        self.capture = self._monitor._rounds.begin()
+        self.capture = self._monitor._rounds.begin(self.application)
+        self.application = None
         self._monitor._open = self
         return self
 
@@ -262,6 +301,8 @@ class Edit:
         # A copy of the model that is watched takes its hooks along.
         foreign = rounds.model is not self._entered and not carries_hooks(rounds.model)
         self.capture.__exit__(kind, error, traceback)
+        if error is not None and not isinstance(error, Exception):
+            rounds.replays.interrupted()
         says = None if error is None else f"{type(error).__name__}: {error}"
         for model in {self._entered, rounds.model}:
             sweep(model)

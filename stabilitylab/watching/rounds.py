@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from stabilitylab.acting.replay import Application
 from stabilitylab.acting.schedule import Trace
 from stabilitylab.acting.tracer import Tracer
 from stabilitylab.acting.tracing import Tracing
@@ -31,6 +32,7 @@ from stabilitylab.watching.hooks import Capture, ModelCall
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
+from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence
 from stabilitylab.watching.sites import Site, locate
 
@@ -94,6 +96,7 @@ class Rounds:
         canary: Canary | None,
         skipped: Mapping[str, str] | None = None,
         trace: Trace | None = None,
+        replay: bool = False,
     ) -> None:
         """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason."""
         self.model = model
@@ -121,6 +124,7 @@ class Rounds:
             self._note("no-references", "no copies of the weights are kept: no update, drift or outcome is measured")
         if canary is None:
             self._note("logits-lag", "no canary: the logits are those of each edit's own input before it took effect")
+        self.replays = Replays(model, editor, recorder, keeps=replay)
         self._first_row()
 
     def _note(self, kind: str, says: str) -> None:
@@ -140,13 +144,14 @@ class Rounds:
             cargo = self._instruments.send()
         self._read(_Unread(0, taken, "start", cargo, tracers=tracers))
 
-    def begin(self) -> Capture:
-        """An edit begins: see what became of the last one, and put hooks on the model."""
+    def begin(self, application: Application | None = None) -> Capture:
+        """An edit begins: see what became of the last one, and put hooks on the model. application: see `Replays`."""
         with self._instruments.probe_time:
             if self._unread is None:
                 self.observe_outcome()
             else:
                 self._guard("observing the outcome", self._observe_later)
+            self._guard("keeping what an edit may touch", lambda: self.replays.before(self.model, application))
             self._instruments.begin(self._recorder.edits + 1)
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
             capture = capture or self._instruments.no_capture()
@@ -200,7 +205,7 @@ class Rounds:
         )
         capture.clear()
         self._outcome_due = edit if applied else None
-        if applied and not cargo.is_here:
+        if applied and not cargo.is_here and not self.replays.keeps:
             # Read one edit later, so that nothing waits for the accelerator.
             self._unread = replace(unread, times=self._times(taken.clock))
         else:
@@ -244,10 +249,10 @@ class Rounds:
             note = self._silence.after(self.model, unread.heard, self._last_moved)
             if note is not None:
                 self._note(*note)
-        for tracer in unread.tracers:
-            operation = self._tracing.read(tracer)
-            if operation is not None:
-                self._recorder.operation(operation)
+        found = [self._tracing.read(tracer) for tracer in unread.tracers]
+        named = [operation for operation in found if operation is not None]
+        for operation in named:
+            self._recorder.operation(operation)
         times = unread.times or self._times(taken.clock)
         row = EditRow(
             edit=unread.edit,
@@ -261,7 +266,10 @@ class Rounds:
             error=taken.error,
             readings=readings,
         )
-        self._recorder.row(row)
+        try:
+            self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
+        finally:  # it may take long, and be stopped by who watches
+            self._recorder.row(row)
         self._guard("the tracer's schedule", lambda: self._pace_tracer(row, times, bool(unread.tracers)))
         between = unread.between
         if independent:
@@ -294,7 +302,7 @@ class Rounds:
         schedule = self._tracing.schedule
         schedule.heard(gives_reason(row, self._recorder.diagnosis()))
         if row.status == "applied" and schedule.timed(times.loop, times.tracer if traced else None):
-            self._recorder.manifest({"trace": schedule.to_json()})
+            self._recorder.manifest({"trace": self._tracing.to_json()})
 
     def _canary_is_due(self, cargo: Cargo) -> bool:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
@@ -386,4 +394,5 @@ class Rounds:
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
         self._discovery = None
+        self.replays.release()
         self.model, self._instruments = nn.Module(), Instruments((), None, None, self._recorder.note)

@@ -76,7 +76,7 @@ def _packed_weight(module: nn.Module) -> tuple[str, Tensor] | None:
 
     GPTQ, AWQ and HQQ keep integers under names of their own, ``torch.ao`` has a method that unpacks the weight.
     """
-    if module._parameters.get("weight") is not None:
+    if isinstance(module, torch.jit.ScriptModule) or module._parameters.get("weight") is not None:
         return None
     if ".quantized." in type(module).__module__ and callable(getattr(type(module), "weight", None)):
         return "weight", module.weight()  # type: ignore[operator]

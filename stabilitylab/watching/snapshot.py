@@ -8,10 +8,12 @@ then is: what it holds inside (slots, closures, C extensions, files) can't be se
 
 from __future__ import annotations
 
+import io
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +31,11 @@ _FOLLOWED = (
     torch.optim.lr_scheduler.LRScheduler,
     torch.amp.GradScaler,
 )
+_HOST = torch.device("cpu")
 _NOBODYS = {"builtins", "torch", "numpy"}
 """Packages whose objects are no editor's own, even where a root is an object of theirs."""
+
+_OURS, _USERS_OF_OURS = "stabilitylab.", ("stabilitylab.editors", "stabilitylab.testbed")
 
 _PLAIN_NAMES = {"_parameters", "_buffers", "_modules"}
 """Attributes of a module that are no part of the names of what is in them."""
@@ -68,6 +73,30 @@ class Snapshot:
     """Of objects: a parametrisation gives its layer another one."""
     generators: list[Any] = field(default_factory=list)
     """Random generators that were met; see `RandomStates`."""
+    iterators: list[str] = field(default_factory=list)
+    """The names of what can't be put back once something was taken from it. Files are not among them."""
+
+    @property
+    def reached(self) -> list[Any]:
+        """All that can be put back, whether or not anything else still holds it."""
+        return [
+            *(thing for _, thing, _ in self.classes),
+            *(holder.held for holder in self.holders),
+            *(values.tensor for values in self.values),
+            *(array for _, array, _ in self.arrays),
+            *self.generators,
+        ]
+
+    def sizes(self) -> dict[torch.device, int]:
+        """The bytes of all the tensors in it, by where they lie; arrays are on the CPU."""
+        all_bits = [values.bits for values in self.values if values.bits is not None]
+        each = {(*_place(bits), bits.device): bits for bits in all_bits}
+        found: dict[torch.device, int] = {}
+        for bits in each.values():
+            found[bits.device] = found.get(bits.device, 0) + bits.numel() * bits.element_size()
+        for _, array, _ in self.arrays:
+            found[_HOST] = found.get(_HOST, 0) + array.nbytes
+        return found
 
     def put_back(self) -> list[str]:
         """Put everything back, and name what differs from how it was all the same."""
@@ -79,6 +108,8 @@ class Snapshot:
                 _try(_refill, holder)
         for values in self.values:
             _try(_write, values)
+        for values in self.values:  # a gradient must have its dtype again before a tensor takes it
+            _try(_write_gradient, values)
         for _, array, was in self.arrays:
             if array.tobytes() != was.tobytes():
                 _try(np.copyto, array, was)
@@ -91,6 +122,17 @@ class Snapshot:
             *(holder.name for holder in self.holders if not _holds(holder)),
             *(values.name for values in self.values if not _is_as_it_was(values)),
             *(name for name, array, was in self.arrays if array.tobytes() != was.tobytes()),
+        ]
+
+    def unlike(self, other: Snapshot) -> list[str]:
+        """The names of tensors and arrays that hold other bits in `other`, of the same things at another time; also of
+        those that only one of the two has.
+        """
+        pairs = zip_longest(self.values, other.values)
+        arrays = zip_longest(self.arrays, other.arrays)
+        return [
+            *((one or two).name for one, two in pairs if one is None or two is None or not _alike(one, two)),
+            *((one or two)[0] for one, two in arrays if one is None or two is None or not _alike_arrays(one, two)),
         ]
 
 
@@ -111,6 +153,15 @@ def take(roots: Mapping[str, object]) -> Snapshot:
     Raises:
         UsageError: a tensor whose bits can't be copied, such as a sparse one.
     """
+    return _walk(roots, copied=True)
+
+
+def look(roots: Mapping[str, object]) -> Snapshot:
+    """The same without copies: to be measured, or compared with what was taken, before anything changes."""
+    return _walk(roots, copied=False)
+
+
+def _walk(roots: Mapping[str, object], *, copied: bool) -> Snapshot:
     packages = {_package(root) for root in roots.values()} - _NOBODYS
     top = {id(root) for root in roots.values()}
     snapshot = Snapshot()
@@ -123,14 +174,14 @@ def take(roots: Mapping[str, object]) -> Snapshot:
             continue
         met[id(thing)] = thing
         if isinstance(thing, Tensor):
-            snapshot.values.append(_values_of(name, thing, copies))
+            snapshot.values.append(_values_of(name, thing, copies if copied else None))
             waiting += [(f"{name}.grad", thing.grad)] if thing.is_leaf else []
             if is_traceable_wrapper_subclass(thing):
                 inner, _ = thing.__tensor_flatten__()
                 waiting += [(f"{name}.{each}", getattr(thing, each)) for each in inner]
         elif isinstance(thing, np.ndarray):
             if not thing.dtype.hasobject:
-                snapshot.arrays.append((name, thing, thing.copy()))
+                snapshot.arrays.append((name, thing, thing.copy() if copied else thing))
         elif isinstance(thing, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
             snapshot.generators.append(thing)
         elif isinstance(thing, tuple):
@@ -138,6 +189,8 @@ def take(roots: Mapping[str, object]) -> Snapshot:
         elif isinstance(thing, dict | list | set | deque):
             snapshot.holders.append(_Holder(name, thing, _contents(thing)))
             waiting += reversed(list(_inside(name, thing)))
+        elif isinstance(thing, Iterator) and not isinstance(thing, io.IOBase) and not hasattr(thing, "__dict__"):
+            snapshot.iterators.append(name)
         elif isinstance(thing, _FOLLOWED) or id(thing) in top or _belongs(thing, packages):
             attributes = getattr(thing, "__dict__", None)
             if isinstance(attributes, dict):
@@ -152,7 +205,14 @@ def _package(thing: object) -> str:
 
 
 def _belongs(thing: object, packages: set[str]) -> bool:
-    return not isinstance(thing, ModuleType) and _package(thing) in packages
+    if isinstance(thing, ModuleType) or _package(thing) not in packages:
+        return False
+    return not is_ours(type(thing).__module__)
+
+
+def is_ours(home: str) -> bool:
+    """Whether what is from this Python module belongs to what watches, and must go on as it is."""
+    return home.startswith(_OURS) and not home.startswith(_USERS_OF_OURS)
 
 
 def _inside(name: str, held: Any) -> Iterator[tuple[str, object]]:
@@ -170,16 +230,19 @@ def _contents(held: Any) -> tuple[Any, ...]:
     return tuple(held)
 
 
-def _values_of(name: str, tensor: Tensor, copies: dict[tuple[Any, ...], Tensor]) -> _Values:
-    """copies: of each place in memory, so that tied tensors cost one."""
+def _values_of(name: str, tensor: Tensor, copies: dict[tuple[Any, ...], Tensor] | None) -> _Values:
+    """copies: of each place in memory, so that tied tensors cost one; None for none."""
     memory = bits = None
     if not (tensor.is_meta or is_traceable_wrapper_subclass(tensor)):
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
             kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
-            raise UsageError(f"'{name}' can't be put back after a dry edit: it is {kind}; expected dense tensors")
+            raise UsageError(f"'{name}' can't be kept and put back: it is {kind}; expected dense tensors")
         memory = tensor.data
         key = (*_place(memory), memory.device)
-        bits = copies[key] = copies[key] if key in copies else memory.clone()
+        if copies is None:
+            bits = memory
+        else:
+            bits = copies[key] = copies[key] if key in copies else memory.clone()
     gradient = tensor.grad if tensor.is_leaf else None
     return _Values(name, tensor, memory, bits, tensor.requires_grad, gradient)
 
@@ -215,11 +278,14 @@ def _write(values: _Values) -> None:
             # Not by `memory`: the tensor's version must count on, or whoever looks at that sees no change.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.detach().copy_(bits)
-    if tensor.is_leaf:
-        if tensor.requires_grad != values.requires_grad:
-            tensor.requires_grad_(values.requires_grad)
-        if tensor.grad is not values.gradient:
-            tensor.grad = values.gradient
+    if tensor.is_leaf and tensor.requires_grad != values.requires_grad:
+        tensor.requires_grad_(values.requires_grad)
+
+
+def _write_gradient(values: _Values) -> None:
+    tensor = values.tensor
+    if tensor.is_leaf and tensor.grad is not values.gradient:
+        tensor.grad = values.gradient
 
 
 # -- comparing ----------------------------------------------------------------------------------------------------
@@ -240,6 +306,22 @@ def _is_as_it_was(values: _Values) -> bool:
     if values.memory is None or values.bits is None:
         return True
     return _place(tensor) == _place(values.memory) and _same(tensor, values.bits)
+
+
+def _alike(one: _Values, other: _Values) -> bool:
+    if one.name != other.name or (one.bits is None) != (other.bits is None):
+        return False
+    if one.bits is None or other.bits is None:
+        return True
+    same_kind = one.bits.dtype == other.bits.dtype and one.bits.shape == other.bits.shape
+    return same_kind and one.bits.device == other.bits.device and _same(one.bits, other.bits)
+
+
+_Array = tuple[str, "np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
+
+
+def _alike_arrays(one: _Array, other: _Array) -> bool:
+    return one[0] == other[0] and one[2].dtype == other[2].dtype and one[2].tobytes() == other[2].tobytes()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -267,7 +349,8 @@ class RandomStates:
         self._numpy = np.random.get_state()  # noqa: NPY002 -- the global one is what an editor may draw from
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if in_use else None
-        self._own = [(generator, _state_of(generator)) for generator in generators]
+        own = [each for each in generators if not isinstance(each, random.SystemRandom)]  # which has no state
+        self._own = [(generator, _state_of(generator)) for generator in own]
 
     def put_back(self) -> None:
         """Each goes on from where it was."""

@@ -39,13 +39,18 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "analysis.calibrating": ("errors", "record.run", "analysis"),
     "probes": ("errors", "record.readings"),
     # Acting steps into an edit, and marks its own work there as watching does.
-    "acting": ("errors", "record.operations", "record.readings", "watching.own_work", "watching.calls"),
+    "acting": (
+        "errors",
+        "record.operations",
+        "record.readings",
+        *(f"watching.{name}" for name in ("own_work", "calls", "reach", "snapshot")),
+    ),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
     "watching": (
         "errors",
         "record",
         "probes",
-        *(f"acting.{name}" for name in ("schedule", "tracer", "tracing")),
+        *(f"acting.{name}" for name in ("memory", "replay", "schedule", "tracer", "tracing")),
         *(f"analysis.{name}" for name in ("alertness", "analyzer", "findings", "pace", "restoring", "thresholds")),
         "reports.announcing",
         "reports.sinks",

@@ -473,7 +473,7 @@ def test_what_can_not_be_copied_is_named_before_anything_is_touched(tmp_path: Pa
     (model if where == "model" else editor).register_buffer("odd", sparse)
     with (
         sl.attach(model, "[03]", tmp_path / "run", editor=editor) as monitor,
-        pytest.raises(UsageError, match=r"odd' can't be put back after a dry edit: it is torch.sparse_coo"),
+        pytest.raises(UsageError, match=r"odd' can't be kept and put back: it is torch.sparse_coo"),
     ):
         monitor.calibrate(lambda *_: called.append(1), REQUESTS)
     assert not called

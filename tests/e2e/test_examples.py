@@ -1,0 +1,73 @@
+"""Each example runs as its header says, from another folder, and what it shows is what it says it shows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stabilitylab as sl
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run_example(name: str, folder: Path, **environment: str) -> str:
+    inherited = {key: value for key, value in os.environ.items() if key != "STABILITYLAB_TRACE"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "run"],
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "stabilitylab", "check", "run"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    return " ".join(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traced")
+    run_example("own_loop.py", folder, STABILITYLAB_TRACE="12")
+    return folder
+
+
+def test_the_loop_of_ones_own_breaks_where_it_says(traced: Path) -> None:
+    diagnosis = sl.load(traced / "run").diagnosis()
+    assert (diagnosis.verdict, diagnosis.first_nonfinite_edit) == ("non-finite", 12)
+
+
+def test_the_variable_has_the_operation_named_by_its_line_with_its_values(traced: Path) -> None:
+    operation = sl.load(traced / "run").diagnosis().operation
+    assert operation is not None
+    assert (operation.short, operation.direction, operation.node) == ("div", "backward", "SqrtBackward0")
+    assert operation.place.source == "return (one - other).square().sum(-1).sqrt()"
+    assert (operation.place.function, operation.reach) == ("distance", "weight")
+    assert all((values.least, values.greatest) == (0.0, 0.0) for values in operation.operands[1:])
+    said = check(traced)
+    assert "by div, in the backward of line" in said
+    assert "return (one - other).square().sum(-1).sqrt()" in said
+
+
+def test_a_variable_that_can_t_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "own_loop.py"), "run"],
+        cwd=tmp_path,
+        env=os.environ | {"STABILITYLAB_TRACE": "twelve"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "STABILITYLAB_TRACE='twelve' can't be read; expected edits such as '26', '25-27' or 'all'" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,197 @@
+"""The traced operation from the run file to the reader: what is chosen, what is claimed of it, and how it is said."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabilitylab as sl
+from stabilitylab.analysis import operation as traced
+from stabilitylab.record.following import Follower
+from stabilitylab.record.operations import Operation, Place, Precision, Step, Values, operation_from_json
+from stabilitylab.reports.operations import facts, untraced
+
+HALF = Values("mat1", (4, 8), "float16", -300.0, 400.0, 0)
+OVERFLOW = Operation(
+    edit=3,
+    phase="edit",
+    operator="aten.addmm.default",
+    direction="forward",
+    module="fc2",
+    place=Place("/home/me/edit.py", 12, "apply", "y = fc2(x)"),
+    made="producer",
+    reach="weight",
+    reached="fc2.weight",
+    operands=(HALF,),
+    settings={"beta": "1"},
+    result=Values("", (4, 8), "float16", -100.0, 65000.0, 2),
+    index=(0, 3),
+    value="∞",
+    chain=(Step("aten.mul.Tensor", "fc2", "forward", Place()),),
+)
+DIVISION = replace(
+    OVERFLOW,
+    operator="aten.div.Tensor",
+    direction="backward",
+    node="SqrtBackward0",
+    operands=(Values("self", (4,), "float32", 0.0, 0.0, 0), Values("other", (4,), "float32", 0.0, 2.0, 0)),
+    value="NaN",
+)
+
+
+class Rooted(nn.Module):
+    """Where its two inputs are the same its gradient is 0/0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        encoded: Tensor = self.fc(inputs)
+        return encoded
+
+
+def broken(folder: Path, **options: Any) -> sl.Run:
+    """Four edits, the third of which breaks the weights."""
+    torch.manual_seed(0)
+    model = Rooted()
+    with sl.attach(model, "fc", folder, announce=False, **options) as monitor:
+        for number in range(1, 5):
+            one, other = torch.randn(2, 4), torch.randn(2, 4)
+            with monitor.edit():
+                model.zero_grad()
+                apart = model(one) - model(one if number == 3 else other)
+                apart.square().sum(-1).sqrt().sum().backward()
+                with torch.no_grad():
+                    assert model.fc.weight.grad is not None
+                    model.fc.weight -= 0.01 * model.fc.weight.grad
+    return sl.load(folder)
+
+
+def test_an_operation_survives_being_written_and_read() -> None:
+    with_more = replace(OVERFLOW, precisions=(Precision("float32", True, 3.1e5),), deterministic=True)
+    for operation in (OVERFLOW, DIVISION, with_more):
+        assert operation_from_json(operation.to_json()) == operation
+
+
+def test_a_traced_run_names_its_operation_while_it_runs_and_from_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = broken(tmp_path / "run", trace=True)
+    found = run.diagnosis().operation
+    assert found is not None
+    assert (found.edit, found.short, found.node, found.reach) == (3, "div", "SqrtBackward0", "weight")
+    assert found.place.source.startswith("apart.square()")
+    follower = Follower(tmp_path / "run", keeps_rows=True)
+    seen = follower.look()
+    assert seen[-1].diagnosis == run.diagnosis() == follower.run.diagnosis()
+    assert [each.diagnosis.operation for each in seen[:3]] == [None, None, None]
+
+
+def test_it_stands_in_the_sentence_in_the_chain_and_in_the_object(tmp_path: Path) -> None:
+    diagnosis = broken(tmp_path / "run", trace=True).diagnosis()
+    assert "by div, in the backward of line" in diagnosis.says
+    roles = [link.role for link in diagnosis.causes]
+    assert roles.count("operation") == 1
+    plain = diagnosis.to_json()
+    assert plain["operation"]["operator"] == "aten.div.Tensor"
+    assert plain["operation"]["operands"][1]["least"] == 0.0
+
+
+def test_what_was_not_traced_is_said_with_how_to_have_it_named(tmp_path: Path) -> None:
+    run = broken(tmp_path / "run", trace=False)
+    diagnosis = run.diagnosis()
+    assert diagnosis.operation is None
+    assert "STABILITYLAB_TRACE=3 " in untraced(run, diagnosis)
+    assert untraced(run, replace(diagnosis, operation=OVERFLOW)) == ""
+    assert untraced(run, replace(diagnosis, first_nonfinite_edit=None)) == ""
+
+
+def test_of_a_file_that_was_written_before_there_was_a_tracer_nothing_is_missed(tmp_path: Path) -> None:
+    run = broken(tmp_path / "run", trace=False)
+    with sqlite3.connect(tmp_path / "run" / "run.db") as db:
+        db.execute("DROP TABLE operation")
+        for table in ("edit", "dry"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN trace_seconds")
+        db.execute("PRAGMA user_version=2")
+    old = sl.load(tmp_path / "run")
+    assert old.operations == ()
+    assert old.diagnosis() == run.diagnosis()
+    assert old.trace_time_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("operations", "right"),
+    [
+        ([replace(OVERFLOW, edit=2), OVERFLOW], 1),
+        ([replace(OVERFLOW, reach="gradient"), replace(OVERFLOW, phase="canary", reach="output"), OVERFLOW], 2),
+        ([replace(OVERFLOW, phase="canary", made="arrived", reach="weight"), replace(OVERFLOW, reach="values")], 1),
+        ([OVERFLOW, replace(OVERFLOW, phase="replay")], 1),
+        ([replace(OVERFLOW, phase="canary", made="arrived")], None),
+        ([replace(OVERFLOW, edit=4)], None),
+        ([], None),
+    ],
+    ids=["of that edit", "that came furthest", "no follower", "made once more", "followers alone", "later", "none"],
+)
+def test_of_several_the_one_is_blamed_that_broke_the_model(operations: list[Operation], right: int | None) -> None:
+    found = traced.blamed(operations, 3, nothing_lands=False, edits=9)
+    assert found is (None if right is None else operations[right])
+
+
+def test_nothing_is_claimed_of_a_model_that_is_sound_and_the_last_where_no_edit_lands() -> None:
+    assert traced.blamed([OVERFLOW], None, nothing_lands=False, edits=9) is None
+    assert traced.blamed([OVERFLOW, DIVISION], None, nothing_lands=True, edits=9) is DIVISION
+    assert traced.blamed([OVERFLOW], None, nothing_lands=True, edits=40) is None
+
+
+def test_its_sentence_says_where_what_with_and_how_far() -> None:
+    said = traced.says(OVERFLOW)
+    assert said.startswith("addmm, at line 12 of edit.py (`y = fc2(x)`), in fc2, gave the first ∞ from finite values")
+    assert "mat1 -300 to 400 (float16)" in said
+    assert said.endswith("It reached fc2.weight.")
+    assert traced.where(DIVISION) == "div, in the backward of line 12 of edit.py"
+    assert "in the canary's forward after edit 3" in traced.says(replace(OVERFLOW, phase="canary"))
+    assert "that was there before" in traced.says(replace(OVERFLOW, made="arrived"))
+    assert "that it was asked for" in traced.says(replace(OVERFLOW, made="designed"))
+
+
+@pytest.mark.parametrize(
+    ("precisions", "kind", "words"),
+    [
+        ((Precision("float32", True, 3.1e5),), "range", "finite in float32, largest 3.1e5: its dtype's range"),
+        ((Precision("float32", False), Precision("float64", False)), "algebra", "not finite in float64: its algebra"),
+        ((Precision("float32", error="too little memory"),), None, "could not be made in float32 (too little memory)."),
+        ((), None, "It reached fc2.weight."),
+    ],
+)
+def test_what_other_precisions_say(precisions: tuple[Precision, ...], kind: str | None, words: str) -> None:
+    replayed = replace(OVERFLOW, phase="replay", precisions=precisions)
+    assert replayed.kind == kind
+    assert words in traced.says(replayed)
+
+
+def test_the_advice_is_about_that_line_and_what_went_into_it() -> None:
+    masked = replace(OVERFLOW, operator="aten._softmax.default", operands=(replace(HALF, nonfinite=8),), value="NaN")
+    assert "float16 ends at 65,504" in traced.advice(OVERFLOW)
+    assert "away from zero" in traced.advice(DIVISION)
+    assert "masked in full" in traced.advice(masked)
+    assert "masks out" in traced.advice(replace(OVERFLOW, made="designed"))
+    assert "wrote it" in traced.advice(replace(OVERFLOW, made="arrived"))
+    sound = replace(DIVISION, operands=(HALF, replace(HALF, least=1.0)))
+    assert "away from zero" not in traced.advice(sound)
+
+
+def test_its_facts_for_a_page() -> None:
+    told = dict(facts(OVERFLOW))
+    assert told["line"] == "edit.py:12, in apply (/home/me/edit.py)"
+    assert told["in: mat1"] == "float16 [4, 8], −300 to 400"
+    assert told["out"] == "float16 [4, 8], −100 to 65,000, 2 not finite: ∞, the first at [0, 3]"
+    assert (told["passed on by"], told["settings"], told["reached"]) == ("mul", "beta 1", "fc2.weight")
+    unread = dict(facts(replace(OVERFLOW, operands=(Values("x", (2,), "bfloat16"),), result=None, index=None)))
+    assert (unread["in: x"], unread["out"]) == ("bfloat16 [2], range not known", "∞")
+    assert dict(facts(DIVISION))["operation"] == "aten.div.Tensor, a part of SqrtBackward0"
