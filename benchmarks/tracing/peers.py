@@ -64,6 +64,10 @@ def line_in(stack: str) -> tuple[tuple[str, str], ...]:
     return ()
 
 
+def _spelled(lines: tuple[tuple[str, str], ...]) -> str:
+    return "; ".join(f"{file}: {source}" for file, source in lines) or "no line"
+
+
 def _is_the_users(path: str) -> bool:
     torchs, pythons = _NOT_THE_USERS
     if path.startswith((torchs, "<")):
@@ -83,7 +87,7 @@ def _anomaly(model: nn.Module, found: Found) -> Iterator[None]:
                 match = re.match(r"Error detected in (\w+)\.", str(warning.message))
                 if match is not None:
                     lines = line_in(str(warning.message))
-                    says = f"{match[1]} {lines}"
+                    says = f"{match[1]}, {_spelled(lines)}"
                     found.append(Named(node=match[1], direction="backward", lines=lines, says=says))
 
 
@@ -148,7 +152,7 @@ def _of_call(call: Any, func: Any) -> Named:
     lines = line_in(getattr(call, "fwd_stack_trace", None) or stack)
     direction = "backward" if "torch/autograd/" in stack else "forward"
     name = str(func).split(".")[1]
-    return Named(operator=name, direction=direction, lines=lines, says=f"{func} {direction} {lines}")  # type: ignore[arg-type]
+    return Named(operator=name, direction=direction, lines=lines, says=f"{func}, {direction}, {_spelled(lines)}")  # type: ignore[arg-type]
 
 
 Peer = Callable[[nn.Module, Found], AbstractContextManager[None]]

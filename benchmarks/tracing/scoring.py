@@ -59,6 +59,7 @@ def named_by(operation: Operation | None) -> Named | None:
         return None
     place, file = operation.place, Path(operation.place.file).name
     way = operation.node or operation.direction
+    reached = f"{operation.reach} {operation.reached}".rstrip()
     says = f"edit {operation.edit} ({operation.phase}): {operation.operator}, {way}, {operation.made}"
     return Named(
         operator=operation.short,
@@ -66,7 +67,7 @@ def named_by(operation: Operation | None) -> Named | None:
         direction=operation.direction,
         lines=((file, place.source),),
         arrived=operation.made == "arrived",
-        says=f"{says}, reached {operation.reached or operation.reach}, {file}:{place.line} {place.source}",
+        says=f"{says}, reached {reached}, {file}:{place.line} {place.source}",
     )
 
 
