@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Final
 
 from stabilitylab.acting.call import Call
@@ -68,6 +69,7 @@ class Origins:
     def __init__(self) -> None:
         self.trails: list[Trail] = []
         self._of: dict[int, tuple[Trail, int]] = {}
+        self._at: dict[tuple[CodeType | None, int], Trail] = {}
 
     def __bool__(self) -> bool:
         """Whether any memory is known to hold a value that is not finite."""
@@ -101,8 +103,14 @@ class Origins:
         """
         kinds, before = _all(kinds for _, kinds in leaving), _all(tensor.kinds for tensor in entering)
         sources = [self._source(tensor) for tensor in entering]
-        if not sources:
-            trail = self._begin(begin("designed" if call.asks_for_infinity else "producer"), kinds)
+        forward = self._forward_of(call)
+        if not sources and forward is not None:
+            trail = forward
+        elif not sources:
+            # Nobody masks with a NaN.
+            trail = self._begin(begin("designed" if call.asks_for_infinity and not kinds & NAN else "producer"), kinds)
+            if not call.backward:
+                self._at[call.spot.code, call.spot.instruction] = trail
         elif _misuses(call.operator, before, kinds, all(each.made == "designed" for each in sources)):
             trail = self._begin(begin("producer"), kinds)
         else:
@@ -113,6 +121,16 @@ class Origins:
         for memory, found in leaving:
             self._of[memory] = (trail, found)
         return trail
+
+    def _forward_of(self, call: Call) -> Trail | None:
+        """Of a backward the trail that its own forward had begun with a NaN, where that came as far as a loss: what has
+        no value has no slope either, even where nothing that is not finite went into the backward. (An infinity may
+        have been taken in on the way.)
+        """
+        trail = self._at.get((call.spot.code, call.spot.instruction)) if call.backward else None
+        if trail is None or trail.made != "producer" or not trail.kinds & NAN:
+            return None
+        return trail if REACHES.index(trail.reach) <= REACHES.index("loss") else None
 
     def _source(self, tensor: Entering) -> Trail:
         known = self._of.get(tensor.memory)

@@ -59,6 +59,18 @@ def _has_memory(tensor: Tensor) -> bool:
     return not (tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor._is_zerotensor())
 
 
+_ON_HOST: Final[dict[int, bool]] = {}
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether it can be looked at, here and now. All that this hangs on shows in its dispatch keys: asked for once."""
+    keys: int = torch._C._dispatch_keys(tensor).raw_repr()
+    known = _ON_HOST.get(keys)
+    if known is None:
+        known = _ON_HOST[keys] = tensor.device.type == "cpu" and any(True for _ in readable(tensor))
+    return known
+
+
 def in_output(output: Any) -> list[Any]:
     """Everything in what a model returned."""
     if isinstance(output, Tensor):
@@ -97,6 +109,13 @@ def total(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64:
         return quietly(lambda: torch.sum(tensor * _SHRUNK))
     return quietly(lambda: torch.sum(tensor, dtype=torch.float32 if tensor.dtype == torch.float16 else torch.float64))
+
+
+def sums_up(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether its sum in that dtype is finite: then every entry is."""
+    if torch._C._len_torch_dispatch_stack() == 0:  # as `quietly`, but this is done for each operation
+        return math.isfinite(torch.sum(tensor, dtype=dtype).item())
+    return quietly(lambda: math.isfinite(torch.sum(tensor, dtype=dtype).item()))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -28,12 +28,14 @@ from stabilitylab.acting.origins import Entering, Origins
 from stabilitylab.acting.telling import Names, bare, in_full, told
 from stabilitylab.acting.tensors import (
     NAN,
+    SUMMED,
     Held,
     dtype_of,
     first_bad,
     held,
     in_output,
     is_finite,
+    is_on_host,
     is_whole,
     kinds_of,
     memory_of,
@@ -41,6 +43,7 @@ from stabilitylab.acting.tensors import (
     range_of,
     readable,
     spelled_kinds,
+    sums_up,
     values_of,
 )
 from stabilitylab.record.operations import Made, Operation, Phase, Step, Values
@@ -55,6 +58,7 @@ after a NaN there are many.
 """
 
 
+_sequence: Final[Callable[[], int]] = torch._C._autograd._get_sequence_nr
 _View = tuple[int, Any, torch.Size]
 """The memory of a tensor, and which part of it."""
 
@@ -86,6 +90,7 @@ class Tracer(Onlooker):  # type: ignore[no-untyped-call]
         self.largest: float | None = None
         self._edit, self._phase, self._deferred, self._with_ranges = edit, phase, deferred, ranges
         self._largest_at = largest_at
+        self._looks_only = not (deferred or ranges or largest_at)
         self._operators: dict[Any, Operator] = {}
         self._origins = Origins()
         self._alive: dict[int, Held] = {}
@@ -122,9 +127,12 @@ class Tracer(Onlooker):  # type: ignore[no-untyped-call]
             return
         if operator.unwritten:
             self._unwritten_memory(result)
-            if self._log or self._deferred:
-                self._log.unwritten(readable(result))
-            return
+        elif not self._is_sound(operator, result):
+            self._look(number, operator, args, kwargs, result)
+
+    def _look(
+        self, number: int, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
         results = list(readable(_values_in(operator, args, kwargs, result)))
         if self._deferred or any(tensor.is_cuda for tensor in results):
             self._put_off(number, operator, args, kwargs, results)
@@ -141,8 +149,17 @@ class Tracer(Onlooker):  # type: ignore[no-untyped-call]
         if self._with_ranges:
             self._remember_ranges()
 
+    def _is_sound(self, operator: Operator, result: Any) -> bool:
+        """The short way for nearly all operations: one new tensor on the host, and nothing known that it might undo."""
+        if type(result) is not Tensor or operator.written or not self._looks_only or self._unwritten or self._origins:
+            return False
+        dtype = SUMMED.get(result.dtype)
+        if dtype is None:
+            return True
+        return is_on_host(result) and sums_up(result, dtype)
+
     def _learn(self, sequence: int) -> None:
-        spot = look(sys._getframe(3)).spot
+        spot = look(sys._getframe(4)).spot
         if spot.code is None:  # a backward that is to be differentiated again
             spot = self._forward_spot() or spot
         for number in range(max(self._sequence, sequence - _AT_ONCE), sequence):
@@ -194,6 +211,8 @@ class Tracer(Onlooker):  # type: ignore[no-untyped-call]
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _unwritten_memory(self, result: Any) -> None:
+        if self._log or self._deferred:
+            self._log.unwritten(readable(result))
         for tensor in readable(result):
             memory = memory_of(tensor)
             self._forget(memory)
@@ -331,11 +350,6 @@ class Tracer(Onlooker):  # type: ignore[no-untyped-call]
 
 def _view(tensor: Tensor) -> _View:
     return memory_of(tensor), tensor.storage_offset(), tensor.shape
-
-
-def _sequence() -> int:
-    number: int = torch._C._autograd._get_sequence_nr()
-    return number
 
 
 def _values_in(operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:

@@ -61,7 +61,9 @@ def diagnose(
     """
     began = onset(findings, alarm)
     nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
-    operation = blamed(operations, min(nonfinite, default=None), nothing_lands=landing.nothing_lands, edits=edits)
+    operation = blamed(
+        operations, min(nonfinite, default=None), lost=landing.lost if landing.nothing_lands else 0, edits=edits
+    )
     traced = None if operation is None or first_bad is None else its_finding(operation, findings)
     first = traced or leading(cause.place, first_bad, findings)
     # Without a bad reading edits may be lost, or a fault have been there before the first: the cause says where.

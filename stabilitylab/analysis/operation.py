@@ -18,29 +18,26 @@ from stabilitylab.record.operations import REACHES, Operation, Values
 OPERATION: Final = "traced-operation"
 """The name of its link in the chain of causes."""
 _SOURCE: Final = 100
-_LATELY: Final = 10
 _CASTS: Final = frozenset({"_to_copy", "copy_"})
 _DIVISIONS: Final = frozenset({"div", "div_", "reciprocal", "addcdiv", "addcdiv_", "_foreach_div", "_foreach_div_"})
 _SOFTMAXES: Final = frozenset({"_softmax", "_log_softmax"})
 _LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4e38}
 
 
-def blamed(
-    operations: Sequence[Operation], nonfinite_edit: int | None, *, nothing_lands: bool, edits: int
-) -> Operation | None:
+def blamed(operations: Sequence[Operation], nonfinite_edit: int | None, *, lost: int, edits: int) -> Operation | None:
     """The operation that broke the model, or that keeps edits from it; None where none was traced, or none did.
 
     nonfinite_edit: the first edit with a value that is not finite and stays. Of its operations the one that came
     furthest: into a weight, then into the canary's answer. One that was made once more comes first: it knows most.
-    nothing_lands: whether no edit has moved the model lately.
+    lost: of `edits`, how many of the last moved nothing, where none does any more; else 0.
     """
     if nonfinite_edit is not None:
-        found = [each for each in operations if each.edit == nonfinite_edit and not _only_follows(each)]
+        # What was there before the first edit is met in it.
+        met = {0, 1} if nonfinite_edit == 0 else {nonfinite_edit}
+        found = [each for each in operations if each.edit in met and not _only_follows(each)]
         return min(found, key=_order, default=None)
-    if nothing_lands:
-        found = [each for each in operations if each.edit > edits - _LATELY]
-        return found[-1] if found else None
-    return None
+    found = [each for each in operations if each.edit > edits - lost]
+    return found[-1] if found else None
 
 
 def _only_follows(operation: Operation) -> bool:

@@ -139,14 +139,20 @@ def test_of_a_file_that_was_written_before_there_was_a_tracer_nothing_is_missed(
     ids=["of that edit", "that came furthest", "no follower", "made once more", "followers alone", "later", "none"],
 )
 def test_of_several_the_one_is_blamed_that_broke_the_model(operations: list[Operation], right: int | None) -> None:
-    found = traced.blamed(operations, 3, nothing_lands=False, edits=9)
+    found = traced.blamed(operations, 3, lost=0, edits=9)
     assert found is (None if right is None else operations[right])
 
 
 def test_nothing_is_claimed_of_a_model_that_is_sound_and_the_last_where_no_edit_lands() -> None:
-    assert traced.blamed([OVERFLOW], None, nothing_lands=False, edits=9) is None
-    assert traced.blamed([OVERFLOW, DIVISION], None, nothing_lands=True, edits=9) is DIVISION
-    assert traced.blamed([OVERFLOW], None, nothing_lands=True, edits=40) is None
+    assert traced.blamed([OVERFLOW], None, lost=0, edits=9) is None
+    assert traced.blamed([OVERFLOW, DIVISION], None, lost=9, edits=9) is DIVISION
+    assert traced.blamed([OVERFLOW], None, lost=10, edits=40) is None
+
+
+def test_what_was_there_before_the_first_edit_is_told_where_it_is_first_met() -> None:
+    met = replace(OVERFLOW, edit=1, made="arrived")
+    assert traced.blamed([met], 0, lost=0, edits=4) is met
+    assert traced.blamed([replace(met, edit=2)], 0, lost=0, edits=4) is None
 
 
 def test_its_sentence_says_where_what_with_and_how_far() -> None:

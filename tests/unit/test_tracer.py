@@ -613,7 +613,7 @@ def test_a_failure_of_ours_ends_the_tracing_and_not_the_edit(monkeypatch: pytest
 
     with Tracing.entered(tracer):
         model(torch.ones(2, 4))
-        monkeypatch.setattr(tracer, "_is_finite", fail)
+        monkeypatch.setattr(tracer, "_is_sound", fail)
         y = model(torch.ones(2, 4))
         seen = tracer.operations
         y.sum().backward()
@@ -631,3 +631,24 @@ def test_no_tensor_outlives_the_edit() -> None:
     del bad, later
     assert held.expired()
     tracer.finish()
+
+
+def test_the_backward_of_what_had_no_value_belongs_to_its_forward() -> None:
+    def mean_of_none() -> None:
+        given = torch.ones(3, requires_grad=True)
+        counts = torch.zeros(3)
+        loss = (given * counts).sum() / counts.sum()
+        loss.backward()
+
+    operation = named(mean_of_none)
+    assert (operation.short, operation.direction) == ("div", "forward")
+
+
+def test_a_nan_that_is_written_down_is_no_mask() -> None:
+    def spoil(model: nn.Module) -> None:
+        weight = next(model.parameters())
+        with torch.no_grad():
+            weight.copy_(torch.full_like(weight, float("nan")))
+
+    operation = named(spoil, small())
+    assert (operation.short, operation.made, operation.reach) == ("full_like", "producer", "weight")
