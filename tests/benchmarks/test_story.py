@@ -20,7 +20,9 @@ ORDER = [rule.name for rule in RULES]
 def told(folder: Path, scenario: str, edits: int, **variant: object) -> list[Diagnosis]:
     """What was said after each edit, from edit 0 on."""
     loop = by_name(scenario).make(0, **variant)
-    with sl.attach(loop.model, loop.sites, folder, canary=loop.canary, editor=loop.editor, announce=False) as monitor:
+    with sl.attach(
+        loop.model, loop.sites, folder, canary=loop.canary, editor=loop.editor, announce=False, trace=False
+    ) as monitor:
         for step in islice(loop.steps, edits):
             with monitor.edit(), suppress(ArithmeticError, RuntimeError, ValueError):
                 step.apply(loop.model)

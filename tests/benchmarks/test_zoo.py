@@ -38,7 +38,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
 
     @cache
     def made(name: str) -> Outcome:
-        return run(by_name(name), 0, tmp_path_factory.mktemp("zoo") / name)
+        return run(by_name(name), 0, tmp_path_factory.mktemp("zoo") / name, trace=False)
 
     return made
 
@@ -68,7 +68,9 @@ def test_the_small_language_models_know_their_language(seed: int) -> None:
 
 
 def test_the_same_seed_makes_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    first, again, other = (run(by_name("empty-mask"), seed, tmp_path / str(n)) for n, seed in enumerate((0, 0, 1)))
+    first, again, other = (
+        run(by_name("empty-mask"), seed, tmp_path / str(n), trace=False) for n, seed in enumerate((0, 0, 1))
+    )
     assert first.truth == again.truth
     assert [state.updates for state in first.states[:9]] == [state.updates for state in again.states[:9]]
     assert first.states[1].updates != other.states[1].updates

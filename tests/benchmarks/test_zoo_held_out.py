@@ -26,7 +26,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
 
     @cache
     def made(name: str) -> Outcome:
-        return run(by_name(name), SEED, tmp_path_factory.mktemp("held-out") / name)
+        return run(by_name(name), SEED, tmp_path_factory.mktemp("held-out") / name, trace=False)
 
     return made
 
