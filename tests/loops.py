@@ -39,7 +39,7 @@ def hooks_on(model: nn.Module) -> int:
 def healthy_run(folder: Path, edits: int = 12) -> Path:
     """Small steps."""
     model = make_model()
-    with sl.attach(model, "[03]", folder, canary=CANARY) as monitor:
+    with sl.attach(model, "[03]", folder, canary=CANARY, trace=False) as monitor:
         for edit in range(edits):
             with monitor.edit(label=f"edit {edit}"):
                 edit_once(model, rate=0.01)
@@ -49,7 +49,7 @@ def healthy_run(folder: Path, edits: int = 12) -> Path:
 def dying_run(folder: Path) -> Path:
     """Steps with a rate that is far too high: each gradient is larger than the last, until NaN."""
     model = make_model()
-    with sl.attach(model, "[03]", folder, canary=CANARY) as monitor:
+    with sl.attach(model, "[03]", folder, canary=CANARY, trace=False) as monitor:
         for edit in range(14):
             with monitor.edit(label=f"edit {edit}"):
                 edit_once(model, rate=1e3)

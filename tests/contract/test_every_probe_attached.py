@@ -171,7 +171,7 @@ def ran(loop: Loop, edits: int, folder: Path | None = None, probes: Any = ()) ->
     computed, random = [], []
     monitor = None
     if folder is not None:
-        monitor = sl.attach(model, loop.sites, folder, editor=editor, canary=loop.canary, probes=probes)  # type: ignore[arg-type]
+        monitor = sl.attach(model, loop.sites, folder, editor=editor, canary=loop.canary, probes=probes, trace=False)  # type: ignore[arg-type]
     for _ in range(edits):
         if monitor is None:
             computed.append(loop.edit(model, editor, None))
