@@ -37,7 +37,7 @@ def blamed(operations: Sequence[Operation], nonfinite_edit: int | None, *, lost:
         found = [each for each in operations if each.edit in met and not _only_follows(each)]
         return min(found, key=_order, default=None)
     found = [each for each in operations if each.edit > edits - lost]
-    return found[-1] if found else None
+    return found[0] if found else None
 
 
 def _only_follows(operation: Operation) -> bool:

@@ -143,9 +143,9 @@ def test_of_several_the_one_is_blamed_that_broke_the_model(operations: list[Oper
     assert found is (None if right is None else operations[right])
 
 
-def test_nothing_is_claimed_of_a_model_that_is_sound_and_the_last_where_no_edit_lands() -> None:
+def test_nothing_is_claimed_of_a_model_that_is_sound_and_the_first_where_no_edit_lands() -> None:
     assert traced.blamed([OVERFLOW], None, lost=0, edits=9) is None
-    assert traced.blamed([OVERFLOW, DIVISION], None, lost=9, edits=9) is DIVISION
+    assert traced.blamed([DIVISION, OVERFLOW], None, lost=9, edits=9) is DIVISION
     assert traced.blamed([OVERFLOW], None, lost=10, edits=40) is None
 
 
