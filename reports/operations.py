@@ -26,7 +26,7 @@ def facts(operation: Operation) -> list[tuple[str, str]]:
         ("line", _line(operation.place)),
         ("code", clean(operation.place.source, _CODE)),
         ("layer", shorten(operation.module, 80)),
-        *((f"in: {clean(values.name, 60)}", _values(values)) for values in operation.operands),
+        *((f"in: {shorten(values.name, 48)}", _values(values)) for values in operation.operands),
         ("settings", ", ".join(f"{clean(k, 30)} {clean(v, 30)}" for k, v in (operation.settings or {}).items())),
         ("out", _result(operation)),
         ("passed on by", " → ".join(_step(step) for step in operation.chain)),

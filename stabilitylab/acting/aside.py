@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from stabilitylab.watching.own_work import leave_function_stack
+
 _VALUES_ONLY: Final = frozenset(
     {
         torch.linalg.svdvals,
@@ -87,14 +89,8 @@ class StepAside(TorchFunctionMode):
         self._take_out()
 
     def _take_out(self) -> None:
-        if self._thread != threading.get_ident():
-            return
-        height = torch._C._len_torch_function_stack()
-        place = next((at for at in range(height)[::-1] if torch._C._get_function_stack_at(at) is self), None)
-        if place is not None:
-            above = [torch._C._pop_torch_function_stack() for _ in range(height - place)][::-1]
-            for mode in above[1:]:
-                torch._C._push_on_torch_function_stack(mode)
+        if self._thread == threading.get_ident():
+            leave_function_stack(self)
 
     def _compiling(self, *_: object) -> None:
         """The compiler begins. It looks at which modes are entered only after this."""

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.hooks import Hook, logger, plain
-from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, own_work
+from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, leave_function_stack, own_work
 
 SOLVE_LIMIT = 4
 """Solves per edit that are handed on: the first ones, and later ones that are larger than one of the largest so far."""
@@ -135,16 +135,8 @@ class CallWatch(TorchFunctionMode):
         """
         self._actions = {}
         self._factored.clear()
-        if self._thread != threading.get_ident():
-            return
-        above = []
-        while torch._C._len_torch_function_stack() > 0:
-            mode = torch._C._pop_torch_function_stack()
-            if mode is self:
-                break
-            above.append(mode)
-        for mode in reversed(above):
-            torch._C._push_on_torch_function_stack(mode)
+        if self._thread == threading.get_ident():
+            leave_function_stack(self)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -34,6 +34,16 @@ def _without_own_modes() -> Iterator[None]:
         _push(modes)
 
 
+def leave_function_stack(mode: Any) -> None:
+    """Take a function mode out of this thread's stack, wherever in it: those that were entered since stay entered."""
+    height = torch._C._len_torch_function_stack()
+    place = next((at for at in range(height)[::-1] if torch._C._get_function_stack_at(at) is mode), None)
+    if place is not None:
+        above = [torch._C._pop_torch_function_stack() for _ in range(height - place)][::-1]
+        for entered in above[1:]:
+            torch._C._push_on_torch_function_stack(entered)
+
+
 def _push(modes: list[Any]) -> None:
     for mode in modes:
         _push_on_torch_dispatch_stack(mode)
