@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Final
 
 from stabilitylab.analysis.findings import Diagnosis
-from stabilitylab.analysis.operation import reached
+from stabilitylab.analysis.operation import reached, replayed
 from stabilitylab.record.operations import Operation, Place, Step, Values
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
@@ -31,6 +31,7 @@ def facts(operation: Operation) -> list[tuple[str, str]]:
         ("out", _result(operation)),
         ("passed on by", " → ".join(_step(step) for step in operation.chain)),
         ("reached", clean(reached(operation), 160)),
+        ("once more", clean(replayed(operation), 400)),
     ]
     return [(name, words) for name, words in rows if words]
 
@@ -48,7 +49,12 @@ def _shape(values: Values) -> str:
 def _values(values: Values) -> str:
     if values.nonfinite is None and values.least is None:
         return f"{_shape(values)}, range not known"
-    ends = "nothing finite" if values.least is None else f"{number(values.least)} to {number(values.greatest)}"
+    if values.least is None:
+        ends = "nothing finite"
+    elif values.least == values.greatest:
+        ends = number(values.least)
+    else:
+        ends = f"{number(values.least)} to {number(values.greatest)}"
     bad = f", {number(values.nonfinite)} not finite" if values.nonfinite else ""
     return f"{_shape(values)}, {ends}{bad}"
 

@@ -43,8 +43,7 @@ class Onlooker(TorchDispatchMode, OwnMode):  # type: ignore[no-untyped-call]
         self._thread = -1
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """An operation has run."""
-        raise NotImplementedError
+        """An operation has run. Here nothing is done with it."""
 
     # What torch itself does besides, to enter a mode, is to set flags by which the compiler tells that it is inside of
     # one, and to put them back when it is left: wrongly, where the user's modes were entered in between and stay.

@@ -87,11 +87,11 @@ def _line(operation: Operation) -> str:
 
 def says(operation: Operation) -> str:
     """What it did, and with which values."""
-    return _joined(_did(operation), _with(operation), _then(operation), _replayed(operation))
+    return _joined(_did(operation), _with(operation), _then(operation), replayed(operation))
 
 
 def _shortly(operation: Operation) -> str:
-    return _joined(_did(operation), _then(operation), _replayed(operation))
+    return _joined(_did(operation), _then(operation), replayed(operation))
 
 
 def _joined(*parts: str) -> str:
@@ -151,7 +151,8 @@ def _then(operation: Operation) -> str:
     return f"It reached {reached(operation)}." if reached(operation) else ""
 
 
-def _replayed(operation: Operation) -> str:
+def replayed(operation: Operation) -> str:
+    """What came of making the edit once more, in a sentence; empty where it was not, or told nothing."""
     said = []
     for each in operation.precisions:
         if each.error:
@@ -161,11 +162,14 @@ def _replayed(operation: Operation) -> str:
             said.append(f"finite in {each.dtype}{largest}")
         else:
             said.append(f"not finite in {each.dtype}")
-    if not said:
-        return ""
-    kinds = {"range": ": its dtype's range is to blame", "algebra": ": its algebra is to blame, at any precision"}
-    kind = operation.kind
-    return f"Made once more it is {' and '.join(said)}{kinds[kind] if kind is not None else ''}."
+    kinds = {"range": ": its dtype's range is to blame", "algebra": ": its algebra is to blame"}
+    again = f"Made once more: {', '.join(said)}{kinds[operation.kind] if operation.kind else ''}." if said else ""
+    other = (
+        "The edit left something else then: the editor is not deterministic."
+        if operation.deterministic is False
+        else ""
+    )
+    return _joined(again, other)
 
 
 def advice(operation: Operation) -> str:

@@ -181,6 +181,12 @@ def test_what_other_precisions_say(precisions: tuple[Precision, ...], kind: str 
     assert words in traced.says(replayed)
 
 
+def test_an_editor_that_is_not_deterministic_is_said_to_be_so() -> None:
+    said = [traced.says(replace(OVERFLOW, phase="replay", deterministic=known)) for known in (True, False, None)]
+    assert ["not deterministic" in each for each in said] == [False, True, False]
+    assert "Made once more:" not in said[1]
+
+
 def test_the_advice_is_about_that_line_and_what_went_into_it() -> None:
     masked = replace(OVERFLOW, operator="aten._softmax.default", operands=(replace(HALF, nonfinite=8),), value="NaN")
     assert "float16 ends at 65,504" in traced.advice(OVERFLOW)
@@ -200,4 +206,8 @@ def test_its_facts_for_a_page() -> None:
     assert (told["passed on by"], told["settings"], told["reached"]) == ("mul", "beta 1", "fc2.weight")
     unread = dict(facts(replace(OVERFLOW, operands=(Values("x", (2,), "bfloat16"),), result=None, index=None)))
     assert (unread["in: x"], unread["out"]) == ("bfloat16 [2], range not known", "∞")
+    again = replace(OVERFLOW, precisions=(Precision("float32", True, 3.1e5),))
+    assert dict(facts(again))["once more"].startswith("Made once more: finite in float32, largest 3.1e5")
+    assert "once more" not in told
+    assert dict(facts(replace(OVERFLOW, operands=(replace(HALF, greatest=-300.0),))))["in: mat1"].endswith(", −300")
     assert dict(facts(DIVISION))["operation"] == "aten.div.Tensor, a part of SqrtBackward0"
