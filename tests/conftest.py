@@ -16,13 +16,21 @@ hypothesis.settings.load_profile("stabilitylab")
 torch.set_num_threads(1)
 
 
+TIERS = {
+    "browser": "looks at pages in Chromium; run with: make test-browser",
+    "pretrained": "edits a really pretrained model; run with: make test-pretrained",
+    "exhaustive": "all of torch's operators; run with: make test-exhaustive",
+}
+"""What needs more than a fresh machine has, or takes minutes: run only where it is asked for by its mark."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes runs only where it is asked for."""
-    if "exhaustive" not in config.option.markexpr:
-        skipped = pytest.mark.skip(reason="all of torch's operators; run with: make test-exhaustive")
-        for item in items:
-            if "exhaustive" in item.keywords:
-                item.add_marker(skipped)
+    """A tier that was not asked for is skipped, and says how to run it."""
+    for tier, reason in TIERS.items():
+        if tier not in config.option.markexpr:
+            for item in items:
+                if tier in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
