@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,9 @@ from stabilitylab.watching.sites import Site, describe
 _PACKAGES = ("stabilitylab", "torch", "transformers", "numpy", "scipy", "tensorboard", "matplotlib")
 
 
+@cache
 def _versions() -> dict[str, str]:
+    """Of what this process has loaded, so that it is asked for once."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -80,7 +83,7 @@ def collect(
         "canary": canary,
         "config": config,
         "seed": torch.initial_seed(),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": list(sys.argv),
