@@ -1,4 +1,4 @@
-"""What a scan has read of a model, its editor and its second moments before the first edit. Figures only; no torch here."""
+"""What a scan has read of a model and its editor before the first edit: figures only. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LISTED: Final = 8
 
 
 def headroom(largest: float | None, limit: float) -> float | None:
-    """Bits from a magnitude to a limit, log2(limit / largest); ∞ where nothing is there, None where nothing is known."""
+    """Bits from a magnitude to a limit, log2(limit / largest); ∞ where it is 0, None where it is not known."""
     if largest is None or math.isnan(largest):
         return None
     if largest == 0.0:
@@ -131,11 +131,10 @@ class ActivationScan:
 class StatisticsScan:
     """What an editor normalises one kind of input of its hypernetwork with.
 
-    kind: ``u`` (a layer's inputs), ``v`` (gradients at its output), or empty for both in one. layers: those of the model
-    that it serves, as far as that is known. rows: how many it was made from; None where it keeps no count. guard: what
-    is added to a spread before it divides. zero, nan, tiny: units whose spread is 0, is not finite, or is many times
-    below the median one; values: the spread.
-    typical: the median spread.
+    kind: ``u`` (a layer's inputs), ``v`` (gradients at its output), or empty for both in one. layers: those of the
+    model that it serves, as far as that is known. rows: how many it was made from; None where it keeps no count.
+    guard: what is added to a spread before it divides. typical: the median spread. zero, nan, tiny: units whose spread
+    is 0, is not finite, or is many times below the median one; their values are the spreads.
     """
 
     editor: str
@@ -166,9 +165,9 @@ class MomentScan:
     """Second moments C of the keys of one layer, or a projection that was made of them.
 
     what: ``moments`` or ``projection``. tokens: that it was made from; None where no count is kept. rank: singular
-    values above the largest · size · eps of its dtype. condition: largest by smallest eigenvalue (∞ where that is 0 or below). smallest,
-    largest: eigenvalues. zero_rows: inputs that were never anything but 0. asymmetry: ‖C − Cᵀ‖ / ‖C‖. idempotence: of a
-    projection, ‖P² − P‖ / ‖P‖. layer: that of the model which it is of, where its name tells.
+    values above the largest · size · eps of its dtype. condition: largest by smallest eigenvalue, ∞ where that is 0 or
+    below. smallest, largest: eigenvalues. zero_rows: inputs that were never anything but 0. asymmetry: ‖C − Cᵀ‖ / ‖C‖.
+    idempotence: of a projection, ‖P² − P‖ / ‖P‖. layer: that of the model which it is of, where its name tells.
     """
 
     what: str
@@ -221,8 +220,8 @@ class PrecisionScan:
 class CapacityScan:
     """How far one site can be moved along the updates of dry edits until the canary is lost.
 
-    steps: in multiples of the update, the median over the dry edits; ∞ where it was not lost within the most that was tried. low,
-    high: the least and greatest of them. update_norm: Frobenius, the median. updates: how many were tried.
+    steps: in multiples of the update, the median over the dry edits; ∞ where it was not lost within the most that was
+    tried. low, high: the least and greatest of them. update_norm: Frobenius, the median. updates: how many were tried.
     """
 
     site: str
