@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stabilitylab.analysis import Diagnosis, Finding
     from stabilitylab.errors import StabilityLabError
     from stabilitylab.record.run import Run, load
+    from stabilitylab.scanning import Scanned, scan
     from stabilitylab.watching.attaching import attach
     from stabilitylab.watching.canary import Canary
     from stabilitylab.watching.editor_report import EditorReport
@@ -32,6 +33,8 @@ _HOMES = {
     "attach": "stabilitylab.watching.attaching",
     "Monitor": "stabilitylab.watching.monitor",
     "load": "stabilitylab.record.run",
+    "scan": "stabilitylab.scanning",
+    "Scanned": "stabilitylab.scanning",
     "Run": "stabilitylab.record.run",
     "Diagnosis": "stabilitylab.analysis",
     "Finding": "stabilitylab.analysis",
@@ -46,10 +49,12 @@ __all__ = [
     "Finding",
     "Monitor",
     "Run",
+    "Scanned",
     "StabilityLabError",
     "attach",
     "integrations",
     "load",
+    "scan",
 ]
 
 

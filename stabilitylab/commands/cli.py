@@ -1,9 +1,9 @@
 """The command ``stabilitylab``: arguments in, exit code out. Does no work of its own.
 
-Exit codes: 0, 1 when the verdict reaches ``--fail-on`` or none of the last edits took effect, 2 when the command can't
-be carried out, 3 when the run holds nothing to judge yet, 5 when something asked for could not be watched and nothing
-worse is known, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141 in a shell), never
-by 1: that is a verdict's alone.
+Exit codes: 0, 1 when the verdict (of a scan, a warning) reaches ``--fail-on`` or none of the last edits took effect, 2
+when the command can't be carried out, 3 when the run holds nothing to judge yet, 5 when something asked for could not
+be watched and nothing worse is known, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141
+in a shell), never by 1: that is a verdict's alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import stabilitylab
-from stabilitylab.commands import calibrate, check, compare, demo, lab, probes, report, tail
+from stabilitylab.commands import calibrate, check, compare, demo, lab, probes, report, scan, tail
 from stabilitylab.commands.options import EXIT_USAGE
 from stabilitylab.errors import StabilityLabError
 
@@ -26,7 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Numerical-stability diagnostics for sequential model editing.",
 )
-for verb in (demo.demo, check.check, tail.tail, compare.compare, calibrate.calibrate, report.report, probes.probes):
+for verb in (
+    demo.demo,
+    scan.scan,
+    check.check,
+    tail.tail,
+    compare.compare,
+    calibrate.calibrate,
+    report.report,
+    probes.probes,
+):
     app.command()(verb)
 
 lab_app = typer.Typer(no_args_is_help=True, help="Editing methods on real models, watched and scored.")

@@ -13,6 +13,8 @@ FLOATS: Final[Mapping[str, tuple[float, float, float]]] = {
     "float32": (3.4028234663852886e38, 1.1754943508222875e-38, 1.1920928955078125e-07),
     "bfloat16": (3.3895313892515355e38, 1.1754943508222875e-38, 0.0078125),
     "float16": (65504.0, 6.103515625e-05, 0.0009765625),
+    "float8_e5m2": (57344.0, 6.103515625e-05, 0.25),
+    "float8_e4m3fn": (448.0, 0.015625, 0.125),
 }
 """Largest value, smallest normal one, and the distance from 1 to the next, of each dtype that models are kept in."""
 
@@ -46,12 +48,13 @@ class TensorScan:
     """One tensor of the model.
 
     layer: the name of what it belongs to. least, greatest: of its finite entries; None where there is none. norm:
-    Frobenius, of the finite entries. nonfinite, zeros, subnormal: entries; subnormal ones are not zero and below the
-    smallest normal value of the dtype. first_bad: index of the first that is not finite. zero_rows, zero_columns: an
-    output, an input of the layer, with weights of exactly 0 throughout. loud_rows, loud_columns: with an RMS many times
-    that of the median one, by how many times. Rows are outputs and columns inputs, however the layer keeps them; a
-    vector has none. worst_output: the most that an input of RMS 1 can make of one output, max ‖row‖₂ · √inputs.
-    spectral_norm, stable_rank (‖W‖²_F / σ₁²), condition (σ₁ / σ_min): only where they were asked for.
+    Frobenius, of the finite entries. nonfinite, masking, zeros, subnormal: entries; masking ones are −∞; subnormal ones
+    are not zero and below the smallest normal value of float16, and counted only there. first_bad: index of the first
+    that is not finite. zero_rows, zero_columns: an output, an input of the layer, with weights of exactly 0 throughout.
+    loud_rows, loud_columns: with a norm many times that of the median one, by how many times. Rows are outputs and
+    columns inputs, however the layer keeps them; a vector has none. worst_output: the most that an input of RMS 1 can
+    make of one output, max ‖row‖₂ · √inputs. spectral_norm, stable_rank (‖W‖²_F / σ₁²), condition (σ₁ / σ_min): only
+    where they were asked for.
     """
 
     name: str
@@ -62,6 +65,7 @@ class TensorScan:
     least: float | None
     greatest: float | None
     nonfinite: int = 0
+    masking: int = 0
     zeros: int = 0
     subnormal: int = 0
     first_bad: tuple[int, ...] | None = None
@@ -75,6 +79,8 @@ class TensorScan:
     condition: float | None = None
     is_site: bool = False
     """Whether it is one that is going to be edited."""
+    is_buffer: bool = False
+    """Whether it is no parameter, as far as that is known."""
 
     @property
     def size(self) -> int:

@@ -34,7 +34,10 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "record.display": ("reports",),
     "analysis": (
         "errors",
-        *(f"record.{name}" for name in ("readings", "packed", "serving", "note_kinds", "operations", "display")),
+        *(
+            f"record.{name}"
+            for name in ("readings", "packed", "serving", "note_kinds", "operations", "scanned", "display")
+        ),
     ),
     "analysis.calibrating": ("errors", "record.run", "analysis"),
     "probes": ("errors", "record.readings"),
@@ -45,6 +48,15 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "record.readings",
         *(f"watching.{name}" for name in ("own_work", "calls", "reach", "snapshot")),
     ),
+    # A scan looks at a model and its editor by the names and hooks that watching has.
+    "acting.scanning": (
+        "errors",
+        "record.scanned",
+        "probes.weight_spectrum",
+        *(f"watching.{name}" for name in ("canary", "editor_parts", "hooks", "reach", "sites", "snapshot")),
+    ),
+    # What `stabilitylab.scan` gives: figures, and what they warn of.
+    "scanning": ("errors", "record.scanned", "acting.scanning", "analysis.caution", "analysis.cautions", "reports"),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
     "watching": (
         "errors",
@@ -67,7 +79,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "editors": ("errors", "watching.editor_report", "watching.sites"),
     "testbed": ("errors", "record", "probes", "watching", "analysis", "reports", "editors"),
-    "commands": ("errors", "record", "probes", "analysis", "reports", "testbed"),
+    "commands": ("errors", "record", "probes", "analysis", "reports", "testbed", "scanning", "acting.scanning"),
     "__main__": ("commands",),
 }
 """What each station may import besides itself. A file listed by itself has that line instead of its station's."""

@@ -1,0 +1,165 @@
+"""The scan itself: tensor by tensor, the editor, the canary, dry edits; the figures in one `Scan`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.acting.scanning.answering import activations_of
+from stabilitylab.acting.scanning.entries import entries_of
+from stabilitylab.acting.scanning.opening import Entry, Opened, one_line, open_folder, open_model
+from stabilitylab.acting.scanning.places import layer_of, matching, named_in, of_hparams
+from stabilitylab.errors import UsageError
+from stabilitylab.probes.weight_spectrum import gram_of, spectrum_of_weight
+from stabilitylab.record.scanned import FLOATS, ActivationScan, Scan, TensorScan
+from stabilitylab.watching import canary as canaries
+
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, and how far it is: steps done, steps in all."""
+
+_MATRIX: Final = 2  # dimensions
+_FULL: Final = 4
+"""Bytes of a float32."""
+
+
+def quiet(doing: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def figures(
+    model: nn.Module | str | Path,
+    sites: str | Sequence[str] | None = None,
+    *,
+    canary: canaries.Canary | canaries.Batch | None = None,
+    hparams: str | Path | None = None,
+    pickles: bool = False,
+    progress: Progress = quiet,
+) -> Scan:
+    """The figures of `stabilitylab.scan`, which says what is what. Raises UsageError and SiteError as it does."""
+    began = time.perf_counter()
+    live = isinstance(model, nn.Module)
+    if isinstance(model, nn.Module):
+        opened = open_model(model)
+    elif isinstance(model, str | Path):
+        opened = open_folder(Path(model), pickles=pickles)
+    else:
+        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module or the folder of one")
+    if sites is not None and hparams is not None:
+        raise UsageError("sites= and hparams= were both given; expected one of them")
+    chosen: frozenset[str] = frozenset()
+    if sites is not None:
+        chosen = matching(opened.entries, sites)
+    elif hparams is not None:
+        chosen = named_in(opened.entries, of_hparams(Path(hparams)), Path(hparams))
+    activations: tuple[ActivationScan, ...] = ()
+    if canary is not None:
+        if not isinstance(model, nn.Module):
+            raise UsageError("canary= was given for a folder; expected a live model, which alone can answer it")
+        activations = _activations(model, canary)
+    tensors, skipped, size = scan_tensors(opened, chosen, progress=progress)
+    if not tensors:
+        raise UsageError(f"{opened.name} holds no tensor of numbers that can be looked at{_first(skipped)}")
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors:
+        dtypes[tensor.dtype] += tensor.size
+    return Scan(
+        model=opened.name,
+        kind="live" if live else "folder",
+        dtypes=dict(dtypes),
+        tensors=tensors,
+        activations=activations,
+        skipped=skipped,
+        sites=tuple(dict.fromkeys(tensor.layer for tensor in tensors if tensor.is_site)),
+        model_type=opened.model_type,
+        bytes=size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _first(skipped: dict[str, str]) -> str:
+    return next((f"; {name}: {reason}" for name, reason in skipped.items()), "")
+
+
+def _activations(model: nn.Module, given: canaries.Canary | canaries.Batch) -> tuple[ActivationScan, ...]:
+    watched = canaries.of(given)
+    if watched is None or watched.is_replay:
+        raise UsageError("canary='replay' needs an edit to replay; a scan expects a batch, or a function of the model")
+    try:
+        return activations_of(model, watched.batch)
+    except Exception as error:
+        raise UsageError(f"the canary can't be forwarded: {one_line(error)}") from error
+
+
+def scan_tensors(
+    opened: Opened,
+    sites: frozenset[str] = frozenset(),
+    *,
+    also: Callable[[Entry, Tensor], None] | None = None,
+    progress: Progress = quiet,
+) -> tuple[tuple[TensorScan, ...], dict[str, str], int]:
+    """(each tensor of numbers, why others were skipped, bytes read). sites: names of tensors that are decomposed too.
+
+    also: is handed each tensor while it is in memory.
+    """
+    found: list[TensorScan] = []
+    skipped: dict[str, str] = {}
+    size = 0
+    total = sum(math.prod(entry.shape) for entry in opened.entries)
+    done = 0
+    for entry in opened.entries:
+        progress("weights", done, total)
+        done += math.prod(entry.shape)
+        reason = _why_not(entry)
+        if reason is None:
+            tensor = entry.read()
+            size += tensor.numel() * tensor.element_size()
+            found.append(_tensor(entry, tensor, entry.name in sites))
+            if also is not None:
+                also(entry, tensor)
+        elif reason:
+            skipped[entry.name] = reason
+    progress("weights", total, total)
+    return tuple(found), skipped, size
+
+
+def _why_not(entry: Entry) -> str | None:
+    """Why it is not looked at; None where it is, empty where there is nothing to say: an index, a mask."""
+    if not math.prod(entry.shape):
+        return ""
+    if entry.dtype in FLOATS:
+        return None
+    whole = entry.dtype in {"bool", "int64", "i64"} or (entry.is_buffer and len(entry.shape) < _MATRIX)
+    return "" if whole else f"its dtype is {entry.dtype} (quantised?)"
+
+
+@torch.no_grad()
+def _tensor(entry: Entry, tensor: Tensor, is_site: bool) -> TensorScan:
+    if tensor.is_meta:
+        raise UsageError(f"{entry.name} is on the meta device (offloaded?); scan the folder that it was loaded from")
+    seen = entries_of(tensor, inputs_first=entry.inputs_first)
+    spectral = stable = condition = None
+    if is_site and tensor.dim() == _MATRIX and not seen.nonfinite and seen.norm > 0:
+        wide = tensor.float() if tensor.element_size() < _FULL else tensor
+        values = spectrum_of_weight(wide, gram_of(wide))
+        spectral, least = float(values[0]), float(values[-1])
+        stable = (seen.norm / spectral) ** 2
+        condition = spectral / least if least > 0 else math.inf
+    return TensorScan(
+        name=entry.name,
+        layer=layer_of(entry.name),
+        shape=entry.shape,
+        dtype=entry.dtype,
+        spectral_norm=spectral,
+        stable_rank=stable,
+        condition=condition,
+        is_site=is_site,
+        is_buffer=entry.is_buffer,
+        **vars(seen),
+    )

@@ -1,0 +1,76 @@
+"""What `stabilitylab.scan` gives: the figures of a model before its first edit, and what they warn of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stabilitylab.analysis.caution import Caution, Urgency
+from stabilitylab.analysis.cautions import cautions
+from stabilitylab.record.scanned import Scan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stabilitylab.acting.scanning.scan import Progress
+    from stabilitylab.watching.canary import Batch, Canary
+
+
+@dataclass(frozen=True, repr=False)
+class Scanned:
+    """figures: what was read. cautions: what it warns of, the most urgent first."""
+
+    figures: Scan
+    cautions: tuple[Caution, ...]
+
+    def of_urgency(self, urgency: Urgency) -> tuple[Caution, ...]:
+        """The warnings of one urgency."""
+        return tuple(caution for caution in self.cautions if caution.urgency == urgency)
+
+    def save(self, out: str | Path) -> Path:
+        """Write the page of the scan to `out`, and its data beside it as JSON. Raises RunError when it can't be."""
+        from stabilitylab.reports.scan_html import write_scan
+
+        return write_scan(self.figures, self.cautions, Path(out))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self.figures.to_json(), "cautions": [caution.to_json() for caution in self.cautions]}
+
+    def __str__(self) -> str:
+        told = [f"{caution.urgency}: {caution.says} {caution.advice}" for caution in self.cautions]
+        return "\n".join(told) or f"{self.figures.model}: nothing to warn of in {len(self.figures.tensors)} tensors"
+
+    def __repr__(self) -> str:
+        counts = Counter(caution.urgency for caution in self.cautions)
+        words = ", ".join(f"{count} {urgency}" for urgency, count in counts.items()) or "nothing to warn of"
+        return f"<Scanned {self.figures.model}, {len(self.figures.tensors)} tensors: {words}>"
+
+
+def scan(
+    model: nn.Module | str | Path,
+    sites: str | Sequence[str] | None = None,
+    *,
+    canary: Canary | Batch | None = None,
+    hparams: str | Path | None = None,
+    pickles: bool = False,
+    progress: Progress | None = None,
+) -> Scanned:
+    """Look at a model before it is edited: what it can take, and what is wrong with it already. Nothing of it changes.
+
+    model: a live one, or the folder or file of its weights; of a folder each tensor is read by itself, and no code of
+    it is run. sites: patterns of what is going to be edited (``*`` crosses dots); those weights are decomposed too.
+    canary: as `attach` takes it; a live model alone can answer it. hparams: EasyEdit's YAML or MEMIT's JSON file, in
+    place of `sites`. pickles: also read pickled tensors, with ``weights_only``. progress: is told how far it is.
+
+    Raises:
+        UsageError: what was given can't be read, or doesn't fit together.
+        SiteError: a pattern matches nothing.
+    """
+    from stabilitylab.acting.scanning.scan import figures, quiet
+
+    found = figures(model, sites, canary=canary, hparams=hparams, pickles=pickles, progress=progress or quiet)
+    return Scanned(found, cautions(found))
