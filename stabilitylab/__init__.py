@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabilitylab import integrations
+    from stabilitylab.acting.scanning.scanned import Scanned, scan
     from stabilitylab.analysis import Diagnosis, Finding
     from stabilitylab.errors import StabilityLabError
     from stabilitylab.record.run import Run, load
-    from stabilitylab.scanning import Scanned, scan
     from stabilitylab.watching.attaching import attach
     from stabilitylab.watching.canary import Canary
     from stabilitylab.watching.editor_report import EditorReport
@@ -33,8 +33,8 @@ _HOMES = {
     "attach": "stabilitylab.watching.attaching",
     "Monitor": "stabilitylab.watching.monitor",
     "load": "stabilitylab.record.run",
-    "scan": "stabilitylab.scanning",
-    "Scanned": "stabilitylab.scanning",
+    "scan": "stabilitylab.acting.scanning.scanned",
+    "Scanned": "stabilitylab.acting.scanning.scanned",
     "Run": "stabilitylab.record.run",
     "Diagnosis": "stabilitylab.analysis",
     "Finding": "stabilitylab.analysis",

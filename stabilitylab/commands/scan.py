@@ -51,7 +51,7 @@ def scan(
 
     Tensors are read one at a time, and no code of the folder is run. Exit code 1: something is fatal.
     """
-    from stabilitylab.scanning import scan as look
+    from stabilitylab.acting.scanning.scanned import scan as look
 
     with _bar() as progress:
         scanned = look(model, sites or None, hparams=hparams, pickles=pickles, progress=progress)

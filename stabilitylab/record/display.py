@@ -6,14 +6,17 @@ Reading a run and judging it neither draw nor write pages. They come here, and w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import altair as alt
 
+    from stabilitylab.analysis.caution import Caution
     from stabilitylab.analysis.findings import Diagnosis, Finding
     from stabilitylab.record.readings import Metric
     from stabilitylab.record.run import Run
+    from stabilitylab.record.scanned import Scan
 
 Library = Literal["pandas", "polars"]
 
@@ -23,6 +26,13 @@ def html(shown: Run | Diagnosis | Finding | tuple[Metric, ...]) -> str:
     from stabilitylab.reports.notebook import html as made
 
     return made(shown)
+
+
+def scan_page(figures: Scan, cautions: Sequence[Caution], out: Path) -> Path:
+    """Write the page of a scan. Raises RunError when it can't be written there."""
+    from stabilitylab.reports.scan_html import write_scan
+
+    return write_scan(figures, cautions, out)
 
 
 def frame(run: Run, library: Library | None = None) -> Any:

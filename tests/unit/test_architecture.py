@@ -56,7 +56,13 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         *(f"watching.{name}" for name in ("canary", "editor_parts", "hooks", "reach", "sites", "snapshot")),
     ),
     # What `stabilitylab.scan` gives: figures, and what they warn of.
-    "scanning": ("errors", "record.scanned", "acting.scanning", "analysis.caution", "analysis.cautions", "reports"),
+    "acting.scanning.scanned": (
+        "record.scanned",
+        "record.display",
+        "acting.scanning.scan",
+        "analysis.caution",
+        "analysis.cautions",
+    ),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
     "watching": (
         "errors",
@@ -79,7 +85,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "editors": ("errors", "watching.editor_report", "watching.sites"),
     "testbed": ("errors", "record", "probes", "watching", "analysis", "reports", "editors"),
-    "commands": ("errors", "record", "probes", "analysis", "reports", "testbed", "scanning", "acting.scanning"),
+    "commands": ("errors", "record", "probes", "analysis", "reports", "testbed", "acting.scanning"),
     "__main__": ("commands",),
 }
 """What each station may import besides itself. A file listed by itself has that line instead of its station's."""

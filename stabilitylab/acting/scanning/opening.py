@@ -237,19 +237,15 @@ def load_pickle(file: Path) -> Any:
             except RuntimeError:  # the format before torch 1.6 can't be mapped into memory
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{file} holds more than tensors, which only code could read ({_refused(error)}); load it where you trust"
-            " it, and save its state dict with torch.save or safetensors"
-        ) from None
+        refused = str(error).partition("GLOBAL ")[2].split()
+        if refused:
+            raise UsageError(
+                f"{file} holds more than tensors, which only code could read ({refused[0]}); load it where you trust"
+                " it, and save its state dict with torch.save or safetensors"
+            ) from None
+        raise UsageError(f"{file} can't be read as a file of torch.save: no pickled tensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"{file} can't be read as a file of torch.save: {one_line(error)}") from None
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """Which class was met, as torch says it at the end of a long text."""
-    words = str(error)
-    found = words.partition("GLOBAL ")[2].split()
-    return found[0] if found else one_line(error, 120)
 
 
 def flat(held: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

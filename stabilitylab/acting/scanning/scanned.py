@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabilitylab.analysis.caution import Caution, Urgency
 from stabilitylab.analysis.cautions import cautions
+from stabilitylab.record.display import scan_page
 from stabilitylab.record.scanned import Scan
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ class Scanned:
 
     def save(self, out: str | Path) -> Path:
         """Write the page of the scan to `out`, and its data beside it as JSON. Raises RunError when it can't be."""
-        from stabilitylab.reports.scan_html import write_scan
-
-        return write_scan(self.figures, self.cautions, Path(out))
+        return scan_page(self.figures, self.cautions, Path(out))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -70,7 +69,7 @@ def scan(
         UsageError: what was given can't be read, or doesn't fit together.
         SiteError: a pattern matches nothing.
     """
-    from stabilitylab.acting.scanning.scan import figures, quiet
+    from stabilitylab.acting.scanning.scan import figures, quiet  # which takes torch
 
     found = figures(model, sites, canary=canary, hparams=hparams, pickles=pickles, progress=progress or quiet)
     return Scanned(found, cautions(found))
