@@ -235,7 +235,8 @@ def _zeros(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
 
 
 def _subnormal(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
-    held = [tensor for tensor in tensors if tensor.subnormal > SUBNORMAL * tensor.size]
+    matrices = (tensor for tensor in tensors if len(tensor.shape) == _MATRIX)
+    held = [tensor for tensor in matrices if tensor.subnormal > SUBNORMAL * tensor.size]
     if held:
         worst = max(held, key=lambda tensor: tensor.subnormal / tensor.size)
         yield Caution(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 FLOATS: Final[Mapping[str, tuple[float, float, float]]] = {
     "float64": (1.7976931348623157e308, 2.2250738585072014e-308, 2.220446049250313e-16),
@@ -265,9 +265,12 @@ class Scan:
     seconds: float = 0.0
     lost_nats: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; NaN and infinities become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+    def to_json(self, *, brief: bool = False) -> dict[str, Any]:
+        """Plain JSON values; NaN and infinities become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
+
+        brief: leave out what is nothing out of the ordinary: fields that are at their default.
+        """
+        plain: dict[str, Any] = _plain(self, brief)
         return plain
 
 
@@ -283,15 +286,21 @@ def scan_from_json(given: Any) -> Scan:
 _SPELLED: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, brief: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _plain(held, brief) for field, held in fields if not (brief and _is_default(field, held))}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        return {str(key): _plain(item, brief) for key, item in value.items()}
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return [_plain(each, brief) for each in value] if is_list else value
 
 
-T = TypeVar("T")
+def _is_default(field: dataclasses.Field[Any], held: Any) -> bool:
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return bool(made is not dataclasses.MISSING and held == made)
 
 
 def _read(kind: Any, value: Any) -> Any:

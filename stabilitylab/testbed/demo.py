@@ -56,6 +56,7 @@ def run_demo(out: Path, edits: int, seed: int, precision: str, console: Console)
         model,
         sites=mend.sites,
         run=out,
+        scan=True,
         editor=mend,
         canary=blip2_digits.canary(tokenizer),
         tensorboard=True,
@@ -69,8 +70,14 @@ def run_demo(out: Path, edits: int, seed: int, precision: str, console: Console)
             first = monitor.diagnosis().first_nonfinite_edit
             if first is not None and monitor.edits >= first + EDITS_PAST_NAN:
                 break
+    # As they were before the first edit: so that what `scan` says of them can be set beside what became of the run.
+    unedited, tokenizer = blip2_digits.load(precision)
+    unedited.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    archive = mend.save(out / "editor")
     run = load(out)
     page = write_report(run, out / "report.html")
     console.print(diagnosis_page(run))
     console.print(Text(f"report       {page}\nTensorBoard  tensorboard --logdir {out.parent}"), soft_wrap=True)
+    console.print(Text(f"beforehand   stabilitylab scan {out / 'model'} --editor-state {archive}"), soft_wrap=True)
     return run

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.acting.scanning.scan import figures
 from stabilitylab.acting.schedule import Schedule, Trace, asked_for, mode_of
 from stabilitylab.analysis.restoring import means_single_edits
 from stabilitylab.analysis.thresholds import Thresholds, from_json, read
@@ -39,6 +40,7 @@ def attach(
     announce: bool = True,
     trace: Trace = "auto",
     replay: bool = False,
+    scan: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -55,7 +57,8 @@ def attach(
     costs less than 5% of an edit; ``"armed"`` once anything is out of the ordinary; True always; False never, unless
     the environment variable ``STABILITYLAB_TRACE`` asks for it. replay: keep a copy of what each edit may touch, model
     and editor; the first edit of a wrapped loop (`Monitor.wrap`) that leaves something that is not finite, or fails, is
-    then made once more from there, traced, and in wider precisions; `Monitor.autopsy` does so when asked.
+    then made once more from there, traced, and in wider precisions; `Monitor.autopsy` does so when asked. scan: look at
+    all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
@@ -77,6 +80,8 @@ def attach(
     tracing = Schedule(mode_of(trace)).to_json() | ({"asked": str(asked)} if (asked := asked_for()) else {})
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     options |= {"trace": tracing, "replay": replay}
+    if scan:
+        options["scan"] = figures(model, sites, editor=editor, canary=watched).to_json(brief=True)
     writer = RunWriter(folder, about | options, metrics)
     receivers = list(sinks)
     if announce:

@@ -68,7 +68,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "errors",
         "record",
         "probes",
-        *(f"acting.{name}" for name in ("memory", "replay", "schedule", "tracer", "tracing")),
+        *(f"acting.{name}" for name in ("memory", "replay", "scanning.scan", "schedule", "tracer", "tracing")),
         *(f"analysis.{name}" for name in ("alertness", "analyzer", "findings", "pace", "restoring", "thresholds")),
         "reports.announcing",
         "reports.sinks",

@@ -37,6 +37,7 @@ def figures(
     model: nn.Module | str | Path,
     sites: str | Sequence[str] | None = None,
     *,
+    editor: object | None = None,
     canary: canaries.Canary | canaries.Batch | None = None,
     hparams: str | Path | None = None,
     pickles: bool = False,
