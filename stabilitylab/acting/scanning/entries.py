@@ -14,6 +14,8 @@ from stabilitylab.record.scanned import LISTED, Some
 
 PIECE: Final = 1 << 17
 """Entries that are looked at together: half a megabyte in float32."""
+PIECE_ELSEWHERE: Final = 1 << 24
+"""The same on an accelerator, where each piece is waited for."""
 LOUD: Final = 10.0
 """Times the median row's RMS from which a row is named. On real models a few rows that feed massive activations are
 past it (Sun et al., arXiv 2402.17762, find those in single units), and no others."""
@@ -45,12 +47,13 @@ class Entries:
 
 
 class _Sums:
-    """What is gathered piece by piece. rows, columns: norms, float64 on the CPU."""
+    """What is gathered piece by piece. Sums of squares are kept in units of a scale that can be squared."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.rows = torch.zeros(rows, dtype=torch.float64)
-        self.squares = torch.zeros(columns, dtype=torch.float64)
-        self.scale = 1.0
+        self._rows = torch.zeros(rows, dtype=torch.float64)
+        self._row_scales = torch.ones(rows, dtype=torch.float64)
+        self._columns = torch.zeros(columns, dtype=torch.float64)
+        self._scale = 0.0
         self.least, self.greatest = math.inf, -math.inf
         self.nonfinite = self.masking = self.zeros = self.subnormal = 0
         self.first_bad: int | None = None
@@ -92,16 +95,24 @@ class _Sums:
         if not _SQUARED[0] < largest < _SQUARED[1]:
             scale, work = largest, work.double() / largest
         squares = work.square()  # sums of it take a tenth of what norms along the first dimension take
-        self.rows[start : start + work.shape[0]] = squares.sum(dim=1).double().sqrt() * scale
-        if scale > self.scale:  # such that a sum of squares holds the largest
-            self.squares *= (self.scale / scale) ** 2
-            self.scale = scale
-        self.squares += squares.sum(dim=0).double() * (scale / self.scale) ** 2
+        here = slice(start, start + work.shape[0])
+        self._rows[here] = squares.sum(dim=1)
+        self._row_scales[here] = scale
+        if scale > self._scale:
+            self._columns *= (self._scale / scale) ** 2
+            self._scale = scale
+        columns = squares.sum(dim=0).cpu()
+        self._columns += columns if scale == self._scale else columns.double() * (scale / self._scale) ** 2
+
+    @property
+    def rows(self) -> Tensor:
+        """The norm of each row, float64."""
+        return self._rows.sqrt() * self._row_scales
 
     @property
     def columns(self) -> Tensor:
-        """The norm of each column."""
-        return self.squares.sqrt() * self.scale
+        """The norm of each column, float64."""
+        return self._columns.sqrt() * self._scale
 
 
 def entries_of(tensor: Tensor, *, inputs_first: bool = False) -> Entries:
@@ -115,12 +126,13 @@ def entries_of(tensor: Tensor, *, inputs_first: bool = False) -> Entries:
     for start, piece in _pieces(matrix):
         sums.add(start, piece)
     is_matrix = tensor.dim() == _MATRIX and min(tensor.shape) > 1
-    outputs, inputs = (sums.columns, sums.rows) if inputs_first else (sums.rows, sums.columns)
+    rows = sums.rows
+    outputs, inputs = (sums.columns, rows) if inputs_first else (rows, sums.columns)
     ends = (sums.least, sums.greatest) if sums.least <= sums.greatest else (None, None)
-    peak = float(sums.rows.max()) if sums.rows.numel() else 0.0
+    peak = float(rows.max()) if rows.numel() else 0.0
     bad = None if sums.first_bad is None else _index(sums.first_bad, tensor)
     return Entries(
-        norm=float(torch.linalg.vector_norm(sums.rows / peak)) * peak if peak > 0 else 0.0,
+        norm=float(torch.linalg.vector_norm(rows / peak)) * peak if peak > 0 else 0.0,
         least=ends[0],
         greatest=ends[1],
         nonfinite=sums.nonfinite,
@@ -150,7 +162,7 @@ def _count_small(piece: Tensor, work: Tensor) -> tuple[int, int]:
 
 
 def _pieces(matrix: Tensor) -> list[tuple[int, Tensor]]:
-    step = max(1, PIECE // max(1, matrix.shape[1]))
+    step = max(1, (PIECE if matrix.is_cpu else PIECE_ELSEWHERE) // max(1, matrix.shape[1]))
     return [(start, matrix[start : start + step]) for start in range(0, matrix.shape[0], step)]
 
 
