@@ -1,10 +1,10 @@
 """What it costs to scan a folder, in time and in memory, beside reading it.
 
-The folder is made for it: a decoder's weights in shards, random numbers, about a gigabyte. **Time**: a scan (of weights
-alone, with nothing decomposed) over reading each tensor and forming its norm, in turns: *cold*, wall time with the files
-dropped from the system's cache before each, as on a folder that was just fetched; *warm*, CPU time with the files in
-memory, where reading is nearly free and the goal is not meant. **Memory**: in a process of its own, how far the most
-resident memory lies above what was resident before, beside the largest tensor.
+The folder is made for it: a decoder's weights in shards, random numbers, about a gigabyte. **Time**: a scan (of
+weights alone, with nothing decomposed) over reading each tensor and forming its norm, in turns: *cold*, wall time with
+the files dropped from the system's cache before each, as on a folder that was just fetched; *warm*, CPU time with the
+files in memory, where reading is nearly free and the goal is not meant. **Memory**: in a process of its own, how far
+the most resident memory lies above what was resident before, beside the largest tensor.
 """
 
 from __future__ import annotations
