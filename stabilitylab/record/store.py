@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import tempfile
 import time
@@ -219,6 +220,11 @@ def read_outcomes(db: sqlite3.Connection) -> dict[int, OutcomeKind]:
     return dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
 
 
+def _close_in(process: int, connection: sqlite3.Connection) -> None:
+    if os.getpid() == process:
+        connection.close()
+
+
 class RunWriter:
     """Appends to one run file. Each call is one committed transaction."""
 
@@ -233,10 +239,11 @@ class RunWriter:
             folder.mkdir(parents=True, exist_ok=True)
             journal = "WAL" if _wal_works(folder) else "TRUNCATE"
             self.path = folder / FILE_NAME
-            self._db = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
+            self._process = os.getpid()
+            self._connection = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
             # A writer that is dropped without `close` ends as one that was killed does, and leaves its log beside it.
-            # Not at exit: a child that was forked would end its parent's.
-            weakref.finalize(self, self._db.close).atexit = False
+            # Not at exit, nor in a child that was forked, which would end its parent's.
+            weakref.finalize(self, _close_in, self._process, self._connection).atexit = False
             self._db.execute(f"PRAGMA journal_mode={journal}")
             self._db.execute("PRAGMA synchronous=NORMAL")
             with self._db:
@@ -251,6 +258,14 @@ class RunWriter:
         self._closed = False
         self.set_manifest(manifest)
         self.add_metrics(metrics)
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if os.getpid() != self._process:
+            raise RunError(
+                f"'{self.path}' is written by process {self._process}; a process that was forked from it writes nothing"
+            )
+        return self._connection
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write or replace manifest entries; values must be plain JSON (no NaN)."""
@@ -361,7 +376,7 @@ class RunWriter:
 
     def close(self) -> None:
         """Fold the log into the file and leave that one file."""
-        if self._closed:
+        if self._closed or os.getpid() != self._process:
             return
         self._closed = True
         # A reader that is open at this moment makes the switch impossible; the log then stays beside the file, whole.

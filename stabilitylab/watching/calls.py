@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
-from stabilitylab.watching.hooks import Hook, logger, plain
+from stabilitylab.watching.hooks import Hook, logger, plain, put
 from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, leave_function_stack, own_work
 
 SOLVE_LIMIT = 4
@@ -282,11 +282,8 @@ def watch_attention(
             if _ATTENTION.search(type(module).__name__):
                 before = Hook(functools.partial(watch.module_entered, name or MODEL_SITE))
                 after = Hook(functools.partial(watch.module_left, name or MODEL_SITE))
-                stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after).remove)
-                # Of a layer that is deep-copied inside the edit the copies share these: they fall silent with it.
-                stack.callback(before.fall_silent)
-                stack.callback(after.fall_silent)
+                put(stack, module, before, before=True)
+                put(stack, module, after)
     return reason
 
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,15 +102,22 @@ class EditorBuffer:
     calls: list[tuple[Tensor, ...]] = field(default_factory=list)
 
 
+_Table = OrderedDict[int, Any]
+"""Where a module keeps its hooks."""
+
+_silent = threading.local()
+
+
 class Hook:
     """What we put on a module: acts while its edit is open, and is nothing afterwards, wherever it was copied to.
 
     A layer that is deep-copied inside an edit takes its hooks along, and no handle owns the copies. They share this
-    object, so they fall silent with the edit, and `sweep` finds them by their type.
+    object, so that the copy is watched too, and fall silent with the edit; `leave` takes them off.
     """
 
-    def __init__(self, action: Callable[..., None] | None) -> None:
-        self._action = action
+    def __init__(self, action: Callable[..., None]) -> None:
+        self._action: Callable[..., None] | None = action
+        self._homes: list[weakref.ref[_Table]] = []
 
     @property
     def alive(self) -> bool:
@@ -116,7 +126,7 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
-        if self._action is not None:
+        if self._action is not None and not getattr(_silent, "depth", 0):
             try:
                 with own_work(), _outside_of_transforms():
                     self._action(*args)
@@ -128,11 +138,48 @@ class Hook:
         """Do nothing from now on."""
         self._action = None
 
-    def __deepcopy__(self, memo: object) -> Hook:
+    def lives_in(self, table: _Table) -> None:
+        """It was put into a module's hooks, or is named in the table beside them of those that take keywords."""
+        self._homes.append(weakref.ref(table))
+
+    def leave(self) -> None:
+        """Fall silent, and go from every module that it was put on, or that was copied from one of those."""
+        self.fall_silent()
+        tables = [table for home in self._homes if (table := home()) is not None]
+        keys = {key for table in tables for key, held in table.items() if held is self}
+        for table in tables:
+            for key in keys & table.keys():
+                del table[key]
+        self._homes.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        # The table that it stands in is being copied right now, and its copy is known already.
+        for table in [home() for home in self._homes]:
+            copied = memo.get(id(table))
+            if isinstance(copied, OrderedDict):
+                self.lives_in(copied)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Hook, (None,))  # a model that is saved inside an edit holds no capture buffer, and a silent hook
+        # A model that is saved inside an edit holds something of Python's own in its place, which takes whatever it is
+        # called with and does nothing.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def put(
+    stack: contextlib.ExitStack, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False
+) -> None:
+    """A hook on a module, before or after its forward, until `stack` is closed."""
+    if before:
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    else:
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+        tables = (module._forward_hooks, module._forward_hooks_with_kwargs)
+    stack.callback(hook.leave)
+    stack.callback(handle.remove)
+    for table in tables:
+        hook.lives_in(cast("_Table", table))
 
 
 def carries_hooks(model: nn.Module) -> bool:
@@ -239,9 +286,10 @@ class Capture:
 
     def hook(self, action: Callable[..., None]) -> Hook:
         """`action` as a hook that falls silent when the edit ends."""
-        hook = Hook(action)
-        self._stack.callback(hook.fall_silent)
-        return hook
+        return Hook(action)
+
+    def _put(self, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False) -> None:
+        put(self._stack, module, hook, before=before, with_kwargs=with_kwargs)
 
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
         """Hook one layer; with `factors`, its input and δ too."""
@@ -261,7 +309,7 @@ class Capture:
                 if x is not None:
                     self._await_delta(site, id(fired), x, y)
 
-        self.own(module.register_forward_hook(self.hook(after_forward)))
+        self._put(module, self.hook(after_forward))
         if factors:
             self._watch_gradient(site, module)
 
@@ -333,14 +381,14 @@ class Capture:
             self._tokens = _token_shape(args, kwargs)
             self._watcher.model_called(kwargs)
 
-        self.own(model.register_forward_pre_hook(self.hook(before_forward), with_kwargs=True))
+        self._put(model, self.hook(before_forward), before=True, with_kwargs=True)
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:
                 self.model_call = ModelCall.of(args, kwargs)
             self._watcher.model_output(kwargs, output)
 
-        self.own(model.register_forward_hook(self.hook(after_forward), with_kwargs=True))
+        self._put(model, self.hook(after_forward), with_kwargs=True)
 
     def watch_output(self, model: nn.Module, gave: Callable[[Any], None]) -> None:
         """Hook the whole model: what it returns, as it is."""
@@ -348,7 +396,7 @@ class Capture:
         def after_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             gave(output)
 
-        self.own(model.register_forward_hook(self.hook(after_forward)))
+        self._put(model, self.hook(after_forward))
 
     def watch_norms(self, model: nn.Module) -> None:
         """Hook each normalisation of the model, known by its class's name: what enters it."""
@@ -362,7 +410,7 @@ class Capture:
         hook = self.hook(before_forward)
         for module in model.modules():
             if type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
-                self.own(module.register_forward_pre_hook(hook))
+                self._put(module, hook, before=True)
 
     def watch_editor(self, name: str, module: nn.Module) -> None:
         """Hook one module of the editor: the tensors it is called with."""
@@ -372,7 +420,7 @@ class Capture:
             if len(buffer.calls) < EDITOR_CALL_LIMIT:
                 buffer.calls.append(tuple(value.detach() for value in args if isinstance(value, Tensor)))
 
-        self.own(module.register_forward_pre_hook(self.hook(before_forward)))
+        self._put(module, self.hook(before_forward), before=True)
 
     def clear(self) -> None:
         """Let go of everything captured."""
@@ -381,14 +429,19 @@ class Capture:
 
 
 def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool = False) -> Any:
-    """`call()` in evaluation mode, with the RNG and every module's mode put back after it; by default no gradients."""
+    """`call()` in evaluation mode, with the RNG and every module's mode put back after it; by default no gradients.
+
+    No hook of ours acts meanwhile, another monitor's neither: it is none of what the user does.
+    """
     training = [module for module in model.modules() if module.training]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    _silent.depth = getattr(_silent, "depth", 0) + 1
     try:
         for module in training:
             module.training = False
         with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
             return call()
     finally:
+        _silent.depth -= 1
         for module in training:
             module.training = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +29,7 @@ from stabilitylab.watching import dry_edits
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture, carries_hooks, logger, sweep
+from stabilitylab.watching.interrupts import held_back
 from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
 from stabilitylab.watching.rounds import Rounds, Taken
@@ -55,6 +59,8 @@ class Monitor:
         trace: Trace | None = None,
         replay: bool = False,
     ) -> None:
+        self._closed = True  # until it is whole
+        self._process = os.getpid()
         self.path: Path = record.path.parent
         self._editor = editor
         self._canary = canary
@@ -226,15 +232,21 @@ class Monitor:
         self._recorder.note(kind, says)
 
     def close(self) -> None:
-        """Observe what became of the last edit, fold the log into the run file, let go of the model. Idempotent."""
+        """Observe what became of the last edit, fold the log into the run file, let go of the model. Idempotent.
+
+        An edit that is still open ends here, as failed.
+        """
         if self._closed:
             return
-        self.observe_outcome()
-        self._closed = True
-        self._recorder.close()
-        # A monitor that is kept for its diagnosis must not keep the model, the editor or the copies of the weights.
-        self._rounds.release()
-        self._editor = None
+        with held_back():
+            if self._open is not None:
+                self._open.end("never ended: the monitor was closed inside it")
+            self.observe_outcome()
+            self._closed = True
+            self._recorder.close()
+            # A monitor that is kept for its diagnosis must not keep the model, the editor or the copies of the weights.
+            self._rounds.release()
+            self._editor = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -243,6 +255,13 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # A monitor that nobody holds any more must not leave hooks behind, nor an edit without an end.
+        forgotten = not getattr(self, "_closed", True) and self._process == os.getpid() and not sys.is_finalizing()
+        if forgotten:
+            with contextlib.suppress(Exception):
+                self.close()
 
     @staticmethod
     def _label(label: Callable[..., object], *args: Any, **kwargs: Any) -> str:
@@ -289,28 +308,41 @@ class Edit:
             raise UsageError("an edit is open already; expected one `with monitor.edit()` at a time")
         self.started, self.clock = time.time(), time.perf_counter()
         self._entered = self._monitor._rounds.model
-        self.capture = self._monitor._rounds.begin(self.application)
+        try:
+            with held_back():
+                self.capture = self._monitor._rounds.begin(self.application)
+                self._monitor._open = self
+        except BaseException as error:  # a Ctrl-C that waited: no `__exit__` follows
+            self.end(f"{type(error).__name__}: before it began")
+            raise
         self.application = None
-        self._monitor._open = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            self._monitor._rounds.replays.interrupted()
+        self.end(None if error is None else f"{type(error).__name__}: {error}")
+
+    def end(self, error: str | None) -> None:
+        """It is over, with what was raised inside of it. Once: a monitor that is closed ends it too."""
+        if self._monitor._open is not self:
+            return
+        self._monitor._open = None
         rounds = self._monitor._rounds
         # A copy of the model that is watched takes its hooks along.
         foreign = rounds.model is not self._entered and not carries_hooks(rounds.model)
-        self.capture.__exit__(kind, error, traceback)
-        if error is not None and not isinstance(error, Exception):
-            rounds.replays.interrupted()
-        says = None if error is None else f"{type(error).__name__}: {error}"
+        self.capture.__exit__(None, None, None)
         for model in {self._entered, rounds.model}:
             sweep(model)
-        self._monitor._open = None
-        taken = Taken(self.label, self.started, self.clock, says)
-        self._monitor._recorder.guard(
-            "the record of an edit", lambda: rounds.end(taken, self.capture, self.reports, self._entered, foreign)
-        )
-        # `edit` outlives its block: it must not hold what the edit was made of.
-        self.reports.clear()
-        del self.capture, self._entered
+        taken = Taken(self.label, self.started, self.clock, error)
+        try:
+            with held_back():
+                self._monitor._recorder.guard(
+                    "the record of an edit",
+                    lambda: rounds.end(taken, self.capture, self.reports, self._entered, foreign),
+                )
+        finally:  # `edit` outlives its block: it must not hold what the edit was made of
+            self.reports.clear()
+            del self.capture, self._entered

@@ -24,7 +24,7 @@ from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.note_kinds import NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
-from stabilitylab.watching import manifest
+from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.canary import Canary, Schedule
 from stabilitylab.watching.discovery import Discovery
 from stabilitylab.watching.editor_report import EditorReport
@@ -188,8 +188,10 @@ class Rounds:
             self._guard("finding the moved parameters", self._discover)
             instruments.after(self.model, self.sites, capture, reports)
             cargo = instruments.send()
-        if applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo)):
-            tracers += self._forward_canary(edit, capture.model_call)
+        due = applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo))
+        if due and not interrupts.is_asked_for():
+            with interrupts.stoppable():
+                tracers += self._forward_canary(edit, capture.model_call)
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
@@ -266,10 +268,10 @@ class Rounds:
             error=taken.error,
             readings=readings,
         )
-        try:
-            self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
-        finally:  # it may take long, and be stopped by who watches
-            self._recorder.row(row)
+        if not interrupts.is_asked_for():
+            with interrupts.stoppable():
+                self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
+        self._recorder.row(row)
         self._guard("the tracer's schedule", lambda: self._pace_tracer(row, times, bool(unread.tracers)))
         between = unread.between
         if independent:

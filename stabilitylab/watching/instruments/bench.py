@@ -15,6 +15,7 @@ from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.instruments.transfer import Stack
+from stabilitylab.watching.interrupts import later
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -105,6 +106,9 @@ class Bench:
         try:
             with contextlib.nullcontext() if as_the_loop else full_precision():
                 return action()
+        except KeyboardInterrupt:  # only of this reading: the row is written all the same
+            later()
+            return None
         except Exception as error:
             self.off[what] = f"{type(error).__name__}: {error}"
             says = f"{what} switched off: {self.off[what]}"
