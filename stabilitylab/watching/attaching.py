@@ -21,6 +21,7 @@ from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
+from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
 
@@ -46,7 +47,8 @@ def attach(
 
     sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
     move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
-    state is to be read (MEND: its normaliser). canary: what to forward after each edit; a `Canary` has a cadence.
+    state is to be read (MEND: its normaliser); of a loop that keeps that in variables of its own, a dict of it. canary:
+    what to forward after each edit; a `Canary` has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
     folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
@@ -66,7 +68,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    watched = canaries.of(canary)
+    editor, watched = as_editor(editor), canaries.of(canary)
     chosen = _chosen(probes)
     limits = _limits(thresholds)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))

@@ -9,6 +9,7 @@
 | MEMIT, AlphaEdit | the same | ``COV_CACHE`` |
 | GRACE | a module of the *model* | ``keys``, ``values``, ``epsilons`` |
 | WISE | a module of the *model* | ``new_weight``, ``original_layer``, ``memory_weight`` |
+| any of these | a dict, as a loop keeps it in variables | the same names as keys |
 | any | the editor | ``reports``, see `stabilitylab.watching.editor_report` |
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.errors import UsageError
 from stabilitylab.watching.editor_report import EditorReport
 
 MEND_GUARD = 1e-7
@@ -29,6 +31,7 @@ _RUNNING = ("n", "mean", "var", "std")
 _COUNTS = ("k", "rows")
 """What MEND's statistics are counted with: by the authors, and in this package."""
 _MATRIX = 2  # dimensions
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,32 @@ class SideMemory:
     original: Tensor
     sides: tuple[Tensor, ...]
     stored: int
+
+
+class Named:
+    """The state of an editor that a loop keeps in variables of its own, by name: what is put into the dict later, or
+    bound anew, is seen too.
+    """
+
+    def __init__(self, state: dict[str, object]) -> None:
+        self.__dict__ = state
+
+
+def as_editor(given: object) -> object | None:
+    """An editor as the rest of the package takes it: the object, the Python module, or a dict of its state.
+
+    Raises:
+        UsageError: it can't keep any state, such as the editor's name.
+    """
+    if isinstance(given, dict) and all(isinstance(name, str) for name in given):
+        return Named(given)
+    if isinstance(given, str | bytes | int | float | complex | Tensor | list | tuple | set | dict | type):
+        kind = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise UsageError(
+            f"editor={str(given)[:_SHOWN]!r} is {kind}; expected the editor itself, the Python module that holds its"
+            " state, or a dict of it, such as {'P': P, 'cache_c': cache_c}"
+        )
+    return given
 
 
 def _modules_of(editor: object) -> dict[str, nn.Module]:

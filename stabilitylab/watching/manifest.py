@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from stabilitylab.analysis.thresholds import Thresholds
+from stabilitylab.watching.editor_parts import Named
 from stabilitylab.watching.sites import Site, describe
 
 _PACKAGES = ("stabilitylab", "torch", "transformers", "numpy", "scipy", "tensorboard", "matplotlib")
@@ -54,6 +55,8 @@ def git_state() -> dict[str, Any] | None:
 def _class_name(thing: object) -> str:
     if isinstance(thing, ModuleType):
         return thing.__name__
+    if isinstance(thing, Named):
+        return f"dict of {', '.join(vars(thing))}"
     kind = type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"
 

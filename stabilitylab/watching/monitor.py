@@ -99,6 +99,20 @@ class Monitor:
             )
         return Edit(self, str(label))
 
+    def step(self, label: object = "") -> Edit:
+        """The next edit begins here, and the one before ends: for a loop whose body can't be put into a ``with`` block.
+
+        To be called at the top of each round; `close` ends the last edit. Whatever a round does besides is part of its
+        edit. Raises UsageError inside a ``with monitor.edit()``.
+        """
+        if self._open is not None:
+            if not self._open.by_step:
+                raise UsageError("step was called inside an open edit; expected either `with monitor.edit()` or step")
+            self._open.end(None)
+        edit = self.edit(label)
+        edit.by_step = True
+        return edit.__enter__()
+
     def wrap(self, apply: Callable[P, R], *, label: Callable[P, object] | None = None) -> Callable[P, R]:
         """`apply` with each call recorded as one edit.
 
@@ -240,7 +254,7 @@ class Monitor:
             return
         with held_back():
             if self._open is not None:
-                self._open.end("never ended: the monitor was closed inside it")
+                self._open.end(None if self._open.by_step else "never ended: the monitor was closed inside it")
             self.observe_outcome()
             self._closed = True
             self._recorder.close()
@@ -254,6 +268,8 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and self._open is not None:
+            self._open.end(_said(error))
         self.close()
 
     def __del__(self) -> None:
@@ -284,6 +300,8 @@ class Edit:
         self.clock = 0.0
         self.application: Application | None = None
         """How it is made, where that is known."""
+        self.by_step = False
+        """Whether it ends where the next one begins."""
         self._monitor = monitor
 
     def returns(self, model: M) -> M:
@@ -313,7 +331,7 @@ class Edit:
                 self.capture = self._monitor._rounds.begin(self.application)
                 self._monitor._open = self
         except BaseException as error:  # a Ctrl-C that waited: no `__exit__` follows
-            self.end(f"{type(error).__name__}: before it began")
+            self.end(f"{_said(error)} (before it began)")
             raise
         self.application = None
         return self
@@ -323,7 +341,7 @@ class Edit:
     ) -> None:
         if error is not None and not isinstance(error, Exception):
             self._monitor._rounds.replays.interrupted()
-        self.end(None if error is None else f"{type(error).__name__}: {error}")
+        self.end(None if error is None else _said(error))
 
     def end(self, error: str | None) -> None:
         """It is over, with what was raised inside of it. Once: a monitor that is closed ends it too."""
@@ -346,3 +364,7 @@ class Edit:
         finally:  # `edit` outlives its block: it must not hold what the edit was made of
             self.reports.clear()
             del self.capture, self._entered
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -211,3 +211,40 @@ def test_a_second_monitor_does_not_hear_the_canary_of_the_first(tmp_path: Path) 
     with one, two, one.edit(), two.edit():
         model(ids).square().mean().backward()
     assert sl.load(tmp_path / "one").series("logits.passes")[1] == 1
+
+
+def test_a_loop_that_can_t_be_indented_steps_from_edit_to_edit(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    moved = []
+    with attached(model, tmp_path / "run") as monitor:
+        for number in range(3):
+            monitor.step(f"request {number}")
+            before = model[0].weight.detach().clone()
+            bump(model)
+            moved.append(float((model[0].weight.detach() - before).norm()))
+    run = sl.load(tmp_path / "run")
+    assert [(edit.row.label, edit.status) for edit in run.edits[1:]] == [
+        (f"request {number}", "applied") for number in range(3)
+    ]
+    assert run.series("update.norm", "0")[1:] == pytest.approx(moved, rel=1e-5)
+    assert hooks_on(model) == 0
+
+
+def test_what_ends_a_loop_of_steps_fails_its_last_edit(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(RuntimeError, match="out of memory"), attached(model, tmp_path / "run") as monitor:
+        monitor.step()
+        bump(model)
+        monitor.step()
+        raise RuntimeError("out of memory")
+    statuses = [(edit.status, edit.row.error) for edit in sl.load(tmp_path / "run").edits]
+    assert statuses == [("start", None), ("applied", None), ("failed", "RuntimeError: out of memory")]
+
+
+def test_a_step_inside_the_block_of_an_edit_is_refused(tmp_path: Path) -> None:
+    with attached(nn.Sequential(nn.Linear(6, 6)), tmp_path / "run") as monitor:
+        with monitor.edit(), pytest.raises(UsageError, match="inside an open edit"):
+            monitor.step()
+        monitor.step()
+        with pytest.raises(UsageError, match="open already"), monitor.edit():
+            pass
