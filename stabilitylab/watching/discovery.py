@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stabilitylab.probes.weight_pass import same_bits
-from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable
+from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, why_unmeasurable
 
 Moved = dict[str, tuple[Site, Tensor]]
 """By name: the site, and its weight as it was."""
@@ -17,6 +17,18 @@ class Discovery:
     def __init__(self, model: nn.Module) -> None:
         self._candidates: Moved = {}
         self.remember(model)
+
+    @staticmethod
+    def unreadable(model: nn.Module) -> dict[str, str]:
+        """What can't be compared, with the reason: ``{"h.0.fc1 and 63 more": "its dtype is …"}``."""
+        found: dict[str, list[str]] = {}
+        for site in all_sites(model).values():
+            located = locate(model, site)
+            reason = None if located is None else why_unmeasurable(located[1])
+            if reason is not None and located is not None and located[1].numel():
+                found.setdefault(reason, []).append(site.name)
+        more = {reason: f" and {len(names) - 1} more" if names[1:] else "" for reason, names in found.items()}
+        return {f"{names[0]}{more[reason]}": reason for reason, names in found.items()}
 
     def remember(self, model: nn.Module) -> int:
         """Copy the parameters that are not known yet, such as those of an adapter; returns how many there were."""

@@ -116,6 +116,7 @@ class Rounds:
         self._last_moved = False
         if sites is None:
             self._discovery = Discovery(model)
+            skipped = self._discovery.unreadable(model)
         else:
             self._watch(sites, {})
         for name, reason in (skipped or {}).items():

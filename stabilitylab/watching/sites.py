@@ -2,13 +2,15 @@
 
 A pattern is a shell pattern in which ``*`` crosses dots: ``"language_model.*.fc[12]"``. It is matched against module
 names and parameter names. A module that owns a weight is a site under the module's name, and so is its parameter
-``….weight``; any other parameter is a site under its own name. A quantised layer whose weight is no parameter is one
-too, so that it can be named as skipped.
+``….weight``; any other parameter is a site under its own name. Of a pruned or parametrised layer it is the parameter
+that the weight is computed of. A quantised layer whose weight is no parameter is one too, so that it can be named as
+skipped.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +27,9 @@ Orientation = Literal["out_in", "in_out", "none"]
 _MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)  # what quantised values are kept in; int64 is an index
 _MATRIX = 2  # dimensions
+
+_PARAMETRISED = re.compile(r"(?:^|\.)parametrizations\.[^.]+$")
+"""Where ``torch.nn.utils.parametrize`` keeps what a layer's weight is computed of."""
 
 _WRAPPED_LIMIT = 4  # an adapter that wraps a wrapped layer is found; a search of whole models is not wanted
 
@@ -46,8 +51,9 @@ class Site:
 
     @property
     def module(self) -> str:
-        """The name of the module that owns the tensor."""
-        return self.parameter.rpartition(".")[0]
+        """The name of the module that owns the tensor; of a parametrised layer the layer's."""
+        owner = self.parameter.rpartition(".")[0]
+        return owner[: place.start()] if (place := _PARAMETRISED.search(owner)) else owner
 
     @property
     def is_layer(self) -> bool:
@@ -68,6 +74,12 @@ def _site_of_parameter(module: nn.Module, name: str, tensor: Tensor) -> Site:
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight" and owner:
         return Site(owner, name, tuple(tensor.shape), tensor.dtype, orientation_of(module))
+    # The weight itself is computed anew from this one, which is what an edit and an optimiser can move. What reaches it
+    # of a gradient is not the product of the layer's input and δ.
+    if leaf == "weight_orig" and owner and "weight_mask" in module._buffers:
+        return Site(owner, name, tuple(tensor.shape), tensor.dtype, "none")
+    if leaf == "original" and owner.endswith(".parametrizations.weight"):
+        return Site(owner.removesuffix(".parametrizations.weight"), name, tuple(tensor.shape), tensor.dtype, "none")
     return Site(name, name, tuple(tensor.shape), tensor.dtype, "none")
 
 
@@ -222,7 +234,12 @@ def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model.
     """
     owner = _by_name(model, site.module) if site.module else model
-    return None if owner is None else _unwrapped(owner, site.parameter.rpartition(".")[2], site.shape)
+    inner, _, leaf = site.parameter[len(site.module) + bool(site.module) :].rpartition(".")
+    if owner is None or not inner:
+        return None if owner is None else _unwrapped(owner, leaf, site.shape)
+    holder = _by_name(owner, inner)
+    tensor = None if holder is None else _registered(holder, leaf)
+    return (owner, tensor) if isinstance(tensor, Tensor) and tuple(tensor.shape) == site.shape else None
 
 
 def locate_readable(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:

@@ -1,4 +1,4 @@
-"""What may be given as the editor: an object, a Python module, a dict of its state; anything else is refused by name."""
+"""What may be given as the editor: an object, a module, a dict of its state; anything else is refused by name."""
 
 from __future__ import annotations
 
