@@ -21,7 +21,14 @@ from stabilitylab.analysis.serving import Serving
 from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.analysis.undone import Undone
-from stabilitylab.record.note_kinds import NEVER_RUN, NOT_PUT_BACK, NOTHING_MOVED, UNWATCHED
+from stabilitylab.record.note_kinds import (
+    NEVER_RUN,
+    NOT_PUT_BACK,
+    NOTHING_MOVED,
+    SEQUENTIAL_EDITS,
+    SINGLE_EDITS,
+    UNWATCHED,
+)
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import EditRow, Metric, Note
 from stabilitylab.record.serving import SERVES
@@ -84,6 +91,8 @@ class Analyzer:
             self._facts.nothing_moved(note.edit)
         elif note.kind == NOT_PUT_BACK:
             self._lead_in.not_put_back(note.edit)
+        elif note.kind in (SINGLE_EDITS, SEQUENTIAL_EDITS):
+            self._lead_in.single_edits = note.kind == SINGLE_EDITS
         elif note.kind == NEVER_RUN:
             self._facts.never_run()
         elif note.kind in UNWATCHED and len(self._unwatched) < MOST_NAMED:

@@ -116,7 +116,7 @@ class LeadIn:
         single ones.
         """
         self._steadiness = steadiness
-        self._single_edits = single_edits
+        self.single_edits = single_edits
         self._columns = columns
         self._restoring = restoring
         self._wheres = PerSchema(_where)
@@ -409,7 +409,7 @@ class LeadIn:
             fatal=self._fatal,
             restored_until=self._restoring.until,
             forgotten=self._restoring.forgotten,
-            carried=self._restoring.carried if self._single_edits else 0,
+            carried=self._restoring.carried if self.single_edits else 0,
             stayed=self._stayed,
             moved=self._moved,
             codebook=self._codebook,

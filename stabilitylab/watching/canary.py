@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,16 @@ def mask_of(kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
     return None
 
 
+def _takes_it_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the model takes one dict, such as ``samples``, and not what is in it."""
+    try:
+        taken = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    named = [each.name for each in taken if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    return len(named) == len(taken) and bool(named) and not any(name in batch for name in named)
+
+
 def _reads_apart(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether the input ids and their mask belong to an encoder, and not to the positions of the logits."""
     encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -169,7 +180,7 @@ def forward(model: nn.Module, batch: Batch, last_call: ModelCall | None) -> Answ
     kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
         kwargs = batch
-        output = run_silently(model, lambda: model(**batch))
+        output = run_silently(model, lambda: model(batch) if _takes_it_whole(model, batch) else model(**batch))
     elif isinstance(batch, Tensor):
         kwargs = {"input_ids": batch}
         output = run_silently(model, lambda: model(batch))

@@ -241,6 +241,14 @@ class Monitor:
         """
         return self._rounds.observe_outcome()
 
+    def editor_grew(self) -> None:
+        """Tell that the editor has built more of itself inside an edit, such as its hypernetwork in its first call.
+
+        What enters that is seen from now on. Outside of an edit there is nothing to tell.
+        """
+        if self._open is not None:
+            self._rounds.editor_grew(self._open.capture)
+
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
         self._recorder.note(kind, says)

@@ -159,6 +159,10 @@ class Rounds:
         self._guard("the tracer", lambda: self._trace(capture))
         return capture
 
+    def editor_grew(self, capture: Capture) -> None:
+        """The editor has built more of itself inside the edit."""
+        self._instruments.editor_grew(capture)
+
     def _trace(self, capture: Capture) -> None:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
         self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)

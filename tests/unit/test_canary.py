@@ -304,3 +304,33 @@ def test_a_cadence_through_easyedit(tmp_path: Path) -> None:
         for _ in range(7):
             editor.apply_algo(editor.model, None, [{"prompt": "p"}], None)
     assert forwarded(tmp_path / "run") == [0, 3, 6]
+
+
+class TakesOneDict(nn.Module):
+    """As EasyEdit's Blip2OPT: its forward takes ``samples``, a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, samples: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.layer(samples["image"])
+        return out
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_takes_one_dict_gets_it_whole(tmp_path: Path, wrapped: bool) -> None:
+    model, batch = TakesOneDict(), {"image": torch.ones(2, 3), "prompt": ["a", "b"]}
+    canary = {"samples": batch} if wrapped else batch
+    with sl.attach(model, "layer", tmp_path / "run", canary=canary, announce=False) as monitor, monitor.edit():
+        pass
+    assert sl.load(tmp_path / "run").series("canary.kl")[1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_input_of_a_model_that_takes_one_dict_is_replayed(tmp_path: Path) -> None:
+    model = TakesOneDict()
+    with sl.attach(model, "layer", tmp_path / "run", canary="replay", announce=False) as monitor, monitor.edit():
+        model({"image": torch.full((2, 3), 2.0)})
+    assert sl.load(tmp_path / "run").series("canary.max")[1] == pytest.approx(
+        float(model({"image": torch.full((2, 3), 2.0)}).detach().max())
+    )

@@ -193,3 +193,106 @@ def apply_to_model(model, tok, requests, hparams, **_):
     assert run.manifest["editor_class"] == editors_module.__name__
     assert run.series("editor.cache_energy", "editor.cache_c.0").tolist()[-1] == 4.0
     assert run.series("editor.null_space_share", "editor.P.0").tolist()[-1] == 0.5
+
+
+class Normalised(nn.Module):
+    """A hypernetwork as far as the probes know one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("u_mean", 0.0), ("u_std", 1.0), ("v_mean", 0.0), ("v_std", 1.0)):
+            self.register_buffer(name, torch.full((4,), value))
+
+    def forward(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return u + v
+
+
+class BuildingExecutor(Executor):
+    """As EasyEdit's MEND executor: it builds its hypernetwork, and takes its model, in its first call."""
+
+    is_init = False
+
+    def init_model(self, model: nn.Module, tok: object, hparams: object) -> None:
+        self.model, self.alg, self.is_init = model, Normalised(), True
+
+    def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object, **more: object) -> tuple:
+        if not self.is_init:
+            self.init_model(model, tok, hparams)
+        self.alg(torch.full((2, 4), 3.0), torch.ones(2, 4))
+        return super().apply_to_model(self.model, tok, requests, hparams, **more)
+
+
+def test_a_hypernetwork_that_is_built_in_the_first_edit_is_seen_in_it(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    executor = BuildingExecutor(True)
+    editor = editors_module.BaseEditor(make_model(), MEND, executor)
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a", "b"], sequential_edit=True)
+    run = sl.load(tmp_path / "run")
+    assert run.series("editor.input_max", "editor.alg.u")[1:] == pytest.approx([3.0, 3.0])
+    assert "init_model" not in vars(executor)
+
+
+@pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object"])
+def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
+    import functools
+
+    executor = BuildingExecutor(True)
+    inner = executor.apply_to_model
+
+    def closure(*args: object, **kwargs: object) -> object:
+        return inner(*args, **kwargs)  # type: ignore[arg-type]
+
+    class Timed:
+        def __init__(self) -> None:
+            self.call = inner
+
+        def __call__(self, *args: object) -> object:
+            return self.call(*args)  # type: ignore[arg-type]
+
+    def apply_named_otherwise(*args: object) -> object:
+        return args
+
+    wrapped = {
+        "closure": closure,
+        "partial": functools.partial(inner, copy=False),
+        "wraps": functools.wraps(inner)(apply_named_otherwise),
+        "object": Timed(),
+    }[how]
+    assert _holder_of_state(wrapped) is executor
+
+
+def test_two_editors_that_share_an_executor_are_told_apart(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    executor = BuildingExecutor(True)
+    first, second = (editors_module.BaseEditor(make_model(), MEND, executor) for _ in range(2))
+    first.edit(["a"])
+    with watch(second, run=tmp_path / "run"):
+        second.edit(["b"], sequential_edit=True)
+    run = sl.load(tmp_path / "run")
+    said = [note.says for note in run.notes if note.kind == "other-model"]
+    assert len(said) == 1
+    assert "edits another model" in said[0]
+    assert "edits another model" in run.diagnosis().says
+
+
+def test_single_or_sequential_is_read_from_the_call_and_said_once(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Executor(False))
+    with watch(editor, run=tmp_path / "run"):
+        for prompt in "abcd":
+            editor.edit([prompt])
+        editor.edit(["e"], sequential_edit=True)
+        with pytest.raises(TypeError):
+            editor.edit()
+    assert "edit" not in vars(editor)
+    run = sl.load(tmp_path / "run")
+    kinds = [note.kind for note in run.notes if note.kind in {"single-edits", "sequential-edits"}]
+    assert kinds == ["single-edits", "sequential-edits"]
+    assert "weights-not-restored" in [link.cause for link in run.diagnosis().causes]
+
+
+def test_an_editor_without_a_model_is_refused(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    with pytest.raises(UsageError, match="only an API"), watch(editors_module.BaseEditor(None, MEND, Executor(True))):
+        pass

@@ -64,10 +64,18 @@ class EditorInstrument:
         self._see(model)
         self._bench.safely("hooks on the editor", functools.partial(self._hook, capture, model))
 
-    def _hook(self, capture: Capture, model: nn.Module) -> None:
+    def grew(self, capture: Capture) -> None:
+        """Hook what the editor has built since the edit began, such as a hypernetwork."""
+        self._bench.safely("hooks on the editor", functools.partial(self._hook_normalisers, capture))
+
+    def _hook_normalisers(self, capture: Capture) -> None:
         if self._bench.needed(NormaliserPass):
             for name, normaliser in parts.find_normalisers(self._editor).items():
-                capture.watch_editor(name, normaliser.module)
+                if name not in capture.editors:
+                    capture.watch_editor(name, normaliser.module)
+
+    def _hook(self, capture: Capture, model: nn.Module) -> None:
+        self._hook_normalisers(capture)
         if self._bench.needed(SystemExtremes) or self._bench.needed(SolveResidual):
             self._watch_solves(capture, model)
         if self._bench.needed(CodebookHits):

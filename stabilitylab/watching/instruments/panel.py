@@ -107,6 +107,11 @@ class Instruments:
             stack.pop_all()  # every hook is in place: they stay until the edit ends
         return capture
 
+    def editor_grew(self, capture: Capture) -> None:
+        """The editor has built more of itself inside the edit."""
+        with self.probe_time:
+            self._editor.grew(capture)
+
     def no_capture(self) -> Capture:
         """A capture without hooks."""
         return Capture(self)
