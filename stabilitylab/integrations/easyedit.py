@@ -177,8 +177,8 @@ def _say_whose(executor: object, watched: Any, monitor: Monitor) -> None:
     if isinstance(held, nn.Module) and held is not watched.model:
         monitor.note(
             OTHER_MODEL,
-            f"{type(executor).__name__} edits another model than this editor's: it is shared by all editors of a process"
-            " and keeps the model of its first call; call its reset_model() before",
+            f"{type(executor).__name__} edits another model than this editor's: all editors of a process share it, and"
+            " it keeps the model of its first call; call its reset_model() before",
         )
 
 
@@ -213,10 +213,10 @@ def watch(
     """Record every edit that an EasyEdit editor makes inside the ``with`` block.
 
     editor: any EasyEdit editor (``BaseEditor``, ``MultimodalEditor``, …). sites: by default the layers that its
-    hyperparameters name, else what the first edit moves. The other arguments are those of `stabilitylab.attach`. Whether
-    edits are single or sequential is read from the call: of single ones, weights that nobody puts back are named as the
-    cause. ROME's u, k and v* live inside its functions and are not seen; a loop that has them can report them, see
-    `EditorReport`.
+    hyperparameters name, else what the first edit moves. The other arguments are those of `stabilitylab.attach`.
+    Whether edits are single or sequential is read from the call: of single ones, weights that nobody puts back are
+    named as the cause. ROME's u, k and v* live inside its functions and are not seen; a loop that has them can report
+    them, see `EditorReport`.
     Raises UsageError for an object that has no ``apply_algo`` and ``model``, and what `attach` raises.
     """
     for attribute in ("apply_algo", "model"):

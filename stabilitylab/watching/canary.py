@@ -191,7 +191,7 @@ def forward(model: nn.Module, batch: Batch, last_call: ModelCall | None) -> Answ
     else:
         last_call.check()
         kwargs = last_call.kwargs
-        output = run_silently(model, lambda: model(*last_call.args, **last_call.kwargs))
+        output = run_silently(model, lambda: last_call.again(model))
     logits = logits_of(output)
     if logits is None:
         raise ValueError(f"the canary's output ({type(output).__name__}) holds no logits")

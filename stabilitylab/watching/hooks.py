@@ -74,7 +74,9 @@ class Watcher(Protocol):
 
 @dataclass
 class ModelCall:
-    """The first call of the whole model inside the edit."""
+    """The first call of the whole model inside the edit. Of a dict among the arguments, such as EasyEdit's ``samples``,
+    what was in it when the call began.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -83,16 +85,38 @@ class ModelCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """The call, with the versions of its tensors."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return cls(args, kwargs, tuple(_version_of(tensor) for tensor in tensors))
+        args, kwargs = tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
+        return cls(args, kwargs, tuple(_version_of(tensor) for tensor in _tensors_in(args, kwargs)))
 
     def check(self) -> None:
         """Raises ValueError where doing it again would not be the same, or would change what the user passed in."""
         for value in (*self.args, *self.kwargs.values()):
-            if not isinstance(value, Tensor | bool | int | float | str | None):
+            if not _may_be_passed_again(value):
                 raise ValueError(f"the edit's call holds a {type(value).__name__}, which calling again might change")
-        if ModelCall.of(self.args, self.kwargs).versions != self.versions:
+        if tuple(_version_of(tensor) for tensor in _tensors_in(self.args, self.kwargs)) != self.versions:
             raise ValueError("an input of the edit's call was overwritten since")
+
+    def again(self, model: nn.Module) -> Any:
+        """Call the model so once more."""
+        return model(*map(_copied, self.args), **{name: _copied(value) for name, value in self.kwargs.items()})
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if type(value) is dict else value
+
+
+def _tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    given = [*args, *kwargs.values()]
+    given += [inner for value in given if type(value) is dict for inner in value.values()]
+    return [value for value in given if isinstance(value, Tensor)]
+
+
+def _may_be_passed_again(value: Any) -> bool:
+    if type(value) is dict:
+        return all(_may_be_passed_again(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(isinstance(inner, bool | int | float | str | None) for inner in value)
+    return isinstance(value, Tensor | bool | int | float | str | None)
 
 
 @dataclass
@@ -259,6 +283,7 @@ class Capture:
     def __init__(self, watcher: Watcher) -> None:
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
+        self._call: ModelCall | None = None
         self.asked = self.heard = False
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
@@ -379,13 +404,15 @@ class Capture:
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.heard = True
             self._tokens = _token_shape(args, kwargs)
+            if self.model_call is None:
+                self._call = ModelCall.of(args, kwargs)  # before the model may take anything out of a dict
             self._watcher.model_called(kwargs)
 
         self._put(model, self.hook(before_forward), before=True, with_kwargs=True)
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:
-                self.model_call = ModelCall.of(args, kwargs)
+                self.model_call = self._call
             self._watcher.model_output(kwargs, output)
 
         self._put(model, self.hook(after_forward), with_kwargs=True)
@@ -425,7 +452,7 @@ class Capture:
     def clear(self) -> None:
         """Let go of everything captured."""
         self.editors.clear()
-        self.model_call = None
+        self.model_call = self._call = None
 
 
 def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool = False) -> Any:
