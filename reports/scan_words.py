@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from stabilitylab.analysis.caution import URGENCIES, Caution, Urgency
 from stabilitylab.analysis.caution_model import FEW_BITS
-from stabilitylab.record.scanned import PrecisionScan, Scan
+from stabilitylab.record.scanned import CapacityScan, PrecisionScan, Scan
 from stabilitylab.reports.text import clean, number, percent, shorten
 from stabilitylab.reports.verdicts import Look
 
@@ -23,6 +23,7 @@ ROOMY: Final = 20.0
 """Bits, a millionfold, at which a picture of headroom is full; numbers beside it go on."""
 _ROUNDS_TO_NOTHING: Final = 0.0005
 """A share below it is 0.0 % to a reader."""
+DTYPES_SHOWN: Final = 8
 
 
 def look_of(cautions: Sequence[Caution]) -> Look:
@@ -77,17 +78,27 @@ def size_words(size: float) -> str:
 
 def looked_at(scan: Scan) -> list[tuple[str, str]]:
     """(name, value) of what was scanned."""
-    dtypes = ", ".join(f"{clean(name, 30)} {number(count)}" for name, count in list(scan.dtypes.items())[:8])
-    edited = f"{number(len(scan.sites))}: {', '.join(shorten(site, 60) for site in scan.sites[:4])}"
-    rows = [
-        ("kind", f"{clean(scan.model_type, 60)}, " * bool(scan.model_type) + clean(scan.kind, 20)),
-        ("entries", f"{number(sum(tensor.size for tensor in scan.tensors))} in {number(len(scan.tensors))} tensors"),
-        ("entries by dtype", dtypes or "–"),
-        ("size", size_words(scan.bytes)),
-        ("to be edited", edited + (", …" if len(scan.sites) > 4 else "") if scan.sites else "not said"),
-        ("scanned in", f"{number(scan.seconds)} s"),
+    entries = sum(tensor.size for tensor in scan.tensors)
+    listed = list(scan.dtypes.items())[:DTYPES_SHOWN]
+    dtypes = [
+        clean(name, 30) + (f" {percent(count / entries)}" if 0 < count < entries else "") for name, count in listed
     ]
-    return rows if scan.bytes else [row for row in rows if row[0] != "size"]
+    rows = [
+        ("Kind", f"{clean(scan.model_type, 60)}, " * bool(scan.model_type) + clean(scan.kind, 20)),
+        ("Read", f"{number(entries)} entries in {number(len(scan.tensors))} tensors"),
+        ("Dtypes", ", ".join(dtypes)),
+        ("Size", size_words(scan.bytes) if scan.bytes else ""),
+        ("To be edited", f"{number(len(scan.sites))} layers" if scan.sites else ""),
+        ("Scanned in", f"{number(scan.seconds)} s"),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def block_names(names: Sequence[str], limit: int) -> dict[str, str]:
+    """Names by their last two parts, ``layers.2``, where that tells all of them apart, each at most `limit` long."""
+    cut = {name: ".".join(name.split(".")[-2:]) for name in names}
+    distinct = len(set(cut.values())) == len(cut)
+    return {name: shorten(cut[name] if distinct else name, limit) or "(no name)" for name in names}
 
 
 def price(found: PrecisionScan) -> tuple[str, str]:
@@ -111,12 +122,32 @@ def price(found: PrecisionScan) -> tuple[str, str]:
             f"{'none' if none_lost else percent(share)} of these updates {'is' if none_lost else 'are'} rounded away"
         )
     if found.agreement is not None:
-        costs.append(f"the canary’s answers are the same at {percent(found.agreement)} of its tokens")
-    if found.kl_nats is not None:
-        costs.append(f"KL {number(found.kl_nats)} nats")
+        kl = "" if found.kl_nats is None else f" (KL {number(found.kl_nats)} nats)"
+        costs.append(f"{percent(found.agreement)} of the canary’s answers stay{kl}")
     free = room is not None and room >= FEW_BITS and share is not None and share < _ROUNDS_TO_NOTHING
     return dtype, ("neither: " if free and not found.overflowing else "") + ("; ".join(costs) or "not known")
 
 
 def _rooms(found: PrecisionScan) -> tuple[tuple[float | None, str], tuple[float | None, str]]:
     return (found.headroom_bits, ""), (found.activation_headroom_bits, " (the canary’s activations)")
+
+
+def ranked(found: Sequence[CapacityScan]) -> list[CapacityScan]:
+    """The layers that take least first; those of which nothing is known last."""
+    return sorted(found, key=lambda each: (math.isnan(each.steps), each.steps))
+
+
+def steps_words(steps: float) -> str:
+    """Multiples of an update: ``3.2×``; ``∞`` where the model was not lost within the most that was tried."""
+    return f"{number(steps)}×" if math.isfinite(steps) else number(steps)
+
+
+def capacity_share(steps: float, found: Sequence[CapacityScan]) -> float:
+    """Where it stands, 0 to 1, on a logarithmic scale that all of them share: powers of ten around the finite ones."""
+    known = [
+        value for each in found for value in (each.low, each.steps, each.high) if math.isfinite(value) and value > 0
+    ]
+    if math.isnan(steps) or steps <= 0 or not known:
+        return 1.0 if steps == math.inf else 0.0
+    low, high = math.floor(math.log10(min(known)) - 1e-9), math.ceil(math.log10(max(known)) + 1e-9)
+    return 1.0 if steps == math.inf else (math.log10(steps) - low) / (high - low)

@@ -128,13 +128,49 @@ def dying() -> Told:
         seconds=0.214,
         lost_nats=1.0,
     )
+    second = f"{layer}.2.fc2"
     told = (
-        Caution("bfloat16", "note", f"{layer}.1.fc1.weight", f"5 of 256 outputs of {layer}.1.fc1 have weights of 0 throughout: rows 3, 9, 44, 60 and 1 more.", "Nothing, if they were pruned on purpose."),
-        Caution("float16", "risk", "", f"The model is float16: a weight, an update or an activation over 65,504 ends it. Of its weights {layer}.2.fc2.weight is nearest, 1.8 bits away.", "Load it in bfloat16 or float32.", "float16-limit"),
-        Caution("near-overflow", "risk", f"{layer}.2.fc2.weight", f"{layer}.2.fc2.weight is 1.8 bits from overflow: its largest entry is 1.88e4, and float16 ends at 65,504.", "Load the model in bfloat16 or float32.", "dtype-overflow"),
-        Caution("zero-spread", "fatal", f"{layer}.2.fc2", f"Unit 17 of {layer}.2.fc2 has no spread in MEND’s statistics: its first input that is not 0 is divided by 1e-7.", "Make the statistics from more and other text, or raise the guard.", "normaliser-zero-std"),
-        Caution("nonfinite-weight", "fatal", f"{layer}.3.fc1.weight", f"3 of 16,384 entries of {layer}.3.fc1.weight are not finite, first at (7, 12).", "Load the model from where it is sound: this one is broken before any edit.", "broken-before"),
-    )  # fmt: skip
+        Caution(
+            "zero-rows",
+            "note",
+            f"{layer}.1.fc1.weight",
+            f"5 of 256 outputs of {layer}.1.fc1 have weights of 0 throughout: rows 3, 9, 44, 60 and 1 more.",
+            "Nothing, if they were pruned on purpose.",
+        ),
+        Caution(
+            "float16",
+            "risk",
+            "",
+            "The model is float16: a weight, an update or an activation over 65,504 ends it."
+            f" Of its weights {second}.weight is nearest, 1.8 bits away.",
+            "Load it in bfloat16 or float32.",
+            "float16-limit",
+        ),
+        Caution(
+            "near-overflow",
+            "risk",
+            f"{second}.weight",
+            f"{second}.weight is 1.8 bits from overflow: its largest entry is 1.88e4, and float16 ends at 65,504.",
+            "Load the model in bfloat16 or float32.",
+            "dtype-overflow",
+        ),
+        Caution(
+            "zero-spread",
+            "fatal",
+            second,
+            f"Unit 17 of {second} has no spread in MEND’s statistics: its first input is divided by 1e-7.",
+            "Make the statistics from more and other text, or raise the guard.",
+            "normaliser-zero-std",
+        ),
+        Caution(
+            "nonfinite-weight",
+            "fatal",
+            f"{layer}.3.fc1.weight",
+            f"3 of 16,384 entries of {layer}.3.fc1.weight are not finite, first at (7, 12).",
+            "Load the model from where it is sound: this one is broken before any edit.",
+            "broken-before",
+        ),
+    )
     return scan, by_urgency(told)
 
 
@@ -190,25 +226,35 @@ def hostile() -> Told:
         )
         for place, name in enumerate(names)
     )
-    everywhere = enumerate(names)
-    each = list(everywhere)
+    each = list(enumerate(names))
     scan = Scan(
         names[0],
         names[1],
         {name: place for place, name in each},
         held,
-        tuple(ActivationScan(n, n, n, odd(p), odd(p + 1), odd(p + 2), token=p, nonfinite=p, units=p, dead=some(p)) for p, n in each),
-        tuple(StatisticsScan(n, n, n, p, odd(p), odd(p + 1), odd(p + 2), some(p), some(p), some(p), p, (n,)) for p, n in each),
+        tuple(
+            ActivationScan(n, n, n, odd(p), odd(p + 1), odd(p + 2), token=p, nonfinite=p, units=p, dead=some(p))
+            for p, n in each
+        ),
+        tuple(
+            StatisticsScan(n, n, n, p, odd(p), odd(p + 1), odd(p + 2), some(p), some(p), some(p), p, (n,))
+            for p, n in each
+        ),
         tuple(RatesScan(n, n, bad) for _, n in each),
-        tuple(MomentScan(n, n, p, n, odd(p), p, odd(p + 1), odd(p + 2), odd(p), p, some(p), odd(p), odd(p + 1), n) for p, n in each),
-        tuple(PrecisionScan(n, p, p, p, odd(p), odd(p + 1), p, p, odd(p), odd(p), n if p % 2 else None) for p, n in each),
+        tuple(
+            MomentScan(n, n, p, n, odd(p), p, odd(p + 1), odd(p + 2), odd(p), p, some(p), odd(p), odd(p + 1), n)
+            for p, n in each
+        ),
+        tuple(
+            PrecisionScan(n, p, p, p, odd(p), odd(p + 1), p, p, odd(p), odd(p), n if p % 2 else None) for p, n in each
+        ),
         tuple(CapacityScan(n, odd(p), odd(p + 1), odd(p + 2), odd(p + 3), p) for p, n in each),
         {name: name for name in names},
         names,
         names[2],
         seconds=math.nan,
         lost_nats=math.nan,
-    )  # fmt: skip
+    )
     told = (Caution(name, URGENCIES[place % 3], name, name, name, name) for place, name in each)
     return scan, by_urgency(told)
 
