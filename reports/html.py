@@ -123,8 +123,11 @@ def digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
 
-def fill(template: str, script: str, **values: Any) -> str:
-    """A page from one of our templates, with style sheet, scripts and content policy. script: the page's own."""
+def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> str:
+    """A page from one of our templates, with style sheet, scripts and content policy.
+
+    script: the page's own. drawn: whether it draws charts, for which it carries a megabyte of Vega.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=jinja2.FunctionLoader(source),
@@ -138,7 +141,8 @@ def fill(template: str, script: str, **values: Any) -> str:
         sentence=sentence,
         limit=limit,
     )
-    sheet, scripts = source("report.css"), [_vega(), source("charts.js"), source(script)]
+    charts = [_vega(), source("charts.js")] if drawn else []
+    sheet, scripts = source("report.css"), [*charts, source("page.js"), source(script)]
     policy = (
         f"default-src 'none'; img-src data:; style-src {digest(sheet)}; script-src {' '.join(map(digest, scripts))};"
         " base-uri 'none'; form-action 'none'"

@@ -126,11 +126,7 @@ def _blocks(listed: Sequence[Block]) -> list[RenderableType]:
     foot = f"A full bar: {ROOMY:.0f} bits or more to the dtype’s largest value." + (
         " *: to be edited." if any(block.is_edited for block in kept) else ""
     )
-    more = (
-        [Text(f"and {number(left)} more, none warned of more urgently, none with less room", style="dim")]
-        if left
-        else []
-    )
+    more = [Text(f"and {number(left)} more: see the page that -o writes", style="dim")] if left else []
     return [Text("What each layer has left", style="bold"), table, *more, Text(foot, style="dim")]
 
 

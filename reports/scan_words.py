@@ -123,7 +123,7 @@ def price(found: PrecisionScan) -> tuple[str, str]:
         )
     if found.agreement is not None:
         kl = "" if found.kl_nats is None else f" (KL {number(found.kl_nats)} nats)"
-        costs.append(f"{percent(found.agreement)} of the canary’s answers stay{kl}")
+        costs.append(f"{number(100 * found.agreement)} % of the canary’s answers stay{kl}")
     free = room is not None and room >= FEW_BITS and share is not None and share < _ROUNDS_TO_NOTHING
     return dtype, ("neither: " if free and not found.overflowing else "") + ("; ".join(costs) or "not known")
 
