@@ -30,10 +30,12 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, operations, verdicts
 from stabilitylab.reports.interactive import run_charts
+from stabilitylab.reports.known_before import known_before
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
+from stabilitylab.reports.scan_words import LOOKS as URGENCIES
 from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
@@ -41,6 +43,7 @@ LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
 LISTED_FINDINGS: Final = 400
+LISTED_CAUTIONS: Final = 40
 TELLING: Final = 12
 """What was found that is seen at once; the rest can be unfolded."""
 
@@ -170,7 +173,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
     telling = events.telling(diagnosis, TELLING)
     notes = missing(run.notes)
-    drawn = pictures(run)
+    drawn, known = pictures(run), known_before(run, diagnosis)
     return fill(
         "report.html.j2",
         "report.js",
@@ -191,6 +194,10 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
+        known=known,
+        waiting=[] if known is None else [(caution, None) for caution in known.waiting[:LISTED_CAUTIONS]],
+        listed_cautions=LISTED_CAUTIONS,
+        urgencies=URGENCIES,
         events=[(event, events.event_words(event, places)) for event in telling],
         more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],
         first_findings=first[:LISTED_FINDINGS],

@@ -16,7 +16,7 @@ from stabilitylab.analysis.caution import URGENCIES, Caution
 from stabilitylab.analysis.caution_model import FEW_BITS
 from stabilitylab.record.scanned import Scan
 from stabilitylab.reports.html import fill, write_pages
-from stabilitylab.reports.scan_tables import block_table, tables
+from stabilitylab.reports.scan_tables import block_table, precision_table, tables
 from stabilitylab.reports.scan_words import (
     LOOKS,
     ROOMY,
@@ -88,6 +88,7 @@ def page(scan: Scan, cautions: Sequence[Caution], beside: str = "scan.json") -> 
         roomy=number(ROOMY),
         facts=looked_at(scan),
         prices=[price(found) for found in scan.precisions],
+        precisions=precision_table(scan),
         layers=block_table(listed),
         tables=tables(scan, cautions),
     )
@@ -109,7 +110,7 @@ def _columns(listed: Sequence[Block]) -> list[Column]:
 def _key(listed: Sequence[Block]) -> list[tuple[str, str]]:
     """(words, tone) of each urgency, naming the blocks that are warned of; and of those that are not."""
     names = block_names([block.name for block in listed], 40)
-    key = []
+    key: list[tuple[str, str]] = []
     for urgency in URGENCIES:
         held = [names[block.name] for block in listed if block.urgency == urgency]
         more = f" and {number(len(held) - NAMED)} more" if len(held) > NAMED else ""

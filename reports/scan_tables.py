@@ -51,8 +51,8 @@ class Table:
 
 
 def tables(scan: Scan, cautions: Sequence[Caution]) -> tuple[Table, ...]:
-    """Those that have rows, but for that of blocks."""
-    made = (_capacities(scan), _precisions(scan), _activations(scan), _statistics(scan), _rates(scan), _moments(scan))
+    """Those that have rows, but for those of blocks and of precisions."""
+    made = (_capacities(scan), _activations(scan), _statistics(scan), _rates(scan), _moments(scan))
     return tuple(table for table in (*made, _tensors(scan, cautions), _skipped(scan)) if table.rows)
 
 
@@ -61,7 +61,7 @@ def block_table(listed: Sequence[Block]) -> Table:
     names = block_names([block.name for block in listed], 60)
     rows = tuple(
         (
-            Cell(names[block.name] + (" (edited)" if block.is_edited else ""), css="site mono"),
+            Cell(names[block.name] + (" (to be edited)" if block.is_edited else ""), css="site mono"),
             Cell(block.urgency or "–", _key(_rank(block.urgency)), f"u-{block.urgency}" if block.urgency else ""),
             Cell(
                 bits(block.headroom_bits),
@@ -121,7 +121,8 @@ def _capacities(scan: Scan) -> Table:
     )
 
 
-def _precisions(scan: Scan) -> Table:
+def precision_table(scan: Scan) -> Table:
+    """A row for each dtype that was tried."""
     rows = tuple(
         (
             _name(each.dtype),

@@ -39,15 +39,15 @@ def _links(diagnosis: Diagnosis) -> tuple[Link, ...]:
 
 def _its_link(caution: Caution, cautions: Sequence[Caution], links: Sequence[Link]) -> Link | None:
     same = [link for link in links if caution.cause and link.cause == caution.cause]
-    here = [link for link in same if _meet(caution.place, link.site)]
+    here = [link for link in same if meet(caution.place, link.site)]
     if here or not same or not caution.place:
         return next(iter(here or same), None)
     others = (each for each in cautions if each.cause == caution.cause)
-    return None if any(_meet(each.place, link.site) for each in others for link in same) else same[0]
+    return None if any(meet(each.place, link.site) for each in others for link in same) else same[0]
 
 
-def _meet(place: str, site: str | None) -> bool:
-    """Whether one is the other, or a part of it."""
+def meet(place: str, site: str | None) -> bool:
+    """Whether a warning's place and a site are the same, or one a part of the other. False where one is not known."""
     if not place or not site:
         return False
     return place == site or place.startswith(f"{site}.") or site.startswith(f"{place}.")
