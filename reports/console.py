@@ -154,8 +154,9 @@ def _operation(operation: Operation) -> RenderableType:
 def _known(known: Known) -> RenderableType:
     """How many warnings there were before the first edit, and those that came true."""
     lines = [Text.assemble(("Known before edit 1: ", "bold"), known.words)]
-    for caution, words in known.came_true[:NOTES_SHOWN]:
-        lines.append(Text.assemble((f"⚑ {words}: ", "bold red"), clean(caution.says, 240)))
+    for told in known.came_true[:NOTES_SHOWN]:
+        style = "bold red" if told.here else "bold"
+        lines.append(Text.assemble((f"⚑ {told.came_true}: ", style), clean(told.caution.says, 240)))
     if len(known.came_true) > NOTES_SHOWN:
         lines.append(Text(f"and {len(known.came_true) - NOTES_SHOWN} more that came true", style="dim"))
     return Group(lines[0], *(Padding(line, (0, 0, 0, 2)) for line in lines[1:]))

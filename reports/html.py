@@ -195,7 +195,6 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
         known=known,
-        waiting=[] if known is None else [(caution, None) for caution in known.waiting[:LISTED_CAUTIONS]],
         listed_cautions=LISTED_CAUTIONS,
         urgencies=URGENCIES,
         events=[(event, events.event_words(event, places)) for event in telling],

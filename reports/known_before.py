@@ -10,30 +10,27 @@ from stabilitylab.analysis.findings import Diagnosis, Link
 from stabilitylab.analysis.foretold import foretold, meet
 from stabilitylab.record.run import Run
 from stabilitylab.record.scanned import scan_from_json
-from stabilitylab.reports.scan_words import counts_words
+from stabilitylab.reports.scan_words import Told, counts_words
 from stabilitylab.reports.text import shorten
 
 
 @dataclass(frozen=True)
 class Known:
-    """words: how many warnings. came_true: those that did, with the words that say so; waiting: the others."""
+    """words: how many warnings. came_true: those that did, those at their own place first; waiting: the others."""
 
     words: str
-    came_true: tuple[tuple[Caution, str], ...]
-    waiting: tuple[Caution, ...]
+    came_true: tuple[Told, ...]
+    waiting: tuple[Told, ...]
 
 
 def known_before(run: Run, diagnosis: Diagnosis) -> Known | None:
     """The warnings of the scan that the run was attached with; None where there is none, or none that can be read."""
-    told = _warnings(run)
-    if told is None:
+    cautioned = _warnings(run)
+    if cautioned is None:
         return None
-    pairs = foretold(told, diagnosis)
-    return Known(
-        counts_words(told),
-        tuple((caution, _when(caution, link)) for caution, link in pairs if link is not None),
-        tuple(caution for caution, link in pairs if link is None),
-    )
+    told = [_told(caution, link) for caution, link in foretold(cautioned, diagnosis)]
+    true = sorted((each for each in told if each.came_true), key=lambda each: not each.here)
+    return Known(counts_words(cautioned), tuple(true), tuple(each for each in told if not each.came_true))
 
 
 def _warnings(run: Run) -> tuple[Caution, ...] | None:
@@ -45,7 +42,10 @@ def _warnings(run: Run) -> tuple[Caution, ...] | None:
         return None
 
 
-def _when(caution: Caution, link: Link) -> str:
-    at = "" if link.edit is None else f" at edit {link.edit}"
-    said = link.site is None or meet(caution.place, link.site)
-    return f"came true{at}" if said else f"came true{at}, in {shorten(link.site or '', 60)}"
+def _told(caution: Caution, link: Link | None) -> Told:
+    if link is None:
+        return Told(caution)
+    when = "came true" if link.edit is None else f"came true at edit {link.edit}"
+    if not caution.place or link.site is None or meet(caution.place, link.site):
+        return Told(caution, when, here=True)
+    return Told(caution, f"its cause {when}, in {shorten(link.site, 60)}")

@@ -20,6 +20,7 @@ from stabilitylab.reports.scan_tables import block_table, precision_table, table
 from stabilitylab.reports.scan_words import (
     LOOKS,
     ROOMY,
+    Told,
     bits,
     block_names,
     counts_words,
@@ -65,7 +66,7 @@ def write_scan(scan: Scan, cautions: Sequence[Caution], out: Path) -> Path:
 def page(scan: Scan, cautions: Sequence[Caution], beside: str = "scan.json") -> str:
     """The page as text. beside: the name of the file of its data."""
     listed = blocks(scan, cautions)
-    told = [(caution, None) for caution in cautions[:LISTED]]
+    told = [Told(caution) for caution in cautions[:LISTED]]
     return fill(
         "scan.html.j2",
         "scan.js",

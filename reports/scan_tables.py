@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """headings: (text, class). rows: as many cells each. left_out: rows that are not there."""
+    """headings: (text, class). rows: as many cells each. left_out: rows that are not there. folded: to be unfolded."""
 
     anchor: str
     title: str
@@ -48,6 +48,7 @@ class Table:
     headings: tuple[tuple[str, str], ...]
     rows: tuple[tuple[Cell, ...], ...]
     left_out: int = 0
+    folded: bool = False
 
 
 def tables(scan: Scan, cautions: Sequence[Caution]) -> tuple[Table, ...]:
@@ -256,8 +257,7 @@ def _tensors(scan: Scan, cautions: Sequence[Caution]) -> Table:
             Cell(" × ".join(map(number, each.shape[:6])) or "scalar", _key(each.size), "n"),
             Cell(clean(each.dtype, 20)),
             Cell(bits(each.headroom_bits), _key(each.headroom_bits), "n"),
-            _number(each.least),
-            _number(each.greatest),
+            Cell(f"{number(each.least)} to {number(each.greatest)}", _key(each.largest), "n"),
             _number(each.norm),
             _count(each.nonfinite),
             Cell(_share(each.zeros, each.size), _key(each.zeros), "n"),
@@ -275,10 +275,11 @@ def _tensors(scan: Scan, cautions: Sequence[Caution]) -> Table:
         "Each tensor",
         "Outlier rows and columns stand with how many times the norm of the median one they have. Largest output: the"
         " most that an input of RMS 1 can make.",
-        "Tensor|#Shape|Dtype|#Headroom, bits|#Least|#Greatest|#Norm|#NaN, ∞|#Zeros|#Subnormal|Rows of 0|Outlier rows"
+        "Tensor|#Shape|Dtype|#Headroom, bits|#Range|#Norm|#NaN, ∞|#Zeros|#Subnormal|Rows of 0|Outlier rows"
         f"|Outlier columns|#Largest output{spectral}",
         tuple(row(each) for each in scan.tensors if id(each) in kept),
         len(scan.tensors),
+        folded=True,
     )
 
 
@@ -289,11 +290,18 @@ def _skipped(scan: Scan) -> Table:
 
 
 def _table(
-    anchor: str, title: str, about: str, headings: str, rows: tuple[tuple[Cell, ...], ...], of: int | None = None
+    anchor: str,
+    title: str,
+    about: str,
+    headings: str,
+    rows: tuple[tuple[Cell, ...], ...],
+    of: int | None = None,
+    *,
+    folded: bool = False,
 ) -> Table:
     """headings: parted by ``|``, ``#`` before one of numbers. of: how many rows there would be."""
     told = tuple((each.removeprefix("#"), "n" if each.startswith("#") else "") for each in headings.split("|"))
-    return Table(anchor, title, about, told, rows, 0 if of is None else of - len(rows))
+    return Table(anchor, title, about, told, rows, 0 if of is None else of - len(rows), folded)
 
 
 def _key(value: float | None) -> str:
@@ -311,7 +319,7 @@ def _room(value: float | None) -> float:
 
 
 def _name(name: str) -> Cell:
-    return Cell(shorten(name, 70) or "(no name)", css="site mono")
+    return Cell(shorten(name, 60) or "(no name)", css="site mono")
 
 
 def _number(value: float | None) -> Cell:

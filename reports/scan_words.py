@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from stabilitylab.analysis.caution import URGENCIES, Caution, Urgency
@@ -24,6 +25,15 @@ ROOMY: Final = 20.0
 _ROUNDS_TO_NOTHING: Final = 0.0005
 """A share below it is 0.0 % to a reader."""
 DTYPES_SHOWN: Final = 8
+
+
+@dataclass(frozen=True)
+class Told:
+    """A warning as it is shown. came_true: when and where, in words; empty where it did not. here: at its own place."""
+
+    caution: Caution
+    came_true: str = ""
+    here: bool = False
 
 
 def look_of(cautions: Sequence[Caution]) -> Look:
