@@ -134,7 +134,6 @@ def precision_table(scan: Scan) -> Table:
             Cell(percent(each.swallowed_share), _key(each.swallowed_share), "n"),
             Cell(percent(each.agreement), _key(each.agreement), "n"),
             _number(each.kl_nats),
-            Cell(clean(each.error or "", 200), css="wide"),
         )
         for each in scan.precisions
     )
@@ -143,8 +142,7 @@ def precision_table(scan: Scan) -> Table:
         "What a precision would cost",
         "Weights that would not fit or become 0, updates of dry edits that are rounded away when they are added, and"
         " the canary’s answers with all weights rounded.",
-        "Dtype|#Headroom, bits|#Activations, bits|#Would not fit|#Become 0|#Rounded away|#Same answers|#KL, nats"
-        "|Not tried",
+        "Dtype|#Headroom, bits|#Activations, bits|#Would not fit|#Become 0|#Rounded away|#Same answers|#KL, nats",
         rows,
     )
 
