@@ -21,6 +21,7 @@ from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run
 from stabilitylab.reports.events import event_words, short_places, telling
+from stabilitylab.reports.known_before import Known, known_before
 from stabilitylab.reports.noted import events, missing
 from stabilitylab.reports.operations import facts as operation_facts
 from stabilitylab.reports.operations import untraced
@@ -150,6 +151,17 @@ def _operation(operation: Operation) -> RenderableType:
     return Padding(table, (0, 0, 0, 2))
 
 
+def _known(known: Known) -> RenderableType:
+    """How many warnings there were before the first edit, and those that came true."""
+    lines = [Text.assemble(("Known before edit 1: ", "bold"), known.words)]
+    for told in known.came_true[:NOTES_SHOWN]:
+        style = "bold red" if told.here else "bold"
+        lines.append(Text.assemble((f"⚑ {told.came_true}: ", style), clean(told.caution.says, 240)))
+    if len(known.came_true) > NOTES_SHOWN:
+        lines.append(Text(f"and {len(known.came_true) - NOTES_SHOWN} more that came true", style="dim"))
+    return Group(lines[0], *(Padding(line, (0, 0, 0, 2)) for line in lines[1:]))
+
+
 def _notes(notes: Sequence[Note]) -> RenderableType:
     said = [Text(f"{clean(note.kind, 30)}: {clean(note.says, 240)}") for note in notes[:NOTES_SHOWN]]
     if len(notes) > NOTES_SHOWN:
@@ -165,6 +177,9 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
     diagnosis = diagnosis or run.diagnosis()
     measure = Text(f"Baseline: {clean(diagnosis.baseline, 120)}; {clean(diagnosis.thresholds, 240)}.", style="dim")
     parts: list[RenderableType] = [diagnosis_text(run, diagnosis), Text(), closing_table(run, diagnosis)]
+    known = known_before(run, diagnosis)
+    if known is not None:
+        parts += [Text(), _known(known)]
     if diagnosis.operation is not None:
         parts += [Text(), Text("The operation", style="bold"), _operation(diagnosis.operation)]
     if diagnosis.findings:

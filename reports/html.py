@@ -30,10 +30,12 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, operations, verdicts
 from stabilitylab.reports.interactive import run_charts
+from stabilitylab.reports.known_before import known_before
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures
+from stabilitylab.reports.scan_words import LOOKS as URGENCIES
 from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
@@ -41,6 +43,7 @@ LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
 LISTED_FINDINGS: Final = 400
+LISTED_CAUTIONS: Final = 40
 TELLING: Final = 12
 """What was found that is seen at once; the rest can be unfolded."""
 
@@ -123,8 +126,11 @@ def digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
 
-def fill(template: str, script: str, **values: Any) -> str:
-    """A page from one of our templates, with style sheet, scripts and content policy. script: the page's own."""
+def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> str:
+    """A page from one of our templates, with style sheet, scripts and content policy.
+
+    script: the page's own. drawn: whether it draws charts, for which it carries a megabyte of Vega.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=jinja2.FunctionLoader(source),
@@ -138,7 +144,8 @@ def fill(template: str, script: str, **values: Any) -> str:
         sentence=sentence,
         limit=limit,
     )
-    sheet, scripts = source("report.css"), [_vega(), source("charts.js"), source(script)]
+    charts = [_vega(), source("charts.js")] if drawn else []
+    sheet, scripts = source("report.css"), [*charts, source("page.js"), source(script)]
     policy = (
         f"default-src 'none'; img-src data:; style-src {digest(sheet)}; script-src {' '.join(map(digest, scripts))};"
         " base-uri 'none'; form-action 'none'"
@@ -166,7 +173,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
     telling = events.telling(diagnosis, TELLING)
     notes = missing(run.notes)
-    drawn = pictures(run)
+    drawn, known = pictures(run), known_before(run, diagnosis)
     return fill(
         "report.html.j2",
         "report.js",
@@ -187,6 +194,9 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
+        known=known,
+        listed_cautions=LISTED_CAUTIONS,
+        urgencies=URGENCIES,
         events=[(event, events.event_words(event, places)) for event in telling],
         more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],
         first_findings=first[:LISTED_FINDINGS],

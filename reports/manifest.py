@@ -28,7 +28,7 @@ _NAMES: Final = {
     "command": "command",
     "git": "git",
 }
-_ELSEWHERE: Final = frozenset({"site_details"})
+_ELSEWHERE: Final = frozenset({"site_details", "scan"})
 SHOWN: Final = 600
 
 

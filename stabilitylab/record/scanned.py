@@ -24,7 +24,7 @@ LISTED: Final = 8
 
 def headroom(largest: float | None, limit: float) -> float | None:
     """Bits from a magnitude to a limit, log2(limit / largest); ∞ where it is 0, None where it is not known."""
-    if largest is None or math.isnan(largest):
+    if largest is None or math.isnan(largest) or not limit > 0.0:
         return None
     if largest == 0.0:
         return math.inf

@@ -90,4 +90,4 @@ def test_hostile_runs_are_compared_as_text(tmp_path: Path) -> None:
     text = out.read_text()
     assert "<img" not in text.partition("<script>")[0]
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
-    assert len(re.findall(r"<script", text)) == len(re.findall(r"</script>", text)) == 5
+    assert len(re.findall(r"<script", text)) == len(re.findall(r"</script>", text)) == 6
