@@ -31,6 +31,12 @@ def scan(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="The folder, or a file, of a model's weights.", show_default=False)
     ],
+    editor_state: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="An editor's archive, or second moments; may be given again.", show_default=False
+        ),
+    ] = None,
     sites: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="What is going to be edited, as '*.mlp.down_proj'.", show_default=False),
@@ -54,7 +60,9 @@ def scan(
     from stabilitylab.acting.scanning.scanned import scan as look
 
     with _bar() as progress:
-        scanned = look(model, sites or None, hparams=hparams, pickles=pickles, progress=progress)
+        scanned = look(
+            model, sites or None, editor=editor_state or None, hparams=hparams, pickles=pickles, progress=progress
+        )
     if out is not None:
         scanned.save(out)
     if as_object:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.acting.scanning.answering import activations_of
+from stabilitylab.acting.scanning.archives import open_archive
+from stabilitylab.acting.scanning.editors import scan_archive, scan_editor
 from stabilitylab.acting.scanning.entries import entries_of
 from stabilitylab.acting.scanning.opening import Entry, Opened, one_line, open_folder, open_model
 from stabilitylab.acting.scanning.places import layer_of, matching, named_in, of_hparams
@@ -64,9 +66,14 @@ def figures(
         if not isinstance(model, nn.Module):
             raise UsageError("canary= was given for a folder; expected a live model, which alone can answer it")
         activations = _activations(model, canary)
+    # An archive that can't be read is said before minutes are spent on the model.
+    archives = [open_archive(Path(each), pickles=pickles) for each in _files(editor)]
     tensors, skipped, size = scan_tensors(opened, chosen, progress=progress)
     if not tensors:
         raise UsageError(f"{opened.name} holds no tensor of numbers that can be looked at{_first(skipped)}")
+    editors = [scan_archive(archive, tensors) for archive in archives]
+    if editor is not None and not archives:
+        editors = [scan_editor(editor, tensors)]
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
         dtypes[tensor.dtype] += tensor.size
@@ -76,12 +83,23 @@ def figures(
         dtypes=dict(dtypes),
         tensors=tensors,
         activations=activations,
+        statistics=tuple(each for found in editors for each in found.statistics),
+        rates=tuple(each for found in editors for each in found.rates),
+        moments=tuple(each for found in editors for each in found.moments),
         skipped=skipped,
         sites=tuple(dict.fromkeys(tensor.layer for tensor in tensors if tensor.is_site)),
         model_type=opened.model_type,
         bytes=size,
         seconds=time.perf_counter() - began,
     )
+
+
+def _files(editor: object | None) -> Sequence[str | Path]:
+    """The files of an editor's state that were given in place of an editor."""
+    if isinstance(editor, str | Path):
+        return [editor]
+    given = isinstance(editor, list | tuple) and all(isinstance(each, str | Path) for each in editor)
+    return editor if given else []  # type: ignore[return-value]
 
 
 def _first(skipped: dict[str, str]) -> str:

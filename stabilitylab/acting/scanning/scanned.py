@@ -53,6 +53,7 @@ def scan(
     model: nn.Module | str | Path,
     sites: str | Sequence[str] | None = None,
     *,
+    editor: object | None = None,
     canary: Canary | Batch | None = None,
     hparams: str | Path | None = None,
     pickles: bool = False,
@@ -62,8 +63,10 @@ def scan(
 
     model: a live one, or the folder or file of its weights; of a folder each tensor is read by itself, and no code of
     it is run. sites: patterns of what is going to be edited (``*`` crosses dots); those weights are decomposed too.
-    canary: as `attach` takes it; a live model alone can answer it. hparams: EasyEdit's YAML or MEMIT's JSON file, in
-    place of `sites`. pickles: also read pickled tensors, with ``weights_only``. progress: is told how far it is.
+    editor: a live editor as `attach` takes it, or the file of its state (an archive of MEND or MALMEN, second moments
+    of ROME or MEMIT); several as a list. canary: as `attach` takes it; a live model alone can answer it. hparams:
+    EasyEdit's YAML or MEMIT's JSON file, in place of `sites`. pickles: also read pickled tensors, with
+    ``weights_only``. progress: is told how far it is.
 
     Raises:
         UsageError: what was given can't be read, or doesn't fit together.
@@ -71,5 +74,7 @@ def scan(
     """
     from stabilitylab.acting.scanning.scan import figures, quiet  # which takes torch
 
-    found = figures(model, sites, canary=canary, hparams=hparams, pickles=pickles, progress=progress or quiet)
+    found = figures(
+        model, sites, editor=editor, canary=canary, hparams=hparams, pickles=pickles, progress=progress or quiet
+    )
     return Scanned(found, cautions(found))
