@@ -46,6 +46,9 @@ class PrecisionCount:
         """dtype: one of `record.scanned.FLOATS`."""
         self.dtype = dtype
         self._name = str(dtype).removeprefix("torch.")
+        largest, _, eps = FLOATS[self._name]
+        # Past it nothing rounds to the largest value. Where a dtype has no infinity, torch may give that value still.
+        self._end = largest + eps * 2.0 ** (math.frexp(largest)[1] - 2)
         self._entries = self._overflowing = self._vanishing = 0
         self._largest = 0.0
         self._updates = self._swallowed = 0
@@ -63,7 +66,8 @@ class PrecisionCount:
         for piece in _pieces(tensor):
             rounded, wide = self._rounded(piece), _wide(piece)
             finite = wide.isfinite()
-            self._overflowing += int((finite & ~rounded.isfinite()).sum())
+            too_large = ~rounded.isfinite() | (wide.abs() > self._end)
+            self._overflowing += int((finite & too_large).sum())
             self._vanishing += int(((wide != 0) & (rounded == 0)).sum())
             self._largest = max(self._largest, float(wide.abs().masked_fill_(~finite, 0.0).max()))
 
