@@ -180,7 +180,7 @@ def summary(layers: Sequence[Layer]) -> dict[str, float]:
 
 def run(norms: Sequence[Norm], seeds: int, depth: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """All models and editors."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         for norm in norms:
             model = decoder(Settings(norm=norm, layers=depth, seed=seed))
