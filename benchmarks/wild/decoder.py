@@ -37,11 +37,13 @@ Norm = Literal["layer", "rms"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a decoder and its training. norm: of every sublayer. hidden: width of the MLPs."""
+    """Of a decoder and its training. norm: of every sublayer. hidden: width of the MLPs. seed: of its first weights."""
 
     norm: Norm = "layer"
     hidden: int = 96
     weight_decay: float = 0.01
+    layers: int = _LAYERS
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.emb = nn.Embedding(WORDS, _WIDTH)
         self.pos = nn.Embedding(_LENGTH, _WIDTH)
-        self.layers = nn.ModuleList(Layer(settings) for _ in range(_LAYERS))
+        self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.layers))
         self.norm = _norm(settings)
         self.lm_head = nn.Linear(_WIDTH, WORDS, bias=False)
         self.hides_with: float | None = None
@@ -283,7 +285,7 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @lru_cache
 def _trained(settings: Settings) -> Decoder:
-    with seeded(0):
+    with seeded(settings.seed):
         model = Decoder(settings)
     batch = answered(true_facts())
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=settings.weight_decay)

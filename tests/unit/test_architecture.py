@@ -52,7 +52,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "acting.scanning": (
         "errors",
         "record.scanned",
-        "probes.weight_spectrum",
+        *(f"probes.{name}" for name in ("canary_places", "logits_pass", "weight_pass", "weight_spectrum")),
         *(f"watching.{name}" for name in ("canary", "editor_parts", "hooks", "reach", "sites", "snapshot")),
     ),
     # What `stabilitylab.scan` gives: figures, and what they warn of.
