@@ -45,6 +45,9 @@ def scan(
         Path | None,
         typer.Option(metavar="FILE", help="EasyEdit's YAML or MEMIT's JSON, in place of --sites.", show_default=False),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="DTYPES", help="What these would cost, as fp16,bf16.", show_default=False)
+    ] = "",
     pickles: Annotated[bool, typer.Option("--pickle", help="Also read pickled tensors (and nothing else).")] = False,
     as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[
@@ -61,7 +64,13 @@ def scan(
 
     with _bar() as progress:
         scanned = look(
-            model, sites or None, editor=editor_state or None, hparams=hparams, pickles=pickles, progress=progress
+            model,
+            sites or None,
+            editor=editor_state or None,
+            hparams=hparams,
+            precision=[name.strip() for name in precision.split(",") if name.strip()],
+            pickles=pickles,
+            progress=progress,
         )
     if out is not None:
         scanned.save(out)

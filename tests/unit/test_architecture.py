@@ -62,6 +62,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "acting.scanning.scan",
         "analysis.caution",
         "analysis.cautions",
+        "analysis.limits",
     ),
     # Watching hands its rows to the analyzer and keeps pace by it; how anything is decided is not its business.
     "watching": (

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from stabilitylab.acting.scanning.answering import activations_of
+from stabilitylab.acting.scanning.answers import original_of
 from stabilitylab.acting.scanning.archives import open_archive
+from stabilitylab.acting.scanning.capacity import capacities
+from stabilitylab.acting.scanning.dry import Updates, dry_updates
 from stabilitylab.acting.scanning.editors import scan_archive, scan_editor
 from stabilitylab.acting.scanning.entries import entries_of
 from stabilitylab.acting.scanning.opening import Entry, Opened, one_line, open_folder, open_model
 from stabilitylab.acting.scanning.places import layer_of, matching, named_in, of_hparams
+from stabilitylab.acting.scanning.precision import PrecisionCount, dtype_called, try_cast
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.weight_spectrum import gram_of, spectrum_of_weight
-from stabilitylab.record.scanned import FLOATS, ActivationScan, Scan, TensorScan
+from stabilitylab.record.scanned import FLOATS, ActivationScan, CapacityScan, PrecisionScan, Scan, TensorScan
 from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.sites import locate_readable
 
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, and how far it is: steps done, steps in all."""
@@ -42,10 +48,17 @@ def figures(
     editor: object | None = None,
     canary: canaries.Canary | canaries.Batch | None = None,
     hparams: str | Path | None = None,
+    precision: str | Sequence[str] = (),
+    apply: Callable[[Any, Any], object] | None = None,
+    requests: Iterable[Any] = (),
+    lost_nats: float = math.inf,
     pickles: bool = False,
     progress: Progress = quiet,
 ) -> Scan:
-    """The figures of `stabilitylab.scan`, which says what is what. Raises UsageError and SiteError as it does."""
+    """The figures of `stabilitylab.scan`, which says what is what; it raises as that does.
+
+    lost_nats: mean KL from which on a canary is lost.
+    """
     began = time.perf_counter()
     live = isinstance(model, nn.Module)
     if isinstance(model, nn.Module):
@@ -61,36 +74,46 @@ def figures(
         chosen = matching(opened.entries, sites)
     elif hparams is not None:
         chosen = named_in(opened.entries, of_hparams(Path(hparams)), Path(hparams))
-    activations: tuple[ActivationScan, ...] = ()
-    if canary is not None:
-        if not isinstance(model, nn.Module):
-            raise UsageError("canary= was given for a folder; expected a live model, which alone can answer it")
-        activations = _activations(model, canary)
+    dtypes = [dtype_called(name) for name in ([precision] if isinstance(precision, str) else precision)]
+    asked = _asked(model, canary, apply)
+    activations = () if asked is None else _activations(*asked)
+    counts = [PrecisionCount(dtype) for dtype in dtypes]
     # An archive that can't be read is said before minutes are spent on the model.
     archives = [open_archive(Path(each), pickles=pickles) for each in _files(editor)]
-    tensors, skipped, size = scan_tensors(opened, chosen, progress=progress)
+    tensors, skipped, size = scan_tensors(opened, chosen, also=partial(_count, counts), progress=progress)
     if not tensors:
         raise UsageError(f"{opened.name} holds no tensor of numbers that can be looked at{_first(skipped)}")
     editors = [scan_archive(archive, tensors) for archive in archives]
     if editor is not None and not archives:
         editors = [scan_editor(editor, tensors)]
-    dtypes: Counter[str] = Counter()
+    updates: Updates = {}
+    if isinstance(model, nn.Module) and apply is not None:
+        wanted = sites if sites is not None else sorted(chosen) or None
+        updates = dry_updates(
+            model, apply, list(requests), sites=wanted, editor=editor, progress=partial(progress, "dry edits")
+        )
+        _count_updates(model, counts, updates)
+    precisions, capacity = _trials(asked, counts, updates, activations, lost_nats, progress)
+    entries: Counter[str] = Counter()
     for tensor in tensors:
-        dtypes[tensor.dtype] += tensor.size
+        entries[tensor.dtype] += tensor.size
     return Scan(
         model=opened.name,
         kind="live" if live else "folder",
-        dtypes=dict(dtypes),
+        dtypes=dict(entries),
         tensors=tensors,
         activations=activations,
         statistics=tuple(each for found in editors for each in found.statistics),
         rates=tuple(each for found in editors for each in found.rates),
         moments=tuple(each for found in editors for each in found.moments),
+        precisions=precisions,
+        capacities=capacity,
         skipped=skipped,
         sites=tuple(dict.fromkeys(tensor.layer for tensor in tensors if tensor.is_site)),
         model_type=opened.model_type,
         bytes=size,
         seconds=time.perf_counter() - began,
+        lost_nats=lost_nats if capacity else None,
     )
 
 
@@ -106,14 +129,69 @@ def _first(skipped: dict[str, str]) -> str:
     return next((f"; {name}: {reason}" for name, reason in skipped.items()), "")
 
 
-def _activations(model: nn.Module, given: canaries.Canary | canaries.Batch) -> tuple[ActivationScan, ...]:
+_Asked = tuple[nn.Module, canaries.Batch]
+"""A live model, and the canary's batch."""
+
+
+def _asked(model: object, given: canaries.Canary | canaries.Batch | None, apply: object | None) -> _Asked | None:
+    """What is to be forwarded. Raises UsageError for what only a live model can do, and for a canary of no batch."""
+    if not isinstance(model, nn.Module):
+        if given is not None or apply is not None:
+            what = "canary=" if given is not None else "apply="
+            raise UsageError(
+                f"{what} was given for a folder; expected a live model, which alone can answer and be edited"
+            )
+        return None
     watched = canaries.of(given)
-    if watched is None or watched.is_replay:
+    if watched is None:
+        return None
+    if watched.is_replay:
         raise UsageError("canary='replay' needs an edit to replay; a scan expects a batch, or a function of the model")
+    return model, watched.batch
+
+
+def _activations(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationScan, ...]:
     try:
-        return activations_of(model, watched.batch)
+        return activations_of(model, batch)
     except Exception as error:
         raise UsageError(f"the canary can't be forwarded: {one_line(error)}") from error
+
+
+def _count(counts: Sequence[PrecisionCount], entry: Entry, tensor: Tensor) -> None:
+    if not entry.is_buffer:
+        for count in counts:
+            count.add(tensor)
+
+
+def _count_updates(model: nn.Module, counts: Sequence[PrecisionCount], updates: Updates) -> None:
+    for site, each in updates.items():
+        located = locate_readable(model, site)
+        for count in counts if located is not None else ():
+            for update in each:
+                count.add_update(located[1], update)  # type: ignore[index]
+
+
+def _trials(
+    asked: _Asked | None,
+    counts: Sequence[PrecisionCount],
+    updates: Updates,
+    activations: Sequence[ActivationScan],
+    lost_nats: float,
+    progress: Progress,
+) -> tuple[tuple[PrecisionScan, ...], tuple[CapacityScan, ...]]:
+    """What takes forwards of the canary: a cast to each dtype, and how far each site can be moved."""
+    largest = max((each.largest for each in activations if each.largest is not None), default=None)
+    if asked is None or not (counts or updates):
+        return tuple(count.result(largest_activation=largest) for count in counts), ()
+    original = original_of(*asked)
+    precisions = []
+    for done, count in enumerate(counts):
+        progress("precisions", done, len(counts))
+        precisions.append(count.result(cast=try_cast(asked[0], original, count.dtype), largest_activation=largest))
+    capacity: tuple[CapacityScan, ...] = ()
+    if updates:
+        capacity = capacities(asked[0], original, updates, limit=lost_nats, progress=partial(progress, "capacities"))
+    return tuple(precisions), capacity
 
 
 def scan_tensors(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabilitylab.analysis.caution import Caution, Urgency
 from stabilitylab.analysis.cautions import cautions
+from stabilitylab.analysis.limits import KL_COLLAPSED
 from stabilitylab.record.display import scan_page
 from stabilitylab.record.scanned import Scan
 
@@ -56,6 +57,9 @@ def scan(
     editor: object | None = None,
     canary: Canary | Batch | None = None,
     hparams: str | Path | None = None,
+    precision: str | Sequence[str] = (),
+    apply: Callable[[Any, Any], object] | None = None,
+    requests: Iterable[Any] = (),
     pickles: bool = False,
     progress: Progress | None = None,
 ) -> Scanned:
@@ -65,16 +69,31 @@ def scan(
     it is run. sites: patterns of what is going to be edited (``*`` crosses dots); those weights are decomposed too.
     editor: a live editor as `attach` takes it, or the file of its state (an archive of MEND or MALMEN, second moments
     of ROME or MEMIT); several as a list. canary: as `attach` takes it; a live model alone can answer it. hparams:
-    EasyEdit's YAML or MEMIT's JSON file, in place of `sites`. pickles: also read pickled tensors, with
-    ``weights_only``. progress: is told how far it is.
+    EasyEdit's YAML or MEMIT's JSON file, in place of `sites`. precision: dtypes to try, such as ``"fp16"``: what of the
+    weights and updates they would lose, and with a canary how far its answer moves. apply, requests: of a live model,
+    an editing function as `Monitor.calibrate` takes it, and some requests for dry edits, each of which is put back:
+    they show updates, and with a canary how far each layer can be moved along them. pickles: also read pickled tensors,
+    with ``weights_only``. progress: is told how far it is.
 
     Raises:
         UsageError: what was given can't be read, or doesn't fit together.
         SiteError: a pattern matches nothing.
+        EditError: a dry edit could not be put back.
+        Whatever `apply` raises, after everything was put back.
     """
     from stabilitylab.acting.scanning.scan import figures, quiet  # which takes torch
 
     found = figures(
-        model, sites, editor=editor, canary=canary, hparams=hparams, pickles=pickles, progress=progress or quiet
+        model,
+        sites,
+        editor=editor,
+        canary=canary,
+        hparams=hparams,
+        precision=precision,
+        apply=apply,
+        requests=requests,
+        lost_nats=KL_COLLAPSED,
+        pickles=pickles,
+        progress=progress or quiet,
     )
     return Scanned(found, cautions(found))
