@@ -1,22 +1,74 @@
-"""Where no sites were named: a copy of every parameter, until an edit shows which ones it moves."""
+"""Where no sites were named: every parameter as it was, until an edit shows which ones it moves.
+
+As it was: a copy on the host where there is memory for it, so that the first edit is measured like any; else a checksum
+of its bits, which tells that it moved and no more.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
+import torch
 from torch import Tensor, nn
 
+from stabilitylab.acting.memory import in_gb, shortage
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, why_unmeasurable
 
-Moved = dict[str, tuple[Site, Tensor]]
-"""By name: the site, and its weight as it was."""
+Moved = dict[str, tuple[Site, Tensor | None]]
+"""By name: the site, and its weight as it was, where a copy was kept."""
+
+_PIECE: Final = 1 << 20
+"""Words that are summed together."""
+_FACTOR: Final = 1_000_003
+"""What sums are multiplied with before the next one is added, so that pieces can't change places unseen."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A parameter as it was: a host copy, or the checksum of its bits."""
+
+    site: Site
+    was: Tensor | int
+
+    def is_unlike(self, weight: Tensor) -> bool:
+        """Whether it is another now. Waits for an accelerator."""
+        if isinstance(self.was, Tensor):  # in the live dtype: the user may have cast the model since
+            return not same_bits(weight.cpu(), self.was.to(weight.dtype))
+        return checksum(weight) != self.was
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that changes with any bit of a tensor (and by chance of 2⁻⁶⁴ does not): sums of its words, wrapped."""
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = words[: words.numel() // 8 * 8].view(torch.int64)
+    found = 0
+    for start in range(0, whole.numel(), _PIECE):
+        found = found * _FACTOR + int(whole[start : start + _PIECE].sum())
+    return found * _FACTOR + int(words[whole.numel() * 8 :].long().sum())
 
 
 class Discovery:
-    """Host copies of everything that may be edited."""
+    """What every parameter was. Those that stood still in the edits before are compared more and more seldom: after
+    1, 2, 4, 8, … edits.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._candidates: Moved = {}
+        self._known: dict[str, _Known] = {}
+        self._edits = 0
+        located = (locate_readable(model, site) for site in all_sites(model).values())
+        sizes = {id(found[1]): found[1].numel() * found[1].element_size() for found in located if found is not None}
+        self._size = sum(sizes.values())
+        self._copies = shortage({torch.device("cpu"): self._size}) is None
         self.remember(model)
+
+    @property
+    def why_not_measured(self) -> str | None:
+        """Why the edit that shows what moves is not measured; None where it is."""
+        if self._copies:
+            return None
+        return f"there is no room for a copy of all parameters ({in_gb(self._size)}); name sites to have it measured"
 
     @staticmethod
     def unreadable(model: nn.Module) -> dict[str, str]:
@@ -31,23 +83,28 @@ class Discovery:
         return {f"{names[0]}{more[reason]}": reason for reason, names in found.items()}
 
     def remember(self, model: nn.Module) -> int:
-        """Copy the parameters that are not known yet, such as those of an adapter; returns how many there were."""
-        located = (locate(model, site) for site, _ in self._candidates.values())
+        """Keep the parameters that are not known yet, such as those of an adapter; returns how many there were."""
+        located = (locate(model, known.site) for known in self._known.values())
         held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
-        fresh: Moved = {}
+        fresh: dict[str, _Known] = {}
         for site in all_sites(model).values():
             found = locate_readable(model, site)
             if found is not None and id(found[1]) not in held:
-                fresh[site.name] = (site, found[1].detach().to("cpu", copy=True))
-        self._candidates |= fresh
+                weight = found[1].detach()
+                fresh[site.name] = _Known(site, weight.to("cpu", copy=True) if self._copies else checksum(weight))
+        self._known |= fresh
+        self._fresh = frozenset(fresh)
         return len(fresh)
 
     def moved(self, model: nn.Module) -> Moved:
-        """What differs from its copy now. Waits for an accelerator."""
+        """After an edit: what differs from what it was. Waits for an accelerator."""
+        self._edits += 1
+        is_due = self._edits & (self._edits - 1) == 0  # a power of two
         found: Moved = {}
-        for site, original in self._candidates.values():
-            located = locate_readable(model, site)
-            # In the live dtype: the user may have cast the model since.
-            if located is not None and not same_bits(located[1].detach().cpu(), original.to(located[1].dtype)):
-                found[site.name] = (site, original)
+        for name, known in self._known.items():
+            if not (is_due or name in self._fresh):
+                continue
+            located = locate_readable(model, known.site)
+            if located is not None and known.is_unlike(located[1].detach()):
+                found[name] = (known.site, known.was if isinstance(known.was, Tensor) else None)
         return found

@@ -394,9 +394,14 @@ class Rounds:
             news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
             self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model{news}")
             return
-        self._discovery = None
-        self._watch([site for site, _ in moved.values()], {name: original for name, (_, original) in moved.items()})
+        why, self._discovery = self._discovery.why_not_measured, None
+        originals = {name: original for name, (_, original) in moved.items() if original is not None}
+        self._watch([site for site, _ in moved.values()], originals)
         self._note("sites-discovered", f"edit {edit} moved {', '.join(moved)}; hooks are on them from the next edit on")
+        if why is not None:
+            self._note(
+                "skipped-site", f"what edit {edit} did to them is not measured, and drift counts from there: {why}"
+            )
 
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
