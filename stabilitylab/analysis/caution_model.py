@@ -333,7 +333,8 @@ def _massive(activations: Sequence[ActivationScan]) -> Iterator[Caution]:
     if held:
         worst = max(held, key=lambda each: each.largest or 0.0)
         token = "" if worst.token is None else f" (token {worst.token})"
-        more = f" So are {number(len(held) - 1)} other layers' largest." if len(held) > 1 else ""
+        others = len(held) - 1
+        more = f" {number(others)} other {'layers have' if others > 1 else 'layer has'} one too." if others else ""
         yield Caution(
             "massive-activation",
             "note",

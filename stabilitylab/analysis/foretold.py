@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from stabilitylab.analysis.caution import Caution
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Link
+
+
+_ENDS: Final = {"float16-limit": "dtype-overflow"}
+"""Two names for the end of a dtype's range: by growth that is named beside it, or by itself."""
 
 
 def foretold(cautions: Sequence[Caution], diagnosis: Diagnosis) -> tuple[tuple[Caution, Link | None], ...]:
@@ -38,12 +43,16 @@ def _links(diagnosis: Diagnosis) -> tuple[Link, ...]:
 
 
 def _its_link(caution: Caution, cautions: Sequence[Caution], links: Sequence[Link]) -> Link | None:
-    same = [link for link in links if caution.cause and link.cause == caution.cause]
+    same = [link for link in links if caution.cause and _end_of(link.cause) == _end_of(caution.cause)]
     here = [link for link in same if meet(caution.place, link.site)]
     if here or not same or not caution.place:
         return next(iter(here or same), None)
-    others = (each for each in cautions if each.cause == caution.cause)
+    others = (each for each in cautions if _end_of(each.cause) == _end_of(caution.cause))
     return None if any(meet(each.place, link.site) for each in others for link in same) else same[0]
+
+
+def _end_of(cause: str) -> str:
+    return _ENDS.get(cause, cause)
 
 
 def meet(place: str, site: str | None) -> bool:
