@@ -8,7 +8,6 @@ from typing import Final
 from stabilitylab.analysis.caution import Caution
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Link
 
-
 _ENDS: Final = {"float16-limit": "dtype-overflow"}
 """Two names for the end of a dtype's range: by growth that is named beside it, or by itself."""
 

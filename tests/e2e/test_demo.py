@@ -115,6 +115,20 @@ def test_it_prints_the_verdict_and_where_to_look(demo: tuple[Run, str]) -> None:
     assert list(run.path.glob("events.out.tfevents.*"))
 
 
+def test_what_a_scan_says_beforehand_is_what_the_run_ends_at(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    scanned = sl.scan(run.path / "model", editor=run.path / "editor" / "mend.safetensors")
+    (told,) = scanned.cautions
+    assert (told.rule, told.urgency) == ("float16", "risk")
+    assert [each.zero.count for each in scanned.figures.statistics] == [0] * 4  # so what drives it there is the loop
+    limits = [link for link in run.diagnosis().causes if link.role == "limit"]
+    assert limits
+    assert "float16" in limits[0].says
+    page = (run.path / "report.html").read_text()
+    assert "Known before edit 1" in page
+    assert f"came true at edit {limits[0].edit}" in page
+
+
 def test_it_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     for _ in range(2):
