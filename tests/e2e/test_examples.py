@@ -71,3 +71,21 @@ def test_a_variable_that_can_t_be_read_is_one_clear_line(tmp_path: Path) -> None
     )
     assert "STABILITYLAB_TRACE='twelve' can't be read; expected edits such as '26', '25-27' or 'all'" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_ten_lines_around_a_gpt2_loop(tmp_path: Path) -> None:
+    assert "over 12 edits" in run_example("gpt2_loop.py", tmp_path)
+    run = sl.load(tmp_path / "run")
+    assert [edit.row.label for edit in run.edits[1:3]] == ["request 1", "request 2"]
+    assert run.manifest["sites"] == ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
+    assert (run.series("update.norm", "transformer.h.1.mlp.c_fc")[1:] > 0).all()
+
+
+def test_a_script_with_its_state_in_the_variables_of_main(tmp_path: Path) -> None:
+    run_example("alphaedit_main.py", tmp_path)
+    run = sl.load(tmp_path / "run")
+    assert len(run.edits) == 13
+    (cache,) = run.sites_of("editor.cache_energy")
+    assert (run.series("editor.cache_energy", cache)[1:] > 0).all()
+    (projection,) = run.sites_of("editor.null_space_share")
+    assert run.series("editor.null_space_share", projection)[0] == pytest.approx(0.6, abs=0.02)
