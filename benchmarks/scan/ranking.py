@@ -43,7 +43,7 @@ from stabilitylab.editors.finetune import Finetune
 
 GOAL: Final = 0.7
 DRY: Final = 8
-MOST: Final = 150
+MOST: Final = 100
 """Edits of a stream; a layer that survives them all is given this number."""
 STREAMS: Final = (1, 2)
 _SHARE: Final = 0.5
@@ -121,13 +121,15 @@ class Layer:
         return math.exp(fmean(map(math.log, self.edits)))
 
 
-def measure(model: Decoder, maker: Maker, number: int) -> Layer:
-    """Predict and measure one layer."""
+def measure(model: Decoder, maker: Maker, number: int) -> Layer | None:
+    """Predict and measure one layer; None where no edit moves it: what the last layer says at a subject is not read."""
     site = down(number)
     everything = requests(MOST + DRY)
     tried = copy.deepcopy(model)
     updates = dry_updates(tried, maker(tried, number), everything[MOST:], sites=site)
     ((key, each),) = updates.items()
+    if not each:
+        return None
     weight = weights_of(model, [site])[site].detach()
     return Layer(
         site,
@@ -185,7 +187,8 @@ def run(norms: Sequence[Norm], seeds: int, depth: int, tell: Callable[[str], Non
         for norm in norms:
             model = decoder(Settings(norm=norm, layers=depth, seed=seed))
             for name, maker in EDITORS.items():
-                layers = [measure(model, maker, number) for number in range(depth)]
+                measured = [measure(model, maker, number) for number in range(depth)]
+                layers = [layer for layer in measured if layer is not None]
                 rows.append({"norm": norm, "seed": seed, "editor": name, **summary(layers)})
                 tell(json.dumps(json_safe(rows[-1])))
                 rows[-1]["layers"] = [asdict(layer) for layer in layers]
