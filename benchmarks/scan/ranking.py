@@ -5,8 +5,8 @@
 Decoders of several layers (`benchmarks.wild.decoder`), two norms and some seeds. For each MLP's second matrix: its
 capacity, from dry edits of eight requests, and *edits to loss*: other requests edited one on top of the other at that
 matrix alone, until the canary is `KL_COLLAPSED` nats from what it was; the geometric mean of two streams. Between the
-two Spearman's rank correlation over the layers, for three editors: a gradient step of fixed norm, Adam on one edit
-until it is learned, and a rank-one update at the subject.
+two Spearman's rank correlation over the layers, and the share of pairs that are in the same order, for three editors: a
+gradient step of fixed norm, Adam on one edit until it is learned, and a rank-one update at the subject.
 
 Beside the capacity along single updates: along the sum of all dry updates; by size alone, ‖W‖ / ‖Δ‖, without a canary;
 and the two streams' agreement with one another, above which no prediction can be expected.
@@ -43,11 +43,11 @@ from stabilitylab.editors.finetune import Finetune
 
 GOAL: Final = 0.7
 DRY: Final = 8
-MOST: Final = 150
+MOST: Final = 100
 """Edits of a stream; a layer that survives them all is given this number."""
 STREAMS: Final = (1, 2)
-_SHARE: Final = 0.5
-"""Norm of a gradient step, of the layer's own."""
+_SHARE: Final = 1.0
+"""Norm of a gradient step, of the layer's own: with half of it most layers survive their streams."""
 _RIDGE: Final = 1e-2
 
 Apply = Callable[[nn.Module, Any], object]
@@ -121,13 +121,15 @@ class Layer:
         return math.exp(fmean(map(math.log, self.edits)))
 
 
-def measure(model: Decoder, maker: Maker, number: int) -> Layer:
-    """Predict and measure one layer."""
+def measure(model: Decoder, maker: Maker, number: int) -> Layer | None:
+    """Predict and measure one layer; None where no edit moves it: what the last layer says at a subject is not read."""
     site = down(number)
     everything = requests(MOST + DRY)
     tried = copy.deepcopy(model)
     updates = dry_updates(tried, maker(tried, number), everything[MOST:], sites=site)
     ((key, each),) = updates.items()
+    if not each:
+        return None
     weight = weights_of(model, [site])[site].detach()
     return Layer(
         site,
@@ -165,11 +167,23 @@ def _rho(one: Sequence[float], other: Sequence[float]) -> float:
     return float(spearmanr(one, other).statistic)
 
 
+def concordance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the pairs that differ in `other`, the share that `one` puts in the same order; ties in `one` count half.
+
+    Harrell's C (1982), for values that were cut off: layers that all survived don't lower it, as they do Spearman's ρ.
+    NaN where no pair differs.
+    """
+    pairs = [(a, b) for a in range(len(one)) for b in range(len(one)) if other[a] < other[b]]
+    right = sum(1.0 if one[a] < one[b] else 0.5 if one[a] == one[b] else 0.0 for a, b in pairs)
+    return right / len(pairs) if pairs else math.nan
+
+
 def summary(layers: Sequence[Layer]) -> dict[str, float]:
     """Rank correlations with the edits that were taken."""
     taken = [layer.taken for layer in layers]
     return {
         "capacity": _rho([layer.capacity for layer in layers], taken),
+        "concordance": concordance([layer.capacity for layer in layers], taken),
         "along_sum": _rho([layer.along_sum for layer in layers], taken),
         "by_size": _rho([layer.by_size for layer in layers], taken),
         "streams": _rho(*([layer.edits[n] for layer in layers] for n in range(len(STREAMS)))),
@@ -185,7 +199,8 @@ def run(norms: Sequence[Norm], seeds: int, depth: int, tell: Callable[[str], Non
         for norm in norms:
             model = decoder(Settings(norm=norm, layers=depth, seed=seed))
             for name, maker in EDITORS.items():
-                layers = [measure(model, maker, number) for number in range(depth)]
+                measured = [measure(model, maker, number) for number in range(depth)]
+                layers = [layer for layer in measured if layer is not None]
                 rows.append({"norm": norm, "seed": seed, "editor": name, **summary(layers)})
                 tell(json.dumps(json_safe(rows[-1])))
                 rows[-1]["layers"] = [asdict(layer) for layer in layers]
@@ -194,7 +209,7 @@ def run(norms: Sequence[Norm], seeds: int, depth: int, tell: Callable[[str], Non
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line for each model and editor, and the medians."""
-    measured = ("capacity", "along_sum", "by_size", "streams", "least_edits", "survived")
+    measured = ("capacity", "concordance", "along_sum", "by_size", "streams", "least_edits", "survived")
     found = Table(title="Spearman's ρ with edits to loss", title_justify="left")
     for name in ("model", "editor", *measured):
         found.add_column(name, justify="left" if name in {"model", "editor"} else "right")

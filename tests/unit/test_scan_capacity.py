@@ -95,12 +95,12 @@ def test_twice_the_update_is_half_the_steps() -> None:
     assert two.update_norm == pytest.approx(2 * one.update_norm)
 
 
-def test_at_most_four_updates_are_tried_the_first_and_the_last_among_them() -> None:
+def test_at_most_eight_updates_are_tried_the_first_and_the_last_among_them() -> None:
     model = Small()
-    everything = noise(model, "first", 9)
+    everything = noise(model, "first", 12)
     found = tried(model, "first", everything)
-    assert found.updates == 4
-    ends = [tried(model, "first", [everything[n]]).steps for n in (0, 8)]
+    assert found.updates == 8
+    ends = [tried(model, "first", [everything[n]]).steps for n in (0, 11)]
     assert found.low <= min(ends) * 2**0.125
     assert found.high >= max(ends) / 2**0.125
     assert found.low <= found.steps <= found.high
