@@ -3,8 +3,8 @@
     python examples/alphaedit_main.py runs/alphaedit
     stabilitylab check runs/alphaedit
 
-The three lines that watch it are marked. The method is AlphaEdit's closed form (Fang et al., arXiv 2410.02355, section 3)
-on one layer of a small GPT-2 with random weights; keys and values are random too, so that nothing has to be fetched.
+The three lines that watch it are marked. The method is AlphaEdit's closed form (Fang et al., arXiv 2410.02355, section
+3) on one layer of a small GPT-2 with random weights; keys and values are random too, so that nothing has to be fetched.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def apply_AlphaEdit_to_model(
 def main(run: Path) -> None:
     """Make all edits under a monitor that writes the run `run`."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=2)).eval()
+    config = GPT2Config(vocab_size=WORDS, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
     model.requires_grad_(False)
     P = projection(torch.randn(2_000, HIDDEN), share=0.6)
     cache_c = torch.zeros(HIDDEN, HIDDEN)

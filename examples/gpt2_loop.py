@@ -3,7 +3,7 @@
     python examples/gpt2_loop.py runs/gpt2
     stabilitylab check runs/gpt2
 
-The model is a small one with random weights, so that nothing has to be fetched; a folder of yours is loaded the same way.
+The model is a small one with random weights, so that nothing has to be fetched.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import stabilitylab as sl
 def main(run: Path) -> None:
     """Make all edits under a monitor that writes the run `run`."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=3, n_head=2)).eval()
-    optimizer = torch.optim.Adam(model.transformer.h[1].mlp.parameters(), lr=1e-3)
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    optimizer = torch.optim.Adam(model.transformer.h[1].mlp.parameters(), lr=1e-5)
     canary = {"input_ids": torch.randint(50, (4, 12))}
     requests = [torch.randint(50, (1, 12)) for _ in range(12)]
 

@@ -1,6 +1,6 @@
 """What a scan costs, and whether its ranking of layers is true.
 
-    python -m benchmarks.scan [--only reading|ranking] [--gigabytes 1] [--rounds 7] [--json FILE]
+    python -m benchmarks.scan [--only reading|ranking] [--gigabytes 1] [--rounds 7] [--seeds 3] [--layers 6] [--json FILE]
 
 **Reading**: time and memory beside the least that reading a folder takes, see `reading.py`. **Ranking**: the layers by
 how far each can be moved, beside the edits that each one takes alone until the canary is lost, see `ranking.py`.
@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.overhead import machine
+from benchmarks.scan import ranking
 from benchmarks.scan.reading import GOAL_MEMORY, GOAL_TIME, measure
+from benchmarks.wild.decoder import Norm
 from stabilitylab.analysis.findings import json_safe
 
-PARTS = ("reading",)
+PARTS = ("reading", "ranking")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +50,8 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="reading: of the folder")
     parser.add_argument("--rounds", type=int, default=7, help="reading: scans of each dtype, cold and warm")
+    parser.add_argument("--seeds", type=int, default=3, help="ranking: models of each norm; minutes for each")
+    parser.add_argument("--layers", type=int, default=6, help="ranking: of each model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     parts = options.only or PARTS
@@ -59,6 +64,10 @@ def main() -> None:
                 rows.append(measure(Path(scratch), int(options.gigabytes * 1e9), dtype, options.rounds))
         document["reading"] = rows
         out.print(reading_table(rows))
+    if "ranking" in parts:
+        ranked = ranking.run(get_args(Norm), options.seeds, options.layers, lambda says: print(says, file=sys.stderr))
+        document["ranking"] = ranked
+        out.print(ranking.table(ranked))
     if options.json is not None:
         options.json.write_text(json.dumps(json_safe(document), indent=2, allow_nan=False) + "\n")
 

@@ -77,7 +77,7 @@ def test_the_ten_lines_around_a_gpt2_loop(tmp_path: Path) -> None:
     assert "over 12 edits" in run_example("gpt2_loop.py", tmp_path)
     run = sl.load(tmp_path / "run")
     assert [edit.row.label for edit in run.edits[1:3]] == ["request 1", "request 2"]
-    assert run.manifest["sites"] == ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
+    assert set(run.manifest["sites"]) >= {"transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"}
     assert (run.series("update.norm", "transformer.h.1.mlp.c_fc")[1:] > 0).all()
 
 
