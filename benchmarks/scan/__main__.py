@@ -1,6 +1,6 @@
 """What a scan costs, and whether its ranking of layers is true.
 
-    python -m benchmarks.scan [--only reading|ranking] [--gigabytes 1] [--rounds 7] [--seeds 3] [--layers 6] [--json FILE]
+    python -m benchmarks.scan [--only reading|ranking] [--gigabytes 1] [--rounds 7] [--seeds 3] [--layers 6] [--json F]
 
 **Reading**: time and memory beside the least that reading a folder takes, see `reading.py`. **Ranking**: the layers by
 how far each can be moved, beside the edits that each one takes alone until the canary is lost, see `ranking.py`.
