@@ -93,4 +93,4 @@ def limit(value: float) -> str:
 
 def percent(share: float | None) -> str:
     """A share of time: ``2.1 %``; a dash for None."""
-    return number(share) if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
+    return number(share) if share is None or not math.isfinite(100 * share) else f"{100 * share:.1f} %"

@@ -91,7 +91,7 @@ class TestPage:
             "unit 17, row 0, position 0, token 2",
             "1: 17 (41)",  # the outlier row, 41 times the median
             "255 of 256",
-            "1.2e-4, 9.4e-5, −3.1e-5, 1.1e-4",
+            "1.2e−4, 9.4e−5, −3.1e−5, 1.1e−4",
             "optimizer.pt a pickle: say --pickle to read it",
         ):
             assert words in text, words
