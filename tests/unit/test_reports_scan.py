@@ -103,6 +103,13 @@ class TestPage:
         moved = text[text.index("until the canary is lost") : text.index("The largest activation of each layer")]
         assert re.findall(r"layers\.(\d)\.fc2", moved) == ["2", "1", "0", "3"]
 
+    @pytest.mark.parametrize("which", EVERY)
+    def test_it_says_what_a_scan_can_t_know(self, which: str) -> None:
+        scan, cautioned = EVERY[which]()
+        text = Page(page(scan, cautioned)).text
+        assert "whether edits feed on one another" in text
+        assert ("Nothing is known here of activations" in text) == (not scan.activations)
+
     def test_sort_keys_are_the_numbers_of_the_cells(self) -> None:
         text = page(*dying())
         assert 'data-key="18820">18,820<' in text
