@@ -8,7 +8,7 @@ is below 1e-4. ``NOT_SYMMETRIC``: likewise of sums of k kᵀ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from stabilitylab.analysis.caution import Caution
@@ -20,8 +20,9 @@ FEW: Final = 10
 NO_PROJECTION: Final = 1e-2
 NOT_SYMMETRIC: Final = 1e-3
 _NAMED: Final = 4
-_LEARNING: Final = ("UltraEdit", "RLEdit")
-"""Editors whose normaliser is empty before the first edit, and learns in each."""
+_LEARNING: Final = ("ultraedit", "rledit")
+"""How the names of editors begin, or of their classes, whose normaliser is empty before the first edit, and learns in
+each."""
 
 
 def cautions(scan: Scan) -> Iterator[Caution]:
@@ -36,7 +37,10 @@ def cautions(scan: Scan) -> Iterator[Caution]:
     for rates in scan.rates:
         yield from _rates(rates)
     for moment in scan.moments:
-        yield from _projection(moment) if moment.what == "projection" else _moment(moment)
+        if moment.what != "cache":
+            yield from _projection(moment) if moment.what == "projection" else _moment(moment)
+    yield from _caches([moment for moment in scan.moments if moment.what == "cache"])
+    yield from _hypernetwork(scan.editor_nonfinite)
 
 
 def _place(statistics: StatisticsScan) -> str:
@@ -112,7 +116,7 @@ def _spreads(found: StatisticsScan) -> Iterator[Caution]:
             "fatal",
             place,
             f"{_units(found.zero).capitalize()} of {place} {has} zero spread in {of}: {its} first non-zero value is"
-            f" divided by {number(found.guard)}.",
+            f" divided by {number(found.guard)}.{_rounded(found)}",
             "Floor the spreads, at a hundredth of the median one say, or gather the statistics on more text.",
             "normaliser-zero-std",
         )
@@ -131,8 +135,13 @@ def _spreads(found: StatisticsScan) -> Iterator[Caution]:
         )
 
 
+def _rounded(found: StatisticsScan) -> str:
+    small = "6e-8 is rounded to 0: look at what they were saved from"
+    return f" They are kept in float16, where less than {small}." if found.dtype == "float16" else ""
+
+
 def _empty(found: StatisticsScan, place: str) -> Caution:
-    if found.editor in _LEARNING:
+    if found.editor.lower().startswith(_LEARNING):
         return Caution(
             "normaliser-empty",
             "note",
@@ -175,6 +184,46 @@ def _rates(found: RatesScan) -> Iterator[Caution]:
             " edits there do nothing, or the opposite.",
             "Train the editor longer, or leave these layers out.",
             "weights-unchanged",
+        )
+
+
+def _hypernetwork(nonfinite: Mapping[str, int]) -> Iterator[Caution]:
+    if nonfinite:
+        first = next(iter(nonfinite))
+        yield Caution(
+            "hypernetwork-nan",
+            "fatal",
+            first,
+            f"{number(sum(nonfinite.values()))} entries of the editor's own tensors are not finite, in"
+            f" {listed_names(tuple(nonfinite)[:_NAMED], len(nonfinite))}: what it writes is NaN.",
+            "Train the editor anew, or take an earlier archive.",
+            "broken-before",
+        )
+
+
+def _caches(found: Sequence[MomentScan]) -> Iterator[Caution]:
+    """AlphaEdit's sums over the keys that were edited."""
+    bad = [cache.name for cache in found if cache.nonfinite]
+    used = [cache.name for cache in found if not cache.nonfinite and cache.zero_rows.count < cache.size]
+    if bad:
+        yield Caution(
+            "cache-nan",
+            "fatal",
+            bad[0],
+            f"The cache of edited keys is not finite in {listed_names(tuple(bad[:_NAMED]), len(bad))}: each solve with"
+            " it gives NaN.",
+            "Set AlphaEdit's cache_c to zeros before the run.",
+            "singular-solve",
+        )
+    if used:
+        yield Caution(
+            "cache-not-empty",
+            "note",
+            used[0],
+            f"The cache of edited keys holds keys of earlier edits already "
+            f" ({listed_names(tuple(used[:_NAMED]), len(used))}): updates are held away from them.",
+            "Set AlphaEdit's cache_c to zeros before the run, unless it goes on from those edits on purpose.",
+            "cache-leaked",
         )
 
 

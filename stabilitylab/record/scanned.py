@@ -81,6 +81,8 @@ class TensorScan:
     """Whether it is one that is going to be edited."""
     is_buffer: bool = False
     """Whether it is no parameter, as far as that is known."""
+    inputs_first: bool = False
+    """Whether it is a layer's matrix that is kept as [inputs, outputs]."""
 
     @property
     def size(self) -> int:
@@ -140,7 +142,8 @@ class StatisticsScan:
     kind: ``u`` (a layer's inputs), ``v`` (gradients at its output), or empty for both in one. layers: those of the
     model that it serves, as far as that is known. rows: how many it was made from; None where it keeps no count.
     guard: what is added to a spread before it divides. typical: the median spread. zero, nan, tiny: units whose spread
-    is 0, is not finite, or is many times below the median one; their values are the spreads.
+    is 0, is not finite, or is many times below the median one; their values are the spreads. dtype: in which they are
+    kept.
     """
 
     editor: str
@@ -155,6 +158,7 @@ class StatisticsScan:
     tiny: Some = Some()
     nan_means: int = 0
     layers: tuple[str, ...] = ()
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,13 @@ class RatesScan:
 
 @dataclass(frozen=True)
 class MomentScan:
-    """Second moments C of the keys of one layer, or a projection that was made of them.
+    """Second moments C of the keys of one layer, a projection that was made of them, or the sum over edited keys.
 
-    what: ``moments`` or ``projection``. tokens: that it was made from; None where no count is kept. rank: singular
-    values above the largest · size · eps of its dtype. condition: largest by smallest eigenvalue, ∞ where that is 0 or
-    below. smallest, largest: eigenvalues. zero_rows: inputs that were never anything but 0. asymmetry: ‖C − Cᵀ‖ / ‖C‖.
-    idempotence: of a projection, ‖P² − P‖ / ‖P‖. layer: that of the model which it is of, where its name tells.
+    what: ``moments``, ``projection`` or ``cache``. tokens: that it was made from; None where no count is kept. rank:
+    singular values above the largest · size · eps of its dtype. condition: largest by smallest eigenvalue, ∞ where
+    that is 0 or below. smallest, largest: eigenvalues. zero_rows: inputs that were never anything but 0. asymmetry:
+    ‖C − Cᵀ‖ / ‖C‖. idempotence: of a projection, ‖P² − P‖ / ‖P‖. layer: that of the model which it is of, where its
+    name tells.
     """
 
     what: str
@@ -244,6 +249,7 @@ class Scan:
 
     model: its folder, or its class. kind: ``folder`` or ``live``. skipped: what could not be read, with the reason.
     bytes: of the tensors that were read. lost_nats: the mean KL at which `capacities` take a canary for lost.
+    editor_nonfinite: entries that are not finite in the tensors of an editor that no other figure is of, by tensor.
     """
 
     model: str
@@ -264,6 +270,7 @@ class Scan:
     bytes: int = 0
     seconds: float = 0.0
     lost_nats: float | None = None
+    editor_nonfinite: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self, *, brief: bool = False) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.

@@ -26,7 +26,7 @@ DOWNS = "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
 
 def mend() -> State:
     """As the authors and EasyEdit save it: one normaliser for layers of one shape, named by that shape."""
-    name = f"mend.({WIDTH}, {HIDDEN})"
+    name = f"mend.({HIDDEN}, {WIDTH})"  # (inputs, outputs)
     return {
         "edit_lrs": torch.full((5,), 1e-4),
         f"{name}.u_mean": torch.zeros(HIDDEN),
@@ -50,7 +50,7 @@ def running(prefix: str = "", units: int = HIDDEN + WIDTH) -> State:
 
 
 def malmen() -> State:
-    name = f"({WIDTH}, {HIDDEN})"
+    name = f"({HIDDEN}, {WIDTH})"  # (inputs, outputs)
     return running(f"{name}.normalizer") | {
         f"{name}.lr.weight": torch.ones(5, 1),
         f"{name}.lamda.weight": torch.ones(5, 1),
@@ -242,7 +242,7 @@ def test_a_live_editor_is_looked_at_as_its_file_is() -> None:
     found = sl.scan(model, "0", editor=editor)
     assert {each.kind for each in found.figures.statistics} == {"u", "v"}
     keeps = SimpleNamespace(P=torch.eye(6)[None], cache_c=torch.zeros(1, 6, 6), COV_CACHE={("m", "0"): positive(6)})
-    assert {each.what for each in sl.scan(model, editor=keeps).figures.moments} == {"moments", "projection"}
+    assert {each.what for each in sl.scan(model, editor=keeps).figures.moments} == {"moments", "projection", "cache"}
 
 
 class Config:

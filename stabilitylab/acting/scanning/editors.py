@@ -3,10 +3,10 @@
 | editor | known by |
 |---|---|
 | MEND, its authors' and EasyEdit's | ``….u_mean``, ``….u_std``, ``….v_mean``, ``….v_std``, ``….k``; ``edit_lrs`` |
-| MALMEN | ``….n``, ``….mean``, ``….var``, ``….std``; ``….lr.weight`` beside ``….lamda.weight`` |
-| UltraEdit, RLEdit | ``….n``, ``….mean``, ``….var``, ``….std`` |
+| MALMEN, RLEdit | ``….n``, ``….mean``, ``….var``, ``….std``; ``….lr.weight`` beside ``….lamda.weight`` |
+| UltraEdit | ``….n``, ``….mean``, ``….var``, ``….std`` |
 | ROME, MEMIT | ``mom2.mom2`` with ``mom2.count``, as their ``.npz`` files have it; ``….moment`` of this package |
-| AlphaEdit | square matrices, one or one per layer, that are projections or are called so |
+| AlphaEdit | square matrices, one or one per layer, called a projection, ``P`` or ``cache_c``; or alone in a file |
 """
 
 from __future__ import annotations
@@ -14,40 +14,50 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from stabilitylab.acting.scanning.archives import Archive
+from stabilitylab.acting.scanning.moments import idempotence, measure_cache, measure_moments, measure_projection
+from stabilitylab.acting.scanning.statistics import measure_statistics, served, shape_in, shape_of, words_of
 from stabilitylab.errors import UsageError
-from stabilitylab.record.scanned import LISTED, MomentScan, RatesScan, Some, StatisticsScan, TensorScan
+from stabilitylab.record.scanned import MomentScan, RatesScan, StatisticsScan, TensorScan
 from stabilitylab.watching import editor_parts as parts
 
-TINY: Final = 1e-3
-"""Of the median spread: a unit with less turns an input of the usual size into one of a thousand, which no hypernetwork
-was trained on."""
-WIDEST: Final = 8192
-"""The widest matrix whose eigenvalues are formed: minutes on a CPU, and the time grows with the cube."""
 _MEND: Final = ("u_mean", "u_std", "v_mean", "v_std")
 _RUNNING: Final = ("n", "mean", "var", "std")
 _COUNTS: Final = ("k", "rows")
-_PROJECTION: Final = ("project", "null_space", "P")
+_SUMS: Final = ("u_s", "v_s")
+"""What MEND forms its spreads of: NaN until the first row, and not used in an edit."""
+_PROJECTION: Final = re.compile(r"(^|[._])(P|project\w*|null_space\w*)([._]|$)")
+_CACHE: Final = re.compile(r"(^|[._])cache_c([._]|$)")
+_ALIKE: Final = 1e-2
+"""‖P² − P‖ / ‖P‖ up to which a matrix without a name is taken for a projection."""
 _MATRIX: Final = 2  # dimensions
 _KNOWN: Final = "MEND, MALMEN, UltraEdit, second moments of ROME or MEMIT, projections of AlphaEdit"
 
 
 @dataclass(frozen=True)
 class EditorScan:
-    """What was found of an editor."""
+    """What was found of an editor. nonfinite: entries of its other tensors that are not, by tensor."""
 
     statistics: tuple[StatisticsScan, ...] = ()
     rates: tuple[RatesScan, ...] = ()
     moments: tuple[MomentScan, ...] = ()
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.statistics or self.rates or self.moments)
+
+
+@dataclass(frozen=True)
+class _Normaliser:
+    editor: str
+    name: str
+    statistics: tuple[parts.Statistics, ...]
 
 
 @torch.no_grad()
@@ -58,43 +68,66 @@ def scan_archive(archive: Archive, tensors: Sequence[TensorScan] = ()) -> Editor
         UsageError: nothing in it is known, or it is of layers that the model lacks.
     """
     held = archive.tensors
-    statistics = (*_mend(held, tensors), *_running(held, tensors))
+    normalisers = (*_mend(held), *_running(held))
     moments = tuple(_moments(archive))
     rates = tuple(_rates(held))
-    if not (statistics or moments or rates):
+    if not (normalisers or moments or rates):
         first = ", ".join(list(held)[:3]) or "no tensor"
         raise UsageError(f"{archive.file} holds the state of no editor that is known ({first}); expected {_KNOWN}")
     if tensors:
-        stray = next((each for each in statistics if not each.layers), None)
-        if stray is not None:
-            raise UsageError(
-                f"{archive.file} is of another model: its statistics {stray.name} are of {stray.units} units, and no"
-                " layer of the model has as many"
-            )
-    return EditorScan(statistics, rates, moments)
+        _of_this_model(archive, normalisers, moments, tensors)
+    statistics = tuple(
+        measured
+        for each in normalisers
+        for measured in measure_statistics(each.editor, each.name, each.statistics, tensors)
+    )
+    return EditorScan(statistics, rates, moments, _nonfinite(held, normalisers, rates))
 
 
 @torch.no_grad()
 def scan_editor(editor: object, tensors: Sequence[TensorScan] = ()) -> EditorScan:
     """What a live editor holds, found as the probes find it."""
     name = type(editor).__name__
-    statistics = [
-        _statistics(name, each, kind.kind, (kind.mean, kind.std), kind.rows, kind.guard, tensors)
+    statistics = tuple(
+        measured
         for each, normaliser in parts.find_normalisers(editor).items()
-        for kind in normaliser.statistics
-    ]
-    rates = [
+        for measured in measure_statistics(name, each, normaliser.statistics, tensors)
+    )
+    rates = tuple(
         RatesScan(name, each or "edit_lrs", tuple(values.double().tolist()))
         for each, values in parts.find_learning_rates(editor).items()
-    ]
-    moments = [
-        *(_moment(each, matrix, None) for each, matrix in parts.find_covariances(editor).items()),
-        *(_projection(each, matrix) for each, matrix in parts.find_projections(editor).items()),
-    ]
-    return EditorScan(tuple(statistics), tuple(rates), tuple(moments))
+    )
+    moments = (
+        *(measure_moments(each, matrix, None) for each, matrix in parts.find_covariances(editor).items()),
+        *(measure_projection(each, matrix) for each, matrix in parts.find_projections(editor).items()),
+        *(measure_cache(each, matrix) for each, matrix in parts.find_key_caches(editor).items()),
+    )
+    return EditorScan(statistics, rates, moments)
 
 
-# -- what is normalised with --------------------------------------------------------------------------------------
+def _of_this_model(
+    archive: Archive,
+    normalisers: Sequence[_Normaliser],
+    moments: Sequence[MomentScan],
+    tensors: Sequence[TensorScan],
+) -> None:
+    for each in normalisers:
+        shape = shape_of(each.statistics)
+        if not served(each.name, shape, tensors):
+            raise UsageError(
+                f"{archive.file} is of another model: {each.name or each.editor} is of layers of {words_of(shape)}; the"
+                " model has none"
+            )
+    # Either end, since which of the two a file keeps first is not always known.
+    ends = {end for tensor in tensors if len(tensor.shape) == _MATRIX for end in tensor.shape}
+    stray = next((moment for moment in moments if moment.size not in ends), None)
+    if stray is not None:
+        raise UsageError(
+            f"{archive.file} is of another model: {stray.name} is of layers of {stray.size} inputs; the model has none"
+        )
+
+
+# -- recognised by name -------------------------------------------------------------------------------------------
 
 
 _State = Mapping[str, Tensor]
@@ -109,84 +142,34 @@ def _with_all(names: Collection[str], leaves: Sequence[str]) -> Iterator[str]:
             yield dot
 
 
-def _mend(state: _State, tensors: Sequence[TensorScan]) -> Iterator[StatisticsScan]:
+def _mend(state: _State) -> Iterator[_Normaliser]:
     for dot in _with_all(state, _MEND):
         rows = next((state[f"{dot}{name}"] for name in _COUNTS if f"{dot}{name}" in state), None)
-        for kind in "uv":
-            pair = (state[f"{dot}{kind}_mean"], state[f"{dot}{kind}_std"])
-            yield _statistics("MEND", dot.rstrip("."), kind, pair, rows, parts.MEND_GUARD, tensors)
+        statistics = tuple(
+            parts.Statistics(
+                kind, state[f"{dot}{kind}_mean"], state[f"{dot}{kind}_std"], place, 0, parts.MEND_GUARD, rows, False
+            )
+            for place, kind in enumerate("uv")
+        )
+        yield _Normaliser("MEND", dot.rstrip("."), statistics)
 
 
-def _running(state: _State, tensors: Sequence[TensorScan]) -> Iterator[StatisticsScan]:
+def _running(state: _State) -> Iterator[_Normaliser]:
     for dot in _with_all(state, _RUNNING):
-        owner = dot.rstrip(".").rpartition(".")[0]
-        editor = "MALMEN" if any(name.startswith(f"{owner}.l") and "lamda" in name for name in state) else "UltraEdit"
+        name = dot.rstrip(".")
+        owner = name.rpartition(".")[0]
+        editor = "MALMEN" if f"{owner}.lamda.weight" in state else "UltraEdit"
         mean, std = state[f"{dot}mean"].reshape(-1), state[f"{dot}std"].reshape(-1)
-        guard = torch.finfo(std.dtype).eps if std.is_floating_point() else 0.0
-        keys = _keys_of(owner, std.numel())
-        spans = {"u": slice(0, keys), "v": slice(keys, None)} if keys else {"": slice(None)}
-        for kind, span in spans.items():
-            yield _statistics(editor, dot.rstrip("."), kind, (mean[span], std[span]), state[f"{dot}n"], guard, tensors)
-
-
-def _keys_of(owner: str, units: int) -> int | None:
-    """How many of the units are a layer's inputs, where the name tells its shape: ``64x256``, ``(64, 256)``."""
-    found = re.search(r"(\d+)\s*[x,]\s*(\d+)", owner)
-    if found is None or int(found[1]) + int(found[2]) != units:
-        return None
-    return int(found[2])
-
-
-def _statistics(
-    editor: str,
-    name: str,
-    kind: str,
-    pair: tuple[Tensor, Tensor],
-    rows: Tensor | None,
-    guard: float,
-    tensors: Sequence[TensorScan],
-) -> StatisticsScan:
-    mean, std = (each.detach().double().reshape(-1).cpu() for each in pair)
-    finite = torch.isfinite(std)
-    spread = std[finite & (std > 0)]
-    typical = float(spread.median()) if spread.numel() else None
-    tiny = finite & (std > 0) & (std < TINY * (typical or 0.0))
-    return StatisticsScan(
-        editor=editor,
-        name=name,
-        kind=kind,
-        units=std.numel(),
-        rows=float(rows.reshape(-1)[0]) if rows is not None and rows.numel() == 1 else None,
-        guard=guard,
-        typical=typical,
-        zero=_some(finite & (std <= 0), std),
-        nan=_some(~finite, std),
-        tiny=_some(tiny, std),
-        nan_means=int((~torch.isfinite(mean)).sum()),
-        layers=tuple(_served(name, kind, std.numel(), tensors)),
-    )
-
-
-def _some(which: Tensor, values: Tensor) -> Some:
-    found = which.nonzero().flatten()
-    first = found[:LISTED].tolist()
-    return Some(found.numel(), tuple(first), tuple(float(values[each]) for each in first))
-
-
-def _served(name: str, kind: str, units: int, tensors: Sequence[TensorScan]) -> Iterator[str]:
-    """The layers of the model that have so many inputs (or outputs); of those that are edited, where that is known.
-
-    One that is named by its layer's shape is of such layers alone.
-    """
-    matrices = [tensor for tensor in tensors if len(tensor.shape) == _MATRIX and not tensor.is_buffer]
-    sites = [tensor for tensor in matrices if tensor.is_site] or matrices
-    shape = re.search(r"(\d+)\s*[x,]\s*(\d+)", name)
-    for tensor in sites:
-        outputs, inputs = tensor.shape
-        fits = {"u": {inputs}, "v": {outputs}}.get(kind, {inputs, outputs, inputs + outputs})
-        named = shape is None or sorted(map(int, shape.groups())) == sorted(tensor.shape)
-        if units in fits and named:
-            yield tensor.layer
+        shape = shape_in(name)
+        keys = shape[0] if shape is not None and sum(shape) == std.numel() else None
+        spans = {"": slice(None)} if keys is None else {"u": slice(0, keys), "v": slice(keys, None)}
+        # All of these form what enters in float32, and add its machine epsilon, whatever the file is kept in.
+        guard = torch.finfo(torch.float32).eps
+        statistics = tuple(
+            parts.Statistics(kind, mean[span], std[span], 0, span.start or 0, guard, state[f"{dot}n"], True)
+            for kind, span in spans.items()
+        )
+        yield _Normaliser(editor, name, statistics)
 
 
 def _rates(state: _State) -> Iterator[RatesScan]:
@@ -198,73 +181,64 @@ def _rates(state: _State) -> Iterator[RatesScan]:
             yield RatesScan("MALMEN", name, tuple(tensor.detach().double().reshape(-1).tolist()))
 
 
-# -- what is inverted ---------------------------------------------------------------------------------------------
+def _nonfinite(state: _State, normalisers: Sequence[_Normaliser], rates: Sequence[RatesScan]) -> dict[str, int]:
+    """Of a hypernetwork, what no other figure is of: its weights, and MALMEN's λ."""
+    if not normalisers:
+        return {}
+    leaves = (*_MEND, *_RUNNING, *_COUNTS, *_SUMS)
+    known = {each.name for each in rates}
+    known |= {f"{each.name}.{leaf}".lstrip(".") for each in normalisers for leaf in leaves}
+    counts = {
+        name: int((~torch.isfinite(tensor)).sum())
+        for name, tensor in state.items()
+        if name not in known and tensor.is_floating_point()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _moments(archive: Archive) -> Iterator[MomentScan]:
     held = archive.tensors
     tokens = archive.about.get("tokens")
     for name, tensor in held.items():
+        if tensor.dim() < _MATRIX or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] <= 1:
+            continue
         if name.endswith("mom2.mom2"):
             count = held.get(name.removesuffix("mom2.mom2") + "mom2.count")
             seen = None if count is None or count.numel() != 1 else float(count)
-            layer = re.split(r"_(?:float|mom2)", archive.file.stem)[0] if archive.file.suffix == ".npz" else ""
-            yield _moment(layer or name, tensor / seen if seen else tensor, seen, layer)
-        elif name.endswith(".moment") and tokens is not None:
+            layer = _layer_in(archive.file.stem) if archive.file.suffix == ".npz" else ""
+            yield measure_moments(layer or name, tensor / seen if seen else tensor, seen, layer)
+        elif name.endswith(".moment") and tokens is not None and _is_number(tokens):
             layer = name.removesuffix(".moment")
-            yield _moment(layer, tensor, float(tokens), layer)
-        elif tensor.dim() in (_MATRIX, _MATRIX + 1) and tensor.shape[-1] == tensor.shape[-2] > 1:
-            called = f"{archive.file.stem}.{name}"
-            if any(word in called for word in _PROJECTION[:-1]) or name.rpartition(".")[2] == _PROJECTION[-1]:
-                layers = tensor.reshape(-1, *tensor.shape[-2:])
-                for number, matrix in enumerate(layers):
-                    suffix = f".{number}" if len(layers) > 1 else ""
-                    yield _projection(f"{name or archive.file.stem}{suffix}", matrix)
+            yield measure_moments(layer, tensor, float(tokens), layer)
+        elif tensor.dim() <= _MATRIX + 1:
+            yield from _of_alphaedit(archive.file.stem, name, tensor, alone=len(held) == 1)
 
 
-def _measured(matrix: Tensor) -> tuple[Tensor, int, Some, float | None]:
-    """(float64 symmetrised, entries that are not finite, rows of zeros, ‖C − Cᵀ‖ / ‖C‖)."""
-    wide = matrix.detach().double().cpu()
-    bad = int((~torch.isfinite(wide)).sum())
-    if bad:
-        return wide, bad, Some(), None
-    zero = (wide == 0).all(dim=1)
-    norm = float(torch.linalg.matrix_norm(wide))
-    apart = float(torch.linalg.matrix_norm(wide - wide.T)) / norm if norm > 0 else 0.0
-    return (wide + wide.T) / 2, 0, _some(zero, wide.diagonal()), apart
+def _layer_in(stem: str) -> str:
+    """The layer in the name of a file of ROME's and MEMIT's: ``LAYER_float32_mom2_100000``."""
+    return re.split(r"_[a-z]+\d+_[a-z0-9-]*mom2", stem)[0]
 
 
-def _moment(name: str, matrix: Tensor, tokens: float | None, layer: str = "") -> MomentScan:
-    wide, bad, zero, apart = _measured(matrix)
-    size, dtype = wide.shape[0], str(matrix.dtype).removeprefix("torch.")
-    rank = condition = least = greatest = None
-    if not bad and size <= WIDEST:
-        values = torch.linalg.eigvalsh(wide)
-        least, greatest = float(values[0]), float(values[-1])
-        eps = torch.finfo(matrix.dtype if matrix.is_floating_point() else torch.float64).eps
-        rank = int((values > greatest * size * eps).sum()) if greatest > 0 else 0
-        condition = greatest / least if least > 0 else math.inf
-    return MomentScan(
-        "moments", name, size, dtype, tokens, rank, condition, least, greatest, bad, zero, apart, layer=layer
-    )
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
-def _projection(name: str, matrix: Tensor) -> MomentScan:
-    """rank: of the projection, its trace: the directions that it leaves free."""
-    wide, bad, zero, apart = _measured(matrix)
-    away = rank = None
-    if not bad:
-        norm = float(torch.linalg.matrix_norm(wide))
-        away = float(torch.linalg.matrix_norm(wide @ wide - wide)) / norm if norm > 0 else 0.0
-        rank = round(float(wide.diagonal().sum()))
-    return MomentScan(
-        "projection",
-        name,
-        wide.shape[0],
-        str(matrix.dtype).removeprefix("torch."),
-        rank=rank,
-        nonfinite=bad,
-        zero_rows=zero,
-        asymmetry=apart,
-        idempotence=away,
-    )
+def _of_alphaedit(stem: str, name: str, tensor: Tensor, *, alone: bool) -> Iterator[MomentScan]:
+    """P or cache_c, [inputs, inputs] or one per layer, by its name, by that of its file where it is alone in it, or as
+    such a matrix that is a projection.
+    """
+    layers = tensor.reshape(-1, *tensor.shape[-2:])
+    called = name or stem
+    if alone and not (_CACHE.search(called) or _PROJECTION.search(called)):
+        called = f"{stem}.{name}"
+    if _CACHE.search(called):
+        measure = measure_cache
+    elif _PROJECTION.search(called) or (alone and bool(layers.any()) and idempotence(layers[0]) <= _ALIKE):
+        measure = measure_projection
+    else:
+        return
+    for number, matrix in enumerate(layers):
+        yield measure(f"{name or stem}{f'.{number}' if len(layers) > 1 else ''}", matrix)

@@ -241,7 +241,8 @@ def load_pickle(file: Path) -> Any:
         if refused:
             raise UsageError(
                 f"{file} holds more than tensors, which only code could read ({refused[0]}); load it where you trust"
-                " it, and save its state dict with torch.save or safetensors"
+                " it, and save the tensors of its state dict alone: {k: v for k, v in state.items() if"
+                " torch.is_tensor(v)}"
             ) from None
         raise UsageError(f"{file} can't be read as a file of torch.save: no pickled tensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:

@@ -114,6 +114,7 @@ def figures(
         bytes=size,
         seconds=time.perf_counter() - began,
         lost_nats=lost_nats if capacity else None,
+        editor_nonfinite={name: count for found in editors for name, count in found.nonfinite.items()},
     )
 
 
@@ -258,5 +259,6 @@ def _tensor(entry: Entry, tensor: Tensor, is_site: bool) -> TensorScan:
         condition=condition,
         is_site=is_site,
         is_buffer=entry.is_buffer,
+        inputs_first=entry.inputs_first,
         **vars(seen),
     )
