@@ -220,7 +220,7 @@ def _caches(found: Sequence[MomentScan]) -> Iterator[Caution]:
             "cache-not-empty",
             "note",
             used[0],
-            f"The cache of edited keys holds keys of earlier edits already "
+            f"The cache of edited keys holds keys of earlier edits already"
             f" ({listed_names(tuple(used[:_NAMED]), len(used))}): updates are held away from them.",
             "Set AlphaEdit's cache_c to zeros before the run, unless it goes on from those edits on purpose.",
             "cache-leaked",
