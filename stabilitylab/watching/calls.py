@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
-from stabilitylab.watching.hooks import Hook, logger, plain, put
+from stabilitylab.watching.hooks import plain
+from stabilitylab.watching.one_hook import Hook, logger, put
 from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, leave_function_stack, own_work
 
 SOLVE_LIMIT = 4

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.watching.hooks import ModelCall, run_silently
+from stabilitylab.watching.model_call import ModelCall
+from stabilitylab.watching.one_hook import run_silently
 
 Batch = Mapping[str, Any] | Tensor | Callable[[nn.Module], Any] | str
 """Keyword arguments or input ids for the model, a function of it, or ``"replay"``: the edit's own input again."""

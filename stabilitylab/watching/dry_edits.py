@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
-from stabilitylab.errors import EditError, UsageError
+from stabilitylab.errors import UsageError
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
-from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.reach import model_in, roots_of
 from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
+from stabilitylab.watching.undoing import undone
 
 if TYPE_CHECKING:
     from stabilitylab.watching.monitor import Monitor
 
 FEWEST: Final = 8
 """Readings that a baseline needs, see `analysis.drift.BASELINE`."""
-
-_NAMED = 3
-"""How many of the things that could not be put back a message names."""
 
 
 class DryRecord:
@@ -101,29 +98,11 @@ def make(
 
 
 def _one(monitor: Monitor, model: nn.Module, before: Snapshot, number: int, apply: Callable[[], object]) -> None:
-    try:
-        with monitor.edit() as edit:
-            edited = model_in(apply())
-            if edited is not None:
-                edit.returns(edited)
-    except BaseException:
-        left = before.put_back()
-        if left:  # what the user's own code raised is what they must see
-            logger.warning("stabilitylab: %s", _differs(number, left))
-        raise
-    left = before.put_back()
-    if left:
-        raise EditError(_differs(number, left))
+    with undone(before, number, otherwise="leave calibrate out"), monitor.edit() as edit:
+        edited = model_in(apply())
+        if edited is not None:
+            edit.returns(edited)
     edit.returns(model)  # the next one starts from the model that was attached to, not from a clone or a wrapper
-
-
-def _differs(number: int, left: Sequence[str]) -> str:
-    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-    names = ", ".join(repr(name or "the model's attributes") for name in left[:_NAMED])
-    return (
-        f"dry edit {number} can't be undone: {names}{more} could not be put back as before it; expected an edit that "
-        "changes tensors and attributes only; load the model anew and leave calibrate out"
-    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from stabilitylab.watching.hooks import logger
+from stabilitylab.watching.one_hook import logger
 
 T = TypeVar("T")
 

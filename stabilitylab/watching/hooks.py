@@ -10,24 +10,18 @@ silently never fire where the output is a view that is then changed in place (a 
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from stabilitylab.watching.own_work import own_work
-
-logger = logging.getLogger("stabilitylab")
+from stabilitylab.watching.model_call import ModelCall, version_of
+from stabilitylab.watching.one_hook import Hook, put
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -73,163 +67,10 @@ class Watcher(Protocol):
 
 
 @dataclass
-class ModelCall:
-    """The first call of the whole model inside the edit. Of a dict among the arguments, such as EasyEdit's ``samples``,
-    what was in it when the call began.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: tuple[int | None, ...] = ()
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-        """The call, with the versions of its tensors."""
-        args, kwargs = tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
-        return cls(args, kwargs, tuple(_version_of(tensor) for tensor in _tensors_in(args, kwargs)))
-
-    def check(self) -> None:
-        """Raises ValueError where doing it again would not be the same, or would change what the user passed in."""
-        for value in (*self.args, *self.kwargs.values()):
-            if not _may_be_passed_again(value):
-                raise ValueError(f"the edit's call holds a {type(value).__name__}, which calling again might change")
-        if tuple(_version_of(tensor) for tensor in _tensors_in(self.args, self.kwargs)) != self.versions:
-            raise ValueError("an input of the edit's call was overwritten since")
-
-    def again(self, model: nn.Module) -> Any:
-        """Call the model so once more."""
-        return model(*map(_copied, self.args), **{name: _copied(value) for name, value in self.kwargs.items()})
-
-
-def _copied(value: Any) -> Any:
-    return dict(value) if type(value) is dict else value
-
-
-def _tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    given = [*args, *kwargs.values()]
-    given += [inner for value in given if type(value) is dict for inner in value.values()]
-    return [value for value in given if isinstance(value, Tensor)]
-
-
-def _may_be_passed_again(value: Any) -> bool:
-    if type(value) is dict:
-        return all(_may_be_passed_again(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return all(isinstance(inner, bool | int | float | str | None) for inner in value)
-    return isinstance(value, Tensor | bool | int | float | str | None)
-
-
-@dataclass
 class EditorBuffer:
     """The positional tensors of each call of one editor module: (u, v) for a MEND transform."""
 
     calls: list[tuple[Tensor, ...]] = field(default_factory=list)
-
-
-_Table = OrderedDict[int, Any]
-"""Where a module keeps its hooks."""
-
-_silent = threading.local()
-
-
-class Hook:
-    """What we put on a module: acts while its edit is open, and is nothing afterwards, wherever it was copied to.
-
-    A layer that is deep-copied inside an edit takes its hooks along, and no handle owns the copies. They share this
-    object, so that the copy is watched too, and fall silent with the edit; `leave` takes them off.
-    """
-
-    def __init__(self, action: Callable[..., None]) -> None:
-        self._action: Callable[..., None] | None = action
-        self._homes: list[weakref.ref[_Table]] = []
-
-    @property
-    def alive(self) -> bool:
-        """Whether its edit is still open."""
-        return self._action is not None
-
-    def __call__(self, *args: Any) -> None:
-        """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
-        if self._action is not None and not getattr(_silent, "depth", 0):
-            try:
-                with own_work(), _outside_of_transforms():
-                    self._action(*args)
-            except Exception as error:
-                self.fall_silent()
-                logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
-
-    def fall_silent(self) -> None:
-        """Do nothing from now on."""
-        self._action = None
-
-    def lives_in(self, table: _Table) -> None:
-        """It was put into a module's hooks, or is named in the table beside them of those that take keywords."""
-        self._homes.append(weakref.ref(table))
-
-    def leave(self) -> None:
-        """Fall silent, and go from every module that it was put on, or that was copied from one of those."""
-        self.fall_silent()
-        tables = [table for home in self._homes if (table := home()) is not None]
-        keys = {key for table in tables for key, held in table.items() if held is self}
-        for table in tables:
-            for key in keys & table.keys():
-                del table[key]
-        self._homes.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        # The table that it stands in is being copied right now, and its copy is known already.
-        for table in [home() for home in self._homes]:
-            copied = memo.get(id(table))
-            if isinstance(copied, OrderedDict):
-                self.lives_in(copied)
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A model that is saved inside an edit holds something of Python's own in its place, which takes whatever it is
-        # called with and does nothing.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def put(
-    stack: contextlib.ExitStack, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False
-) -> None:
-    """A hook on a module, before or after its forward, until `stack` is closed."""
-    if before:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-        tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-    else:
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
-        tables = (module._forward_hooks, module._forward_hooks_with_kwargs)
-    stack.callback(hook.leave)
-    stack.callback(handle.remove)
-    for table in tables:
-        hook.lives_in(cast("_Table", table))
-
-
-def carries_hooks(model: nn.Module) -> bool:
-    """Whether any hook of an edit that is open is on `model`: it is the model that the edit began with, a wrapper
-    around it, or a copy of it that was made inside the edit.
-    """
-    return any(
-        isinstance(hook, Hook) and hook.alive
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )
-
-
-def sweep(model: nn.Module) -> None:
-    """Take the silent hooks of ours off every module of `model`."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
-                del hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _version_of(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def plain(tensor: Tensor) -> Tensor | None:
@@ -239,13 +80,6 @@ def plain(tensor: Tensor) -> Tensor | None:
             return None
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
-
-
-def _outside_of_transforms() -> contextlib.AbstractContextManager[Any]:
-    """Where what is computed is no part of a ``torch.func`` transform that is under way, and outlives it."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return contextlib.nullcontext()
-    return temporarily_clear_interpreter_stack()
 
 
 def _first_tensor(values: Any) -> Tensor | None:
@@ -373,7 +207,7 @@ class Capture:
         node, values = _node_of(y), plain(x)
         if node is None or values is None:
             return
-        held, version = values.detach(), _version_of(values)
+        held, version = values.detach(), version_of(values)
 
         def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
             delta = plain(gradients[0]) if gradients and gradients[0] is not None else None
@@ -453,22 +287,3 @@ class Capture:
         """Let go of everything captured."""
         self.editors.clear()
         self.model_call = self._call = None
-
-
-def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool = False) -> Any:
-    """`call()` in evaluation mode, with the RNG and every module's mode put back after it; by default no gradients.
-
-    No hook of ours acts meanwhile, another monitor's neither: it is none of what the user does.
-    """
-    training = [module for module in model.modules() if module.training]
-    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
-    _silent.depth = getattr(_silent, "depth", 0) + 1
-    try:
-        for module in training:
-            module.training = False
-        with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
-            return call()
-    finally:
-        _silent.depth -= 1
-        for module in training:
-            module.training = True

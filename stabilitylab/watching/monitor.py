@@ -28,8 +28,9 @@ from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import dry_edits
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
-from stabilitylab.watching.hooks import Capture, carries_hooks, logger, sweep
+from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.interrupts import held_back
+from stabilitylab.watching.one_hook import carries_hooks, logger, sweep
 from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
 from stabilitylab.watching.rounds import Rounds, Taken

@@ -28,8 +28,9 @@ from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.canary import Canary, Schedule
 from stabilitylab.watching.discovery import Discovery
 from stabilitylab.watching.editor_report import EditorReport
-from stabilitylab.watching.hooks import Capture, ModelCall
+from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
+from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays

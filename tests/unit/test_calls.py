@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from stabilitylab.watching.calls import AttentionCall, CallWatch, watch_attention, watch_solves
-from stabilitylab.watching.hooks import sweep
+from stabilitylab.watching.one_hook import sweep
 from tests.loops import hooks_on
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from stabilitylab.probes.gradient_factors import reduce_factors
-from stabilitylab.watching.hooks import Capture, run_silently
+from stabilitylab.watching.hooks import Capture
+from stabilitylab.watching.one_hook import run_silently
 from tests.loops import hooks_on
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.errors import EditError, UsageError
+from stabilitylab.errors import UsageError
 from stabilitylab.probes.weight_pass import same_bits
-from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.reach import model_in, roots_of
 from stabilitylab.watching.sites import Patterns, Site, all_sites, find_sites, locate_readable
 from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
+from stabilitylab.watching.undoing import undone
 
 Updates = dict[Site, tuple[Tensor, ...]]
 """Of each site, what every dry edit that moved it added: float32, of the weight's shape and on its device."""
 Told = Callable[[int, int], None]
 """Takes what is done, and how much there is in all."""
-
-_NAMED: Final = 3
-"""How many of the things that could not be put back a message names."""
 
 
 def unheard(done: int, total: int) -> None:
@@ -102,18 +99,8 @@ def _one(
     originals: dict[Site, Tensor],
     before: Snapshot,
 ) -> list[tuple[Site, Tensor]]:
-    try:
-        edited = model_in(apply(model, request)) or model
-        moved = list(_moved(edited, originals))
-    except BaseException:
-        left = before.put_back()
-        if left:  # what the user's own code raised is what they must see
-            logger.warning("stabilitylab: %s", _differs(number, left))
-        raise
-    left = before.put_back()
-    if left:
-        raise EditError(_differs(number, left))
-    return moved
+    with undone(before, number, otherwise="scan it without dry edits"):
+        return list(_moved(model_in(apply(model, request)) or model, originals))
 
 
 @torch.no_grad()
@@ -127,12 +114,3 @@ def _moved(edited: nn.Module, originals: dict[Site, Tensor]) -> Iterator[tuple[S
             continue
         wide = torch.promote_types(torch.float32, torch.promote_types(weight.dtype, original.dtype))
         yield site, (weight.to(wide) - original.to(wide)).float()
-
-
-def _differs(number: int, left: Sequence[str]) -> str:
-    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-    names = ", ".join(repr(name or "the model's attributes") for name in left[:_NAMED])
-    return (
-        f"dry edit {number} can't be undone: {names}{more} could not be put back as before it; expected an edit that "
-        "changes tensors and attributes only; load the model anew and scan it without dry edits"
-    )

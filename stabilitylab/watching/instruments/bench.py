@@ -13,9 +13,9 @@ from torch import Tensor
 from stabilitylab.probes.base import Probe
 from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.guard import NoteTaker
-from stabilitylab.watching.hooks import logger
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.interrupts import later
+from stabilitylab.watching.one_hook import logger
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.weight_pass import norm_of
 from stabilitylab.watching import canary as canaries
-from stabilitylab.watching.hooks import ModelCall, run_silently
 from stabilitylab.watching.instruments.bench import Bench, full_precision
 from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.model_call import ModelCall
+from stabilitylab.watching.one_hook import run_silently
 from stabilitylab.watching.sites import Site, locate_readable
 
 

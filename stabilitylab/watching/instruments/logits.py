@@ -23,8 +23,9 @@ from stabilitylab.probes.logits_pass import (
 from stabilitylab.probes.output_pass import OutputKeeper
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching import canary as canaries
-from stabilitylab.watching.hooks import ModelCall, plain
+from stabilitylab.watching.hooks import plain
 from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.model_call import ModelCall
 
 CANARY_OFF: Final = "canary-off"
 """The kind of the note that the canary is no longer forwarded."""
