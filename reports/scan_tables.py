@@ -264,6 +264,7 @@ def _tensors(scan: Scan, cautions: Sequence[Caution]) -> Table:
             _some(each.loud_rows),
             _some(each.loud_columns),
             _number(each.worst_output),
+            Cell(bits(each.output_headroom_bits), _key(each.output_headroom_bits), "n"),
             *map(_number, spectrum),
         )
 
@@ -272,9 +273,10 @@ def _tensors(scan: Scan, cautions: Sequence[Caution]) -> Table:
         "tensors",
         "Each tensor",
         "Outlier rows and columns stand with how many times the norm of the median one they have. Largest output: the"
-        " most that an input of RMS 1 can make.",
+        " most that an input of RMS 1 can make; its bits are those to where its dtype, or its square in the next"
+        " normalisation, ends.",
         "Tensor|#Shape|Dtype|#Headroom, bits|#Range|#Norm|#NaN, ∞|#Zeros|#Subnormal|Rows of 0|Outlier rows"
-        f"|Outlier columns|#Largest output{spectral}",
+        f"|Outlier columns|#Largest output|#Its bits{spectral}",
         tuple(row(each) for each in scan.tensors if id(each) in kept),
         len(scan.tensors),
         folded=True,

@@ -25,7 +25,7 @@ from typing import Final
 from stabilitylab.analysis.caution import Caution
 from stabilitylab.analysis.limits import CONDITION
 from stabilitylab.analysis.words import listed, number
-from stabilitylab.record.scanned import FLOATS, ActivationScan, Scan, TensorScan
+from stabilitylab.record.scanned import FLOATS, ActivationScan, Scan, TensorScan, norm_limit
 
 FEW_BITS: Final = 4.0
 OUT_OF_LINE: Final = 10.0
@@ -61,7 +61,8 @@ def cautions(scan: Scan) -> Iterator[Caution]:
 
 def _nonfinite(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
     for tensor in (each for each in tensors if each.nonfinite):
-        if tensor.masking == tensor.nonfinite and (tensor.is_buffer or len(tensor.shape) != _MATRIX):
+        is_weight = len(tensor.shape) == _MATRIX and tensor.name.endswith("weight")
+        if tensor.masking == tensor.nonfinite and (tensor.is_buffer or not is_weight):
             yield Caution(
                 "masks",
                 "note",
@@ -94,25 +95,43 @@ def _negative_variances(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
             )
 
 
+def _is_scaled(tensor: TensorScan) -> bool:
+    """Weights in eight bits are scaled to the end of their range, by factors that are kept apart."""
+    return tensor.dtype.startswith("float8")
+
+
 def _squares(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
     """What an input of ordinary size makes of it can't be squared in float32 any more."""
     for tensor in tensors:
-        root = math.sqrt(FLOATS["float64" if tensor.dtype == "float64" else "float32"][0])
-        worst = tensor.worst_output
-        if worst is not None and worst >= root and not tensor.nonfinite:
+        bits, worst = tensor.output_headroom_bits, tensor.worst_output
+        if bits is None or worst is None or bits > 0 or tensor.nonfinite or _is_scaled(tensor):
+            continue
+        limit = norm_limit(tensor.dtype)
+        if limit == FLOATS[tensor.dtype][0]:
+            yield Caution(
+                "output-overflows",
+                "risk",
+                tensor.name,
+                f"{tensor.name} can make {number(worst)} of an input of RMS 1, and {tensor.dtype} ends at"
+                f" {number(limit)}.",
+                "Load the model in bfloat16 or float32.",
+                "dtype-overflow",
+            )
+        else:
             yield Caution(
                 "norm-overflows",
                 "fatal",
                 tensor.name,
                 f"{tensor.name} makes up to {number(worst)} of an input of RMS 1: the next normalisation squares that,"
-                f" and squares end at {number(root)}.",
+                f" and squares end at {number(limit)}.",
                 "Load the model from where it is sound: weights of this size are what lost models have.",
                 "broken-before",
             )
 
 
 def _near_the_end(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
-    near = [(bits, each) for each in tensors if (bits := each.headroom_bits) is not None and bits < FEW_BITS]
+    held = [each for each in tensors if not _is_scaled(each)]
+    near = [(bits, each) for each in held if (bits := each.headroom_bits) is not None and bits < FEW_BITS]
     for bits, tensor in sorted(near, key=lambda pair: pair[0]):
         ends = FLOATS[tensor.dtype][0]
         yield Caution(
@@ -183,7 +202,7 @@ def _bfloat16(scan: Scan) -> Iterator[Caution]:
 def _out_of_line(tensors: Sequence[TensorScan]) -> Iterator[Caution]:
     kinds: dict[tuple[str, tuple[int, ...]], list[TensorScan]] = defaultdict(list)
     for tensor in tensors:
-        if len(tensor.shape) == _MATRIX and not tensor.nonfinite:
+        if len(tensor.shape) == _MATRIX and not tensor.nonfinite and not _is_scaled(tensor):
             kinds[re.sub(r"\.\d+\.", ".#.", tensor.name), tensor.shape].append(tensor)
     for peers in kinds.values():
         usual = statistics.median(tensor.norm for tensor in peers)

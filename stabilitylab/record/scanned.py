@@ -31,6 +31,13 @@ def headroom(largest: float | None, limit: float) -> float | None:
     return math.log2(limit / largest) if math.isfinite(largest) else -math.inf
 
 
+def norm_limit(dtype: str) -> float:
+    """The magnitude at which what enters a normalisation ends: its dtype's largest value, or the root of the largest
+    that its squares are formed in, if that is less: float32 for narrower dtypes, as torch and transformers do.
+    """
+    return min(FLOATS[dtype][0], math.sqrt(FLOATS["float64" if dtype == "float64" else "float32"][0]))
+
+
 @dataclass(frozen=True)
 class Some:
     """Rows, columns or units with something in common. first: at most `LISTED` of them, the most striking first.
@@ -101,8 +108,10 @@ class TensorScan:
 
     @property
     def output_headroom_bits(self) -> float | None:
-        """From `worst_output` to the largest value of its dtype."""
-        return headroom(self.worst_output, FLOATS[self.dtype][0]) if self.dtype in FLOATS else None
+        """From `worst_output` to where the next normalisation ends, see `norm_limit`: the least there can be for an
+        input of RMS 1.
+        """
+        return headroom(self.worst_output, norm_limit(self.dtype)) if self.dtype in FLOATS else None
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,13 @@ def attach(
     tracing = Schedule(mode_of(trace)).to_json() | ({"asked": str(asked)} if (asked := asked_for()) else {})
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     options |= {"trace": tracing, "replay": replay}
+    scan_failure = ""
     if scan:
-        options["scan"] = figures(model, sites, editor=editor, canary=watched).to_json(brief=True)
+        batch = None if watched is not None and watched.is_replay else watched
+        try:
+            options["scan"] = figures(model, sites, editor=editor, canary=batch).to_json(brief=True)
+        except Exception as error:  # what only looks stops no loop
+            scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
     writer = RunWriter(folder, about | options, metrics)
     receivers = list(sinks)
     if announce:
@@ -94,7 +99,7 @@ def attach(
         receivers.append(TensorBoardSink(folder, metrics, about | options))
     single = means_single_edits(config or {})
     try:
-        return Monitor(
+        monitor = Monitor(
             model,
             found,
             writer,
@@ -111,6 +116,9 @@ def attach(
     except UsageError:  # such as a canary that can't be run: nothing was measured yet
         writer.discard()
         raise
+    if scan_failure:
+        monitor.note("scan-off", scan_failure)
+    return monitor
 
 
 def _limits(given: str | Path | Thresholds | None) -> Thresholds | None:

@@ -95,6 +95,15 @@ def below_normal(held: Held) -> None:
     as_float16(held)
 
 
+def wide_rows(held: Held) -> None:
+    as_float16(held)
+    held[DOWN][3] = 3_000.0
+
+
+def float_mask(held: Held) -> None:
+    held["model.bias"] = torch.full((4, 4), -math.inf).triu(1)
+
+
 def as_bfloat16(held: Held) -> None:
     for name, tensor in held.items():
         held[name] = tensor.bfloat16()
@@ -104,6 +113,8 @@ PLANTED: dict[str, tuple[Callable[[Held], None], tuple[str, str, str]]] = {
     "a NaN": (nan, ("nonfinite-weight", "fatal", DOWN)),
     "an infinity": (infinity, ("nonfinite-weight", "fatal", "model.layers.0.norm.weight")),
     "a mask": (mask, ("masks", "note", "model.mask")),
+    "a mask of two dimensions": (float_mask, ("masks", "note", "model.bias")),
+    "an output past 65,504": (wide_rows, ("output-overflows", "risk", DOWN)),
     "outputs of zero": (dead_outputs, ("zero-outputs", "note", UP)),
     "inputs of zero": (dead_inputs, ("zero-inputs", "note", DOWN)),
     "a matrix of zeros": (nothing, ("zero-weight", "risk", DOWN)),
@@ -129,6 +140,16 @@ def test_a_planted_defect_is_found(tmp_path: Path, defect: str) -> None:
     assert expected in found
     # Nothing is said of any other place, but of float16 as a whole.
     assert {place for _, _, place in found} <= {expected[2], MODEL}
+
+
+def test_weights_in_eight_bits_are_scaled_to_the_end_of_their_range_and_not_warned_of(tmp_path: Path) -> None:
+    held = weights()
+    held[DOWN] = (held[DOWN] * 448 / held[DOWN].abs().max()).to(torch.float8_e4m3fn)
+    found = sl.scan(write(tmp_path / "m", held))
+    assert not found.cautions
+    seen = next(tensor for tensor in found.figures.tensors if tensor.name == DOWN)
+    assert seen.dtype == "float8_e4m3fn"
+    assert seen.headroom_bits == pytest.approx(0.0, abs=0.2)
 
 
 def test_the_most_urgent_comes_first_and_says_what_to_do(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.record.scanned import LISTED, ActivationScan, Some
+from stabilitylab.record.scanned import FLOATS, LISTED, ActivationScan, Some, norm_limit
 from stabilitylab.watching import canary as canaries
 
 _SAMPLED: Final = 65_536
@@ -31,7 +31,9 @@ class _Watch:
     def saw(self, layer: str, what: str, value: Any) -> None:
         """A layer's tensor; of several forwards the one with the largest entry counts."""
         tensor = value[0] if isinstance(value, tuple) and value else value
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        if not isinstance(tensor, Tensor) or not tensor.numel() or tensor.is_meta or not tensor.dim():
+            return
+        if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
             return
         found = _activation(layer, what, tensor.detach())
         known = self.seen.get((layer, what))
@@ -44,6 +46,14 @@ class _Watch:
             fired = (tensor.detach() != 0).flatten(end_dim=-2).any(dim=0)
             known = self.alive.get(layer)
             self.alive[layer] = fired if known is None or known.shape != fired.shape else known | fired
+
+
+def is_compiled(model: nn.Module) -> str:
+    """That hooks on the layers, or another dtype, would have the model compiled anew; empty where they would not."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} is compiled, and would be once more"
+    return ""
 
 
 def activations_of(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationScan, ...]:
@@ -93,6 +103,7 @@ def _activates(name: str, module: nn.Module) -> bool:
 
 
 def _activation(layer: str, what: str, tensor: Tensor) -> ActivationScan:
+    dtype = str(tensor.dtype).removeprefix("torch.")
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
     sizes = wide.abs()
     bad = int((~torch.isfinite(sizes)).sum())
@@ -106,8 +117,8 @@ def _activation(layer: str, what: str, tensor: Tensor) -> ActivationScan:
     return ActivationScan(
         layer=layer,
         what=what,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        limit=_limit(what, tensor.dtype),
+        dtype=dtype,
+        limit=norm_limit(dtype) if what == "input" else FLOATS[dtype][0],
         largest=None if largest < 0 else largest,
         typical=float(sample[sample >= 0].median()) if bool((sample >= 0).any()) else math.nan,
         row=row,
@@ -116,13 +127,6 @@ def _activation(layer: str, what: str, tensor: Tensor) -> ActivationScan:
         nonfinite=bad,
         units=tensor.shape[-1],
     )
-
-
-def _limit(what: str, dtype: torch.dtype) -> float:
-    """Squares of half-precision inputs are formed in float32, as torch and transformers do."""
-    largest = torch.finfo(dtype).max
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return largest if what == "output" else min(largest, math.sqrt(torch.finfo(wide).max))
 
 
 def _at(place: int, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.watching.sites import orientation_of
+from stabilitylab.record.scanned import FLOATS
+from stabilitylab.watching.sites import Site, all_sites, locate, orientation_of, why_unmeasurable
 
 PICKLE_HINT: Final = "--pickle (in Python: pickles=True) reads pickled tensors, and tensors only"
 
@@ -42,7 +43,7 @@ class Entry:
     """One tensor: its name, and how it is read. dtype: torch's name, or the file's where torch has none.
 
     inputs_first: whether it is a matrix of the shape [inputs, outputs]. is_buffer: whether it is no parameter, as far
-    as that is known.
+    as that is known. unreadable: why it can't be read, if it can't.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Entry:
     read: Callable[[], Tensor] = field(compare=False)
     inputs_first: bool = False
     is_buffer: bool = False
+    unreadable: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,37 @@ class Opened:
 
 
 def open_model(model: nn.Module) -> Opened:
-    """A live one: each parameter and buffer once."""
+    """A live one: each parameter and buffer once, and the layers whose weight is no tensor that can be read."""
     transposed = {
         f"{name}.weight" for name, module in model.named_modules() if name and orientation_of(module) == "in_out"
     }
     found = [
-        Entry(name, tuple(held.shape), _name_of(held), functools.partial(_itself, held), name in transposed, is_buffer)
+        _of_live(name, tensor, name in transposed, is_buffer)
         for named, is_buffer in ((model.named_parameters(), False), (model.named_buffers(), True))
-        for name, held in named
+        for name, tensor in named
     ]
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {entry.name for entry in found}
+    packed = [site for site in all_sites(model).values() if site.parameter not in known]
+    found += [_packed(model, site) for site in packed]
     kind = str(getattr(getattr(model, "config", None), "model_type", "") or "")
     return Opened(type(model).__name__, kind, tuple(found))
+
+
+def _of_live(name: str, tensor: Tensor, inputs_first: bool, is_buffer: bool) -> Entry:
+    dtype = _name_of(tensor)
+    why = "" if dtype not in FLOATS else why_unmeasurable(tensor) or ""
+    if not why and tensor.layout != torch.strided:
+        why = f"its layout is {str(tensor.layout).removeprefix('torch.')}"
+    why = "" if not tensor.numel() else why
+    return Entry(name, tuple(tensor.shape), dtype, functools.partial(_itself, tensor), inputs_first, is_buffer, why)
+
+
+def _packed(model: nn.Module, site: Site) -> Entry:
+    """A quantised layer, whose weight is no parameter."""
+    located = locate(model, site)
+    why = "it is packed" if located is None else why_unmeasurable(located[1]) or "it is packed"
+    dtype = str(site.dtype).removeprefix("torch.")
+    return Entry(site.parameter, site.shape, dtype, torch.Tensor, unreadable=why)
 
 
 def open_folder(path: Path, *, pickles: bool = False) -> Opened:

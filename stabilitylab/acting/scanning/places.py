@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from torch import nn
+
 from stabilitylab.acting.scanning.opening import Entry, one_line, read_json
 from stabilitylab.errors import SiteError, UsageError, did_you_mean, nearest
+from stabilitylab.watching.sites import Patterns, find_sites, locate
 
 _TEMPLATES: Final = ("rewrite_module_tmp", "rewrite_module_tmps")
 """ROME, MEMIT and their kin: the layer's name, with ``{}`` for each of ``layers``."""
@@ -17,8 +20,20 @@ _NAMES: Final = ("inner_params",)
 
 
 def layer_of(name: str) -> str:
-    """``model.layers.3.mlp.down_proj`` of ``model.layers.3.mlp.down_proj.weight``."""
-    return name.rpartition(".")[0] or name
+    """``model.layers.3.mlp.down_proj`` of ``model.layers.3.mlp.down_proj.weight``, and of what that is computed of."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0] or name
+
+
+def of_live(model: nn.Module, entries: Sequence[Entry], patterns: Patterns) -> frozenset[str]:
+    """The names of the tensors that the sites of a live model are, tied ones under the name that they are read by.
+
+    Raises:
+        SiteError: a pattern matches nothing.
+    """
+    read_as = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    found = {site: locate(model, site) for site in find_sites(model, patterns)}
+    names = {read_as.get(id(at[1]), site.parameter) for site, at in found.items() if at is not None}
+    return frozenset(entry.name for entry in entries if entry.name in names)
 
 
 def matching(entries: Sequence[Entry], patterns: str | Sequence[str]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.acting.scanning.answering import activations_of
+from stabilitylab.acting.scanning.answering import activations_of, is_compiled
 from stabilitylab.acting.scanning.answers import original_of
 from stabilitylab.acting.scanning.archives import open_archive
 from stabilitylab.acting.scanning.capacity import capacities
@@ -21,7 +21,7 @@ from stabilitylab.acting.scanning.dry import Updates, dry_updates
 from stabilitylab.acting.scanning.editors import scan_archive, scan_editor
 from stabilitylab.acting.scanning.entries import entries_of
 from stabilitylab.acting.scanning.opening import Entry, Opened, one_line, open_folder, open_model
-from stabilitylab.acting.scanning.places import layer_of, matching, named_in, of_hparams
+from stabilitylab.acting.scanning.places import layer_of, matching, named_in, of_hparams, of_live
 from stabilitylab.acting.scanning.precision import PrecisionCount, dtype_called, try_cast
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.weight_spectrum import gram_of, spectrum_of_weight
@@ -67,16 +67,21 @@ def figures(
         opened = open_folder(Path(model), pickles=pickles)
     else:
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module or the folder of one")
+    requests = list(requests)
+    if requests and apply is None:
+        raise UsageError("requests= was given without apply=; expected the function that edits the model with one")
     if sites is not None and hparams is not None:
         raise UsageError("sites= and hparams= were both given; expected one of them")
     chosen: frozenset[str] = frozenset()
     if sites is not None:
-        chosen = matching(opened.entries, sites)
+        known = opened.entries
+        chosen = of_live(model, known, sites) if isinstance(model, nn.Module) else matching(known, sites)
     elif hparams is not None:
         chosen = named_in(opened.entries, of_hparams(Path(hparams)), Path(hparams))
     dtypes = [dtype_called(name) for name in ([precision] if isinstance(precision, str) else precision)]
     asked = _asked(model, canary, apply)
-    activations = () if asked is None else _activations(*asked)
+    unseen = {} if asked is None else _unseen(asked[0])
+    activations = () if asked is None or unseen else _activations(*asked)
     counts = [PrecisionCount(dtype) for dtype in dtypes]
     # An archive that can't be read is said before minutes are spent on the model.
     archives = [open_archive(Path(each), pickles=pickles) for each in _files(editor)]
@@ -90,10 +95,10 @@ def figures(
     if isinstance(model, nn.Module) and apply is not None:
         wanted = sites if sites is not None else sorted(chosen) or None
         updates = dry_updates(
-            model, apply, list(requests), sites=wanted, editor=editor, progress=partial(progress, "dry edits")
+            model, apply, requests, sites=wanted, editor=editor, progress=partial(progress, "dry edits")
         )
         _count_updates(model, counts, updates)
-    precisions, capacity = _trials(asked, counts, updates, activations, lost_nats, progress)
+    precisions, capacity = _trials(asked, counts, updates, activations, lost_nats, skipped, progress)
     entries: Counter[str] = Counter()
     for tensor in tensors:
         entries[tensor.dtype] += tensor.size
@@ -108,7 +113,7 @@ def figures(
         moments=tuple(each for found in editors for each in found.moments),
         precisions=precisions,
         capacities=capacity,
-        skipped=skipped,
+        skipped=skipped | unseen,
         sites=tuple(dict.fromkeys(tensor.layer for tensor in tensors if tensor.is_site)),
         model_type=opened.model_type,
         bytes=size,
@@ -151,6 +156,12 @@ def _asked(model: object, given: canaries.Canary | canaries.Batch | None, apply:
     return model, watched.batch
 
 
+def _unseen(model: nn.Module) -> dict[str, str]:
+    """Why the layers' answers to the canary are not looked at; empty where they are."""
+    why = is_compiled(model)
+    return {"what the canary makes of the layers": why} if why else {}
+
+
 def _activations(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationScan, ...]:
     try:
         return activations_of(model, batch)
@@ -178,9 +189,12 @@ def _trials(
     updates: Updates,
     activations: Sequence[ActivationScan],
     lost_nats: float,
+    skipped: dict[str, str],
     progress: Progress,
 ) -> tuple[tuple[PrecisionScan, ...], tuple[CapacityScan, ...]]:
-    """What takes forwards of the canary: a cast to each dtype, and how far each site can be moved."""
+    """What takes forwards of the canary: a cast to each dtype, and how far each site can be moved. skipped: takes why
+    something could not be tried.
+    """
     largest = max((each.largest for each in activations if each.largest is not None), default=None)
     if asked is None or not (counts or updates):
         return tuple(count.result(largest_activation=largest) for count in counts), ()
@@ -188,9 +202,12 @@ def _trials(
     precisions = []
     for done, count in enumerate(counts):
         progress("precisions", done, len(counts))
-        precisions.append(count.result(cast=try_cast(asked[0], original, count.dtype), largest_activation=largest))
+        cast = is_compiled(asked[0]) or try_cast(asked[0], original, count.dtype)
+        precisions.append(count.result(cast=cast, largest_activation=largest))
     capacity: tuple[CapacityScan, ...] = ()
-    if updates:
+    if updates and not original.is_sound:
+        skipped["how far layers can be moved"] = "the canary's answer is not finite before any edit"
+    elif updates:
         capacity = capacities(asked[0], original, updates, limit=lost_nats, progress=partial(progress, "capacities"))
     return tuple(precisions), capacity
 
@@ -229,8 +246,8 @@ def scan_tensors(
 
 def _why_not(entry: Entry) -> str | None:
     """Why it is not looked at; None where it is, empty where there is nothing to say: an index, a mask."""
-    if not math.prod(entry.shape):
-        return ""
+    if entry.unreadable or not math.prod(entry.shape):
+        return entry.unreadable
     if entry.dtype in FLOATS:
         return None
     whole = entry.dtype in {"bool", "int64", "i64"} or (entry.is_buffer and len(entry.shape) < _MATRIX)
@@ -239,8 +256,6 @@ def _why_not(entry: Entry) -> str | None:
 
 @torch.no_grad()
 def _tensor(entry: Entry, tensor: Tensor, is_site: bool) -> TensorScan:
-    if tensor.is_meta:
-        raise UsageError(f"{entry.name} is on the meta device (offloaded?); scan the folder that it was loaded from")
     seen = entries_of(tensor, inputs_first=entry.inputs_first)
     spectral = stable = condition = None
     if is_site and tensor.dim() == _MATRIX and not seen.nonfinite and seen.norm > 0:
