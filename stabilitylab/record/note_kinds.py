@@ -18,6 +18,8 @@ HOOKS_SILENT: Final = "hooks-silent"
 """Hooks were on layers of the model, and none has ever fired, though edits moved weights."""
 NEVER_RUN: Final = "never-run"
 """The same, and no weight moved: the edits are made on another model."""
+EDITOR_STATE: Final = "editor-state"
+"""What an editor holds would break an edit: warned of before it is saved."""
 REPLAY: Final = "replay"
 """What is to be said of an edit that was made once more, besides the operation that was found."""
 UNWATCHED: Final = frozenset({"canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL})

@@ -16,12 +16,16 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from stabilitylab.acting.replay import Application
+from stabilitylab.acting.scanning.scan import editor_figures
 from stabilitylab.acting.schedule import Trace
 from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.analysis.caution import Caution
+from stabilitylab.analysis.cautions import cautions
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.errors import EditError, UsageError
 from stabilitylab.probes.base import Probe
+from stabilitylab.record.note_kinds import EDITOR_STATE
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.reports.sinks import Sink
@@ -72,6 +76,7 @@ class Monitor:
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False
+        self._warned: set[str] = set()
         self._closed = False
 
     @property
@@ -249,6 +254,25 @@ class Monitor:
         """
         if self._open is not None:
             self._rounds.editor_grew(self._open.capture)
+
+    def inspect_editor(self) -> tuple[Caution, ...]:
+        """Look at what the editor holds now, as `stabilitylab.scan` does: what it divides by, how fast it writes.
+
+        To be called before a hypernetwork is saved, or used: a unit without any spread is found here, and at its first
+        value that is not zero otherwise. Each warning is recorded, once in a run; what needs mending is said on stderr
+        too. Returns all that there are, the most urgent first; none without an editor.
+        """
+        found: tuple[Caution, ...] = ()
+        if self._editor is not None:
+            found = self._recorder.guard("the look at the editor", lambda: cautions(editor_figures(self._editor))) or ()
+        for caution in found:
+            says = f"{caution.says} {caution.advice}"
+            if says not in self._warned:
+                self._warned.add(says)
+                self._recorder.note(EDITOR_STATE, says)
+                if caution.urgency == "fatal":
+                    logger.warning("stabilitylab: %s", says)
+        return found
 
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""

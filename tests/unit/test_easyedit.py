@@ -15,8 +15,8 @@ from torch import nn
 import stabilitylab as sl
 from stabilitylab.analysis.thresholds import shipped
 from stabilitylab.errors import UsageError
-from stabilitylab.integrations import easyedit
-from stabilitylab.integrations.easyedit import _holder_of_state, edited_layers, watch
+from stabilitylab.integrations.easyedit import edited_layers, editors, watch
+from stabilitylab.integrations.easyedit.executors import holder_of_state
 
 
 def make_model() -> nn.Module:
@@ -137,7 +137,7 @@ def test_whether_the_alarm_is_said_is_up_to_the_caller(
 ) -> None:
     asked: dict[str, object] = {}
     monkeypatch.setattr(
-        easyedit, "attach", lambda *args, **options: asked.update(options) or sl.attach(*args, **options)
+        editors, "attach", lambda *args, **options: asked.update(options) or sl.attach(*args, **options)
     )
     with watch(editors_module.BaseEditor(make_model(), MEND, Executor(False)), run=tmp_path / "run", announce=announce):
         pass
@@ -166,10 +166,10 @@ def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
 def test_state_is_in_the_executor_or_in_the_module_of_a_plain_function(editors_module: types.ModuleType) -> None:
     """AlphaEdit keeps P and cache_c as globals of the module of its `apply_algo`."""
     executor = Executor(True)
-    assert _holder_of_state(executor.apply_to_model) is executor
-    assert _holder_of_state(editors_module.restore_after_edit) is editors_module
+    assert holder_of_state(executor.apply_to_model) is executor
+    assert holder_of_state(editors_module.restore_after_edit) is editors_module
     editors_module.restore_after_edit.__module__ = "nowhere"
-    assert _holder_of_state(editors_module.restore_after_edit) is None
+    assert holder_of_state(editors_module.restore_after_edit) is None
 
 
 def test_the_globals_of_a_methods_module_are_read_from_the_first_edit_on(
@@ -260,7 +260,7 @@ def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
         "wraps": functools.wraps(inner)(apply_named_otherwise),
         "object": Timed(),
     }[how]
-    assert _holder_of_state(wrapped) is executor
+    assert holder_of_state(wrapped) is executor
 
 
 def test_two_editors_that_share_an_executor_are_told_apart(tmp_path: Path, editors_module: types.ModuleType) -> None:

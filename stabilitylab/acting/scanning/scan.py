@@ -139,6 +139,19 @@ _Asked = tuple[nn.Module, canaries.Batch]
 """A live model, and the canary's batch."""
 
 
+def editor_figures(editor: object) -> Scan:
+    """Those of a live editor alone."""
+    found = scan_editor(editor)
+    return Scan(
+        model="",
+        kind="live",
+        statistics=found.statistics,
+        rates=found.rates,
+        moments=found.moments,
+        editor_nonfinite=found.nonfinite,
+    )
+
+
 def _asked(model: object, given: canaries.Canary | canaries.Batch | None, apply: object | None) -> _Asked | None:
     """What is to be forwarded. Raises UsageError for what only a live model can do, and for a canary of no batch."""
     if not isinstance(model, nn.Module):
