@@ -19,6 +19,8 @@ KNOWN: Final = 0.1
 """Share of the next tokens that are predicted right, from which on that is no chance: the model knows such text."""
 SURE: Final = 0.75
 """Probability of the most likely token, from which on the end of a row is a question that has an answer."""
+IGNORED: Final = -100
+"""A target that doesn't count, as torch's cross-entropy has it."""
 MOST: Final = 64
 """Tokens that are kept, spread evenly: each costs a row of the vocabulary's size at every look."""
 
@@ -64,16 +66,32 @@ def real_tokens(batch: int, positions: int, attention_mask: Tensor | None, devic
     return real
 
 
+def next_tokens(tokens: Tensor, attention_mask: Tensor | None, positions: int) -> Tensor:
+    """What the logits of a text are to predict, each the token after it: int64 [batch, positions].
+
+    tokens: [batch, length]; where there are more positions than tokens (image tokens before the text) they are aligned
+    to the end. attention_mask: [batch, length], padding 0 on either side. `IGNORED` at a row's last token, at padding,
+    and where there is no text.
+    """
+    usable = attention_mask is not None and attention_mask.shape == tokens.shape
+    mask = attention_mask != 0 if attention_mask is not None and usable else torch.ones_like(tokens, dtype=torch.bool)
+    targets = torch.full((tokens.shape[0], positions), IGNORED, dtype=torch.int64, device=tokens.device)
+    before = positions - tokens.shape[1]
+    real = (mask[:, 1:] & mask[:, :-1]).to(tokens.device)
+    targets[:, before : positions - 1] = torch.where(real, tokens[:, 1:], IGNORED)
+    return targets
+
+
 @torch.no_grad()
-def canary_places(logits: Tensor, tokens: Tensor | None, attention_mask: Tensor | None) -> CanaryPlaces:
+def canary_places(logits: Tensor, targets: Tensor | None, attention_mask: Tensor | None) -> CanaryPlaces:
     """The tokens that count, from the unedited model's logits. Waits for an accelerator.
 
-    These are the tokens whose successor in the text is predicted right, where the model knows such text at all (see
-    ``KNOWN``), and the ends of rows at which it is sure. Where these are fewer than half as many as there are rows, the
-    ends of all rows; and where it is nowhere sure either, every real token.
+    These are the tokens that are predicted right, where the model knows such text at all (see ``KNOWN``), and the ends
+    of rows at which it is sure. Where these are fewer than half as many as there are rows, the ends of all rows; and
+    where it is nowhere sure either, every real token of a text.
 
-    logits: [batch, positions, vocabulary] or [batch, vocabulary]. tokens: [batch, length], what was asked; None where
-    it can't be told, as of an encoder. attention_mask: see `real_tokens`.
+    logits: [batch, positions, vocabulary] or [batch, vocabulary]. targets: [batch, positions], the token that is right
+    at each, `IGNORED` where none is; None where there is no text. attention_mask: see `real_tokens`.
     """
     wide = _three(logits)
     batch, positions, _ = wide.shape
@@ -83,11 +101,10 @@ def canary_places(logits: Tensor, tokens: Tensor | None, attention_mask: Tensor 
     last = _at(logits, *ends.nonzero(as_tuple=True))
     sure = torch.zeros_like(real)
     sure[ends] = last.softmax(dim=-1).amax(dim=-1) >= SURE
-    predicted = _predicted(wide, tokens, real)
-    counts = predicted | sure
+    counts = _predicted(wide, targets, real) | sure
     if int(counts.sum()) < batch / 2:
         # Nothing is known of the text: what is asked is the end of each row, if anything is.
-        counts = real if tokens is not None and not bool(sure.any()) else ends
+        counts = real if targets is not None and not bool(sure.any()) else ends
     rows, at = counts.nonzero(as_tuple=True)
     if rows.numel() > MOST:
         kept = torch.linspace(0, rows.numel() - 1, MOST, device=rows.device).long()
@@ -95,20 +112,13 @@ def canary_places(logits: Tensor, tokens: Tensor | None, attention_mask: Tensor 
     return CanaryPlaces(rows, at, _at(logits, rows, at).clone())
 
 
-def _predicted(wide: Tensor, tokens: Tensor | None, real: Tensor) -> Tensor:
-    """Where the next token of the text is the most likely one: bool [batch, positions]; none where that is chance."""
+def _predicted(wide: Tensor, targets: Tensor | None, real: Tensor) -> Tensor:
+    """Where the target is the most likely token: bool [batch, positions]; none where that is chance."""
     none = torch.zeros_like(real)
-    batch, positions, vocabulary = wide.shape
-    if tokens is None or tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[0] != batch:
+    if targets is None or targets.shape != real.shape:
         return none
-    if not 1 < tokens.shape[1] <= positions:
-        return none
-    before = positions - tokens.shape[1]
-    wanted = tokens[:, 1:].to(wide.device)
+    wanted = targets.to(wide.device)
     # The ids of image tokens may lie beyond the vocabulary.
-    known = real[:, before:-1] & real[:, before + 1 :] & (wanted >= 0) & (wanted < vocabulary)
-    right = known & (wide[:, before:-1].argmax(dim=-1) == wanted)
-    if int(right.sum()) < KNOWN * int(known.sum()) or not bool(right.any()):
-        return none
-    none[:, before:-1] = right
-    return none
+    known = (wanted >= 0) & (wanted < wide.shape[-1])
+    right = known & (wide.argmax(dim=-1) == wanted)
+    return none if int(right.sum()) < KNOWN * int(known.sum()) else right

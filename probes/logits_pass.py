@@ -13,6 +13,7 @@ from stabilitylab.probes.canary_places import CanaryPlaces
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, wide_dtype
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
+_POSITIONED = 3  # dimensions of [batch, positions, vocabulary]
 _AT_ONCE = 16  # tokens of the canary: their vocabularies in float64 are what takes memory
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
@@ -79,7 +80,7 @@ class CanaryPass(LogitsStatistics):
 
     agreement: the share whose most likely successor is the original's; one that is not finite never agrees, but for a
     −∞ that the original has there too. kl: the mean KL(original ‖ now) in nats. Both are None for a canary that has no
-    original, such as the replayed input of an edit.
+    original, such as the replayed input of an edit, and for one number a row, which is no distribution.
     """
 
     agreement: float | None = None
@@ -151,7 +152,11 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def reduce_canary(logits: Tensor, attention_mask: Tensor | None, places: CanaryPlaces) -> Tensor:
-    """The numbers of `CanaryPass` as a float64 tensor of shape [9]. places: the tokens that count, and the original."""
+    """The numbers of `CanaryPass` as a float64 tensor of shape [9], or [7] where a row has one number. places: the
+    tokens that count, and the original.
+    """
+    if logits.shape[-1] == 1:
+        return reduce_logits(logits, attention_mask)
     now = places.of(logits)
     agreed = torch.zeros((), dtype=torch.float64, device=now.device)
     divergence = torch.zeros((), dtype=torch.float64, device=now.device)
@@ -167,24 +172,18 @@ def reduce_canary(logits: Tensor, attention_mask: Tensor | None, places: CanaryP
 
 
 @torch.no_grad()
-def text_nll(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """−mean log p(token t | tokens before t) over the real tokens but each row's first: a float64 scalar, in nats.
+def text_nll(logits: Tensor, targets: Tensor) -> Tensor | None:
+    """−mean log p(target) over the positions that have one: a float64 scalar, in nats.
 
-    logits: [batch, positions, vocabulary]. tokens: [batch, length]; where there are more positions than tokens (image
-    tokens before the text) they are aligned to the end. attention_mask: [batch, length], padding 0 on either side. None
-    where the two don't fit each other, NaN where no row has two real tokens of the vocabulary.
+    logits: [batch, positions, vocabulary]. targets: int64 [batch, positions], `canary_places.IGNORED` where there is
+    none. None where the two don't fit each other, NaN where no position has a target of the vocabulary.
     """
-    fits = logits.dim() == 3 and tokens.dim() == 2 and logits.shape[0] == tokens.shape[0]
-    if not fits or not 1 < tokens.shape[1] <= logits.shape[1] or tokens.is_floating_point():
+    if logits.dim() != _POSITIONED or targets.shape != logits.shape[:-1]:
         return None
-    here = logits.detach()[:, -tokens.shape[1] : -1]
-    wanted = tokens[:, 1:].to(here.device)
-    usable = attention_mask is not None and attention_mask.shape == tokens.shape
-    mask = (
-        attention_mask.to(here.device) != 0 if attention_mask is not None and usable else torch.ones_like(tokens) != 0
-    )
+    here = logits.detach()
+    wanted = targets.to(here.device)
     # The ids of image tokens may lie beyond the vocabulary.
-    real = mask[:, 1:] & mask[:, :-1] & (wanted >= 0) & (wanted < here.shape[-1])
+    real = (wanted >= 0) & (wanted < here.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=here.device)
     for row, target, counts in zip(here, wanted, real, strict=True):  # row by row: a copy of all logits would be large
         wide = row.to(wide_dtype(row))

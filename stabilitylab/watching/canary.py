@@ -1,8 +1,7 @@
-"""The canary: a small fixed batch that is forwarded after edits, and where a model's answer keeps its logits."""
+"""The canary: a small fixed batch that is forwarded after edits. What a model answers to it is in `answer`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError, did_you_mean
-from stabilitylab.watching.model_call import ModelCall
-from stabilitylab.watching.one_hook import run_silently
 
 Batch = Mapping[str, Any] | Tensor | Callable[[nn.Module], Any] | str
 """Keyword arguments or input ids for the model, a function of it, or ``"replay"``: the edit's own input again."""
 
+Selector = str | Callable[[Any], Any]
+"""Where a model's output has its logits: the name of an attribute or a key, or a function of the output."""
+
 REPLAY = "replay"
-_LOGITS_DIMENSIONS = 2
 _PERCENT = 100
 
 QUIET_SHARE = 0.5
@@ -31,13 +30,16 @@ class Canary:
     batch: what is forwarded. every: after each n-th edit. budget: instead of `every`, the share of the loop's time that
     it may take, above 0 and at most 1: half of it while values stand still, all that was saved while they move. Either
     way it is also forwarded at edit 0, and at once after an edit whose weights leap (see `analysis.pace`); on an
-    accelerator after the next one, since a leap is seen when the edit is read. Never after an edit that failed.
+    accelerator after the next one, since a leap is seen when the edit is read. Never after an edit that failed. logits:
+    where the model's output has them, if not in ``.logits`` or ``["logits"]``, nor as the output itself or the first of
+    a tuple: a name, such as ``"logits_per_image"``, or a function of the output.
     Raises UsageError for a batch of no known form and for a cadence that can't be.
     """
 
     batch: Batch
     every: int = 1
     budget: float | None = None
+    logits: Selector | None = None
 
     def __post_init__(self) -> None:
         known = isinstance(self.batch, Mapping | Tensor) or callable(self.batch)
@@ -46,6 +48,11 @@ class Canary:
             raise UsageError(
                 f"canary={self.batch!r} is not usable; expected a dict of model arguments, a tensor of input ids, "
                 f"a function of the model, or 'replay'{suggested}"
+            )
+        if self.logits is not None and not (isinstance(self.logits, str) or callable(self.logits)):
+            raise UsageError(
+                f"Canary(logits={self.logits!r}): expected the name of what the output has the logits in, or a function"
+                " of the output"
             )
         if not isinstance(self.every, int) or self.every < 1:
             raise UsageError(f"Canary(every={self.every!r}): expected a whole number of edits, 1 or more")
@@ -115,88 +122,6 @@ class Schedule:
         return self._spent + self._last <= share * elapsed
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the canary's forward gave. logits: [batch, (positions,) vocabulary]. mask, tokens: [batch, length], or None
-    where its input has none that can be told.
-    """
-
-    logits: Tensor
-    mask: Tensor | None
-    tokens: Tensor | None
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The logits in a model's output: ``.logits``, ``["logits"]``, the tensor itself or the first of a tuple."""
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if found is None:
-        found = output[0] if isinstance(output, tuple | list) and output else output
-    usable = isinstance(found, Tensor) and found.is_floating_point() and found.dim() >= _LOGITS_DIMENSIONS
-    return found if usable and found.numel() else None
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in a model's output, ``.loss`` or ``["loss"]``: a scalar, or None."""
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return found if isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point() else None
-
-
-def mask_of(kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
-    """The attention mask that went into a model, or that came back with its output."""
-    for found in (kwargs.get("attention_mask"), getattr(output, "attention_mask", None)):
-        if isinstance(found, Tensor):
-            return found
-    return None
-
-
-def _takes_it_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the model takes one dict, such as ``samples``, and not what is in it."""
-    try:
-        taken = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    named = [each.name for each in taken if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    return len(named) == len(taken) and bool(named) and not any(name in batch for name in named)
-
-
-def _reads_apart(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the input ids and their mask belong to an encoder, and not to the positions of the logits."""
-    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(encoder) or any(name.startswith("decoder_") for name in kwargs)
-
-
 def of(given: Canary | Batch | None) -> Canary | None:
     """A canary from what a user gives. Raises UsageError for one of no known form."""
     return given if given is None or isinstance(given, Canary) else Canary(given)
-
-
-def forward(model: nn.Module, batch: Batch, last_call: ModelCall | None) -> Answer | None:
-    """What a canary's batch gives on `model`; None for a replay before any edit.
-
-    Runs in evaluation mode without gradients; RNG and module modes are as before. Waits for nothing that the model
-    itself does not wait for. Raises ValueError when the model's output holds no logits.
-    """
-    kwargs: Mapping[str, Any] = {}
-    if isinstance(batch, Mapping):
-        kwargs = batch
-        output = run_silently(model, lambda: model(batch) if _takes_it_whole(model, batch) else model(**batch))
-    elif isinstance(batch, Tensor):
-        kwargs = {"input_ids": batch}
-        output = run_silently(model, lambda: model(batch))
-    elif callable(batch):
-        output = run_silently(model, lambda: batch(model))
-    elif last_call is None:
-        return None
-    else:
-        last_call.check()
-        kwargs = last_call.kwargs
-        output = run_silently(model, lambda: last_call.again(model))
-    logits = logits_of(output)
-    if logits is None:
-        raise ValueError(f"the canary's output ({type(output).__name__}) holds no logits")
-    if _reads_apart(model, kwargs):
-        return Answer(logits.detach(), None, None)
-    tokens = kwargs.get("input_ids")
-    return Answer(logits.detach(), mask_of(kwargs, output), tokens if isinstance(tokens, Tensor) else None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stabilitylab.probes.activations import ActivationPasses, ActivationRange, ActivationScale, NormHeadroom
-from stabilitylab.probes.canary_places import MOST, CanaryPlaces, canary_places
+from stabilitylab.probes.canary_places import MOST, CanaryPlaces, canary_places, next_tokens
 from stabilitylab.probes.editor_state import EditLearningRates, NormalisedInput, Normaliser
 from stabilitylab.probes.feedback import FeedbackPass, FeedbackShare, Gain, History
 from stabilitylab.probes.logits import Canary, Logits, Perplexity
@@ -390,8 +390,10 @@ def test_which_tokens_of_a_canary_count(
             mask[row, slice(0, padded) if side == "left" else slice(length - padded, length)] = 0
     found = canary_places(
         torch.tensor(logits),
-        torch.tensor(tokens) if asked else None,
-        None if mask is None else torch.tensor(mask),
+        next_tokens(torch.tensor(tokens), None if mask is None else torch.tensor(mask), image + length)
+        if asked
+        else None,
+        asked_of,
     )
     expected = naive_places(logits, tokens if asked else None, mask, length)
     assert list(zip(found.rows.tolist(), found.positions.tolist(), strict=True)) == expected
@@ -401,7 +403,7 @@ def test_which_tokens_of_a_canary_count(
 def test_of_a_long_canary_as_many_tokens_as_can_be_kept_are_spread_over_it() -> None:
     logits = torch.zeros(8, 40, 5)
     logits[..., 1] = 9.0
-    found = canary_places(logits, torch.ones(8, 40, dtype=torch.int64), None)
+    found = canary_places(logits, next_tokens(torch.ones(8, 40, dtype=torch.int64), None, 40), None)
     assert found.rows.numel() == MOST
     assert set(found.rows.tolist()) == set(range(8))
     assert canary_places(logits[:, 0], None, None).positions.tolist() == [0] * 8
@@ -415,7 +417,8 @@ def test_perplexity_of_a_text(side: str, seed: int, batch: int, length: int, ima
     lengths = np.where(side == "none", length, rng.integers(2, length + 1, size=batch))
     mask = np.arange(length) < lengths[:, None]
     mask = mask[:, ::-1].copy() if side == "left" else mask
-    nll = text_nll(logits, torch.from_numpy(tokens), None if side == "none" else torch.from_numpy(mask).long())
+    attention_mask = None if side == "none" else torch.from_numpy(mask).long()
+    nll = text_nll(logits, next_tokens(torch.from_numpy(tokens), attention_mask, image + length))
     assert nll is not None
     z, losses = numpy64(logits), []
     for row in range(batch):
@@ -430,7 +433,7 @@ def test_perplexity_of_a_text(side: str, seed: int, batch: int, length: int, ima
 
 def test_perplexity_of_blank_logits_is_the_vocabulary_and_of_lost_ones_not_a_number() -> None:
     tokens = torch.tensor([[1, 2, 3]])
-    blank, lost = (text_nll(torch.full((1, 3, 50), value), tokens, None) for value in (0.0, math.nan))
+    blank, lost = (text_nll(torch.full((1, 3, 50), value), next_tokens(tokens, None, 3)) for value in (0.0, math.nan))
     assert blank is not None
     assert lost is not None
     assert Perplexity().compute(TextPass(blank.item(), 0.0))["canary.perplexity"] == pytest.approx(50)
@@ -441,7 +444,7 @@ def test_perplexity_of_blank_logits_is_the_vocabulary_and_of_lost_ones_not_a_num
 def test_tokens_beyond_the_vocabulary_are_left_out_of_a_text() -> None:
     logits = random(1, 1, 4, 6)
     with_image, without = torch.tensor([[5, 999_999, 2, 3]]), torch.tensor([[2, 3]])
-    found, expected = text_nll(logits, with_image, None), text_nll(logits, without, None)
+    found, expected = (text_nll(logits, next_tokens(tokens, None, 4)) for tokens in (with_image, without))
     p = [np.exp(numpy64(logits)[0, at]) / np.exp(numpy64(logits)[0, at]).sum() for at in (1, 2)]
     assert found is not None
     assert found.item() == pytest.approx(-np.mean([np.log(p[0][2]), np.log(p[1][3])]), rel=1e-5)
@@ -450,9 +453,10 @@ def test_tokens_beyond_the_vocabulary_are_left_out_of_a_text() -> None:
 
 
 def test_a_text_that_does_not_fit_the_logits_has_no_perplexity() -> None:
-    assert text_nll(torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
-    assert text_nll(torch.zeros(1, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
-    assert text_nll(torch.zeros(2, 3, 5), torch.zeros(1, 3, dtype=torch.long), None) is None
+    targets = torch.zeros(1, 3, dtype=torch.long)
+    assert text_nll(torch.zeros(1, 2, 5), targets) is None
+    assert text_nll(torch.zeros(1, 5), targets) is None
+    assert text_nll(torch.zeros(2, 3, 5), targets) is None
 
 
 # -- editor state and feedback ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from stabilitylab.probes import ALL
 from stabilitylab.probes.absorption import reduce_absorption
 from stabilitylab.probes.attention_pass import reduce_attention, reduce_attention_logits
-from stabilitylab.probes.canary_places import CanaryPlaces
+from stabilitylab.probes.canary_places import CanaryPlaces, next_tokens
 from stabilitylab.probes.codebook import query_of, reduce_codebook, reduce_hits
 from stabilitylab.probes.gradient_factors import EXACT_RANK, reduce_factors
 from stabilitylab.probes.gradient_passes import Factors, PassKeeper, inner_product, product_with_update
@@ -206,7 +206,8 @@ def test_logits(shape: tuple[int, ...], masked: bool, dtype: torch.dtype) -> Non
 def test_text(masked: bool, dtype: torch.dtype) -> None:
     tokens = there(2, 4, dtype=torch.int64)
     with nothing_waits():
-        assert text_nll(there(2, 6, 40, dtype=dtype), tokens, torch.ones_like(tokens) if masked else None) is not None
+        targets = next_tokens(tokens, torch.ones_like(tokens) if masked else None, 6)
+        assert text_nll(there(2, 6, 40, dtype=dtype), targets) is not None
 
 
 @pytest.mark.parametrize("mask", [(2, 6), (2, 1, 6, 6)], ids=str)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.record.scanned import FLOATS, LISTED, ActivationScan, Some, norm_limit
-from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.answer import forward
+from stabilitylab.watching.canary import Canary
 
 _SAMPLED: Final = 65_536
 """Entries that a median is taken of."""
@@ -56,7 +57,7 @@ def is_compiled(model: nn.Module) -> str:
     return ""
 
 
-def activations_of(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationScan, ...]:
+def activations_of(model: nn.Module, canary: Canary) -> tuple[ActivationScan, ...]:
     """One silent forward of the canary, with every layer looked at; the model is left as it was.
 
     Raises whatever the model raises, and ValueError where its output holds no logits.
@@ -68,7 +69,7 @@ def activations_of(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationS
                 hooks.callback(module.register_forward_hook(_output_hook(watch, name, _activates(name, module))).remove)
             if name and _normalises(module):
                 hooks.callback(module.register_forward_pre_hook(_input_hook(watch, name)).remove)
-        answer = canaries.forward(model, batch, None)
+        answer = forward(model, canary, None)
     tokens = None if answer is None else answer.tokens
     return tuple(_told(found, watch.alive.get(found.layer), tokens) for found in watch.seen.values())
 

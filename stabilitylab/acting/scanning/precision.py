@@ -14,7 +14,7 @@ from stabilitylab.acting.scanning.entries import PIECE, PIECE_ELSEWHERE
 from stabilitylab.acting.scanning.opening import one_line
 from stabilitylab.errors import EditError, UsageError, did_you_mean
 from stabilitylab.record.scanned import FLOATS, PrecisionScan, headroom
-from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.canary import Batch
 from stabilitylab.watching.snapshot import RandomStates, take
 
 SHORT: Final[Mapping[str, str]] = {
@@ -138,7 +138,7 @@ def try_cast(model: nn.Module, original: Original, dtype: torch.dtype) -> Distan
     found: Distance | str
     try:
         model.to(dtype)
-        found = original.distance_of(model, _cast_batch(original.batch, dtype))
+        found = original.distance_of(model, _cast_batch(original.canary.batch, dtype))
     except Exception as error:  # whatever a dtype lacks: a kernel, a layer that takes it
         found = one_line(error)
     finally:
@@ -149,7 +149,7 @@ def try_cast(model: nn.Module, original: Original, dtype: torch.dtype) -> Distan
     return found
 
 
-def _cast_batch(batch: canaries.Batch, dtype: torch.dtype) -> canaries.Batch:
+def _cast_batch(batch: Batch, dtype: torch.dtype) -> Batch:
     if isinstance(batch, Mapping):
         return {name: _cast(value, dtype) for name, value in batch.items()}
     return batch.to(dtype) if isinstance(batch, Tensor) and batch.is_floating_point() else batch

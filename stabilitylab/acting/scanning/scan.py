@@ -26,7 +26,8 @@ from stabilitylab.acting.scanning.precision import PrecisionCount, dtype_called,
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.weight_spectrum import gram_of, spectrum_of_weight
 from stabilitylab.record.scanned import FLOATS, ActivationScan, CapacityScan, PrecisionScan, Scan, TensorScan
-from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.canary import Batch, Canary
+from stabilitylab.watching.canary import of as canary_of
 from stabilitylab.watching.sites import locate_readable
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +47,7 @@ def figures(
     sites: str | Sequence[str] | None = None,
     *,
     editor: object | None = None,
-    canary: canaries.Canary | canaries.Batch | None = None,
+    canary: Canary | Batch | None = None,
     hparams: str | Path | None = None,
     precision: str | Sequence[str] = (),
     apply: Callable[[Any, Any], object] | None = None,
@@ -135,8 +136,8 @@ def _first(skipped: dict[str, str]) -> str:
     return next((f"; {name}: {reason}" for name, reason in skipped.items()), "")
 
 
-_Asked = tuple[nn.Module, canaries.Batch]
-"""A live model, and the canary's batch."""
+_Asked = tuple[nn.Module, Canary]
+"""A live model, and the canary."""
 
 
 def editor_figures(editor: object) -> Scan:
@@ -152,7 +153,7 @@ def editor_figures(editor: object) -> Scan:
     )
 
 
-def _asked(model: object, given: canaries.Canary | canaries.Batch | None, apply: object | None) -> _Asked | None:
+def _asked(model: object, given: Canary | Batch | None, apply: object | None) -> _Asked | None:
     """What is to be forwarded. Raises UsageError for what only a live model can do, and for a canary of no batch."""
     if not isinstance(model, nn.Module):
         if given is not None or apply is not None:
@@ -161,12 +162,12 @@ def _asked(model: object, given: canaries.Canary | canaries.Batch | None, apply:
                 f"{what} was given for a folder; expected a live model, which alone can answer and be edited"
             )
         return None
-    watched = canaries.of(given)
+    watched = canary_of(given)
     if watched is None:
         return None
     if watched.is_replay:
         raise UsageError("canary='replay' needs an edit to replay; a scan expects a batch, or a function of the model")
-    return model, watched.batch
+    return model, watched
 
 
 def _unseen(model: nn.Module) -> dict[str, str]:
@@ -175,9 +176,9 @@ def _unseen(model: nn.Module) -> dict[str, str]:
     return {"what the canary makes of the layers": why} if why else {}
 
 
-def _activations(model: nn.Module, batch: canaries.Batch) -> tuple[ActivationScan, ...]:
+def _activations(model: nn.Module, canary: Canary) -> tuple[ActivationScan, ...]:
     try:
-        return activations_of(model, batch)
+        return activations_of(model, canary)
     except Exception as error:
         raise UsageError(f"the canary can't be forwarded: {one_line(error)}") from error
 

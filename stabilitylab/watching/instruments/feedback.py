@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.weight_pass import norm_of
-from stabilitylab.watching import canary as canaries
+from stabilitylab.watching.answer import loss_of
 from stabilitylab.watching.instruments.bench import Bench, full_precision
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.model_call import ModelCall
@@ -86,7 +86,7 @@ class FeedbackInstrument:
 
         def run() -> tuple[Tensor | None, ...]:
             output = torch.func.functional_call(model, weights, call.args, call.kwargs, tie_weights=False)
-            loss = canaries.loss_of(output)
+            loss = loss_of(output)
             if loss is None:
                 raise ValueError("the model's output holds no loss; give its call labels, or leave FeedbackShare out")
             if not loss.requires_grad:  # the edit has merged its adapters: the call passes none of the layers now

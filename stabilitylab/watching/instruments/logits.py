@@ -22,7 +22,8 @@ from stabilitylab.probes.logits_pass import (
 )
 from stabilitylab.probes.output_pass import OutputKeeper
 from stabilitylab.record.readings import MODEL_SITE
-from stabilitylab.watching import canary as canaries
+from stabilitylab.watching import answer as answers
+from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.hooks import plain
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.model_call import ModelCall
@@ -38,8 +39,9 @@ def _plain(found: Tensor | None) -> Tensor | None:
 class LogitsInstrument:
     """Reduces the logits of the model's first forward in an edit in full, and of the later ones their extremes."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, canary: Canary | None) -> None:
         self._bench = bench
+        self._select = None if canary is None else canary.logits
         self._keeper = OutputKeeper()
         self._has_loss = False
 
@@ -53,7 +55,7 @@ class LogitsInstrument:
             self._bench.safely("logits", lambda: self._output(kwargs, output))
 
     def _output(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        loss, logits = _plain(canaries.loss_of(output)), _plain(canaries.logits_of(output))
+        loss, logits = _plain(answers.loss_of(output)), _plain(answers.logits_of(output, self._select))
         if loss is not None and not self._has_loss and self._bench.needed(LossPass):
             self._has_loss = True
             self._bench.add(MODEL_SITE, loss.detach().double().reshape(1), LossPass.from_host)
@@ -61,7 +63,7 @@ class LogitsInstrument:
             return
         largest = None
         if self._keeper.passes == 0 and self._bench.needed(LogitsPass):
-            packed = reduce_logits(logits, canaries.mask_of(kwargs, output))
+            packed = reduce_logits(logits, answers.mask_of(kwargs, output))
             largest = packed[:2].abs().amax()
             self._bench.add(MODEL_SITE, packed, LogitsPass.from_host)
         if self._bench.needed(LaterLogits):
@@ -79,10 +81,11 @@ class LogitsInstrument:
 class CanaryInstrument:
     """Forwards the canary after an edit, against what it gave at edit 0: that is stored, and never formed again."""
 
-    def __init__(self, bench: Bench, canary: canaries.Canary | None) -> None:
+    def __init__(self, bench: Bench, canary: Canary | None) -> None:
         self._bench = bench
         self._canary = canary
         self._places: CanaryPlaces | None = None
+        self._targets: Tensor | None = None
         self._original_nll: Tensor | None = None
 
     @property
@@ -108,7 +111,7 @@ class CanaryInstrument:
             answer = self._answer(canary, model, last_call, around)
             if answer is None:
                 return None
-            self._bench.safely("canary", lambda: self._reduce(canary, answer), kind=CANARY_OFF)
+            self._bench.safely("canary", lambda: self._reduce(canary, model, answer), kind=CANARY_OFF)
             return answer.logits
 
     def forward_again(
@@ -120,34 +123,35 @@ class CanaryInstrument:
 
     def _answer(
         self,
-        canary: canaries.Canary,
+        canary: Canary,
         model: nn.Module,
         last_call: ModelCall | None,
         around: AbstractContextManager[Any] | None,
-    ) -> canaries.Answer | None:
-        def forward() -> canaries.Answer | None:
+    ) -> answers.Answer | None:
+        def forward() -> answers.Answer | None:
             with around or nullcontext():
-                return canaries.forward(model, canary.batch, last_call)
+                return answers.forward(model, canary, last_call)
 
-        answer: canaries.Answer | None = self._bench.safely("canary", forward, as_the_loop=True, kind=CANARY_OFF)
+        answer: answers.Answer | None = self._bench.safely("canary", forward, as_the_loop=True, kind=CANARY_OFF)
         return answer
 
-    def _reduce(self, canary: canaries.Canary, answer: canaries.Answer) -> None:
+    def _reduce(self, canary: Canary, model: nn.Module, answer: answers.Answer) -> None:
         if canary.is_replay:
             if self._bench.needed(CanaryPass):
                 packed = reduce_logits(answer.logits, answer.mask)
                 self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
             return
         if self._places is None:
-            self._places = canary_places(answer.logits, answer.tokens, answer.mask)
+            self._targets = answers.targets_of(model, canary, answer)
+            self._places = canary_places(answer.logits, self._targets, answer.mask)
         if self._bench.needed(CanaryPass):
             packed = reduce_canary(answer.logits, answer.mask, self._places)
             self._bench.add(MODEL_SITE, packed, CanaryPass.from_host)
-        if answer.tokens is not None and self._bench.needed(TextPass):
-            self._text(answer.logits, answer.tokens, answer.mask)
+        if self._targets is not None and self._bench.needed(TextPass):
+            self._text(answer.logits, self._targets)
 
-    def _text(self, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-        nll = text_nll(logits, tokens, mask)
+    def _text(self, logits: Tensor, targets: Tensor) -> None:
+        nll = text_nll(logits, targets)
         if nll is not None:
             self._original_nll = nll if self._original_nll is None else self._original_nll
             self._bench.add(MODEL_SITE, torch.stack([nll, self._original_nll]), TextPass.from_host)

@@ -65,7 +65,7 @@ class Instruments:
         self._weights = WeightInstrument(bench)
         self._gradients = GradientInstrument(bench)
         self._outputs = OutputInstrument(bench)
-        self._logits = LogitsInstrument(bench)
+        self._logits = LogitsInstrument(bench, canary)
         self._editor = EditorInstrument(bench, editor)
         self._attention = AttentionInstrument(bench)
         self._feedback = FeedbackInstrument(bench)
