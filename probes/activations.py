@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradient_factors import GradientSpectrum
 from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
@@ -148,7 +150,7 @@ class DeadUnits(Probe[GradientSpectrum]):
 
     def compute(self, seen: GradientSpectrum) -> Readings:
         """From the first pass that a backward answered."""
-        return {"activation.dead_share": seen.dead_share}
+        return {} if math.isnan(seen.dead_share) else {"activation.dead_share": seen.dead_share}
 
 
 class ActivationPasses(Probe[LaterOutputs]):

@@ -15,6 +15,7 @@ import numpy as np
 
 from stabilitylab.analysis import detectors
 from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
+from stabilitylab.analysis.harm import is_still
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.analysis.words import number, place_name
@@ -24,8 +25,8 @@ from stabilitylab.record.readings import Array
 @dataclass(frozen=True)
 class Distance:
     """detector: whose limit counts. statistic: of readings; reading: the opposite. twice: whether two readings in a row
-    must say so, since an edit that is taken back leaves one. says: over ``number``, ``share``, ``site``, ``edit`` and
-    ``since``.
+    must say so, since an edit that is taken back leaves one. unless_still: whether the canary's predictions must have
+    left where they were too, see `harm.is_still`. says: over ``number``, ``share``, ``site``, ``edit`` and ``since``.
     """
 
     detector: str
@@ -35,6 +36,7 @@ class Distance:
     reading: Callable[[float], float]
     says: str
     twice: bool = False
+    unless_still: bool = False
 
 
 STEP: Final = Distance(
@@ -62,6 +64,7 @@ CANARY: Final = (
         lambda statistic: 1.0 - statistic * detectors.CHANGED,
         "At edit {edit} the model agrees with the original on only {share} of the canary; on few since edit {since}.",
         twice=True,
+        unless_still=True,
     ),
 )
 
@@ -99,7 +102,10 @@ class DistanceBank:
         for distance in CANARY:
             at = self._canaries.of(row.schema)[distance.metric]
             at = at[row.finite[at]]
-            hits += self._check(distance, row, at, row.values[at])
+            values = row.values[at]
+            if distance.unless_still and is_still(row):
+                values = np.full_like(values, distance.reading(0.0))
+            hits += self._check(distance, row, at, values)
         return hits
 
     def _steps(self, row: Flat) -> tuple[Places, Array]:

@@ -29,6 +29,14 @@ _KL: Final[Key] = ("canary.kl", MODEL_SITE)
 _AGREEMENT: Final[Key] = ("canary.agreement", MODEL_SITE)
 
 
+def is_still(row: Flat) -> bool:
+    """Whether the canary was read and its predictions are within ``STILL_NATS`` of the original's, as a mean KL: what
+    else changed there are ties.
+    """
+    position = row.schema.position.get(_KL)
+    return position is not None and bool(row.values[position] <= STILL_NATS)
+
+
 class Harm:
     """Follows the canary, and weighs what is claimed of sizes by it."""
 

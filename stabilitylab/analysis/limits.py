@@ -2,7 +2,9 @@
 
 Where the limits come from:
 
-- ``AGREEMENT``: nine in ten of the canary's answers changed, at three readings in a row.
+- ``AGREEMENT``: nine in ten of the canary's answers changed, at three readings in a row, and more than
+  ``harm.STILL_NATS`` away: within so much no answer's probability has moved by more than √(KL/2) (Pinsker's
+  inequality), a fifth, and what changed were near ties, as of a model that was never trained.
 - ``KL_COLLAPSED``: a mean KL of ln 100 nats multiplies the canary's perplexity against the original's own predictions
   by 100: from the 10–20 of a working language model to the 1,000 and more that the literature calls collapse.
   ``KL_DRIFTING``: the same with a factor of e. ``PERPLEXITY_RATIO``: the same of the canary's own text.
@@ -36,6 +38,7 @@ import numpy as np
 
 from stabilitylab.analysis.columns import Flat
 from stabilitylab.analysis.findings import Verdict
+from stabilitylab.analysis.harm import is_still
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.words import number, place_name
@@ -61,7 +64,8 @@ class Limit:
 
     compare: how the value must stand to the limit. sustained: readings in a row at which it must hold; a NaN among them
     is passed over. when: at edit 0 only, at edits only, or both. says: a format string over ``value``, ``number`` (the
-    value in words), ``site``, ``edit`` and ``since``.
+    value in words), ``site``, ``edit`` and ``since``. unless_still: says nothing while the canary's
+    predictions are where they were, see `harm.is_still`.
     """
 
     rule: str
@@ -72,6 +76,7 @@ class Limit:
     says: str
     sustained: int = 1
     when: When = "any"
+    unless_still: bool = False
 
 
 LIMITS: Final = (
@@ -84,6 +89,7 @@ LIMITS: Final = (
         "Since edit {since} the model agrees with the original on only {value:.0%} of the canary.",
         SUSTAINED,
         "edits",
+        unless_still=True,
     ),
     Limit(
         "canary-collapsed",
@@ -249,6 +255,8 @@ class LimitFacts:
     def _against(self, limit: Limit, row: Flat) -> Iterator[Hit]:
         at = self._lookup.at(limit.metric)
         holds = _COMPARE[limit.compare](row.values[at], limit.limit)
+        if limit.unless_still and is_still(row):
+            holds = np.zeros_like(holds)
         streaks = self._streaks[limit.rule]
         if streaks:
             for place in row.places[at[~holds & ~np.isnan(row.values[at])]].tolist():

@@ -108,7 +108,8 @@ def _node_of(output: Tensor) -> Any:
 class Capture:
     """The hooks of one edit. A context manager; what it caught stays readable after it is left, until `clear`.
 
-    asked: whether any hook was put on a layer. heard: whether any of them, or the whole model's, fired.
+    asked: the sites whose layers hooks were put on. answered: those that were called and gave a value that can be read.
+    batched: those that were called inside ``vmap``. heard: whether any hook, or the whole model's, fired.
 
     Each (forward, backward) pair is a pass of its own: two backwards through one forward, or two forwards before one
     backward, are never added up. A forward's input is held by its own autograd node, and so as long as the graph.
@@ -118,7 +119,10 @@ class Capture:
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
         self._call: ModelCall | None = None
-        self.asked = self.heard = False
+        self.asked: set[str] = set()
+        self.answered: set[str] = set()
+        self.batched: set[str] = set()
+        self.heard = False
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
         self._left = False
@@ -153,7 +157,7 @@ class Capture:
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
         """Hook one layer; with `factors`, its input and δ too."""
 
-        self.asked = True
+        self.asked.add(site)
 
         def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.heard = True
@@ -161,6 +165,7 @@ class Capture:
             if y is None or not y.is_floating_point() or y.numel() == 0:
                 return
             x, values = _first_tensor(args), plain(y)
+            (self.batched if values is None else self.answered).add(site)
             if values is not None:
                 self._watcher.layer_output(site, id(fired), self._as_sequence(fired, values.detach()))
             if factors and y.requires_grad:
@@ -173,9 +178,14 @@ class Capture:
             self._watch_gradient(site, module)
 
     def _watch_gradient(self, site: str, module: nn.Module) -> None:
-        """Hear when a backward adds to the weight's `.grad`. It may become a leaf that asks for one inside the edit."""
+        """Likewise of a layer's weight, which may become a leaf that asks for a gradient inside the edit."""
         weight = module._parameters.get("weight")
-        if weight is None or not self._watcher.adopts(site, weight):
+        if weight is not None:
+            self.watch_leaf(site, weight)
+
+    def watch_leaf(self, site: str, weight: Tensor) -> None:
+        """Hear when a backward adds to a weight's `.grad`."""
+        if not self._watcher.adopts(site, weight):
             return
 
         def accumulated(leaf: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
-from stabilitylab.watching.silence import Silence
+from stabilitylab.watching.silence import Silence, Unanswered
 from stabilitylab.watching.sites import Site, locate
 
 
@@ -81,6 +81,7 @@ class _Unread:
     tracers: tuple[Tracer, ...] = ()
     asked: bool = False
     heard: bool = False
+    unanswered: Mapping[str, bool] = field(default_factory=dict)
     foreign: bool = False
 
 
@@ -107,6 +108,7 @@ class Rounds:
         self._instruments = Instruments(probes, editor, canary, recorder.note)
         self._schedule = None if canary is None else Schedule(canary)
         self._silence = Silence(canary is not None)
+        self._unanswered = Unanswered()
         self._pace = Pace()
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
@@ -207,8 +209,9 @@ class Rounds:
             status,
             cargo,
             tracers=tracers,
-            asked=capture.asked,
+            asked=bool(capture.asked),
             heard=capture.heard,
+            unanswered={site: site in capture.batched for site in capture.asked - capture.answered},
             foreign=applied and foreign,
         )
         capture.clear()
@@ -255,8 +258,10 @@ class Rounds:
                 self._watch_pace(unread.cargo)
         if unread.asked and unread.status == "applied":
             note = self._silence.after(self.model, unread.heard, self._last_moved)
-            if note is not None:
-                self._note(*note)
+            moved = {site for site, seen in passes.items() if seen.update != 0}
+            unseen = self._unanswered.after(unread.unanswered, moved) if unread.heard else None
+            for kind, says in filter(None, (note, unseen)):
+                self._note(kind, says)
         found = [self._tracing.read(tracer) for tracer in unread.tracers]
         named = [operation for operation in found if operation is not None]
         for operation in named:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Final
 
 from torch import nn
 
-from stabilitylab.record.note_kinds import HOOKS_SILENT, NEVER_RUN
+from stabilitylab.record.note_kinds import HOOKS_SILENT, LAYER_SILENT, NEVER_RUN
 
 FEWEST: Final = 3
 """Edits without a sound, from the first on, that are no accident."""
@@ -50,3 +51,32 @@ def _is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+class Unanswered:
+    """Listens to single layers: whose weight moves while no call of it is seen. Says so once of each."""
+
+    def __init__(self) -> None:
+        self._edits: dict[str, int] = {}
+
+    def after(self, unanswered: Mapping[str, bool], moved: Set[str]) -> tuple[str, str] | None:
+        """An edit ran the model. unanswered: the sites whose hooks saw nothing that could be read, and whether they
+        were called inside ``vmap``. moved: the sites whose weight it changed. Returns the note to take.
+        """
+        counts = {site: self._edits.get(site, 0) + 1 for site in unanswered if site in moved}
+        said = {site: count for site, count in self._edits.items() if count >= FEWEST}
+        new = [site for site, count in counts.items() if count == FEWEST and site not in said]
+        self._edits = counts | said
+        if not new:
+            return None
+        batched = any(unanswered[site] for site in new)
+        why = (
+            "they run inside vmap, where each value is many in one"
+            if batched
+            else "no call of the layers themselves was seen, as where a fused operation takes their weights"
+        )
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        return LAYER_SILENT, (
+            f"{new[0]}{more}: their weights are measured, but no activation and no gradient spectrum in {FEWEST} edits:"
+            f" {why}"
+        )

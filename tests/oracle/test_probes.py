@@ -388,13 +388,9 @@ def test_which_tokens_of_a_canary_count(
         for row in range(batch):
             padded = int(rng.integers(0, length + 1))
             mask[row, slice(0, padded) if side == "left" else slice(length - padded, length)] = 0
-    found = canary_places(
-        torch.tensor(logits),
-        next_tokens(torch.tensor(tokens), None if mask is None else torch.tensor(mask), image + length)
-        if asked
-        else None,
-        asked_of,
-    )
+    attended = None if mask is None else torch.tensor(mask)
+    targets = next_tokens(torch.tensor(tokens), attended, image + length) if asked else None
+    found = canary_places(torch.tensor(logits), targets, attended)
     expected = naive_places(logits, tokens if asked else None, mask, length)
     assert list(zip(found.rows.tolist(), found.positions.tolist(), strict=True)) == expected
     np.testing.assert_array_equal(found.logits.numpy(), np.array([logits[place] for place in expected]))

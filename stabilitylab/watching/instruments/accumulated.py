@@ -31,7 +31,7 @@ from stabilitylab.probes.accumulated_gradient import (
 from stabilitylab.probes.gradient_factors import GradientSpectrum, norm_of
 from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.instruments.bench import Bench
-from stabilitylab.watching.sites import why_unmeasurable
+from stabilitylab.watching.sites import Orientation, why_unmeasurable
 
 _FRAMES = 12
 """How far above an optimizer's step its scaler may be: torch's own wrappers, a scheduler's, accelerate's."""
@@ -41,15 +41,16 @@ _FRAMES = 12
 class _Weight:
     """One weight inside one edit.
 
-    transposed: whether it is [in, out]. stale: whether `.grad` held something before the edit's first backward. fresh:
-    whether a backward has added to it since it was last used; just_now: whether the one that is under way has. added:
-    whether it was written to after it was made: a sum over backwards, or zeroed in place. last: that gradient, as long
-    as anyone else holds it. carried: how many backwards added to a gradient that a step had used already. looks: as
-    each backward since the last step left it. steps: each time that an optimizer used it.
+    orientation: how it meets its input; where it doesn't, its gradient has a norm, and no spectrum is formed. stale:
+    whether `.grad` held something before the edit's first backward. fresh: whether a backward has added to it since it
+    was last used; just_now: whether the one that is under way has. added: whether it was written to after it was made:
+    a sum over backwards, or zeroed in place. last: that gradient, as long as anyone else holds it. carried: how many
+    backwards added to a gradient that a step had used already. looks: as each backward since the last step left it.
+    steps: each time that an optimizer used it.
     """
 
     weight: Tensor
-    transposed: bool
+    orientation: Orientation
     stale: bool
     fresh: bool = False
     just_now: bool = False
@@ -105,12 +106,12 @@ class AccumulatedInstrument:
         """A new edit."""
         self._weights, self._stepped = {}, False
 
-    def adopt(self, site: str, weight: Tensor, transposed: bool) -> bool:
+    def adopt(self, site: str, weight: Tensor, orientation: Orientation) -> bool:
         """Whether to tell of what is accumulated in this weight: a leaf that is not watched yet in this edit."""
         known = self._weights.setdefault(site, {})
         if id(weight) in known or not (weight.is_leaf and weight.requires_grad):
             return False
-        known[id(weight)] = _Weight(weight, transposed, stale=weight.grad is not None, last=_weakly(weight.grad))
+        known[id(weight)] = _Weight(weight, orientation, stale=weight.grad is not None, last=_weakly(weight.grad))
         return True
 
     @property
@@ -163,11 +164,13 @@ class AccumulatedInstrument:
                 one.looks = []
 
     def _look_closer(self, one: _Weight, gradient: Tensor, use: Use, first: FirstPass | None) -> None:
+        if one.orientation == "none":
+            return
         norm = use.stepped if use.before is None else use.before
         # Both hold the loss scale where the norm is that of the backward.
         factors = None if first is None else norm_of(first.packed)
         if norm is not None and needs_matrix(gradient, norm, factors, first is not None and first.is_plain):
-            one.matrix = reduce_used(gradient, one.transposed)
+            one.matrix = reduce_used(gradient, one.orientation == "in_out")
 
     def after(self, site: str, first: FirstPass | None) -> Accumulated | None:
         """What became known of one site; None where it had no gradient at all."""

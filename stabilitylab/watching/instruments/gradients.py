@@ -66,6 +66,11 @@ class GradientInstrument:
         self._plain.clear()
         self._accumulated.begin()
 
+    def needs(self, site: Site) -> bool:
+        """Whether anything of a weight's gradient is wanted at this edit."""
+        needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(AccumulatedGradient, site.name)
+        return self.needs_factors(site) or needed
+
     def needs_factors(self, site: Site) -> bool:
         """Whether a layer's input and δ are wanted at this edit, or at the next as those of the edit before."""
         needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(LaterPasses, site.name)
@@ -80,7 +85,7 @@ class GradientInstrument:
 
     def adopts(self, site: str, weight: Tensor) -> bool:
         """Whether to tell of what backwards add to this weight's `.grad`."""
-        return self._accumulated.adopt(site, weight, self._sites[site].orientation == "in_out")
+        return self._accumulated.adopt(site, weight, self._sites[site].orientation)
 
     def accumulated(self, site: str, weight: Tensor) -> None:
         """A backward has added to a weight's `.grad`."""

@@ -88,16 +88,18 @@ class Instruments:
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
             capture = stack.enter_context(self.no_capture())
-            any_factors = False
+            any_gradient = False
             for site in sites:
-                found = locate(model, site) if site.is_layer else None
-                factors = self._gradients.needs_factors(site)
-                if found is not None and factors:
+                found = locate(model, site)
+                factors = site.is_layer and self._gradients.needs_factors(site)
+                if found is not None and self._gradients.needs(site):
                     self._gradients.watch(site, found[0])
-                    any_factors = True
-                if found is not None and (factors or self._outputs.wants(site.name)):
+                    any_gradient = True
+                if found is not None and site.is_layer and (factors or self._outputs.wants(site.name)):
                     capture.watch_layer(site.name, found[0], factors)
-            if any_factors:
+                if found is not None and not factors and self._gradients.needs(site):
+                    capture.watch_leaf(site.name, found[1])
+            if any_gradient:
                 capture.watch_optimizers()
             capture.watch_model(model)
             if self._bench.needed(NormInput):
