@@ -22,6 +22,7 @@ from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.analysis.undone import Undone
 from stabilitylab.record.note_kinds import (
+    MOVED_OUTSIDE,
     NEVER_RUN,
     NOT_PUT_BACK,
     NOTHING_MOVED,
@@ -95,6 +96,9 @@ class Analyzer:
             self._lead_in.single_edits = note.kind == SINGLE_EDITS
         elif note.kind == NEVER_RUN:
             self._facts.never_run()
+        elif note.kind == MOVED_OUTSIDE:
+            self._facts.moved_outside()
+            self._unwatched += (note.says,)
         elif note.kind in UNWATCHED and len(self._unwatched) < MOST_NAMED:
             self._unwatched += (note.says,)
         elif note.kind == SERVES:

@@ -119,6 +119,10 @@ class FactRules:
         """See `Landings.nothing_moved`."""
         self._landings.nothing_moved(edit)
 
+    def moved_outside(self) -> None:
+        """See `Landings.moved_outside`."""
+        self._landings.moved_outside()
+
     def never_run(self) -> None:
         """See `Landings.never_run`."""
         self._landings.never_run()

@@ -124,7 +124,7 @@ class Landings:
         """lookup: of the row that is looked at, see `Lookup.look`."""
         self.now = Landing()
         self._lookup = lookup
-        self._elsewhere = False
+        self._elsewhere = self._outside = False
         self._last: deque[str] = deque(maxlen=LAST)
         self._landed_at: int | None = None
         self._gaps: deque[int] = deque(maxlen=SAME)
@@ -176,6 +176,11 @@ class Landings:
         first = edit if before.first is None else before.first
         self.now = replace(before, tried=before.tried + 1, lost=before.lost + 1, since=since, first=first, whole=True)
 
+    def moved_outside(self) -> None:
+        """What applies the edits is outside of them: whether they land can't be seen in them."""
+        self._outside = True
+        self.now = Landing()
+
     def never_run(self) -> None:
         """The edits never run the model that is watched."""
         self.now = replace(self.now, elsewhere=True)
@@ -194,5 +199,7 @@ class Landings:
             return None
         if (flat.values[updates] != 0).any():  # NaN is not 0 either
             return True
+        if self._outside:
+            return None
         loss = self._lookup.value(flat, "logits.loss", MODEL_SITE)
         return None if loss is not None and loss <= ALREADY else False

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
-from stabilitylab.record.note_kinds import NOTHING_MOVED
+from stabilitylab.record.note_kinds import MOVED_OUTSIDE, NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.canary import Canary, Schedule
@@ -36,6 +36,13 @@ from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
 from stabilitylab.watching.sites import Site, locate
+
+_CHANGED: Final = {
+    "restore": "after edit {edit} the weights changed to a state that was not seen before",
+    MOVED_OUTSIDE: "edit {edit} moved no weight, and the weights moved after it had ended: put what applies it, such as"
+    " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
+}
+"""Notes of weights that move between two edits."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Rounds:
         self._schedule = None if canary is None else Schedule(canary)
         self._silence = Silence(canary is not None)
         self._unanswered = Unanswered()
+        self._said: set[str] = set()
         self._pace = Pace()
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
@@ -375,7 +383,10 @@ class Rounds:
     def _judge(self, edit: int, looks: Cargo, left: Passes) -> OutcomeKind:
         outcome = outcome_of(self._instruments.passes(looks), left, self._instruments.references)
         if outcome is None:
-            self._note("restore", f"after edit {edit} the weights changed to a state that was not seen before")
+            kind = "restore" if self._last_moved else MOVED_OUTSIDE
+            if kind not in self._said:
+                self._said.add(kind)
+                self._note(kind, _CHANGED[kind].format(edit=edit))
         self._recorder.outcome(edit, outcome or "committed")
         return outcome or "committed"
 

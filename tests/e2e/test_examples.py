@@ -89,3 +89,13 @@ def test_a_script_with_its_state_in_the_variables_of_main(tmp_path: Path) -> Non
     assert (run.series("editor.cache_energy", cache)[1:] > 0).all()
     (projection,) = run.sites_of("editor.null_space_share")
     assert run.series("editor.null_space_share", projection)[0] == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_script_that_puts_the_weights_back_after_each_case(tmp_path: Path) -> None:
+    run_example("memit_script.py", tmp_path)
+    run = sl.load(tmp_path / "run")
+    assert [edit.row.label for edit in run.edits[1:3]] == ["case 0", "case 1"]
+    assert {edit.outcome for edit in run.edits[1:]} == {"restored"}
+    for site in ("transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"):
+        assert run.series("drift.norm", site)[1:] == pytest.approx(run.series("update.norm", site)[1:], rel=1e-4)
+    assert run.diagnosis().verdict == "stable"

@@ -20,6 +20,7 @@ import stabilitylab as sl
 from stabilitylab.errors import UsageError
 from stabilitylab.probes import Metric, Probe, Update
 from stabilitylab.probes.weight_pass import WeightPass
+from tests.loops import CANARY, make_model
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -248,3 +249,38 @@ def test_a_step_inside_the_block_of_an_edit_is_refused(tmp_path: Path) -> None:
         monitor.step()
         with pytest.raises(UsageError, match="open already"), monitor.edit():
             pass
+
+
+# -- what applies an edit, outside of it ------------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_steps_after_the_edit_is_said_once_and_no_edit_is_called_lost(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with sl.attach(model, "[03]", tmp_path / "run", canary=CANARY, announce=False) as monitor:
+        for _ in range(6):
+            with monitor.edit():
+                optimizer.zero_grad()
+                model(torch.randn(2, 5, 8)).pow(2).mean().backward()
+            optimizer.step()
+    run = sl.load(tmp_path / "run")
+    (says,) = [note.says for note in run.notes if note.kind == "moved-outside"]
+    assert "edit 1 moved no weight" in says
+    found = run.diagnosis()
+    assert found == monitor.diagnosis()
+    assert (found.landed, found.nothing_lands, found.cause) == (None, False, "unknown")
+    assert found.unwatched == (says,)
+
+
+def test_a_change_between_edits_that_moved_something_is_said_once(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "0", tmp_path / "run", announce=False) as monitor:
+        for _ in range(4):
+            with monitor.edit(), torch.no_grad():
+                model[0].weight += 0.01
+            with torch.no_grad():
+                model[0].weight *= 1.01
+    notes = [note.kind for note in sl.load(tmp_path / "run").notes]
+    assert notes.count("restore") == 1
+    assert "moved-outside" not in notes
+    assert monitor.diagnosis().landed == "all"
