@@ -57,7 +57,7 @@ def second_moment(model: nn.Module, layer: str) -> Tensor:
 def apply_memit_to_model(
     model: nn.Module, tok: object, requests: list[Request], hparams: dict[str, Tensor], copy: bool = False
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Spread the requests' residuals over the layers; returns the old weights too. hparams: each layer's second moment."""
+    """Spread the residuals over the layers; returns the old weights too. hparams: the second moment of each layer."""
     ids = torch.stack([request["prompt"] for request in requests])
     residual = torch.stack([request["residual"] for request in requests], dim=1)
     old = {}

@@ -117,6 +117,7 @@ class Malmen(Mend):
     def train(self, batch: Any = True) -> Any:
         if isinstance(batch, bool):
             return super().train(batch)
+        self.mend.train()
         weight = self.model.h[0]["fc"].weight
         shift = self.shift(batch[0]).T
         weight.data += shift.detach()
