@@ -13,7 +13,8 @@ Everything is on natural logs, per series (a metric at a site):
 - ``shrink``: a gradient may rightly be small when an edit was right already, but logits that draw together die.
 
 A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
-out on purpose; the canary has detectors of its own, without a baseline.
+out on purpose; the canary has detectors of its own, without a baseline. The size of a weight that is exactly zero
+before the first edit, such as the one half of an adapter, is left out too: all of it is edits, and grows as drift does.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ _STATE: Final = np.dtype(
         ("dies", np.bool_),
         ("trend", np.bool_),
         ("jumps", np.bool_),
+        ("from_zero", np.bool_),
         ("count", np.intp),
         ("middle", np.float64),
         ("spread", np.float64),
@@ -171,6 +173,8 @@ class DriftBank:
 
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
+        if row.edit == 0:
+            self._see_beginning(row)
         series, logs = self._read(row)
         if not row.applied or not series.size:
             return []
@@ -182,6 +186,12 @@ class DriftBank:
         self._make_baselines(series[~known & (state["count"][series] == BASELINE)])
         judged = series[self._has_baseline(series)]
         return self._judge(judged, row.edit) if judged.size else []
+
+    def _see_beginning(self, row: Flat) -> None:
+        taken, _, series = self._which.of(row.schema)
+        for one in series[row.values[taken] == 0].tolist():
+            metric = self._columns.keys[int(self._state["place"][one])][0]
+            self._state["from_zero"][one] = metric.startswith("weight.")
 
     def _look_up(self, schema: Schema) -> tuple[Places, Places, Places]:
         """Which positions of a row go to which series, and from which of them a lower end is subtracted."""
@@ -211,7 +221,7 @@ class DriftBank:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
         taken, minus, series = self._which.of(row.schema)
         ranged = minus >= 0
-        good = row.finite[taken] & (~ranged | row.finite[minus])
+        good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
         taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
         good = (values > 0) | ((values == 0) & self._has_baseline(series))

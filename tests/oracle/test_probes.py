@@ -192,6 +192,15 @@ def test_activations(dtype: torch.dtype, seed: int, batch: int, positions: int, 
         assert "activation.rms_beyond_first" not in readings
 
 
+def test_an_output_of_one_row_is_one_position() -> None:
+    output = random(3, 7)
+    seen, likewise = (
+        OutputPass.from_host(reduce_output(each).numpy(), torch.float32) for each in (output, output[None])
+    )
+    assert seen == likewise
+    assert seen.max_abs == pytest.approx(float(output.abs().max()))
+
+
 def test_closed_form_of_a_normal_output() -> None:
     seen = OutputPass.from_host(reduce_output(random(0, 4, 500, 500)).numpy(), torch.float32)
     assert seen.rms == pytest.approx(1.0, rel=5e-3)

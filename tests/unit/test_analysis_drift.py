@@ -145,3 +145,11 @@ def test_many_growing_sites_make_few_findings() -> None:
     diagnosis = diagnose(rows)
     assert len(diagnosis.findings) <= 6
     assert any("57 more sites" in finding.says for finding in diagnosis.findings)
+
+
+@pytest.mark.parametrize(("start", "verdict"), [(0.0, "stable"), (1e-4, "diverging")])
+def test_a_weight_that_begins_at_zero_has_no_size_to_grow_from(start: float, verdict: str) -> None:
+    sizes = [start, *(1e-4 * edit for edit in range(1, 40))]
+    sizes = [size if edit <= 8 else size * 1.2 ** (edit - 8) for edit, size in enumerate(sizes)]
+    rows = [row(edit, {("weight.max_abs", A): size}) for edit, size in enumerate(sizes)]
+    assert diagnose(rows).verdict == verdict

@@ -31,7 +31,7 @@ class Transform(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Linear(6, 6)
+        self.mlp, self.lr = nn.Linear(6, 6), nn.Embedding(2, 1)
         for name, size in (("u_mean", 6), ("u_std", 6), ("v_mean", 4), ("v_std", 4)):
             self.register_buffer(name, torch.full((size,), float("nan")))
         for name, size in (("u_s", 6), ("v_s", 4)):

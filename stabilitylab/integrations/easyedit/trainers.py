@@ -23,7 +23,8 @@ from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.sites import Patterns, all_sites
 
 _SAVES: Final = "save_state"
-_MATRIX: Final = 2  # dimensions
+_LEAST: Final = 2
+"""Rows and columns of a matrix that is a weight: what has one is a learning rate, a bias or a scale by another name."""
 
 
 def is_trainer(host: object) -> bool:
@@ -67,13 +68,17 @@ def _trained(trainer: Any) -> list[str] | None:
         for parameter in group["params"]
     }
     offered = all_sites(learner)
-    names = {id(parameter): name for name, parameter in learner.named_parameters() if parameter.dim() >= _MATRIX}
+    names = {id(parameter): name for name, parameter in learner.named_parameters() if _is_matrix(parameter)}
     by_parameter = {site.parameter: site.name for site in offered.values()}
     found = [by_parameter[name] for key, name in names.items() if key in held and name in by_parameter]
     base = getattr(learner, "model", None)
     if isinstance(base, nn.Module):
         found += [f"model.{name}" for name in edited_layers(getattr(learner, "config", None), base) or []]
     return [name for name in dict.fromkeys(found) if name in offered] or None
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.dim() >= _LEAST and min(parameter.shape) >= _LEAST
 
 
 def _trains_itself(learner: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Site, locate, why_unmeasurable
 
+_NAMED = 3
+
 
 class StateInstrument:
     """Looks in full at what was written to, at one more tensor an edit in turn, and at everything when told to."""
@@ -45,16 +47,22 @@ class StateInstrument:
     def _learn_design(self, model: nn.Module) -> None:
         if not self.wanted:
             return
-        buffers = dict(model.named_buffers())
+        buffers, unwritten = dict(model.named_buffers()), []
         for name, tensor in (*model.named_parameters(), *buffers.items()):
             if _is_readable(tensor):
                 ends = torch.stack(extremes(tensor))  # NaN where the tensor has one; makes no mask of its size
                 lost, infinite = bool(torch.isnan(ends).any()), bool(torch.isinf(ends).any())
                 if lost and name in buffers:
-                    says = f"the buffer {name} holds NaN before the first edit: it is not looked at"
-                    self._bench.note("state-before", says)
+                    unwritten.append(name)
                 if (lost and name in buffers) or (infinite and not lost):
                     self._designed.add(name)
+        if unwritten:
+            more = f" and {len(unwritten) - _NAMED} more" if len(unwritten) > _NAMED else ""
+            hold, are = ("holds", "is") if len(unwritten) == 1 else ("hold", "are")
+            self._bench.note(
+                "state-before",
+                f"{', '.join(unwritten[:_NAMED])}{more} {hold} NaN before the first edit, and {are} not looked at",
+            )
 
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Look, after an edit."""
