@@ -13,8 +13,9 @@ Everything is on natural logs, per series (a metric at a site):
 - ``shrink``: a gradient may rightly be small when an edit was right already, but logits that draw together die.
 
 A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
-out on purpose; the canary has detectors of its own, without a baseline. The size of a weight that is exactly zero
-before the first edit, such as the one half of an adapter, is left out too: all of it is edits, and grows as drift does.
+out on purpose; the canary has detectors of its own, without a baseline. A weight that is exactly zero before the first
+edit, such as the one half of an adapter, and what its layer answers, are left out too: all of that is edits, and grows
+as drift does.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ _STATE: Final = np.dtype(
         ("logs", np.float64, (LONG,)),
     ]
 )
-_FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps")
+_FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps", "from_zero")
 """What is known of a series before its first reading."""
+_SIZE: Final = "weight.max_abs"
 UP: Final = 0
 DOWN: Final = 1
 
@@ -142,6 +144,7 @@ class DriftBank:
         self._number: dict[int, int] = {}
         self._state = np.zeros(0, dtype=_STATE)
         self._dry: dict[int, list[float]] = {}
+        self._from_zero: set[str] = set()
         self._which = PerSchema(self._look_up)
 
     @property
@@ -188,10 +191,14 @@ class DriftBank:
         return self._judge(judged, row.edit) if judged.size else []
 
     def _see_beginning(self, row: Flat) -> None:
-        taken, _, series = self._which.of(row.schema)
-        for one in series[row.values[taken] == 0].tolist():
-            metric = self._columns.keys[int(self._state["place"][one])][0]
-            self._state["from_zero"][one] = metric.startswith("weight.")
+        """Which weights are zero before any edit."""
+        positions = row.schema.position.items()
+        self._from_zero = {site for (metric, site), at in positions if metric == _SIZE and row.values[at] == 0}
+        for at, place in enumerate(self._state["place"].tolist()):
+            self._state["from_zero"][at] = self._grows_from_zero(*self._columns.keys[place])
+
+    def _grows_from_zero(self, metric: str, site: str) -> bool:
+        return site in self._from_zero and metric.startswith(("weight.", "activation."))
 
     def _look_up(self, schema: Schema) -> tuple[Places, Places, Places]:
         """Which positions of a row go to which series, and from which of them a lower end is subtracted."""
@@ -205,7 +212,8 @@ class DriftBank:
             if place not in self._number:
                 self._number[place] = len(self._number)
                 dies = rule.fallen == "diverging"
-                new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps))
+                zero = self._grows_from_zero(metric, site)
+                new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps, zero))
             minus = -1 if rule.minus is None else schema.position[rule.minus, site]
             found.append((position, minus, self._number[place]))
         if new:

@@ -147,9 +147,10 @@ def test_many_growing_sites_make_few_findings() -> None:
     assert any("57 more sites" in finding.says for finding in diagnosis.findings)
 
 
+@pytest.mark.parametrize("metric", ["weight.max_abs", "activation.rms"])
 @pytest.mark.parametrize(("start", "verdict"), [(0.0, "stable"), (1e-4, "diverging")])
-def test_a_weight_that_begins_at_zero_has_no_size_to_grow_from(start: float, verdict: str) -> None:
-    sizes = [start, *(1e-4 * edit for edit in range(1, 40))]
-    sizes = [size if edit <= 8 else size * 1.2 ** (edit - 8) for edit, size in enumerate(sizes)]
-    rows = [row(edit, {("weight.max_abs", A): size}) for edit, size in enumerate(sizes)]
+def test_a_weight_that_begins_at_zero_has_no_size_to_grow_from(start: float, verdict: str, metric: str) -> None:
+    sizes = [1e-4 * (edit if edit <= 8 else 8 * 1.2 ** (edit - 8)) for edit in range(1, 40)]
+    rows = [row(0, {("weight.max_abs", A): start})]
+    rows += [row(edit, {(metric, A): size}) for edit, size in enumerate(sizes, start=1)]
     assert diagnose(rows).verdict == verdict
