@@ -15,6 +15,7 @@ from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from stabilitylab.watching.own_work import own_work
+from stabilitylab.watching.spread import left_as_gathered
 
 logger = logging.getLogger("stabilitylab")
 
@@ -138,7 +139,7 @@ def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool =
     try:
         for module in training:
             module.training = False
-        with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
+        with left_as_gathered(model), torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
             return call()
     finally:
         _silent.depth -= 1

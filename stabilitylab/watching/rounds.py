@@ -295,7 +295,9 @@ class Rounds:
         logits = canary.forward(self.model, last_call, None if tracer is None else self._tracing.entered(tracer))
         if self._schedule is not None:
             self._schedule.paid(self._instruments.canary_time.seconds - before)
-        if tracer is None and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
+        # Where a forward needs other processes, none can decide by itself to make one more.
+        alone = not self._instruments.is_spread
+        if tracer is None and alone and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
             tracer = self._tracing.second_look(edit, self.model)
             if tracer is not None:
                 logits = canary.forward_again(self.model, last_call, self._tracing.entered(tracer))
@@ -380,8 +382,8 @@ class Rounds:
         """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
         for site in sites:
             found = locate(self.model, site)
-            if found is not None and self._instruments.keeps_references:
-                self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+            if found is not None:
+                self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
         self.sites = tuple(sites)
         self._recorder.manifest(manifest.of_sites(self.sites))
 

@@ -59,7 +59,8 @@ class References:
         """Take `original` as W₀ and W₋ of a site."""
         with torch.no_grad():
             first = original.detach().clone(memory_format=torch.contiguous_format)
-            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first), ())
+            norm = norm_of(first) if first.numel() else torch.zeros((), dtype=torch.float64, device=first.device)
+            self._copies[site.name] = _Copies(first, first.clone(), norm, ())
 
     def _on(self, name: str, weight: Tensor) -> _Copies:
         """The copies, moved after the weight when the user moved the model."""
