@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -146,13 +145,12 @@ def _opened(
 ) -> tuple[RunWriter | Unwritten, bool]:
     """What the run is written by, and whether by this process. Raises RunError."""
     entries = dict(about) | dict(options)
-    if together is not None:
-        entries["process"] = {"rank": together.rank, "of": list(together.ranks), "spread": together.bound}
-    if together is not None and not together.leads:
-        written = together.run_of_the_leader()
-        if written is not None:
-            return Unwritten(written / FILE_NAME), False
-    with contextlib.nullcontext() if together is None or not together.leads else together.opening(folder):
+    if together is None:
+        return RunWriter(folder, entries, metrics), True
+    if not together.writes():
+        return Unwritten(together.opened() / FILE_NAME), False
+    entries["process"] = {"rank": together.rank, "of": list(together.ranks), "spread": together.bound}
+    with together.opening(folder):
         return RunWriter(folder, entries, metrics), True
 
 
@@ -169,7 +167,7 @@ def _spread_over(
             raise SiteError(f"'{spread}' is spread over processes (a DTensor); expected sites=, to say what to watch")
         return ()
     located = [locate(model, site) for site in sites]
-    ranks = {rank for at in located if at is not None and (spread := spread_of(at[1])) for rank in spread.ranks}
+    ranks = {rank for at in located if at is not None and (over := spread_of(at[1])) for rank in over.ranks}
     if len(ranks) > 1 and canary is not None and canary.budget is not None:
         raise UsageError(
             "Canary(budget=...): weights are spread over processes, which must all forward it at the same edits, and "

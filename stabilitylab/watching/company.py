@@ -1,6 +1,7 @@
 """Several processes that watch one loop: which of them writes the run, and whether all are there that must be.
 
-They tell each other by the store of ``torch.distributed``, not by collectives: nobody waits for longer than is said here.
+They tell each other by the store of ``torch.distributed``, not by collectives: nobody waits for longer than is said
+here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MUST_COME: Final = timedelta(seconds=60)
 MAY_COME: Final = timedelta(seconds=10)
 """How long any other process waits for the first one to say what it writes."""
 
-_attached: Counter[tuple[int, ...]] = Counter()
+_attached: Counter[str] = Counter()
 
 
 class Company:
@@ -30,25 +31,41 @@ class Company:
 
     def __init__(self, store: Any, rank: int, ranks: tuple[int, ...], run: str | None, *, bound: bool) -> None:
         """ranks: of all of them. bound: whether each needs the others, since weights are spread over them."""
-        _attached[ranks] += 1
         self.rank, self.ranks, self.bound = rank, ranks, bound
         self._store, self._run = store, run
-        self._name = f"stabilitylab/{'-'.join(map(str, ranks))}/{_attached[ranks]}"
+        # Apart: a model that is not spread may be watched by one process alone.
+        kind = f"stabilitylab/{'spread' if bound else 'each'}/{'-'.join(map(str, ranks))}"
+        _attached[kind] += 1
+        _attached[f"{kind}/{run}"] += 1
+        self._meeting = f"{kind}/{_attached[kind]}"
+        self._record = f"{kind}/{_attached[f'{kind}/{run}']}/{run}"
 
-    @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes, where all write the same run."""
-        return self.rank == self.ranks[0]
+    def writes(self) -> bool:
+        """Whether this process is the one of those with this run that writes it: the first, if it is among them.
+
+        Where they don't need each other, that is who opens it first; the others give the first process some time.
+        """
+        first = self.rank == self.ranks[0]
+        if self.bound:
+            return first
+        if first:
+            self._store.set(self._meeting, "")
+        else:
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([self._meeting], MAY_COME)
+        return bool(self._store.add(f"{self._record}/claims", 1) == 1)
 
     def says_what_is_whose(self) -> str:
         """Which readings are of all processes, and which of this one."""
-        own = f"outputs, logits, losses and what gradients' factors show (spectra, dead units) are of process {self.rank}"
+        own = (
+            f"outputs, logits, losses and what gradients' factors show (spectra, dead units) are of process {self.rank}"
+        )
         if not self.bound:
             return f"process {self.rank} of {len(self.ranks)}: norms of gradients are those after an all-reduce; {own}"
         return (
-            f"weights are spread over the processes {_listed(self.ranks)}: their norms, extremes, updates and drift, and "
-            f"the norms of their gradients, are of the whole; {own}; cosines of gradients, feedback and what the dtype "
-            "swallowed are not measured"
+            f"weights are spread over the processes {_listed(self.ranks)}: their norms, extremes, updates and drift, "
+            f"and the norms of their gradients, are of the whole; {own}; cosines of gradients, feedback and "
+            "what the dtype swallowed are not measured"
         )
 
     def meet(self, asked: Mapping[str, object]) -> None:
@@ -57,8 +74,8 @@ class Company:
         Raises UsageError where one does not come, or asks for something else.
         """
         mine = json.dumps({**asked, "run": self._run}, sort_keys=True)
-        self._store.set(f"{self._name}/{self.rank}", mine)
-        keys = {rank: f"{self._name}/{rank}" for rank in self.ranks}
+        self._store.set(f"{self._meeting}/{self.rank}", mine)
+        keys = {rank: f"{self._meeting}/{rank}" for rank in self.ranks}
         try:
             self._store.wait(list(keys.values()), MUST_COME)
         except RuntimeError as error:
@@ -78,33 +95,28 @@ class Company:
 
     @contextlib.contextmanager
     def opening(self, folder: Path) -> Iterator[None]:
-        """The run is opened inside, by the process that leads: tell the others what became of it."""
-        said: dict[str, object] = {"run": self._run, "folder": str(folder), "error": ""}
+        """The run is opened inside, by the process that writes it: tell the others what became of it."""
+        said = {"folder": str(folder), "error": ""}
         try:
             yield
         except RunError as error:
             said["error"] = str(error)
             raise
         finally:
-            self._store.set(f"{self._name}/run", json.dumps(said))
+            self._store.set(self._record, json.dumps(said))
 
-    def run_of_the_leader(self) -> Path | None:
-        """The folder that the process that leads writes for this one too; None where this one has a run of its own.
-
-        Raises RunError where it could not be opened.
-        """
-        key = f"{self._name}/run"
+    def opened(self) -> Path:
+        """The folder that another process writes for this one too. Raises RunError where it could not be opened."""
         try:
-            self._store.wait([key], MUST_COME if self.bound else MAY_COME)
+            self._store.wait([self._record], MUST_COME)
         except RuntimeError as error:
-            if self.bound:
-                raise UsageError(f"process {self.ranks[0]} did not say whether it could open the run") from error
-            return None
-        said = json.loads(self._store.get(key))
-        if said["run"] != self._run:
-            return None
+            raise RunError(
+                f"the process that writes the run {self._run or ''} did not say within {MUST_COME.total_seconds():g} s "
+                "that it has opened it; expected attach to go through there"
+            ) from error
+        said = json.loads(self._store.get(self._record))
         if said["error"]:
-            raise RunError(f"process {self.ranks[0]} could not open the run: {said['error']}")
+            raise RunError(f"the process that writes the run could not open it: {said['error']}")
         return Path(said["folder"])
 
 

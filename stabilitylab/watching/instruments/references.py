@@ -40,6 +40,7 @@ class _Copies:
     original_norm: Tensor
     mark: tuple[object, ...]
     """Where W was, and its version, when `previous` took its values."""
+    is_part: bool
     before: Signature | None = None
     after: Signature | None = None
 
@@ -55,12 +56,12 @@ class References:
     def __init__(self) -> None:
         self._copies: dict[str, _Copies] = {}
 
-    def adopt(self, site: Site, original: Tensor) -> None:
-        """Take `original` as W₀ and W₋ of a site."""
+    def adopt(self, site: Site, original: Tensor, *, is_part: bool = False) -> None:
+        """Take `original` as W₀ and W₋ of a site. is_part: whether it is this process's part of a weight alone."""
         with torch.no_grad():
             first = original.detach().clone(memory_format=torch.contiguous_format)
             norm = norm_of(first) if first.numel() else torch.zeros((), dtype=torch.float64, device=first.device)
-            self._copies[site.name] = _Copies(first, first.clone(), norm, ())
+            self._copies[site.name] = _Copies(first, first.clone(), norm, (), is_part)
 
     def _on(self, name: str, weight: Tensor) -> _Copies:
         """The copies, moved after the weight when the user moved the model."""
@@ -72,8 +73,8 @@ class References:
         return copies
 
     def holds(self, name: str) -> bool:
-        """Whether there are copies of this site."""
-        return name in self._copies
+        """Whether there are copies of all of this site's weight."""
+        return name in self._copies and not self._copies[name].is_part
 
     def original(self, name: str, weight: Tensor) -> Tensor:
         """W₀, on the device of the weight."""

@@ -75,6 +75,10 @@ class SpreadWeights:
         self._shapes[site.name] = tuple(part.shape)
         return part
 
+    def watches(self, site: Site) -> bool:
+        """Whether this weight was adopted."""
+        return site.name in self._shapes
+
     def found(self, model: nn.Module, sites: Iterable[Site]) -> list[Found]:
         """Those of the sites that were adopted, as they are now. One that is gone, or spread in another way, is not."""
         located = [(site, at) for site in sites if site.name in self._shapes and (at := locate(model, site))]
@@ -119,7 +123,7 @@ class SpreadWeights:
         return weighed
 
     def _compare(self, site: Site, weight: Tensor, whole: bool, weighed: list[Weighed]) -> None:
-        if site.dtype in _NARROW and self._bench.needed(MovedEntries, site.name):
+        if self._bench.edit and site.dtype in _NARROW and self._bench.needed(MovedEntries, site.name):
             count = functools.partial(self._count, site, weight)
             self._add("moved entries", site, weight, count, ("sum", "sum"), MovedEntries.from_host)
         gatherable = whole and on_cpu(part_of(weight)) and weight.numel() * weight.element_size() <= GATHERED_BYTES

@@ -76,9 +76,10 @@ class WeightInstrument:
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
-        part = self._spread.adopt(site, weight) if is_spread(weight) else weight
+        in_parts = is_spread(weight)
+        part = self._spread.adopt(site, weight) if in_parts else weight
         if self.keeps_references:
-            self.references.adopt(site, part)
+            self.references.adopt(site, part, is_part=in_parts)
 
     @property
     def is_spread(self) -> bool:
@@ -189,7 +190,7 @@ class WeightInstrument:
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure sites between two edits, by references alone; W₋ is what they are now."""
         for site in sites:
-            found = locate_readable(model, site)
+            found = None if self._spread.watches(site) else locate_readable(model, site)
             if found is not None:
                 self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
         self._spread.look(self._spread.found(model, sites), self._moved_since)
@@ -208,7 +209,7 @@ class WeightInstrument:
         """The sites whose weight differs from what the last edit left, and those that are spread: of them no process
         can tell by itself. Synchronises an accelerator.
         """
-        spread = [site for site, _ in self._spread.found(model, sites)]
+        spread = [site for site in sites if self._spread.watches(site)]
         found = ((site, locate_readable(model, site)) for site in sites if site not in spread)
         return spread + [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
 
