@@ -284,6 +284,16 @@ def scan_weight(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def pass_at_rest(weight: Tensor) -> Tensor:
+    """What `reduce_weight` packs of a weight that is as its references are, from one read; an empty one has norm 0."""
+    if weight.numel() == 0:
+        return torch.zeros(7, dtype=torch.float64, device=weight.device)
+    norm, low, high, nonfinite = scan_weight(weight)
+    distance = torch.where(nonfinite == 0, 0.0, torch.nan).to(norm)  # no distance to what is not finite is 0
+    return torch.stack([norm, norm, distance, distance, low, high, nonfinite])
+
+
+@torch.no_grad()
 def norm_of(weight: Tensor) -> Tensor:
     """‖W‖ as a float64 scalar on the weight's device."""
     return scan_weight(weight)[0]

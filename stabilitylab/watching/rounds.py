@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,10 +33,18 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
+from stabilitylab.watching.progress import bar
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence
 from stabilitylab.watching.sites import Site, locate
+
+_MANY_ENTRIES: Final = 1 << 26
+"""Entries of all watched weights from which on a person is shown how far it is."""
+
+
+def _unseen(_: int) -> None:
+    """In place of a bar."""
 
 
 @dataclass(frozen=True)
@@ -380,10 +389,13 @@ class Rounds:
 
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
-        for site in sites:
-            found = locate(self.model, site)
-            if found is not None:
-                self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+        size = sum(math.prod(site.shape) for site in sites)
+        with bar("weights before edit 1", len(sites)) if size > _MANY_ENTRIES else nullcontext(_unseen) as done:
+            for number, site in enumerate(sites, start=1):
+                found = locate(self.model, site)
+                if found is not None:
+                    self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+                done(number)
         self.sites = tuple(sites)
         self._recorder.manifest(manifest.of_sites(self.sites))
 

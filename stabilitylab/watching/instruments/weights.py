@@ -15,12 +15,13 @@ from stabilitylab.errors import did_you_mean
 from stabilitylab.probes.absorption import AbsorptionPass, MovedEntries, reduce_absorption, reduce_moved
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.gradient_passes import Alignment
-from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
+from stabilitylab.probes.top_singular import TopSingular, any_direction, follow, start_direction, update_direction
 from stabilitylab.probes.weight_pass import (
     Scanned,
     WeightPass,
     WeightScan,
     WeightWrites,
+    as_matrix,
     same_bits,
     scan_weight,
 )
@@ -41,6 +42,10 @@ _WHOLE = (WeightSpectrum, LeadingSubspace)
 
 _MATRIX = 2  # dimensions
 _NARROW = (torch.float16, torch.bfloat16)
+
+_AT_ONCE = 1 << 24
+"""Entries of all watched matrices up to which σ₁ is found before the first edit; else each from the first edit on that
+moves it."""
 
 _UNSEEN = 0.005
 """Share of σ₁ by which updates may add up before it is followed anew: it can't have changed by more than that."""
@@ -72,6 +77,7 @@ class WeightInstrument:
         self._versions: dict[str, tuple[int, int]] = {}
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
+        self._entries = 0
         self._originals: dict[str, Tensor] = {}
 
     def adopt(self, site: Site, weight: Tensor) -> None:
@@ -80,6 +86,8 @@ class WeightInstrument:
         part = self._spread.adopt(site, weight) if in_parts else weight
         if self.keeps_references:
             self.references.adopt(site, part, is_part=in_parts)
+            self._last[site.name] = WeightPass.unmoved(self.references.at_rest(site.name))
+            self._entries += weight.numel() if weight.dim() >= _MATRIX else 0
 
     @property
     def is_spread(self) -> bool:
@@ -235,9 +243,16 @@ class WeightInstrument:
     def _follow(self, site: Site, seen: Scanned, whole: Callable[[], tuple[Tensor, Scanned]]) -> None:
         """whole: gives the weight, and what a pass over it found with what it changed."""
         followed = self._followed.get(site.name)
-        if followed is None:
+        if followed is None and self._entries <= _AT_ONCE:
             value, direction = start_direction(whole()[0])
             followed = self._followed[site.name] = _Followed(value, direction, direction)
+        elif followed is None:
+            if seen.update == 0 or self._bench.edit == 0:
+                return
+            weight, closer = whole()
+            start = any_direction(as_matrix(weight).shape[1], weight.device)
+            followed = self._followed[site.name] = _Followed(closer.packed[0], start, start)
+            self._find_anew(followed, weight, closer)
         elif seen.update is None or seen.update != 0:
             followed.since += seen.update or 0.0
             unknown = seen.update is None or not followed.since <= _UNSEEN * followed.value.item()
