@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -76,9 +76,9 @@ class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. foreign: whether
-    it left a model that was not made from the one that it began with. tracers: that were on, of the edit and of the
-    canary.
+    belongs to it. compiled: layers that run as compiled code. asked: whether hooks were on layers; heard: whether the
+    edit ran any of the model. foreign: whether it left a model that was not made from the one that it began with.
+    tracers: that were on, of the edit and of the canary.
     """
 
     edit: int
@@ -88,6 +88,7 @@ class _Unread:
     between: Cargo | None = None
     times: _Times | None = None
     tracers: tuple[Tracer, ...] = ()
+    compiled: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
     heard: bool = False
     foreign: bool = False
@@ -216,6 +217,7 @@ class Rounds:
             status,
             cargo,
             tracers=tracers,
+            compiled=capture.compiled,
             asked=capture.asked,
             heard=capture.heard,
             foreign=applied and foreign,
@@ -262,8 +264,8 @@ class Rounds:
             self._last_moved = any(seen.update != 0 for seen in passes.values())
             if self._schedule is not None and not self._schedule.always and unread.times is not None:
                 self._watch_pace(unread.cargo)
-        if unread.asked and unread.status == "applied":
-            note = self._silence.after(self.model, unread.heard, self._last_moved)
+        if (unread.asked or unread.compiled) and unread.status == "applied":
+            note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             if note is not None:
                 self._note(*note)
         found = [self._tracing.read(tracer) for tracer in unread.tracers]
