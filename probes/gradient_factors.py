@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram
-from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
+from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
 EXACT_RANK = 256
@@ -132,7 +132,7 @@ class _Factor:
 def _prepare(factor: Tensor) -> _Factor:
     wide = factor.to(wide_dtype(factor))
     if on_cpu(wide):
-        speaks = torch.from_numpy((wide.numpy() != 0).any(axis=0))  # a third of the time that torch takes
+        speaks = torch.from_numpy((as_array(wide) != 0).any(axis=0))  # a third of the time that torch takes
         silent_share = 1 - speaks.double().mean()
         norm = torch.linalg.vector_norm(wide).double()
         if is_within(norm, *_SAFE):  # then all entries are finite, and no power of them leaves the range
@@ -289,7 +289,7 @@ def _with_delta(delta: Tensor, x: Tensor, always: bool) -> tuple[Tensor, Tensor]
 
     always: even where they are too few for a copy to be worth its time by itself.
     """
-    rows = torch.from_numpy((delta.numpy() != 0).any(axis=1))
+    rows = torch.from_numpy((as_array(delta) != 0).any(axis=1))
     count = int(rows.sum())
     most = rows.numel() - 1 if always else _SPARSE * rows.numel()
     return (delta[rows], x[rows]) if 0 < count <= most else (delta, x)

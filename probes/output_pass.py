@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import count_nonfinite, extremes, is_within, on_cpu, wide_dtype
+from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 
 _SEQUENCE_DIMENSIONS = 3
 _SAFE_NORM = (1e-12, 1e15)  # a largest norm in here: no square of fp32 has over- or underflowed that would count
@@ -81,7 +81,7 @@ def _by_position(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not on_cpu(wide):
         norms = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
         return norms, wide.amin(dim=-1).double(), wide.amax(dim=-1).double()
-    values = wide.numpy()
+    values = as_array(wide)
     norms = torch.linalg.vector_norm(wide, dim=-1)
     if not is_within(norms.amax(), *_SAFE_NORM):
         # The squares of fp32 activations past 1e19 overflow, and such models still run.

@@ -100,6 +100,11 @@ def start_direction(weight: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def any_direction(columns: int, device: torch.device) -> Tensor:
+    """A direction to start from where none is known: float32 [columns], the same at each call."""
+    return unit(torch.arange(1, columns + 1, device=device).mul(_SCATTER).sin())
+
+
 @torch.no_grad()
 def update_direction(change: Tensor) -> Tensor:
     """Nearly the leading right singular vector of an update: float32 [columns].
@@ -108,7 +113,7 @@ def update_direction(change: Tensor) -> Tensor:
     """
     change = change.float() / change.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
     if min(change.shape) > _WIDE:  # a whole update, on an accelerator: a Gram matrix would cost more than the edit
-        v = torch.arange(change.shape[1], device=change.device).mul(_SCATTER).sin()
+        v = any_direction(change.shape[1], change.device)
         for _ in range(_POWER_STEPS):
             v = unit(change.T @ (change @ unit(v)))
         return v

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,16 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor on a CPU as an array over the same memory, to be read.
+
+    Not by ``Tensor.numpy``: that marks the memory as one that is never resized again, and FSDP lets go of the weights
+    that it has gathered by resizing them.
+    """
+    found: NDArray[Any] = np.from_dlpack(tensor.detach())
+    return found
+
+
 def is_within(value: Tensor, least: float, most: float) -> bool:
     """Whether a scalar on a CPU lies between the two; False for NaN."""
     return least < value.item() < most
@@ -112,7 +123,7 @@ def _norm(chunk: Tensor) -> float:
     least, most = _SAFE[chunk.dtype]
     if least < square < most:
         return math.sqrt(square)
-    values = chunk.numpy()
+    values = as_array(chunk)
     low, high = float(values.min()), float(values.max())
     largest = math.nan if math.isnan(low) else max(-low, high)
     if not math.isfinite(largest) or largest == 0:
@@ -156,7 +167,7 @@ def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     if not on_cpu(tensor) or tensor.dtype not in _SAFE or not tensor.is_contiguous():
         low, high = torch.aminmax(tensor)
         return low.double(), high.double()
-    pieces = [piece.numpy() for piece in torch.split(tensor.reshape(-1), _CHUNK)]
+    pieces = [as_array(piece) for piece in torch.split(tensor.reshape(-1), _CHUNK)]
     lows, highs = np.array([piece.min() for piece in pieces]), np.array([piece.max() for piece in pieces])
     return torch.tensor(float(lows.min()), dtype=torch.float64), torch.tensor(float(highs.max()), dtype=torch.float64)
 
@@ -212,7 +223,7 @@ def _scan_on_cpu(weight: Tensor, reference: Tensor | None, previous: Tensor | No
     parts = []
     for own, *others in zip(*(_pieces(matrix, rows) for matrix in (weight, *pasts)), strict=True):
         live = own if wide is None else wide[: own.numel()].copy_(own)
-        values, moved = live.numpy(), scratch[: own.numel()]
+        values, moved = as_array(live), scratch[: own.numel()]
         low, high = float(values.min()), float(values.max())
         nonfinite = 0.0 if math.isfinite(low) and math.isfinite(high) else float(np.sum(~np.isfinite(values)))
         norms = [_norm(live), *(_norm(torch.sub(live, past, out=moved)) for past in others)]
@@ -273,6 +284,16 @@ def scan_weight(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def pass_at_rest(weight: Tensor) -> Tensor:
+    """What `reduce_weight` packs of a weight that is as its references are, from one read; an empty one has norm 0."""
+    if weight.numel() == 0:
+        return torch.zeros(7, dtype=torch.float64, device=weight.device)
+    norm, low, high, nonfinite = scan_weight(weight)
+    distance = torch.where(nonfinite == 0, 0.0, torch.nan).to(norm)  # no distance to what is not finite is 0
+    return torch.stack([norm, norm, distance, distance, low, high, nonfinite])
+
+
+@torch.no_grad()
 def norm_of(weight: Tensor) -> Tensor:
     """‖W‖ as a float64 scalar on the weight's device."""
     return scan_weight(weight)[0]
@@ -291,7 +312,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     # A parameter may begin anywhere in a buffer that it shares with others.
     if not any(count * a.element_size() % 8 for count in (a.numel(), a.storage_offset(), b.storage_offset())):
         a, b = a.view(torch.int64), b.view(torch.int64)
-    return bool((a.numpy() == b.numpy()).all())
+    return bool((as_array(a) == as_array(b)).all())
 
 
 _SAMPLE = 16  # entries: a cache line of fp32
@@ -316,5 +337,5 @@ def same_sample(left: Tensor, right: Tensor) -> bool:
         return same_bits(left, right)
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     starts = _sample_starts(rows, columns)
-    samples = (m.reshape(-1).view(ints).unfold(0, _SAMPLE, 1).numpy()[starts] for m in (a, b))
+    samples = (as_array(m.reshape(-1).view(ints).unfold(0, _SAMPLE, 1))[starts] for m in (a, b))
     return bool(np.equal(*samples).all())

@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 TIERS = {
     "browser": "looks at pages in Chromium; run with: make test-browser",
     "pretrained": "edits a really pretrained model; run with: make test-pretrained",
+    "processes": "starts four processes; run with: make test-processes",
     "exhaustive": "all of torch's operators; run with: make test-exhaustive",
 }
 """What needs more than a fresh machine has, or takes minutes: run only where it is asked for by its mark."""

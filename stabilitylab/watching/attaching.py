@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stabilitylab.acting.scanning.scan import figures
 from stabilitylab.acting.schedule import Schedule, Trace, asked_for, mode_of
@@ -16,14 +16,17 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, read
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
-from stabilitylab.record.store import RunWriter
+from stabilitylab.record.readings import Metric
+from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
+from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
+from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
 
 
 def attach(
@@ -72,6 +75,8 @@ def attach(
     chosen = _chosen(probes)
     limits = _limits(thresholds)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
+    spread_over = _spread_over(model, found, watched, replay)
+    together = company(run, spread_over)
     folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     options: dict[str, Any] = {
         "patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)
@@ -79,6 +84,14 @@ def attach(
     about = manifest.collect(
         model, found or (), editor, None if watched is None else watched.describe(), dict(config or {}), limits
     )
+    if together is not None and together.bound:
+        together.meet(
+            {
+                "sites": [site.name for site in found or ()],
+                "probes": [type(probe).__name__ for probe in chosen],
+                "canary": None if watched is None else watched.every,
+            }
+        )
     tracing = Schedule(mode_of(trace)).to_json() | ({"asked": str(asked)} if (asked := asked_for()) else {})
     metrics = tuple(metric for probe in chosen for metric in probe.metrics)
     options |= {"trace": tracing, "replay": replay}
@@ -89,11 +102,11 @@ def attach(
             options["scan"] = figures(model, sites, editor=editor, canary=batch).to_json(brief=True)
         except Exception as error:  # what only looks stops no loop
             scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
-    writer = RunWriter(folder, about | options, metrics)
-    receivers = list(sinks)
-    if announce:
+    writer, writes = _opened(folder, about, options, metrics, together)
+    receivers = list(sinks) if writes else []
+    if announce and writes:
         receivers.append(AlarmSink(folder))
-    if tensorboard:
+    if tensorboard and writes:
         from stabilitylab.reports.tensorboard import TensorBoardSink
 
         receivers.append(TensorBoardSink(folder, metrics, about | options))
@@ -118,7 +131,51 @@ def attach(
         raise
     if scan_failure:
         monitor.note("scan-off", scan_failure)
+    if together is not None:
+        monitor.note("per-process", together.says_what_is_whose())
     return monitor
+
+
+def _opened(
+    folder: Path,
+    about: Mapping[str, Any],
+    options: Mapping[str, Any],
+    metrics: Sequence[Metric],
+    together: Company | None,
+) -> tuple[RunWriter | Unwritten, bool]:
+    """What the run is written by, and whether by this process. Raises RunError."""
+    entries = dict(about) | dict(options)
+    if together is None:
+        return RunWriter(folder, entries, metrics), True
+    if not together.writes():
+        return Unwritten(together.opened() / FILE_NAME), False
+    entries["process"] = {"rank": together.rank, "of": list(together.ranks), "spread": together.bound}
+    with together.opening(folder):
+        return RunWriter(folder, entries, metrics), True
+
+
+def _spread_over(
+    model: nn.Module, sites: Sequence[Site] | None, canary: canaries.Canary | None, replay: bool
+) -> tuple[int, ...]:
+    """The processes that hold parts of the watched weights, which are spread; none where none is.
+
+    Raises SiteError without sites, and UsageError for what processes that need each other can't do.
+    """
+    if sites is None:
+        spread = next((name for name, each in model.named_parameters() if is_spread(each)), None)
+        if spread is not None:
+            raise SiteError(f"'{spread}' is spread over processes (a DTensor); expected sites=, to say what to watch")
+        return ()
+    located = [locate(model, site) for site in sites]
+    ranks = {rank for at in located if at is not None and (over := spread_of(at[1])) for rank in over.ranks}
+    if len(ranks) > 1 and canary is not None and canary.budget is not None:
+        raise UsageError(
+            "Canary(budget=...): weights are spread over processes, which must all forward it at the same edits, and "
+            "each has a clock of its own; expected every="
+        )
+    if len(ranks) > 1 and replay:
+        raise UsageError("replay=True: weights are spread over processes, and no one can make an edit once more alone")
+    return tuple(sorted(ranks)) if len(ranks) > 1 else ()
 
 
 def _limits(given: str | Path | Thresholds | None) -> Thresholds | None:
@@ -154,7 +211,7 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     kept, skipped = [], {}
     for site in sites:
         found = locate(model, site)
-        reason = "not found" if found is None else why_unmeasurable(found[1])
+        reason = "not found" if found is None else _why_not(found[1])
         if reason is None:
             kept.append(site)
         else:
@@ -163,3 +220,11 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
         name, reason = next(iter(skipped.items()))
         raise SiteError(f"none of the {len(sites)} matching sites can be measured; '{name}': {reason}")
     return kept, skipped
+
+
+def _why_not(weight: Tensor) -> str | None:
+    """The reason why a weight's values, or those of its parts, can't be read; None when they can."""
+    if not is_spread(weight):
+        return why_unmeasurable(weight)
+    part = part_of(weight)
+    return why_not_parts(weight) or (why_unmeasurable(part) if part.numel() else None)

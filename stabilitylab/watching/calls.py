@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stabilitylab.record.readings import MODEL_SITE
+from stabilitylab.watching.compiled import frames_compiled, is_compiled
 from stabilitylab.watching.hooks import plain
 from stabilitylab.watching.one_hook import Hook, logger, put
 from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, leave_function_stack, own_work
@@ -255,14 +255,13 @@ def why_unwatchable(model: nn.Module) -> str | None:
     any torch function mode is entered or a hook is on them. What ``torch.compile`` made is compiled anew under a mode,
     without the calls being seen, and has failed so: once anything was compiled in this process, nothing is watched.
     """
-    compiler = sys.modules.get("torch._dynamo.convert_frame")  # not imported by anything that doesn't compile
-    if getattr(compiler, "FRAME_COUNTER", 0) > 0:
+    if frames_compiled() > 0:
         return "torch.compile is in use"
     fast = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
     for name, module in model.named_modules():
         if isinstance(module, fast):
             return f"{name or 'the model'} is a {type(module).__name__}, which rounds differently while it is watched"
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        if is_compiled(module):
             return f"{name or 'the model'} is compiled"
     return None
 

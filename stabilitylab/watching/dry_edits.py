@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from torch import nn
 from stabilitylab.errors import UsageError
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
+from stabilitylab.watching.progress import bar
 from stabilitylab.watching.reach import model_in, roots_of
 from stabilitylab.watching.snapshot import RandomStates, Snapshot, take
 from stabilitylab.watching.undoing import undone
@@ -89,7 +89,7 @@ def make(
     before = take(roots_of(model, editor, apply))
     random = RandomStates(before.generators)
     try:
-        with _bar(len(requests)) as made:
+        with bar("dry edits", len(requests)) as made:
             for number, request in enumerate(requests, 1):
                 _one(monitor, model, before, number, functools.partial(apply, model, request))
                 made(number)
@@ -103,27 +103,3 @@ def _one(monitor: Monitor, model: nn.Module, before: Snapshot, number: int, appl
         if edited is not None:
             edit.returns(edited)
     edit.returns(model)  # the next one starts from the model that was attached to, not from a clone or a wrapper
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Something to call with the number of dry edits made: a bar where a person watches, else nothing."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda made: None
-        return
-    with Progress(
-        TextColumn("dry edits"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    ) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda made: bars.update(task, completed=made)

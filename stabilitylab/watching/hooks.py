@@ -115,7 +115,8 @@ class Capture:
     backward, are never added up. A forward's input is held by its own autograd node, and so as long as the graph.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, watcher: Watcher, compiled: Mapping[int, str] | None = None) -> None:
+        """compiled: the modules that run as compiled code, see `CompiledParts`."""
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
         self._call: ModelCall | None = None
@@ -123,6 +124,9 @@ class Capture:
         self.answered: set[str] = set()
         self.batched: set[str] = set()
         self.heard = False
+        self.compiled: dict[str, str] = {}
+        """Layers that can't be looked into, since they run as compiled code: the name of what was compiled."""
+        self._compiled = compiled or {}
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
         self._left = False
@@ -155,8 +159,13 @@ class Capture:
         put(self._stack, module, hook, before=before, with_kwargs=with_kwargs)
 
     def watch_layer(self, site: str, module: nn.Module, factors: bool) -> None:
-        """Hook one layer; with `factors`, its input and δ too."""
+        """Hook one layer; with `factors`, its input and δ too. Of one that is compiled only what becomes of `.grad`."""
 
+        if id(module) in self._compiled:
+            self.compiled[site] = self._compiled[id(module)]
+            if factors:
+                self._watch_gradient(site, module)
+            return
         self.asked.add(site)
 
         def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -245,6 +254,9 @@ class Capture:
     def watch_model(self, model: nn.Module) -> None:
         """Hook the whole model: its first call's arguments and output."""
 
+        if id(model) in self._compiled:
+            return
+
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.heard = True
             self._tokens = _token_shape(args, kwargs)
@@ -264,6 +276,9 @@ class Capture:
     def watch_output(self, model: nn.Module, gave: Callable[[Any], None]) -> None:
         """Hook the whole model: what it returns, as it is."""
 
+        if id(model) in self._compiled:
+            return
+
         def after_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             gave(output)
 
@@ -280,7 +295,7 @@ class Capture:
 
         hook = self.hook(before_forward)
         for module in model.modules():
-            if type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
+            if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and id(module) not in self._compiled:
                 self._put(module, hook, before=True)
 
     def watch_editor(self, name: str, module: nn.Module) -> None:

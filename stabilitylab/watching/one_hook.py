@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from stabilitylab.watching.compiled import uncompiled
 from stabilitylab.watching.own_work import own_work
+from stabilitylab.watching.spread import left_as_gathered
 
 logger = logging.getLogger("stabilitylab")
 
@@ -42,6 +44,8 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         """Act, unless silent. A failure of ours ends this hook, never the user's forward."""
+        if torch.compiler.is_compiling():  # the compiler traces this very line, so the graph stays the user's
+            return
         if self._action is not None and not getattr(_silent, "depth", 0):
             try:
                 with own_work(), _outside_of_transforms():
@@ -138,7 +142,12 @@ def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool =
     try:
         for module in training:
             module.training = False
-        with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=devices):
+        with (
+            left_as_gathered(model),
+            uncompiled(),
+            torch.set_grad_enabled(gradients),
+            torch.random.fork_rng(devices=devices),
+        ):
             return call()
     finally:
         _silent.depth -= 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +33,7 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
+from stabilitylab.watching.progress import bar
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
@@ -43,6 +45,12 @@ _CHANGED: Final = {
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
 """Notes of weights that move between two edits."""
+_MANY_ENTRIES: Final = 1 << 26
+"""Entries of all watched weights from which on a person is shown how far it is."""
+
+
+def _unseen(_: int) -> None:
+    """In place of a bar."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,9 @@ class _Unread:
     """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. foreign: whether
-    it left a model that was not made from the one that it began with. tracers: that were on, of the edit and of the
-    canary.
+    belongs to it. compiled: layers that run as compiled code. asked: whether hooks were on layers; heard: whether the
+    edit ran any of the model. foreign: whether it left a model that was not made from the one that it began with.
+    tracers: that were on, of the edit and of the canary.
     """
 
     edit: int
@@ -86,6 +94,7 @@ class _Unread:
     between: Cargo | None = None
     times: _Times | None = None
     tracers: tuple[Tracer, ...] = ()
+    compiled: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
     heard: bool = False
     unanswered: Mapping[str, bool] = field(default_factory=dict)
@@ -217,6 +226,7 @@ class Rounds:
             status,
             cargo,
             tracers=tracers,
+            compiled=capture.compiled,
             asked=bool(capture.asked),
             heard=capture.heard,
             unanswered={site: site in capture.batched for site in capture.asked - capture.answered},
@@ -264,8 +274,8 @@ class Rounds:
             self._last_moved = any(seen.update != 0 for seen in passes.values())
             if self._schedule is not None and not self._schedule.always and unread.times is not None:
                 self._watch_pace(unread.cargo)
-        if unread.asked and unread.status == "applied":
-            note = self._silence.after(self.model, unread.heard, self._last_moved)
+        if (unread.asked or unread.compiled) and unread.status == "applied":
+            note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
             unseen = self._unanswered.after(unread.unanswered, moved) if unread.heard else None
             for kind, says in filter(None, (note, unseen)):
@@ -308,7 +318,9 @@ class Rounds:
         logits = canary.forward(self.model, last_call, None if tracer is None else self._tracing.entered(tracer))
         if self._schedule is not None:
             self._schedule.paid(self._instruments.canary_time.seconds - before)
-        if tracer is None and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
+        # Where a forward needs other processes, none can decide by itself to make one more.
+        alone = not self._instruments.is_spread
+        if tracer is None and alone and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
             tracer = self._tracing.second_look(edit, self.model)
             if tracer is not None:
                 logits = canary.forward_again(self.model, last_call, self._tracing.entered(tracer))
@@ -394,10 +406,13 @@ class Rounds:
 
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
-        for site in sites:
-            found = locate(self.model, site)
-            if found is not None and self._instruments.keeps_references:
-                self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+        size = sum(math.prod(site.shape) for site in sites)
+        with bar("weights before edit 1", len(sites)) if size > _MANY_ENTRIES else nullcontext(_unseen) as done:
+            for number, site in enumerate(sites, start=1):
+                found = locate(self.model, site)
+                if found is not None:
+                    self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+                done(number)
         self.sites = tuple(sites)
         self._recorder.manifest(manifest.of_sites(self.sites))
 

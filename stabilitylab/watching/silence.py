@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Final
 
-from torch import nn
-
 from stabilitylab.record.note_kinds import HOOKS_SILENT, LAYER_SILENT, NEVER_RUN
+from stabilitylab.watching.compiled import frames_compiled
 
 FEWEST: Final = 3
 """Edits without a sound, from the first on, that are no accident."""
+COMPILED: Final = "compiled"
+"""The kind of the note that layers can't be looked into, of a run whose canary watches what the model does."""
 
 
 class Silence:
@@ -22,12 +23,16 @@ class Silence:
         self._moved = False
         self._over = False
 
-    def after(self, model: nn.Module, heard: bool, moved: bool) -> tuple[str, str] | None:
-        """An edit was made with hooks on the model's layers. heard: whether it ran any of the model. moved: whether it
-        moved a watched weight. Returns the note to take: (kind, what it says).
+    def after(self, compiled: Mapping[str, str], heard: bool, moved: bool) -> tuple[str, str] | None:
+        """An edit was made with hooks on the model's layers. compiled: those that can't be hooked, see `Capture`.
+        heard: whether it ran any of the model. moved: whether it moved a watched weight. Returns the note to take:
+        (kind, what it says).
         """
         if self._over:
             return None
+        if compiled or (moved and not heard and frames_compiled() > 0):
+            self._over = True
+            return COMPILED if self._has_canary else HOOKS_SILENT, _compiled_says(compiled)
         self._over = heard
         self._silent, self._moved = self._silent + 1, self._moved or moved
         if self._over or self._silent < FEWEST:
@@ -36,21 +41,21 @@ class Silence:
         edits = f"in {self._silent} edits"
         if not self._moved:
             return NEVER_RUN, f"{edits} the watched model was never run and never moved: they are made on another one"
-        if _is_compiled(model):
-            return HOOKS_SILENT, (
-                f"{edits} no hook on the watched layers fired: a compiled graph runs past them. Attach before"
-                " torch.compile, or compile with fullgraph off and after the first edit"
-            )
         if self._has_canary:  # which watches the function all the same
             return None
         return HOOKS_SILENT, f"{edits} no hook on the watched layers fired: what happens inside the edits is not seen"
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+def _compiled_says(layers: Mapping[str, str]) -> str:
+    seen = "not seen; its weights, and the .grad that an optimizer steps with, are"
+    if not layers:
+        return (
+            "no hook on the watched layers fired, and torch.compile is in use: what compiled code computes inside is "
+            f"{seen}"
+        )
+    first, more = next(iter(layers)), f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    compiled = ", ".join(dict.fromkeys(layers.values()))
+    return f"{first}{more}: compiled ({compiled}), so that what is computed inside is {seen}"
 
 
 class Unanswered:

@@ -40,6 +40,7 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments import weights
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.editor import EditorInstrument
+from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.panel import Instruments
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import find_sites
@@ -326,7 +327,7 @@ def test_the_weights_after_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench([probe for probe in every_probe() if type(probe).__name__ not in deep], said)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to("meta")
     sites = find_sites(model, "*")
-    instrument = WeightInstrument(bench)
+    instrument = WeightInstrument(bench, Exchange(bench))
     start = (there(dtype=torch.float64), there())
     monkeypatch.setattr(weights, "start_direction", lambda w: (start[0], there(w[0].numel())))
     updates = {site.name: torch.empty_like(model.get_parameter(site.parameter)) for site in sites}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabilitylab.probes.weight_pass import as_array
 from stabilitylab.record.scanned import LISTED, Some
 
 PIECE: Final = 1 << 17
@@ -158,7 +159,7 @@ def _count_small(piece: Tensor, work: Tensor) -> tuple[int, int]:
         bits = sizes.numpy() if sizes.is_cpu else sizes.cpu().numpy()
         zeros = int(np.count_nonzero(bits == 0))
         return zeros, int(np.count_nonzero(bits < _FIRST_NORMAL)) - zeros
-    return int(np.count_nonzero(work.numpy() == 0)) if work.is_cpu else int((work == 0).sum()), 0
+    return int(np.count_nonzero(as_array(work) == 0)) if work.is_cpu else int((work == 0).sum()), 0
 
 
 def _pieces(matrix: Tensor) -> list[tuple[int, Tensor]]:

@@ -32,6 +32,7 @@ from stabilitylab.probes.gradient_factors import GradientSpectrum, norm_of
 from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Orientation, why_unmeasurable
+from stabilitylab.watching.spread import is_spread, part_of
 
 _FRAMES = 12
 """How far above an optimizer's step its scaler may be: torch's own wrappers, a scheduler's, accelerate's."""
@@ -63,18 +64,26 @@ class _Weight:
 
     @property
     def gradient(self) -> Tensor | None:
-        """Its `.grad`, where that can be read."""
+        """Its `.grad`, where that can be read; this process's part of one that is spread."""
         found = self.weight.grad
-        unreadable = found is None or found.layout != torch.strided or why_unmeasurable(found) is not None
-        return None if unreadable else found
+        if found is None:
+            return None
+        part = part_of(found)
+        unreadable = part.layout != torch.strided or why_unmeasurable(part) is not None
+        # An empty part of what is spread is a part all the same: the others have theirs.
+        return None if unreadable and not (is_spread(found) and not part.numel()) else part
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What is known of one site at the edit's end. matrix: the spectrum of `.grad` itself, where it was needed."""
+    """What is known of one site at the edit's end. matrix: the spectrum of `.grad` itself, where it was needed.
+
+    source: as `AccumulatedGradient` has it.
+    """
 
     packed: Tensor
     rebuild: Rebuild[AccumulatedGradient]
+    source: float
     matrix: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
 
 
@@ -159,12 +168,12 @@ class AccumulatedInstrument:
                 if not one.steps:
                     self._look_closer(one, gradient, use, first.get(site))
                 one.steps.append(use)
-                self._version_used[site] = gradient._version
+                self._version_used[site] = -1 if one.weight.grad is None else one.weight.grad._version
                 one.fresh = False
                 one.looks = []
 
     def _look_closer(self, one: _Weight, gradient: Tensor, use: Use, first: FirstPass | None) -> None:
-        if one.orientation == "none":
+        if one.orientation == "none" or is_spread(one.weight):  # no part shows the spectrum of the whole
             return
         norm = use.stepped if use.before is None else use.before
         # Both hold the loss scale where the norm is that of the backward.
@@ -197,7 +206,7 @@ class AccumulatedInstrument:
 
     def _of(self, uses: list[Use], source: float, one: _Weight | None) -> Accumulated:
         packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried)
-        return Accumulated(packed, rebuild, None if one is None else one.matrix)
+        return Accumulated(packed, rebuild, source, None if one is None else one.matrix)
 
 
 def _weakly(gradient: Tensor | None) -> Callable[[], Tensor | None]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.accumulated_gradient import AccumulatedGradient, passes_used, spectrum_used
+from stabilitylab.probes.accumulated_gradient import END, STEP, AccumulatedGradient, passes_used, spectrum_used
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
 from stabilitylab.probes.gradient_passes import (
@@ -26,8 +26,13 @@ from stabilitylab.probes.gradient_passes import (
 from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.instruments.accumulated import Accumulated, AccumulatedInstrument, FirstPass
 from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.instruments.exchange import Exchange, How
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.sites import Site, locate_readable
+from stabilitylab.watching.spread import Spread, spread_of
+
+_USES = 32
+"""Uses of a gradient in one edit that processes tell each other of: what they exchange has one length."""
 
 _Packed = tuple[Tensor, Rebuild[GradientSpectrum]]
 
@@ -51,14 +56,22 @@ class _Seen:
 class GradientInstrument:
     """Reduces the first pass at once, keeps the last and the worst of the later ones, and counts the rest."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, exchange: Exchange) -> None:
         self._bench = bench
+        self._exchange = exchange
+        self._spread: dict[str, Spread] = {}
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Factors] = {}
         self._said: set[str] = set()
         self._accumulated = AccumulatedInstrument(bench)
         self._plain: set[str] = set()
         self._sites: dict[str, Site] = {}
+
+    def adopt(self, site: Site, weight: Tensor) -> None:
+        """Know of a weight that is watched from now on whether it is spread."""
+        spread = spread_of(weight)
+        if spread is not None:
+            self._spread[site.name] = spread
 
     def begin(self) -> None:
         """A new edit."""
@@ -152,8 +165,30 @@ class GradientInstrument:
     def _gradient(self, site: Site, seen: _Seen | None) -> None:
         first = None if seen is None else self._first_of(site.name, seen)
         used = self._accumulated.after(site.name, first)
-        if used is None:
-            return
+        needs = (GradientSpectrum, AccumulatedGradient, LaterPasses)
+        spread = self._spread.get(site.name)
+        if spread is not None and any(self._bench.needed(need, site.name) for need in needs):
+            self._over_processes(site, seen, used, spread)
+        elif used is not None:
+            self._hand_on(site, seen, used)
+
+    def _over_processes(self, site: Site, seen: _Seen | None, used: Accumulated | None, spread: Spread) -> None:
+        """What each process's part of `.grad` gives, once the parts of all are combined."""
+        own = used.packed if used is not None and used.source in (STEP, END) else torch.empty(0, dtype=torch.float64)
+        if own.numel() > 3 * _USES:
+            self._left_out(f"gradient of {site.name}: of more than {_USES} steps in an edit the first are told")
+            own = own[: 3 * _USES]
+
+        def then(whole: Tensor) -> None:
+            if used is not None:
+                self._hand_on(site, seen, replace(used, packed=whole[: own.numel()]) if own.numel() else used)
+
+        # Of one length, whatever it is that this process has seen.
+        packed = torch.cat([own, own.new_zeros(3 * _USES - own.numel())])
+        how: tuple[How, ...] = ("norm", "norm", "first") * _USES
+        self._exchange.add(f"gradient of {site.name}", spread, lambda: packed, how, then)
+
+    def _hand_on(self, site: Site, seen: _Seen | None, used: Accumulated) -> None:
         self._add(AccumulatedGradient, site.name, [(used.packed, used.rebuild)], lambda made: made[0])
         parts = [(used.packed, used.rebuild), used.matrix, None if seen is None else seen.reduced]
         self._add(GradientSpectrum, site.name, parts, lambda made: spectrum_used(made[2], made[0], made[1]))

@@ -23,12 +23,14 @@ from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.canary import Canary
+from stabilitylab.watching.compiled import CompiledParts
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.attention import AttentionInstrument
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.editor import EditorInstrument
+from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
@@ -62,8 +64,9 @@ class Instruments:
         self._bench = bench = Bench(probes, note)
         self.probe_time, self.canary_time = bench.probe_time, bench.canary_time
         self.canary = CanaryInstrument(bench, canary)
-        self._weights = WeightInstrument(bench)
-        self._gradients = GradientInstrument(bench)
+        self._exchange = exchange = Exchange(bench)
+        self._weights = WeightInstrument(bench, exchange)
+        self._gradients = GradientInstrument(bench, exchange)
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench, canary)
         self._editor = EditorInstrument(bench, editor)
@@ -72,8 +75,19 @@ class Instruments:
         self._state = StateInstrument(bench)
         self.references = self._weights.references
         self.keeps_references = self._weights.keeps_references
+        self._compiled = CompiledParts()
         self._followed = {metric for probe in probes for metric in probe.follows}
         self._history: dict[Key, deque[tuple[float, float]]] = {}
+
+    def adopt(self, site: Site, weight: Tensor) -> None:
+        """Watch a weight from now on, which is as it was before any edit."""
+        self._weights.adopt(site, weight)
+        self._gradients.adopt(site, weight)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether any watched weight is spread over processes."""
+        return self._weights.is_spread
 
     # -- inside the edit: what hooks call, see `hooks.Watcher` ----------------------------------------------------
 
@@ -87,7 +101,7 @@ class Instruments:
         """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(self.no_capture())
+            capture = stack.enter_context(Capture(self, self._compiled.of(model)))
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
@@ -183,6 +197,7 @@ class Instruments:
         self._editor.after(model, capture, reports, sites)
         self._weights.compare(model, sites, self._editor.updates)
         self._weights.after(model, sites)
+        self._exchange.settle()
         self._state.after(model, sites)
 
     def look_everywhere_next(self) -> None:

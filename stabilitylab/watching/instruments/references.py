@@ -11,8 +11,8 @@ from torch import Tensor
 from stabilitylab.probes.weight_pass import (
     Scanned,
     WeightPass,
-    norm_of,
     on_cpu,
+    pass_at_rest,
     reduce_weight,
     same_bits,
     same_sample,
@@ -35,11 +35,14 @@ def _same(left: Signature, right: Signature) -> bool:
 
 @dataclass
 class _Copies:
+    """previous: the same tensor as `original` until the weight is seen to move. at_rest: what a pass over W₀ finds."""
+
     original: Tensor
     previous: Tensor
-    original_norm: Tensor
+    at_rest: Tensor
     mark: tuple[object, ...]
     """Where W was, and its version, when `previous` took its values."""
+    is_part: bool
     before: Signature | None = None
     after: Signature | None = None
 
@@ -50,29 +53,37 @@ def _mark(weight: Tensor) -> tuple[object, ...]:
 
 
 class References:
-    """Two copies of each watched weight, in its dtype and on its device: before any edit, and before this edit."""
+    """Two copies of each watched weight, in its dtype and on its device: before any edit, and before this edit.
+
+    On a CPU they are one as long as the weight has never moved.
+    """
 
     def __init__(self) -> None:
         self._copies: dict[str, _Copies] = {}
 
-    def adopt(self, site: Site, original: Tensor) -> None:
-        """Take `original` as W₀ and W₋ of a site."""
+    def adopt(self, site: Site, original: Tensor, *, is_part: bool = False) -> None:
+        """Take `original` as W₀ and W₋ of a site. is_part: whether it is this process's part of a weight alone."""
         with torch.no_grad():
             first = original.detach().clone(memory_format=torch.contiguous_format)
-            self._copies[site.name] = _Copies(first, first.clone(), norm_of(first), ())
+            self._copies[site.name] = _Copies(first, first, pass_at_rest(first), _mark(original), is_part)
+
+    def at_rest(self, name: str) -> Tensor:
+        """What a pass over W₀ finds, packed as `WeightPass` unpacks it: W is W₀."""
+        return self._copies[name].at_rest
 
     def _on(self, name: str, weight: Tensor) -> _Copies:
         """The copies, moved after the weight when the user moved the model."""
         copies = self._copies[name]
         if copies.original.device != weight.device:
+            one = copies.previous is copies.original
             copies.original = copies.original.to(weight.device)
-            copies.previous = copies.previous.to(weight.device)
-            copies.original_norm = copies.original_norm.to(weight.device)
+            copies.previous = copies.original if one else copies.previous.to(weight.device)
+            copies.at_rest = copies.at_rest.to(weight.device)
         return copies
 
     def holds(self, name: str) -> bool:
-        """Whether there are copies of this site."""
-        return name in self._copies
+        """Whether there are copies of all of this site's weight."""
+        return name in self._copies and not self._copies[name].is_part
 
     def original(self, name: str, weight: Tensor) -> Tensor:
         """W₀, on the device of the weight."""
@@ -85,7 +96,13 @@ class References:
     def measure(self, name: str, weight: Tensor, want_change: bool = False) -> Scanned:
         """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
         copies = self._on(name, weight)
-        seen = reduce_weight(weight, copies.original, copies.previous, copies.original_norm, want_change)
+        if copies.previous is copies.original:
+            same = on_cpu(weight) and weight.dtype == copies.original.dtype and same_bits(weight, copies.original)
+            if same:
+                copies.mark = _mark(weight)
+                return Scanned(copies.at_rest, float(copies.at_rest[3]))
+            copies.previous = copies.original.clone()
+        seen = reduce_weight(weight, copies.original, copies.previous, copies.at_rest[1], want_change)
         if copies.previous.dtype != weight.dtype:  # the user has cast the model
             copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
         copies.mark = _mark(weight)

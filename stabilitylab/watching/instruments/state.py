@@ -41,15 +41,16 @@ class StateInstrument:
         """Look at everything. What is infinite now is meant: a mask; and so is a buffer that nobody has written yet.
         Waits for an accelerator.
         """
-        self._bench.safely("masks in the model's state", lambda: self._learn_design(model))
+        self._bench.safely("masks in the model's state", lambda: self._learn_design(model, sites))
         self.after(model, sites)
 
-    def _learn_design(self, model: nn.Module) -> None:
+    def _learn_design(self, model: nn.Module, sites: Sequence[Site]) -> None:
         if not self.wanted:
             return
         buffers, unwritten = dict(model.named_buffers()), []
+        watched = _watched(model, sites)
         for name, tensor in (*model.named_parameters(), *buffers.items()):
-            if _is_readable(tensor):
+            if id(tensor) not in watched and _is_readable(tensor):
                 ends = torch.stack(extremes(tensor))  # NaN where the tensor has one; makes no mask of its size
                 lost, infinite = bool(torch.isnan(ends).any()), bool(torch.isinf(ends).any())
                 if lost and name in buffers:
@@ -88,8 +89,7 @@ class StateInstrument:
         self._bench.add(MODEL_SITE, packed, functools.partial(state_of, names=names))
 
     def _state(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
-        located = (locate(model, site) for site in sites)
-        watched = {id(found[1]) for found in located if found is not None}
+        watched = _watched(model, sites)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if id(tensor) not in watched and name not in self._designed and _is_readable(tensor):
                 yield name, tensor
@@ -106,6 +106,12 @@ class _ByDevice:
         """One more."""
         self.tensors[tensor.device].append(tensor)
         self.names[tensor.device].append(name)
+
+
+def _watched(model: nn.Module, sites: Sequence[Site]) -> set[int]:
+    """The watched weights, by `id`: others look at them."""
+    located = (locate(model, site) for site in sites)
+    return {id(found[1]) for found in located if found is not None}
 
 
 def _is_readable(tensor: Tensor) -> bool:

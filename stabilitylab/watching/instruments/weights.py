@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,27 +15,37 @@ from stabilitylab.errors import did_you_mean
 from stabilitylab.probes.absorption import AbsorptionPass, MovedEntries, reduce_absorption, reduce_moved
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.gradient_passes import Alignment
-from stabilitylab.probes.top_singular import TopSingular, follow, start_direction, update_direction
+from stabilitylab.probes.top_singular import TopSingular, any_direction, follow, start_direction, update_direction
 from stabilitylab.probes.weight_pass import (
     Scanned,
     WeightPass,
     WeightScan,
     WeightWrites,
-    on_cpu,
+    as_matrix,
     same_bits,
     scan_weight,
 )
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
 from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
 from stabilitylab.watching.sites import Site, locate, locate_readable, why_unmeasurable
+from stabilitylab.watching.spread import is_spread, whole_of
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
 """The measurements that need W₀ or W₋."""
 
+_WHOLE = (WeightSpectrum, LeadingSubspace)
+"""Those that need all of a weight, which may be spread."""
+
 _MATRIX = 2  # dimensions
 _NARROW = (torch.float16, torch.bfloat16)
+
+_AT_ONCE = 1 << 24
+"""Entries of all watched matrices up to which σ₁ is found before the first edit; else each from the first edit on that
+moves it."""
 
 _UNSEEN = 0.005
 """Share of σ₁ by which updates may add up before it is followed anew: it can't have changed by more than that."""
@@ -58,15 +68,31 @@ class WeightInstrument:
     0. In turn, one such weight an edit is read all the same, for writes that left no sign.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, exchange: Exchange) -> None:
         self.references = References()
         self.keeps_references = any(map(bench.ever_needed, _COMPARING))
         self._bench = bench
+        self._spread = SpreadWeights(bench, self.references, exchange)
         self._missing: set[str] = set()
         self._versions: dict[str, tuple[int, int]] = {}
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
+        self._entries = 0
         self._originals: dict[str, Tensor] = {}
+
+    def adopt(self, site: Site, weight: Tensor) -> None:
+        """Watch a weight from now on, which is as it was before any edit."""
+        in_parts = is_spread(weight)
+        part = self._spread.adopt(site, weight) if in_parts else weight
+        if self.keeps_references:
+            self.references.adopt(site, part, is_part=in_parts)
+            self._last[site.name] = WeightPass.unmoved(self.references.at_rest(site.name))
+            self._entries += weight.numel() if weight.dim() >= _MATRIX else 0
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether any watched weight is spread over processes."""
+        return self._spread.any
 
     def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """An edit begins: which tensor each weight is, and how often that was written so far."""
@@ -77,6 +103,8 @@ class WeightInstrument:
             found = locate_readable(model, site)
             if found is not None and not found[1].is_inference():
                 self._versions[site.name] = (id(found[1]), found[1]._version)
+        for site, weight in self._spread.found(model, sites):
+            self._versions[site.name] = (id(weight), weight._version)
 
     def _written(self, name: str, weight: Tensor) -> None:
         before = self._versions.get(name)
@@ -92,18 +120,49 @@ class WeightInstrument:
         if not (self.keeps_references or any(map(self._bench.needed, alone))):
             return
         turn = self._bench.edit % max(len(sites), 1)
+        spread = self._spread.found(model, sites)
+        in_parts = {site.name for site, _ in spread}
         for at, site in enumerate(sites):
+            if site.name in in_parts:
+                continue
             found = locate(model, site)
             gone = f"no longer found in {type(model).__name__}"
-            reason = gone if found is None else why_unmeasurable(found[1])
+            reason = gone if found is None else self._why_not(site, found[1])
             if found is not None and reason is None:
                 weight, named = found[1], site.name
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
-                self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
+                first = functools.partial(self.references.original, site.name, weight)
+                self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, lambda: weight, first))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
                 self._bench.note("skipped-site", f"{site.name}: {reason}")
+        asks_whole = self._bench.ever_needed(TopSingular) or any(map(self._bench.needed, _WHOLE))
+        for each in self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole):
+            self._in_parts(each)
+
+    def _in_parts(self, each: Weighed) -> None:
+        """What needs more than the parts' figures of a weight that is spread."""
+        named, weight = each.site.name, each.weight
+        self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))
+        if each.previous is None or weight.dim() < _MATRIX:
+            return
+        if self._bench.ever_needed(TopSingular):
+            self._bench.safely(f"spectral norm of {named}", lambda: self._follow(each.site, each.seen, each.gathered))
+        original = self.references.original(named, each.previous)
+        self._bench.safely(
+            f"spectrum of {named}",
+            lambda: self._spectrum(each.site, lambda: whole_of(weight), lambda: whole_of(weight, original)),
+        )
+
+    @staticmethod
+    def _why_not(site: Site, weight: Tensor) -> str | None:
+        if is_spread(weight):
+            return (
+                "its weight has become a DTensor since, or is spread in another way; attach after fully_shard or "
+                "parallelize_module"
+            )
+        return why_unmeasurable(weight)
 
     def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
         """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
@@ -139,21 +198,28 @@ class WeightInstrument:
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure sites between two edits, by references alone; W₋ is what they are now."""
         for site in sites:
-            found = locate_readable(model, site)
+            found = None if self._spread.watches(site) else locate_readable(model, site)
             if found is not None:
                 self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
+        self._spread.look(self._spread.found(model, sites), self._moved_since)
 
     def _look(self, site: Site, weight: Tensor) -> None:
         seen = self.references.measure(site.name, weight)
         self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
-        if site.name in self._followed:
-            self._followed[site.name].since += math.inf if seen.update is None else seen.update
+        self._moved_since(site.name, seen.update)
+
+    def _moved_since(self, name: str, update: float | None) -> None:
+        if name in self._followed:
+            self._followed[name].since += math.inf if update is None else update
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-        """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
-        found = ((site, locate_readable(model, site)) for site in sites)
-        return [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
+        """The sites whose weight differs from what the last edit left, and those that are spread: of them no process
+        can tell by itself. Synchronises an accelerator.
+        """
+        spread = [site for site in sites if self._spread.watches(site)]
+        found = ((site, locate_readable(model, site)) for site in sites if site not in spread)
+        return spread + [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
 
     def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
         if not self.keeps_references:
@@ -170,23 +236,33 @@ class WeightInstrument:
             self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
         if followed:
-            self._bench.safely(f"spectral norm of {site.name}", lambda: self._follow(site, weight, seen))
+            self._bench.safely(
+                f"spectral norm of {site.name}", lambda: self._follow(site, seen, lambda: (weight, seen))
+            )
 
-    def _follow(self, site: Site, weight: Tensor, seen: Scanned) -> None:
+    def _follow(self, site: Site, seen: Scanned, whole: Callable[[], tuple[Tensor, Scanned]]) -> None:
+        """whole: gives the weight, and what a pass over it found with what it changed."""
         followed = self._followed.get(site.name)
-        if followed is None:
-            value, direction = start_direction(weight)
+        if followed is None and self._entries <= _AT_ONCE:
+            value, direction = start_direction(whole()[0])
             followed = self._followed[site.name] = _Followed(value, direction, direction)
+        elif followed is None:
+            if seen.update == 0 or self._bench.edit == 0:
+                return
+            weight, closer = whole()
+            start = any_direction(as_matrix(weight).shape[1], weight.device)
+            followed = self._followed[site.name] = _Followed(closer.packed[0], start, start)
+            self._find_anew(followed, weight, closer)
         elif seen.update is None or seen.update != 0:
             followed.since += seen.update or 0.0
-            unknown = not on_cpu(weight) or not followed.since <= _UNSEEN * followed.value.item()
+            unknown = seen.update is None or not followed.since <= _UNSEEN * followed.value.item()
             if unknown:
-                self._find_anew(followed, site, weight, seen)
+                self._find_anew(followed, *whole())
         if self._bench.needed(TopSingular, site.name):
             packed = torch.stack([followed.value.to(seen.packed.device), seen.packed[0]])
             self._bench.add(site.name, packed, TopSingular.from_host)
 
-    def _find_anew(self, followed: _Followed, site: Site, weight: Tensor, seen: Scanned) -> None:
+    def _find_anew(self, followed: _Followed, weight: Tensor, seen: Scanned) -> None:
         direction = followed.direction.to(weight.device)
         usable = torch.isfinite(direction).all()
         direction = torch.where(usable, direction, followed.first_direction.to(weight.device))
@@ -197,12 +273,16 @@ class WeightInstrument:
         followed.value, followed.direction = follow(weight, (direction, update), size)
         followed.since = 0.0
 
-    def _spectrum(self, site: Site, weight: Tensor) -> None:
-        """What the deep probes need of a matrix, where one that is due does. Waits for an accelerator."""
+    def _spectrum(self, site: Site, whole: Callable[[], Tensor], first: Callable[[], Tensor]) -> None:
+        """What the deep probes need of a matrix, where one that is due does. Waits for an accelerator.
+
+        whole: gives the weight. first: gives W₀.
+        """
         spectrum = self._bench.needed(WeightSpectrum, site.name)
         subspace = self._bench.needed(LeadingSubspace, site.name)
-        if weight.dim() != _MATRIX or not (spectrum or subspace):
+        if len(site.shape) != _MATRIX or not (spectrum or subspace):
             return
+        weight = whole()
         gram = gram_of(weight)
         if spectrum:
             self._bench.add(site.name, spectrum_of_weight(weight, gram), WeightSpectrum)
@@ -210,7 +290,7 @@ class WeightInstrument:
             now = leading_subspace(gram)
             original = self._originals.get(site.name)
             if original is None:
-                first = self.references.original(site.name, weight)
-                same = first.dtype == weight.dtype and same_bits(weight, first)
-                original = self._originals[site.name] = now if same else leading_subspace(gram_of(first))
+                before = first()
+                same = before.dtype == weight.dtype and same_bits(weight, before)
+                original = self._originals[site.name] = now if same else leading_subspace(gram_of(before))
             self._bench.add(site.name, compare_subspaces(original, now), LeadingSubspace)

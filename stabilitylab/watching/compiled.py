@@ -1,0 +1,69 @@
+"""Which parts of a model run as compiled code. A hook in there would be compiled too, or make it be compiled anew."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made it, or it was compiled in place."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class CompiledParts:
+    """What runs as compiled code of the model of one loop."""
+
+    def __init__(self) -> None:
+        self._looked_at: int | None = None
+        self._wrapped: list[weakref.ref[nn.Module]] = []
+
+    def of(self, model: nn.Module) -> dict[int, str]:
+        """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
+        names = {id(module): name or "the model" for name, module in model.named_modules()}
+        found: dict[int, str] = {}
+        for module in model.modules():
+            if is_compiled(module):
+                # Around what `torch.compile` made, hooks run as ever.
+                inner = getattr(module, "_orig_mod", module)
+                found = {id(each): names[id(module)] for each in inner.modules()} | found
+        for wrapped in self._made_outside():
+            for each in wrapped.modules():
+                if id(each) in names:
+                    found.setdefault(id(each), names.get(id(wrapped), "a part of what was given to torch.compile"))
+        return found
+
+    def _made_outside(self) -> list[nn.Module]:
+        """What was given to `torch.compile`, which leaves no trace on it. Looked for when anything was compiled."""
+        torch_compile = sys.modules.get("torch._dynamo.eval_frame")
+        if torch_compile is None:
+            return []
+        if self._looked_at != frames_compiled():
+            self._looked_at = frames_compiled()
+            kind = torch_compile.OptimizedModule
+            made = [each for each in gc.get_referrers(kind) if type(each) is kind]
+            self._wrapped = [weakref.ref(each._orig_mod) for each in made]
+        return [module for each in self._wrapped if (module := each()) is not None]
+
+
+def frames_compiled() -> int:
+    """How many pieces of code were compiled in this process so far."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")  # not imported by anything that doesn't compile
+    return int(getattr(compiler, "FRAME_COUNTER", 0))
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """What is called inside runs as it is written, where torch can do so (2.6 or newer), and nothing is compiled."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield

@@ -1,0 +1,170 @@
+"""Edit loops over weights that are spread over processes, one process of them: run by `test_spread_models.py`.
+
+Writes, as JSON, what each process knows; process 0 makes the same loop once more on a plain model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import stabilitylab as sl
+from stabilitylab.errors import StabilityLabError
+from stabilitylab.watching import company
+from stabilitylab.watching.monitor import Monitor
+
+EDITS, BATCH = 4, 8
+CANARY = {"input": torch.linspace(-1, 1, 3 * 24).reshape(3, 24)}
+
+
+def plain() -> nn.Sequential:
+    """Three rows fewer than four processes could share: one of them holds nothing of the last layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 33), nn.ReLU(), nn.Linear(33, 3))
+
+
+def sharded(mesh: DeviceMesh) -> nn.Sequential:
+    model = plain()
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train(model: nn.Module, monitor: Monitor | None, rank: int, ranks: int) -> None:
+    """Each process has its share of one batch."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for edit in range(EDITS):
+        generator = torch.Generator().manual_seed(edit)
+        x, y = torch.randn(BATCH, 24, generator=generator), torch.randn(BATCH, 3, generator=generator)
+        mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        with contextlib.nullcontext() if monitor is None else monitor.edit():
+            optimizer.zero_grad()
+            (model(x[mine]) - y[mine]).pow(2).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+
+
+def let_go(model: nn.Module) -> None:
+    """Of what FSDP has gathered."""
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
+
+
+def write_in(model: nn.Module, monitor: Monitor) -> None:
+    """What an editor does: look at the model, write into its weights, look again, which leaves some of it gathered."""
+    with torch.no_grad():
+        for edit in range(3):
+            with monitor.edit():
+                model(CANARY["input"])
+                let_go(model)
+                first = model[0].weight.detach().clone()  # type: ignore[index]
+                model[0].weight.mul_(1.01 + 0.02 * edit)  # type: ignore[index]
+                model[2].weight.mul_(1.02 if edit == 0 else 1.0)  # type: ignore[index]
+                model(CANARY["input"])
+            if edit == 1:
+                let_go(model)
+                model[0].weight.copy_(first)  # type: ignore[index]
+
+
+def digest(model: nn.Module) -> str:
+    """Of this process's parts of weights and gradients."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        for tensor in (parameter, parameter.grad):
+            assert tensor is not None
+            part: Tensor = getattr(tensor, "_local_tensor", tensor)
+            found.update(part.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def by_columns(mesh: DeviceMesh, placements: list[Any], weight: Tensor, folder: Path) -> list[float]:
+    """The update and the drift of two edits of a weight that is spread in this way, in bfloat16."""
+    layer = nn.Linear(24, 33, bias=False)
+    layer.weight = nn.Parameter(distribute_tensor(weight, mesh, placements))
+    with sl.attach(nn.Sequential(layer), "0", folder, announce=False) as monitor, torch.no_grad():
+        for edit in range(2):
+            with monitor.edit():
+                change = torch.full_like(weight, 0.25) * (edit + weight.sign())
+                layer.weight.add_(distribute_tensor(change, mesh, placements))
+    if dist.get_rank():
+        return []
+    run = sl.load(folder)
+    return [run.series(metric, "0")[2] for metric in ("update.norm", "drift.norm", "weight.norm", "update.moved_share")]
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    try:
+        sl.attach(*arguments, announce=False, **options).close()
+    except StabilityLabError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    said: dict[str, Any] = {}
+    mesh = init_device_mesh("cpu", (ranks,))
+
+    model = sharded(mesh)
+    with sl.attach(model, "[02]*", folder / "fsdp", canary=CANARY, probes="deep", announce=False) as monitor:
+        train(model, monitor, rank, ranks)
+        said |= {"path": str(monitor.path), "edits": monitor.edits, "verdict": monitor.diagnosis().verdict}
+    bare = sharded(mesh)
+    train(bare, None, rank, ranks)
+    said["inert"] = digest(model) == digest(bare)
+    if ranks > 2:
+        both = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicated", "parted"))
+        model = sharded(both)
+        with sl.attach(model, "[02]*", folder / "hybrid", canary=CANARY, probes="deep", announce=False) as monitor:
+            train(model, monitor, rank, ranks)
+    model = sharded(mesh)
+    with sl.attach(model, "[02]", folder / "written", canary=CANARY, announce=False) as monitor:
+        write_in(model, monitor)
+    with sl.attach(model := plain(), "[02]*", folder / "early", announce=False) as monitor:
+        fully_shard(model, mesh=mesh)
+        train(model, monitor, rank, ranks)
+        said["early"] = str(monitor.diagnosis().unwatched)
+    weight = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
+    for name, placement in {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}.items():
+        said[name] = by_columns(mesh, [placement], weight, folder / name)
+
+    parallel = DistributedDataParallel(plain())
+    with sl.attach(parallel, "module.[02]*", folder / "ddp", announce=False) as monitor:
+        train(parallel, monitor, rank, ranks)
+    model = sharded(mesh)
+    said["sites=None"] = refused(model, None, folder / "none")
+    said["exists"] = refused(model, "0", folder / "fsdp")
+    said["others"] = refused(model, "0" if rank else "2", folder / "others")
+    said["budget"] = refused(model, "0", folder / "budget", canary=sl.Canary(CANARY, budget=0.1))
+    company.MUST_COME = timedelta(seconds=1)
+    said["alone"] = refused(model, "0", folder / "alone") if rank == 0 else ""
+    dist.barrier()
+    if rank == 0:
+        model = plain()
+        with sl.attach(model, "[02]*", folder / "plain", canary=CANARY, probes="deep", announce=False) as monitor:
+            train(model, monitor, 0, 1)
+        model = plain()
+        with sl.attach(model, "[02]", folder / "plain-written", canary=CANARY, announce=False) as monitor:
+            write_in(model, monitor)
+    (folder / f"rank{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,116 @@
+"""Weights that are spread over processes: the figures of the whole, on each of them, by one process written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stabilitylab as sl
+
+LOOP = Path(__file__).with_name("spread_loop.py")
+OF_WEIGHTS = ("weight.", "update.", "drift.", "gradient.norm", "canary.")
+
+Ranks = tuple[Path, list[dict[str, Any]]]
+
+
+def ranks_of(folder: Path, processes: int) -> Ranks:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    subprocess.run([*torchrun, str(LOOP), str(folder)], check=True, timeout=240, capture_output=True)
+    told = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+    return folder, told
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, id="two"), pytest.param(4, id="four", marks=pytest.mark.processes)]
+)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return ranks_of(tmp_path_factory.mktemp("ranks"), request.param)
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """Readings of the weights, their gradients and the canary."""
+    run, true = sl.load(one), sl.load(other)
+    keys = [key for key in true._keys if key[0].startswith(OF_WEIGHTS)]
+    assert len(keys) > 20
+    assert [key for key in keys if key not in run._keys] == []
+    for key in keys:
+        np.testing.assert_allclose(run.series(*key), true.series(*key), rtol=1e-5, atol=1e-9, err_msg=str(key))
+
+
+@pytest.mark.multiprocess
+def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Ranks) -> None:
+    folder, told = ranks
+    assert_alike(folder / "fsdp", folder / "plain")
+    if len(told) > 2:
+        assert_alike(folder / "hybrid", folder / "plain")
+
+
+@pytest.mark.multiprocess
+def test_weights_written_in_place_beside_gathered_ones_are_read_and_their_outcomes_seen(ranks: Ranks) -> None:
+    folder, _ = ranks
+    assert_alike(folder / "written", folder / "plain-written")
+    run, true = sl.load(folder / "written"), sl.load(folder / "plain-written")
+    assert [edit.outcome for edit in run.edits] == [edit.outcome for edit in true.edits]
+    assert "probe-off" not in {note.kind for note in run.notes}
+
+
+@pytest.mark.multiprocess
+def test_nothing_changes_on_any_process(ranks: Ranks) -> None:
+    assert all(told["inert"] for told in ranks[1])
+
+
+@pytest.mark.multiprocess
+def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
+    folder, told = ranks
+    assert {each["path"] for each in told} == {str(folder / "fsdp")}
+    assert {(each["edits"], each["verdict"]) for each in told} == {(4, sl.load(folder / "fsdp").diagnosis().verdict)}
+    for name in ("fsdp", "ddp"):
+        run = sl.load(folder / name)
+        assert run.manifest["process"]["rank"] == 0
+        assert [note.kind for note in run.notes].count("per-process") == 1
+        assert len(run.edits) == 5
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("placed", ["rows", "columns", "copies"])
+def test_parts_make_up_the_whole_and_copies_count_once(ranks: Ranks, placed: str) -> None:
+    before = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
+    weights = [before]
+    for edit in range(2):
+        weights.append(weights[-1] + torch.full_like(before, 0.25) * (edit + before.sign()))
+    last = [
+        float((weights[2].double() - weights[1].double()).norm()),
+        float((weights[2].double() - before.double()).norm()),
+        float(weights[2].double().norm()),
+        float((weights[2] != weights[1]).double().mean()),
+    ]
+    np.testing.assert_allclose(ranks[1][0][placed], last, rtol=1e-5)
+
+
+@pytest.mark.multiprocess
+def test_who_attached_too_early_is_told_so_and_not_that_all_is_well(ranks: Ranks) -> None:
+    folder, told = ranks
+    run = sl.load(folder / "early")
+    assert any(note.kind == "skipped-site" and "attach after fully_shard" in note.says for note in run.notes)
+    assert not any(key[0] == "update.norm" and np.isfinite(run.series(*key)[1:]).any() for key in run._keys)
+    assert all("DTensor" in each["early"] for each in told)
+
+
+@pytest.mark.multiprocess
+def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Ranks) -> None:
+    folder, told = ranks
+    assert "1" in told[0]["alone"]
+    assert "did not attach" in told[0]["alone"]
+    assert not (folder / "alone").exists()
+    for each in told:
+        assert "expected sites=" in each["sites=None"]
+        assert "exists; expected a new one" in each["exists"]
+        assert "attached with sites=" in each["others"]
+        assert "expected every=" in each["budget"]
