@@ -10,7 +10,8 @@ CORE := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
 PRETRAINED := $(VENV)/.installed-smollm2
-PINNED := setup.cfg pyproject.toml constraints.txt
+# Native code among them: a changed source is built anew.
+PINNED := setup.cfg setup.py pyproject.toml constraints.txt probes/native/weight_scan.c
 ROOTS := stabilitylab probes reports
 CHECKED := $(ROOTS) tests benchmarks examples
 # Small models: one thread is as fast as two, and the same on every machine.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.native_scan import sweep
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
 _DEVICE_CHUNK = 1 << 22  # on an accelerator: fewer kernels, 16 MiB of scratch
@@ -210,24 +211,43 @@ def _pieces(matrix: Tensor, rows: int) -> Iterator[Tensor]:
         yield from (piece.reshape(-1) for piece in torch.split(matrix, rows))
 
 
-def _scan_on_cpu(weight: Tensor, reference: Tensor | None, previous: Tensor | None) -> tuple[Host, Tensor]:
-    """([‖W‖, ‖W−W₀‖ and ‖W−W₋‖ if there are any, low, high, non-finite], the piece of W−W₋ that moved most).
+def _scan_on_cpu(
+    weight: Tensor, references: tuple[Tensor, Tensor] | None, want_change: bool = False
+) -> tuple[Host, Tensor | None]:
+    """([‖W‖, ‖W−W₀‖ and ‖W−W₋‖ if there are any, low, high, non-finite], the rows of W−W₋ that moved most, if asked).
 
-    `previous` takes W's values, piece by piece while they are in the cache.
+    The second reference takes W's values.
     """
+    chunk = _rows_at_once(weight) * weight.shape[1]
+    swept = sweep(weight, references, chunk, keeps_moved=want_change)
+    if swept is None:
+        values, hottest = _scan_in_numpy(weight, references)
+    else:
+        norms, moved = np.sqrt(swept.squares), swept.moved
+        bad = 0.0 if math.isfinite(swept.low) and math.isfinite(swept.high) else _nonfinite_in(weight)
+        low, high = (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
+        values, hottest = np.array([*norms, low, high, bad]), weight.new_empty(0) if moved is None else moved
+    return values, hottest.reshape(-1, weight.shape[1]) if want_change else None
+
+
+def _nonfinite_in(weight: Tensor) -> float:
+    return float(sum((~torch.isfinite(piece)).sum().item() for piece in _pieces(weight, _rows_at_once(weight))))
+
+
+def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> tuple[Host, Tensor]:
+    """The same, piece by piece while each is in the cache."""
     rows, dtype = _rows_at_once(weight), wide_dtype(weight)
     scratch = torch.empty(rows * weight.shape[1], dtype=dtype)
     wide = None if weight.dtype == dtype else torch.empty_like(scratch)
     hottest, most = scratch[:0], -1.0
-    pasts = [past for past in (reference, previous) if past is not None]
     parts = []
-    for own, *others in zip(*(_pieces(matrix, rows) for matrix in (weight, *pasts)), strict=True):
+    for own, *others in zip(*(_pieces(matrix, rows) for matrix in (weight, *(references or ()))), strict=True):
         live = own if wide is None else wide[: own.numel()].copy_(own)
         values, moved = as_array(live), scratch[: own.numel()]
         low, high = float(values.min()), float(values.max())
         nonfinite = 0.0 if math.isfinite(low) and math.isfinite(high) else float(np.sum(~np.isfinite(values)))
         norms = [_norm(live), *(_norm(torch.sub(live, past, out=moved)) for past in others)]
-        if previous is not None:
+        if others:
             if not norms[-1] <= most:
                 hottest, most = moved.clone(), norms[-1]
             others[-1].copy_(own)
@@ -271,16 +291,16 @@ def reduce_weight(
         change = live.to(wide_dtype(live)) - before.to(wide_dtype(live)) if want_change else None
         before.copy_(live)
         return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]), None, change)
-    values, hottest = _scan_on_cpu(live, first, before)
+    values, change = _scan_on_cpu(live, (first, before), want_change)
     packed = torch.from_numpy(np.insert(values, 1, reference_norm.item()))
-    return Scanned(packed, float(values[2]), hottest.reshape(-1, live.shape[1]) if want_change else None)
+    return Scanned(packed, float(values[2]), change)
 
 
 @torch.no_grad()
 def scan_weight(weight: Tensor) -> Tensor:
     """The numbers of `WeightScan` as one float64 tensor of shape [4] on the weight's device. Keeps no copy of it."""
     live = as_matrix(weight)
-    return torch.from_numpy(_scan_on_cpu(live, None, None)[0]) if on_cpu(live) else _scan_on_device(live, ())
+    return torch.from_numpy(_scan_on_cpu(live, None)[0]) if on_cpu(live) else _scan_on_device(live, ())
 
 
 @torch.no_grad()

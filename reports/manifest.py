@@ -23,6 +23,7 @@ _NAMES: Final = {
     "seed": "seed",
     "python": "Python",
     "platform": "platform",
+    "weight_pass": "sweep over a weight",
     "versions": "packages",
     "cwd": "folder",
     "command": "command",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from stabilitylab.analysis.thresholds import Thresholds
+from stabilitylab.probes.native_scan import weight_pass
 from stabilitylab.watching.editor_parts import Named
 from stabilitylab.watching.sites import Site, describe
 
@@ -89,6 +90,7 @@ def collect(
         "versions": dict(_versions()),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "weight_pass": weight_pass(),
         "command": list(sys.argv),
         "cwd": os.getcwd(),
         "git": git_state(),

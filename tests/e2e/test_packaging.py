@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("stabilitylab", "probes", "reports", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("stabilitylab", "probes", "reports", "setup.cfg", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def tree_packages() -> set[str]:
@@ -109,8 +109,17 @@ def test_package_data_is_in_the_wheel(wheel: Path) -> None:
         "malmen.safetensors",
         "mend.safetensors",
     ]
+    assert "stabilitylab/probes/native/weight_scan.c" in names
     assert not [name for name in names if name.startswith(("probes/", "reports/", "tests/", "benchmarks/"))]
     assert not [name for name in names if "/zoo/" in name]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: the wheel sweeps weights in NumPy")
+def test_the_wheel_is_for_this_platform_and_sweeps_weights_in_native_code(wheel: Path, installed: Path) -> None:
+    assert "-abi3-" in wheel.name
+    code = "from stabilitylab.probes.native_scan import weight_pass; print(weight_pass())"
+    done = run_installed(installed, code)
+    assert done.stdout.strip() == "native", done.stderr
 
 
 def test_the_console_script_answers(installed: Path) -> None:

@@ -1,0 +1,223 @@
+/* One sweep over a weight W and its two references, W0 (before any edit) and W- (before this edit).
+ *
+ * In one read of each: the sums of squares of W, W - W0 and W - W-, the extremes of W, how many entries are not finite,
+ * the copy of W into W-, and where it is asked for the differences W - W- of the rows that moved most. What
+ * `stabilitylab.probes.weight_pass` does in NumPy where this is not built; the same tests run over both.
+ *
+ * Differences are formed in the dtype of the values, of float16 and bfloat16 in float. Squares are summed in double: those
+ * of floats neither overflow nor underflow there. The extremes are compared as integers in the order of the floats, so
+ * that a NaN or an infinity of either sign shows as one of them, beyond all finite values.
+ *
+ * The instruction set is chosen as the program runs. Knows nothing of torch: it is given addresses.
+ */
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _MSC_VER
+#define INLINE static __forceinline
+#define RESTRICT __restrict
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT restrict
+#endif
+
+typedef struct {
+    double norm, drift, update; /* squared */
+    int64_t low, high;          /* in the order of floats, or of doubles */
+} Sums;
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float same(float value) { return value; }
+
+INLINE float from_bfloat16(uint16_t half) { return float_of((uint32_t)half << 16); }
+
+/* Without a multiplication of subnormal floats: a program may have asked for those to be taken as zero. */
+INLINE float from_float16(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13, exponent = magnitude & 0x0f800000u;
+    uint32_t normal = magnitude + 0x38000000u;
+    uint32_t special = magnitude + 0x70000000u;
+    uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000u) - float_of(0x38800000u));
+    uint32_t bits = exponent == 0x0f800000u ? special : exponent == 0 ? subnormal : normal;
+    return float_of(bits | ((uint32_t)(half & 0x8000) << 16));
+}
+
+/* The bits of a float as an integer of the same order, and back: each is its own inverse. */
+INLINE int32_t ordered(float value) {
+    int32_t bits = (int32_t)bits_of(value);
+    return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
+}
+
+INLINE int64_t ordered_wide(double value) {
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits ^ (int64_t)((uint64_t)(bits >> 63) >> 1);
+}
+
+static double from_ordered(int32_t order) {
+    return (double)float_of((uint32_t)(order ^ (int32_t)((uint32_t)(order >> 31) >> 1)));
+}
+
+static double from_ordered_wide(int64_t order) {
+    double value;
+    int64_t bits = order ^ (int64_t)((uint64_t)(order >> 63) >> 1);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* One chunk: `compared` and `kept` are constants where this is used. */
+#define KERNEL(NAME, STORED, VALUE, ORDER, LOAD, ORDERED)                                                              \
+    INLINE void NAME(const STORED *RESTRICT w, const STORED *RESTRICT first, STORED *RESTRICT before, Py_ssize_t count, \
+                     VALUE *RESTRICT moved, Sums *sums, int compared, int copied, int kept) {                          \
+        double norm = 0.0, drift = 0.0, update = 0.0;                                                                  \
+        ORDER low = (ORDER)sums->low, high = (ORDER)sums->high;                                                        \
+        for (Py_ssize_t at = 0; at < count; at++) {                                                                    \
+            VALUE own = LOAD(w[at]);                                                                                   \
+            ORDER order = ORDERED(own);                                                                                \
+            norm += (double)own * (double)own;                                                                         \
+            low = order < low ? order : low;                                                                           \
+            high = order > high ? order : high;                                                                        \
+            if (compared) {                                                                                            \
+                VALUE far = own - LOAD(first[at]), near = own - LOAD(before[at]);                                      \
+                drift += (double)far * (double)far;                                                                    \
+                update += (double)near * (double)near;                                                                 \
+                if (copied) before[at] = w[at];                                                                        \
+                if (kept) moved[at] = near;                                                                            \
+            }                                                                                                          \
+        }                                                                                                              \
+        sums->norm = norm, sums->drift = drift, sums->update = update, sums->low = low, sums->high = high;             \
+    }
+
+KERNEL(chunk_float32, float, float, int32_t, same, ordered)
+KERNEL(chunk_float16, uint16_t, float, int32_t, from_float16, ordered)
+KERNEL(chunk_bfloat16, uint16_t, float, int32_t, from_bfloat16, ordered)
+#define SAME_WIDE(value) (value)
+KERNEL(chunk_float64, double, double, int64_t, SAME_WIDE, ordered_wide)
+
+typedef struct {
+    const void *weight, *first;
+    void *before, *moved; /* moved: of two chunks, or NULL */
+    Py_ssize_t count, chunk;
+    int copied;
+    double norm, drift, update, low, high;
+    Py_ssize_t hottest; /* where the chunk begins that moved most */
+    int half;           /* which half of `moved` has its differences */
+} Sweep;
+
+/* A chunk that is not finite is the hottest there is. */
+INLINE int is_hotter(double square, double most) { return !(square <= most); }
+
+#define SWEEP(NAME, CHUNK, STORED, VALUE, START_LOW, START_HIGH, BACK)                                                 \
+    INLINE void NAME(Sweep *s) {                                                                                       \
+        const STORED *w = s->weight, *first = s->first;                                                                \
+        STORED *before = s->before;                                                                                    \
+        VALUE *moved = s->moved;                                                                                       \
+        Sums sums = {0.0, 0.0, 0.0, START_LOW, START_HIGH};                                                            \
+        double most = -1.0;                                                                                            \
+        int free = 0;                                                                                                  \
+        for (Py_ssize_t at = 0; at < s->count; at += s->chunk) {                                                       \
+            Py_ssize_t count = s->count - at < s->chunk ? s->count - at : s->chunk;                                    \
+            if (!first) {                                                                                              \
+                CHUNK(w + at, NULL, NULL, count, NULL, &sums, 0, 0, 0);                                                \
+            } else if (!s->copied) {                                                                                   \
+                CHUNK(w + at, first + at, before + at, count, NULL, &sums, 1, 0, 0);                                   \
+            } else if (!moved) {                                                                                       \
+                CHUNK(w + at, first + at, before + at, count, NULL, &sums, 1, 1, 0);                                   \
+            } else {                                                                                                   \
+                CHUNK(w + at, first + at, before + at, count, moved + free * s->chunk, &sums, 1, 1, 1);                \
+                if (is_hotter(sums.update, most)) {                                                                    \
+                    most = sums.update;                                                                                \
+                    s->hottest = at, s->half = free;                                                                   \
+                    free = 1 - free;                                                                                   \
+                }                                                                                                      \
+            }                                                                                                          \
+            s->norm += sums.norm, s->drift += sums.drift, s->update += sums.update;                                    \
+        }                                                                                                              \
+        s->low = BACK(sums.low), s->high = BACK(sums.high);                                                            \
+    }
+
+#define BACK32(order) from_ordered((int32_t)(order))
+SWEEP(sweep_float32, chunk_float32, float, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_float16, chunk_float16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_bfloat16, chunk_bfloat16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_ordered_wide)
+
+enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
+
+#define SWEEPS(SUFFIX, TARGET)                                                                                         \
+    TARGET static void float16_##SUFFIX(Sweep *s) { sweep_float16(s); }                                                \
+    TARGET static void bfloat16_##SUFFIX(Sweep *s) { sweep_bfloat16(s); }                                              \
+    TARGET static void float32_##SUFFIX(Sweep *s) { sweep_float32(s); }                                                \
+    TARGET static void float64_##SUFFIX(Sweep *s) { sweep_float64(s); }                                                \
+    static void (*const sweeps_##SUFFIX[DTYPES])(Sweep *) = {float16_##SUFFIX, bfloat16_##SUFFIX, float32_##SUFFIX,     \
+                                                             float64_##SUFFIX};
+
+SWEEPS(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+SWEEPS(avx2, __attribute__((target("avx2,fma,f16c"))))
+SWEEPS(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c"))))
+#endif
+
+static const char *isa = "plain";
+static void (*const *sweeps)(Sweep *) = sweeps_plain;
+
+static void choose_instructions(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))
+        isa = "avx512", sweeps = sweeps_avx512;
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        isa = "avx2", sweeps = sweeps_avx2;
+#endif
+}
+
+static PyObject *sweep(PyObject *module, PyObject *args) {
+    unsigned long long weight, first, before, moved;
+    Sweep s = {0};
+    int dtype;
+    if (!PyArg_ParseTuple(args, "KKKKnnip", &weight, &first, &before, &moved, &s.count, &s.chunk, &dtype, &s.copied))
+        return NULL;
+    if (dtype < 0 || dtype >= DTYPES || s.chunk <= 0 || s.count <= 0 || !weight || !first != !before) {
+        PyErr_SetString(PyExc_ValueError, "sweep: expected a weight, both references or none, and a known dtype");
+        return NULL;
+    }
+    s.weight = (const void *)(uintptr_t)weight;
+    s.first = (const void *)(uintptr_t)first;
+    s.before = (void *)(uintptr_t)before;
+    s.moved = (void *)(uintptr_t)moved;
+    Py_BEGIN_ALLOW_THREADS;
+    sweeps[dtype](&s);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("dddddni", s.norm, s.drift, s.update, s.low, s.high, s.hottest, s.half);
+}
+
+static PyMethodDef methods[] = {
+    {"sweep", sweep, METH_VARARGS,
+     "sweep(weight, first, before, moved, count, chunk, dtype, copied) -> (|W|^2, |W-W0|^2, |W-W-|^2, low, high, "
+     "where the chunk begins that moved most, which half of `moved` has it)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_weight_scan", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__weight_scan(void) {
+    PyObject *module = PyModule_Create(&definition);
+    choose_instructions();
+    if (module && (PyModule_AddStringConstant(module, "ISA", isa) || PyModule_AddStringConstant(module, "SOURCE", SOURCE)))
+        return NULL;
+    return module;
+}
