@@ -92,8 +92,11 @@ def _by_position(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def reduce_output(output: Tensor) -> Tensor:
-    """The numbers of `OutputPass` as a float64 tensor on the output's device. output: [..., positions, features]."""
-    wide = output.detach()
+    """The numbers of `OutputPass` as a float64 tensor on the output's device.
+
+    output: [..., positions, features], or [features] alone, as of an embedding that is asked for one row.
+    """
+    wide = torch.atleast_2d(output.detach())
     wide = wide.to(wide_dtype(wide))
     norms, lows, highs = _by_position(wide)
     low, high = lows.amin(), highs.amax()

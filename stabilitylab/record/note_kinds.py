@@ -6,6 +6,10 @@ from typing import Final
 
 NOTHING_MOVED: Final = "nothing-moved"
 """An edit moved no parameter at all, of a loop that was attached to without sites."""
+MOVED_BESIDES: Final = "moved-besides"
+"""Edits move parameters beside those that a host names."""
+BROUGHT: Final = "brought"
+"""An edit added parameters to the model, such as those of an adapter."""
 NOT_PUT_BACK: Final = "not-put-back"
 """What a host does to put an edit back has run, and the edited weights stayed."""
 SINGLE_EDITS: Final = "single-edits"

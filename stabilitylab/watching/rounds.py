@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
-from stabilitylab.record.note_kinds import NOTHING_MOVED
+from stabilitylab.record.note_kinds import BROUGHT, MOVED_BESIDES, NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.canary import Canary, Schedule
@@ -31,11 +31,14 @@ from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
-from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
+from stabilitylab.watching.outcomes import Adapters, Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence
 from stabilitylab.watching.sites import Site, locate
+
+_NAMED: Final = 4
+"""Sites that a note names."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class _Times(NamedTuple):
 
 @dataclass(frozen=True)
 class _Unread:
-    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
+    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise, with
+    what the model's parts say of it.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
     belongs to it. asked: whether hooks were on layers; heard: whether the edit ran any of the model. foreign: whether
@@ -77,11 +81,17 @@ class _Unread:
     status: Status
     cargo: Cargo
     between: Cargo | None = None
+    adapters: OutcomeKind | None = None
     times: _Times | None = None
     tracers: tuple[Tracer, ...] = ()
     asked: bool = False
     heard: bool = False
     foreign: bool = False
+
+
+def _in_short(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 class Rounds:
@@ -111,6 +121,10 @@ class Rounds:
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
         self._discovery: Discovery | None = None
+        self._adapters = Adapters(model)
+        self._said_brought = False
+        self._late: tuple[Site, ...] = ()
+        """Sites that are watched since the last edit: of what that was like before them nothing is known."""
         self._began = time.perf_counter()
         self._unread: _Unread | None = None
         self._outcome_due: int | None = None
@@ -164,6 +178,11 @@ class Rounds:
         """The editor has built more of itself inside the edit."""
         self._instruments.editor_grew(capture)
 
+    def look_elsewhere(self) -> None:
+        """The sites are a guess: what edits move besides is looked for, and watched from then on."""
+        if self._discovery is None:
+            self._discovery = self._guard("what else may move", lambda: Discovery(self.model, but=self.sites))
+
     def _trace(self, capture: Capture) -> None:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
         self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)
@@ -191,6 +210,7 @@ class Rounds:
         edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
         self.flush()
         with instruments.probe_time:
+            self._adapters.edited(self.model)
             self._guard("finding the moved parameters", self._discover)
             instruments.after(self.model, self.sites, capture, reports)
             cargo = instruments.send()
@@ -284,7 +304,7 @@ class Rounds:
             self._outcome_due = None
             self._recorder.outcome(unread.edit, "independent")
         elif between is not None:
-            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes))
+            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
     # -- the canary -----------------------------------------------------------------------------------------------
 
@@ -359,16 +379,26 @@ class Rounds:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
         due, self._outcome_due = self._outcome_due, None
         if self._unread is not None and due is not None and self._can_tell:
+            self._adopt_late()
             self._instruments.look_at_weights(self.model, self.sites)
-            self._unread = replace(self._unread, between=self._instruments.send())
+            adapters = self._adapters.outcome(self.model)
+            self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
 
     def _observe(self, edit: int) -> OutcomeKind:
+        self._adopt_late()
         changed = self._instruments.changed(self.model, self.sites)
         self._instruments.look_at_weights(self.model, changed)
-        return self._judge(edit, self._instruments.send(), {})
+        return self._judge(edit, self._instruments.send(), {}, self._adapters.outcome(self.model))
 
-    def _judge(self, edit: int, looks: Cargo, left: Passes) -> OutcomeKind:
+    def _adopt_late(self) -> None:
+        """What is watched only since the last edit is as it should be now, whether or not that was undone."""
+        late, self._late = self._late, ()
+        self._adopt(late, {})
+
+    def _judge(self, edit: int, looks: Cargo, left: Passes, adapters: OutcomeKind | None) -> OutcomeKind:
         outcome = outcome_of(self._instruments.passes(looks), left, self._instruments.references)
+        if outcome == "committed" and adapters is not None:
+            outcome = adapters
         if outcome is None:
             self._note("restore", f"after edit {edit} the weights changed to a state that was not seen before")
         self._recorder.outcome(edit, outcome or "committed")
@@ -377,19 +407,26 @@ class Rounds:
     # -- which sites ----------------------------------------------------------------------------------------------
 
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
-        """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
+        """Begin to watch these sites too. originals: their weights before any edit, where those are no more."""
+        self._adopt(sites, originals)
+        self.sites += tuple(sites)
+        self._recorder.manifest(manifest.of_sites(self.sites))
+
+    def _adopt(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         for site in sites:
             found = locate(self.model, site)
             if found is not None and self._instruments.keeps_references:
                 self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
-        self.sites = tuple(sites)
-        self._recorder.manifest(manifest.of_sites(self.sites))
 
     def _discover(self) -> None:
         """Watch what the first edit moved; keep looking when it moved nothing."""
         if self._discovery is None:
             return
         edit, moved = self._recorder.edits, self._discovery.moved(self.model)
+        self._late = ()
+        if self.sites:
+            self._watch_more(edit, self._discovery, [site for site, _ in moved.values()])
+            return
         if not moved:
             fresh = self._discovery.remember(self.model)
             news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
@@ -403,6 +440,23 @@ class Rounds:
             self._note(
                 "skipped-site", f"what edit {edit} did to them is not measured, and drift counts from there: {why}"
             )
+
+    def _watch_more(self, edit: int, discovery: Discovery, moved: Sequence[Site]) -> None:
+        """Watch what an edit moved besides the sites that were guessed, and look at what it brought from now on."""
+        discovery.watches(moved)
+        brought = discovery.remember(self.model)
+        if moved:
+            self._late = tuple(moved)
+            self._watch(moved, {})
+            names = _in_short([site.name for site in moved])
+            self._note(
+                MOVED_BESIDES,
+                f"edit {edit} also moved {names}, which were not named: they are watched from now on; what was done to"
+                " them by then is not measured, and their drift counts from there",
+            )
+        if brought and not self._said_brought:
+            self._said_brought = True
+            self._note(BROUGHT, f"edit {edit} brought {brought} new parameters into the model: looked at from now on")
 
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""

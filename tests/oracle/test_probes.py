@@ -192,6 +192,14 @@ def test_activations(dtype: torch.dtype, seed: int, batch: int, positions: int, 
         assert "activation.rms_beyond_first" not in readings
 
 
+def test_an_output_of_one_row_alone_has_no_sequence() -> None:
+    row = random(0, 7, 1, 1)
+    seen = OutputPass.from_host(reduce_output(row.flatten()).numpy(), torch.float32)
+    assert seen == OutputPass.from_host(reduce_output(row.reshape(1, -1)).numpy(), torch.float32)
+    assert seen.max_abs == pytest.approx(float(row.abs().max()))
+    assert seen.max_abs_beyond_first is None
+
+
 def test_closed_form_of_a_normal_output() -> None:
     seen = OutputPass.from_host(reduce_output(random(0, 4, 500, 500)).numpy(), torch.float32)
     assert seen.rms == pytest.approx(1.0, rel=5e-3)

@@ -296,3 +296,133 @@ def test_single_or_sequential_is_read_from_the_call_and_said_once(
 def test_an_editor_without_a_model_is_refused(tmp_path: Path, editors_module: types.ModuleType) -> None:
     with pytest.raises(UsageError, match="only an API"), watch(editors_module.BaseEditor(None, MEND, Executor(True))):
         pass
+
+
+class Beside(Executor):
+    """Moves a bias beside the weight that the hyperparameters name, as FT does, and a layer that they don't (KN)."""
+
+    def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object, **more: object) -> tuple:
+        with torch.no_grad():
+            model.h[1]["c_fc"].bias.add_(0.1)
+            model.h[0]["c_proj"].weight.add_(0.1)
+        return super().apply_to_model(model, tok, requests, hparams, **more)
+
+
+def test_what_moves_beside_the_named_layers_is_said_once_and_watched_from_then_on(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Beside(False))
+    with watch(editor, run=tmp_path / "run") as monitor:
+        editor.edit(["a", "b", "c", "d"], sequential_edit=True)
+        assert monitor.sites == ("h.1.c_fc", "h.0.c_proj", "h.1.c_fc.bias")
+    run = sl.load(tmp_path / "run")
+    (said,) = [note.says for note in run.notes if note.kind == "moved-besides"]
+    assert "edit 1 also moved h.0.c_proj, h.1.c_fc.bias" in said
+    assert run.series("update.norm", "h.0.c_proj")[2:] == pytest.approx([0.1 * 32**0.5] * 3)
+    assert run.series("drift.norm", "h.1.c_fc")[-1] == pytest.approx(4 * 0.1 * 32**0.5)  # not counted anew
+    assert [edit.outcome for edit in run.edits[1:]] == ["committed"] * 4
+
+
+def test_sites_that_the_user_named_are_all_that_is_watched(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Beside(False))
+    with watch(editor, run=tmp_path / "run", sites="h.1.c_fc") as monitor:
+        editor.edit(["a", "b"], sequential_edit=True)
+        assert monitor.sites == ("h.1.c_fc",)
+
+
+def test_an_outcome_is_not_judged_by_what_is_watched_only_since_the_edit(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    class Kept(Beside):
+        def apply_to_model(self, model: nn.Module, *args: object, **more: object) -> tuple:
+            old = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+            super().apply_to_model(model, *args, **more)
+            return model, old
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Kept(False))
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a", "b", "c"])
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == ["restored"] * 3
+    assert not [note for note in run.notes if note.kind == "restore"]
+
+
+class Adapter(nn.Module):
+    """In a layer's place, with a value of its own: one row at a time, as GRACE's original ``replace_prompt``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.value = layer, nn.Parameter(torch.zeros(8))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        return self.layer(x) + self.value
+
+
+class Wrapping(nn.Module):
+    """The model and the adapter in it; it is called by name alone, and has no ``forward`` of its own (GRACE)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        layer = model.h[1]["c_fc"]
+        if not isinstance(layer, Adapter):
+            model.h[1]["c_fc"] = Adapter(layer)
+            self.original_layer = layer
+
+    def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs)
+
+    def reset_layer(self) -> None:
+        self.model.h[1]["c_fc"] = self.original_layer
+
+
+def wrapping_editor(editors_module: types.ModuleType) -> types.SimpleNamespace:
+    source = """
+def restore_after_edit(editor, edited_model, weights_copy):
+    weights_copy()
+"""
+    exec(source, vars(editors_module))
+
+    class Executor:
+        def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object) -> tuple:
+            wrapped = Wrapping(model)
+            with torch.no_grad():
+                model.h[1]["c_fc"].value.add_(1.0)
+            return wrapped, wrapped.reset_layer
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = make_model().h
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.h[1]["c_proj"](self.h[1]["c_fc"](x))
+
+    return editors_module.BaseEditor(Model(), MEND, Executor())
+
+
+@pytest.mark.parametrize(("sequential", "outcome"), [(False, "restored"), (True, "committed")])
+def test_an_adapter_that_a_callable_takes_off_again_is_restored(
+    tmp_path: Path, editors_module: types.ModuleType, sequential: bool, outcome: str
+) -> None:
+    editor = wrapping_editor(editors_module)
+    with watch(editor, run=tmp_path / "run", canary={"x": torch.randn(3, 4)}) as monitor:
+        editor.edit(["a", "b", "c"], sequential_edit=sequential)
+        assert any(site.endswith("h.1.c_fc.value") for site in monitor.sites) == sequential
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == [outcome] * 3
+    kinds = [note.kind for note in run.notes]
+    assert kinds.count("brought") == 1
+    assert "canary-off" not in kinds
+    assert (run.series("canary.kl", None)[1:] > 0).all()
+
+
+def test_a_template_for_each_of_several_modules_is_read() -> None:
+    several = SimpleNamespace(layers=[0, 1], rewrite_module_tmp="h.{}.c_fc", rewrite_module_tmps=["h.{}.c_proj"])
+    assert edited_layers(several, make_model()) == ["h.0.c_proj", "h.1.c_proj"]

@@ -46,15 +46,19 @@ class StateInstrument:
         if not self.wanted:
             return
         buffers = dict(model.named_buffers())
+        unwritten: list[str] = []
         for name, tensor in (*model.named_parameters(), *buffers.items()):
             if _is_readable(tensor):
                 ends = torch.stack(extremes(tensor))  # NaN where the tensor has one; makes no mask of its size
                 lost, infinite = bool(torch.isnan(ends).any()), bool(torch.isinf(ends).any())
                 if lost and name in buffers:
-                    says = f"the buffer {name} holds NaN before the first edit: it is not looked at"
-                    self._bench.note("state-before", says)
+                    unwritten.append(name)
                 if (lost and name in buffers) or (infinite and not lost):
                     self._designed.add(name)
+        if unwritten:
+            more = f", and so do {len(unwritten) - 1} others" if unwritten[1:] else ""
+            says = f"the buffer {unwritten[0]} holds NaN before the first edit{more}: not looked at"
+            self._bench.note("state-before", says)
 
     def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Look, after an edit."""
