@@ -96,7 +96,7 @@ def reduce_output(output: Tensor) -> Tensor:
 
     output: [..., positions, features], or [features] alone, as of an embedding that is asked for one row.
     """
-    wide = torch.atleast_2d(output.detach())
+    wide = output.detach() if output.dim() > 1 else output.detach().reshape(1, -1)
     wide = wide.to(wide_dtype(wide))
     norms, lows, highs = _by_position(wide)
     low, high = lows.amin(), highs.amax()

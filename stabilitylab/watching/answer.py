@@ -169,7 +169,7 @@ def _row_by_row(model: nn.Module, canary: Canary) -> Answer | None:
 def _rows(batch: Batch) -> list[Batch]:
     """A batch of several rows, row by row; empty for anything else."""
     if isinstance(batch, Tensor):
-        return list(batch.split(1)) if batch.dim() and len(batch) > 1 else []
+        return [batch[at : at + 1] for at in range(len(batch))] if batch.dim() and len(batch) > 1 else []
     if not isinstance(batch, Mapping):
         return []
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -65,6 +65,7 @@ class Discovery:
         self._known: dict[str, _Known] = {}
         self._edits = 0
         self._watched = list(but)
+        self._root = weakref.ref(model)
         located = (locate_readable(model, site) for site in all_sites(model).values())
         sizes = {id(found[1]): found[1].numel() * found[1].element_size() for found in located if found is not None}
         self._size = sum(sizes.values())
@@ -95,7 +96,7 @@ class Discovery:
         located = (locate(model, site) for site in (*self._watched, *(known.site for known in self._known.values())))
         held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
         fresh: dict[str, _Known] = {}
-        for site in all_sites(model).values():
+        for site in self._sites_in(model):
             found = locate_readable(model, site)
             if found is not None and id(found[1]) not in held:
                 weight = found[1].detach()
@@ -106,6 +107,15 @@ class Discovery:
         self._known |= fresh
         self._fresh = frozenset(fresh)
         return len(fresh)
+
+    def _sites_in(self, model: nn.Module) -> list[Site]:
+        """All sites, by the names that they have without a wrapper: it may be taken off again (PEFT)."""
+        root = self._root()
+        prefix = next((f"{name}." for name, module in model.named_modules() if name and module is root), "")
+        return [
+            replace(site, name=site.name.removeprefix(prefix), parameter=site.parameter.removeprefix(prefix))
+            for site in all_sites(model).values()
+        ]
 
     def watches(self, sites: Sequence[Site]) -> None:
         """These are watched from now on, and compared here no more."""

@@ -51,7 +51,7 @@ class Adapters:
         now, left = _parts_of(model), self._now
         self._now = now
         if now == left:
-            return None
+            return None if left == self._before else "committed"
         return "restored" if now == self._first else "rolled_back" if now == self._before else None
 
 

@@ -365,26 +365,22 @@ class Rounds:
         """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
         self.flush()
         due, self._outcome_due = self._outcome_due, None
-        if due is None or not self._can_tell:
+        if due is None or not self._instruments.keeps_references:
             return None
         edit = due
         outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._observe(edit))
         return outcome
 
-    @property
-    def _can_tell(self) -> bool:
-        return bool(self.sites) and self._instruments.keeps_references
-
     def _observe_later(self) -> None:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
         due, self._outcome_due = self._outcome_due, None
-        if self._unread is not None and due is not None and self._can_tell:
+        if self._unread is not None and due is not None and self._instruments.keeps_references:
             self._adopt_late()
             self._instruments.look_at_weights(self.model, self.sites)
             adapters = self._adapters.outcome(self.model)
             self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
 
-    def _observe(self, edit: int) -> OutcomeKind:
+    def _observe(self, edit: int) -> OutcomeKind | None:
         self._adopt_late()
         changed = self._instruments.changed(self.model, self.sites)
         self._instruments.look_at_weights(self.model, changed)
@@ -395,7 +391,9 @@ class Rounds:
         late, self._late = self._late, ()
         self._adopt(late, {})
 
-    def _judge(self, edit: int, looks: Cargo, left: Passes, adapters: OutcomeKind | None) -> OutcomeKind:
+    def _judge(self, edit: int, looks: Cargo, left: Passes, adapters: OutcomeKind | None) -> OutcomeKind | None:
+        if not self.sites and adapters is None:
+            return None
         outcome = outcome_of(self._instruments.passes(looks), left, self._instruments.references)
         if outcome == "committed" and adapters is not None:
             outcome = adapters
@@ -429,8 +427,9 @@ class Rounds:
             return
         if not moved:
             fresh = self._discovery.remember(self.model)
-            news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
-            self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model{news}")
+            if not fresh:
+                self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model")
+            self._say_brought(edit, fresh)
             return
         why, self._discovery = self._discovery.why_not_measured, None
         originals = {name: original for name, (_, original) in moved.items() if original is not None}
@@ -454,9 +453,16 @@ class Rounds:
                 f"edit {edit} also moved {names}, which were not named: they are watched from now on; what was done to"
                 " them by then is not measured, and their drift counts from there",
             )
+        self._say_brought(edit, brought)
+
+    def _say_brought(self, edit: int, brought: int) -> None:
         if brought and not self._said_brought:
             self._said_brought = True
-            self._note(BROUGHT, f"edit {edit} brought {brought} new parameters into the model: looked at from now on")
+            self._note(
+                BROUGHT,
+                f"edit {edit} brought {brought} new parameters into the model, such as an adapter's: they are watched"
+                " once an edit moves them",
+            )
 
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
