@@ -51,7 +51,7 @@ test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained mo
 # In the environment that EasyEdit's users have, since it pins dozens of packages: `pip install -e .` and pytest there.
 test-easyedit: ## Run the tests on EasyEdit: make test-easyedit EASYEDIT=its folder PYTHON=the python that can import it
 	@test -d "$(EASYEDIT)/easyeditor" || { echo "EASYEDIT='$(EASYEDIT)' is no checkout of EasyEdit. Try: make test-easyedit EASYEDIT=../EasyEdit PYTHON=python" >&2; exit 1; }
-	STABILITYLAB_EASYEDIT="$(abspath $(EASYEDIT))" $(PYTHON) -m pytest -m easyedit
+	STABILITYLAB_EASYEDIT="$(abspath $(EASYEDIT))" $(PYTHON) -m pytest -m easyedit tests/e2e/test_easyedit_real.py
 
 test-exhaustive: $(FULL) ## Run the tests that go through all of torch's operators: a few minutes
 	$(BIN)/python -m pytest -m exhaustive

@@ -241,13 +241,13 @@ class Monitor:
     def observe_outcome(self, model: nn.Module | None = None) -> OutcomeKind | None:
         """See what became of the last edit by now and record it, once; None when there is nothing to observe.
 
-        model: the one that is edited from now on, where the loop has put back another than the edit returned.
+        model: what the loop edits from now on, where it took off a wrapper that the edit had put around it.
 
         Called at the next edit's start and at close; call it earlier where a loop undoes an edit by itself. The weights
         as they are now are what the next edit starts from. Waits for an accelerator; the next edit's start does not,
         and leaves what it sees to be read with the last edit.
         """
-        if model is not None:
+        if model is not None and any(inner is model for inner in self._rounds.model.modules()):
             self._rounds.model = model
         return self._rounds.observe_outcome()
 

@@ -123,6 +123,7 @@ class Rounds:
         self._discovery: Discovery | None = None
         self._adapters = Adapters(model)
         self._said_brought = False
+        self._looks_on = False
         self._late: tuple[Site, ...] = ()
         """Sites that are watched since the last edit: of what that was like before them nothing is known."""
         self._began = time.perf_counter()
@@ -180,6 +181,7 @@ class Rounds:
 
     def look_elsewhere(self) -> None:
         """The sites are a guess: what edits move besides is looked for, and watched from then on."""
+        self._looks_on = True
         if self._discovery is None:
             self._discovery = self._guard("what else may move", lambda: Discovery(self.model, but=self.sites))
 
@@ -434,6 +436,8 @@ class Rounds:
         why, self._discovery = self._discovery.why_not_measured, None
         originals = {name: original for name, (_, original) in moved.items() if original is not None}
         self._watch([site for site, _ in moved.values()], originals)
+        if self._looks_on:
+            self._discovery = Discovery(self.model, but=self.sites)
         self._note("sites-discovered", f"edit {edit} moved {', '.join(moved)}; hooks are on them from the next edit on")
         if why is not None:
             self._note(

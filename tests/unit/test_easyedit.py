@@ -234,7 +234,7 @@ def test_a_hypernetwork_that_is_built_in_the_first_edit_is_seen_in_it(
     assert "init_model" not in vars(executor)
 
 
-@pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object"])
+@pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object", "script"])
 def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
     import functools
 
@@ -254,7 +254,11 @@ def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
     def apply_named_otherwise(*args: object) -> object:
         return args
 
+    script: dict[str, object] = {"inner": inner}
+    exec("def timed(*args, **kwargs):\n    return inner(*args, **kwargs)", script)
+
     wrapped = {
+        "script": script["timed"],
         "closure": closure,
         "partial": functools.partial(inner, copy=False),
         "wraps": functools.wraps(inner)(apply_named_otherwise),
@@ -274,6 +278,17 @@ def test_two_editors_that_share_an_executor_are_told_apart(tmp_path: Path, edito
     assert len(said) == 1
     assert "edits another model" in said[0]
     assert "edits another model" in run.diagnosis().says
+
+
+def test_single_edits_of_another_model_are_said_once(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    """EasyEdit restores this editor's model then, and the edits stay in the other's."""
+    executor = BuildingExecutor(True)
+    first, second = (editors_module.BaseEditor(make_model(), MEND, executor) for _ in range(2))
+    first.edit(["a"])
+    with watch(second, run=tmp_path / "run", announce=False):
+        second.edit(["b", "c", "d"])
+    kinds = [note.kind for note in sl.load(tmp_path / "run").notes]
+    assert (kinds.count("other-model"), kinds.count("not-put-back"), kinds.count("restore")) == (1, 1, 0)
 
 
 def test_single_or_sequential_is_read_from_the_call_and_said_once(
@@ -321,6 +336,27 @@ def test_what_moves_beside_the_named_layers_is_said_once_and_watched_from_then_o
     assert run.series("update.norm", "h.0.c_proj")[2:] == pytest.approx([0.1 * 32**0.5] * 3)
     assert run.series("drift.norm", "h.1.c_fc")[-1] == pytest.approx(4 * 0.1 * 32**0.5)  # not counted anew
     assert [edit.outcome for edit in run.edits[1:]] == ["committed"] * 4
+
+
+def test_what_only_later_edits_move_is_found_too(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    """KN's hyperparameters name no layer, and each of its edits moves others."""
+
+    class Wandering(Executor):
+        edits = 0
+
+        def apply_to_model(self, model: nn.Module, *_: object, **__: object) -> tuple:
+            with torch.no_grad():
+                model.h[self.edits % 2]["c_proj"].weight.add_(0.1)
+            self.edits += 1
+            return model, {}
+
+    editor = editors_module.BaseEditor(make_model(), SimpleNamespace(), Wandering(False))
+    with watch(editor, run=tmp_path / "run") as monitor:
+        editor.edit(["a", "b", "c", "d"], sequential_edit=True)
+        assert monitor.sites == ("h.0.c_proj", "h.1.c_proj")
+    run = sl.load(tmp_path / "run")
+    assert [note.kind for note in run.notes].count("moved-besides") == 1
+    assert run.series("update.norm", "h.1.c_proj")[3:].tolist() == pytest.approx([0.0, 0.1 * 32**0.5])
 
 
 def test_sites_that_the_user_named_are_all_that_is_watched(tmp_path: Path, editors_module: types.ModuleType) -> None:

@@ -36,7 +36,7 @@ def holder_of_state(apply: Callable[..., Any]) -> object | None:
 
 
 def _inside(apply: Callable[..., Any]) -> Iterator[Any]:
-    """A callable, and those that it wraps: partial, ``functools.wraps``, the variables of a closure, an object's."""
+    """A callable, and those that it wraps: partial, ``functools.wraps``, variables of a closure, a script or an object."""
     layer: list[Any] = [apply]
     met: set[int] = set()
     for _ in range(_DEEPEST):
@@ -48,9 +48,17 @@ def _inside(apply: Callable[..., Any]) -> Iterator[Any]:
             yield each
             further += [getattr(each, "func", None), getattr(each, "__wrapped__", None)]
             further += [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if _is_filled(cell)]
+            further += _globals_of(each)
             if not inspect.isroutine(each):
                 further += list(getattr(each, "__dict__", {}).values())
         layer = [each for each in further if callable(each) and not isinstance(each, nn.Module | type)]
+
+
+def _globals_of(function: Any) -> list[Any]:
+    """The variables of its module that a wrapper names: in a script, that is where it keeps what it wraps."""
+    if not inspect.isfunction(function) or function.__name__.startswith("apply_"):
+        return []
+    return [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
 
 
 def _is_filled(cell: Any) -> bool:
