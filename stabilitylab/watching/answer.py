@@ -179,7 +179,17 @@ def _rows(batch: Batch) -> list[Batch]:
     return [{**batch, **{name: value[at : at + 1] for name, value in tensors.items()}} for at in range(sizes.pop())]
 
 
+def _callable_in(model: nn.Module) -> nn.Module:
+    """The model, or the ``model`` in a wrapper that can't be called itself (MELO)."""
+    own = "forward" in vars(model) or type(model).forward is not nn.Module.forward
+    inner = getattr(model, "model", None)
+    can = own or type(model).__call__ is not nn.Module.__call__ or not isinstance(inner, nn.Module)
+    return model if can else inner
+
+
 def _output(model: nn.Module, batch: Batch) -> Any:
+    if not callable(batch):
+        model = _callable_in(model)
     if isinstance(batch, Mapping):
         return run_silently(model, lambda: model(batch) if _takes_it_whole(model, batch) else model(**batch))
     if isinstance(batch, Tensor):

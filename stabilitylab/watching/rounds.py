@@ -370,8 +370,7 @@ class Rounds:
         if due is None or not self._instruments.keeps_references:
             return None
         edit = due
-        outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._observe(edit))
-        return outcome
+        return self._guard("observing the outcome", lambda: self._observe(edit))
 
     def _observe_later(self) -> None:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""

@@ -443,6 +443,21 @@ def restore_after_edit(editor, edited_model, weights_copy):
     return editors_module.BaseEditor(Model(), MEND, Executor())
 
 
+class Uncalled(Wrapping):
+    """It can't be called itself (MELO)."""
+
+    __call__ = nn.Module.__call__
+
+
+def test_the_canary_of_a_wrapper_that_can_t_be_called_is_that_of_the_model_in_it(tmp_path: Path) -> None:
+    model = make_model()
+    model.forward = lambda x: model.h[1]["c_proj"](model.h[1]["c_fc"](x))
+    with sl.attach(model, "h.1.c_fc", tmp_path / "run", canary=torch.randn(3, 4), announce=False) as monitor:
+        with monitor.edit() as edit, torch.no_grad():
+            edit.returns(Uncalled(model)).model.h[1]["c_fc"].value.add_(1.0)
+    assert (sl.load(tmp_path / "run").series("canary.kl", None)[1:] > 0).all()
+
+
 @pytest.mark.parametrize(("sequential", "outcome"), [(False, "restored"), (True, "committed")])
 def test_an_adapter_that_a_callable_takes_off_again_is_restored(
     tmp_path: Path, editors_module: types.ModuleType, sequential: bool, outcome: str

@@ -36,7 +36,7 @@ def holder_of_state(apply: Callable[..., Any]) -> object | None:
 
 
 def _inside(apply: Callable[..., Any]) -> Iterator[Any]:
-    """A callable, and those that it wraps: partial, ``functools.wraps``, variables of a closure, a script or an object."""
+    """A callable, and those that it wraps: partial, ``functools.wraps``, what a closure, script or object holds."""
     layer: list[Any] = [apply]
     met: set[int] = set()
     for _ in range(_DEEPEST):
