@@ -24,6 +24,8 @@ NEVER_RUN: Final = "never-run"
 """The same, and no weight moved: the edits are made on another model."""
 EDITOR_STATE: Final = "editor-state"
 """What an editor holds would break an edit: warned of before it is saved."""
+EDITOR_REBUILT: Final = "editor-rebuilt"
+"""The host has built its editor anew between edits."""
 REPLAY: Final = "replay"
 """What is to be said of an edit that was made once more, besides the operation that was found."""
 UNWATCHED: Final = frozenset({"canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL})

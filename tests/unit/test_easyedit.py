@@ -234,6 +234,26 @@ def test_a_hypernetwork_that_is_built_in_the_first_edit_is_seen_in_it(
     assert "init_model" not in vars(executor)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_editor_that_is_built_anew_for_each_edit_is_said_once(
+    tmp_path: Path, editors_module: types.ModuleType, keeps: bool
+) -> None:
+    """UltraEdit's executor never remembers that it has built one."""
+
+    class Forgetful(BuildingExecutor):
+        def apply_to_model(self, *args: object, **more: object) -> tuple:
+            answer = super().apply_to_model(*args, **more)
+            self.is_init = keeps
+            return answer
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Forgetful(True))
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a", "b", "c"], sequential_edit=True)
+    said = [note.says for note in sl.load(tmp_path / "run").notes if note.kind == "editor-rebuilt"]
+    assert len(said) == (not keeps)
+    assert keeps or "in edit 2" in said[0]
+
+
 @pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object", "script"])
 def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
     import functools
@@ -452,9 +472,9 @@ class Uncalled(Wrapping):
 def test_the_canary_of_a_wrapper_that_can_t_be_called_is_that_of_the_model_in_it(tmp_path: Path) -> None:
     model = make_model()
     model.forward = lambda x: model.h[1]["c_proj"](model.h[1]["c_fc"](x))
-    with sl.attach(model, "h.1.c_fc", tmp_path / "run", canary=torch.randn(3, 4), announce=False) as monitor:
-        with monitor.edit() as edit, torch.no_grad():
-            edit.returns(Uncalled(model)).model.h[1]["c_fc"].value.add_(1.0)
+    monitor = sl.attach(model, "h.1.c_fc", tmp_path / "run", canary=torch.randn(3, 4), announce=False)
+    with monitor, monitor.edit() as edit, torch.no_grad():
+        edit.returns(Uncalled(model)).model.h[1]["c_fc"].value.add_(1.0)
     assert (sl.load(tmp_path / "run").series("canary.kl", None)[1:] > 0).all()
 
 

@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from torch import nn
 
-from stabilitylab.record.note_kinds import OTHER_MODEL
+from stabilitylab.record.note_kinds import EDITOR_REBUILT, OTHER_MODEL
 from stabilitylab.watching.monitor import Monitor
 
 BUILDS: Final = "init_model"
 """What builds an executor's hypernetwork, in its first call."""
+_AGAIN: Final = 2
 _DEEPEST: Final = 4
 """Wrappers around `apply_algo` that are looked through."""
 
@@ -71,9 +72,18 @@ def _is_filled(cell: Any) -> bool:
 def watched_building(original: Callable[..., Any], executor: Any, watched: Any, monitor: Monitor) -> Any:
     """What builds an executor's hypernetwork, with the monitor told of it."""
 
+    built = 0
+
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
+        nonlocal built
         answer = original(*args, **kwargs)
+        built += 1
+        if built == _AGAIN:
+            says = (
+                f"{type(executor).__name__} builds its editor anew in edit {monitor.edits + 1}: what that had learned"
+            )
+            monitor.note(EDITOR_REBUILT, f"{says} of earlier edits, such as running statistics, is gone")
         monitor.editor_grew()
         say_whose(executor, watched, monitor)
         return answer
