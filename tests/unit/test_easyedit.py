@@ -154,6 +154,22 @@ def test_what_the_call_says_of_the_loop_is_in_the_manifest(tmp_path: Path, edito
     assert run.thresholds == limits
 
 
+@pytest.mark.parametrize(("moves", "says"), [(True, "weights were moved by then"), (False, "the model is as it was")])
+def test_an_edit_that_raised_after_it_moved_weights_did_not_leave_the_model_as_it_was(
+    tmp_path: Path, editors_module: types.ModuleType, moves: bool, says: str
+) -> None:
+    class Raising(Executor):
+        def apply_to_model(self, *args: object, **more: object) -> tuple:
+            if moves:
+                super().apply_to_model(*args, **more)
+            raise ValueError("Need to check the matrix P initialization")
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Raising(False))
+    with pytest.raises(ValueError, match="matrix P"), watch(editor, run=tmp_path / "run"):
+        editor.edit(["a"], sequential_edit=True)
+    assert says in sl.load(tmp_path / "run").diagnosis().says
+
+
 def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="Linear has no 'apply_algo'; expected an EasyEdit editor"),
