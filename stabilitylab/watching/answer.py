@@ -183,8 +183,8 @@ def _callable_in(model: nn.Module) -> nn.Module:
     """The model, or the ``model`` in a wrapper that can't be called itself (MELO)."""
     own = "forward" in vars(model) or type(model).forward is not nn.Module.forward
     inner = getattr(model, "model", None)
-    can = own or type(model).__call__ is not nn.Module.__call__ or not isinstance(inner, nn.Module)
-    return model if can else inner
+    can = own or type(model).__call__ is not nn.Module.__call__
+    return inner if not can and isinstance(inner, nn.Module) else model
 
 
 def _output(model: nn.Module, batch: Batch) -> Any:
