@@ -38,7 +38,8 @@ class Landing:
     tried: edits of which that could be seen. landed: those that did. lost: in a row without effect, up to the last.
     since: the first of these; None when the last one landed. first: the first of the run without effect. Of all without
     effect: failed: how many raised. left: how many of these had moved weights by then. words: what most of the last
-    said. gradients_bad: how many had gradients that are not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
+    said. gradients_bad: how many had gradients that are not finite. gradients: how many had finite ones above zero.
+    written: how many wrote a watched weight, and left it.
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
     model that is watched. gap: edits from each of the last landings to the next, where these are as many: a loop that
