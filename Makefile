@@ -26,7 +26,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-processes test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,11 @@ test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained mo
 
 test-processes: $(FULL) ## Run the tests of models that are spread over four processes
 	$(BIN)/python -m pytest -m processes
+
+# In the environment that EasyEdit's users have, since it pins dozens of packages: `pip install -e .` and pytest there.
+test-easyedit: ## Run the tests on EasyEdit: make test-easyedit EASYEDIT=its folder PYTHON=the python that can import it
+	@test -d "$(EASYEDIT)/easyeditor" || { echo "EASYEDIT='$(EASYEDIT)' is no checkout of EasyEdit. Try: make test-easyedit EASYEDIT=../EasyEdit PYTHON=python" >&2; exit 1; }
+	STABILITYLAB_EASYEDIT="$(abspath $(EASYEDIT))" $(PYTHON) -m pytest -m easyedit tests/e2e/test_easyedit_real.py
 
 test-exhaustive: $(FULL) ## Run the tests that go through all of torch's operators: a few minutes
 	$(BIN)/python -m pytest -m exhaustive

@@ -20,6 +20,7 @@ TIERS = {
     "browser": "looks at pages in Chromium; run with: make test-browser",
     "pretrained": "edits a really pretrained model; run with: make test-pretrained",
     "processes": "starts four processes; run with: make test-processes",
+    "easyedit": "edits by EasyEdit itself; run with: make test-easyedit EASYEDIT=a checkout of it",
     "exhaustive": "all of torch's operators; run with: make test-exhaustive",
 }
 """What needs more than a fresh machine has, or takes minutes: run only where it is asked for by its mark."""
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for tier, reason in TIERS.items():
         if tier not in config.option.markexpr:
             for item in items:
-                if tier in item.keywords:
+                if item.get_closest_marker(tier):  # the keywords hold the names of folders too
                     item.add_marker(pytest.mark.skip(reason=reason))
 
 

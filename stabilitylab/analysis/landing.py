@@ -37,8 +37,9 @@ class Landing:
 
     tried: edits of which that could be seen. landed: those that did. lost: in a row without effect, up to the last.
     since: the first of these; None when the last one landed. first: the first of the run without effect. Of all without
-    effect: failed: how many raised. words: what most of the last said. gradients_bad: how many had gradients that are
-    not finite. gradients: how many had finite ones above zero. written: how many wrote a watched weight, and left it.
+    effect: failed: how many raised. left: how many of these had moved weights by then. words: what most of the last
+    said. gradients_bad: how many had gradients that are not finite. gradients: how many had finite ones above zero.
+    written: how many wrote a watched weight, and left it.
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
     model that is watched. gap: edits from each of the last landings to the next, where these are as many: a loop that
@@ -51,6 +52,7 @@ class Landing:
     since: int | None = None
     first: int | None = None
     failed: int = 0
+    left: int = 0
     words: str = ""
     gradients_bad: int = 0
     gradients: int = 0
@@ -159,6 +161,7 @@ class Landings:
             since=row.edit if before.since is None else before.since,
             first=row.edit if before.first is None else before.first,
             failed=before.failed + (row.status == "failed"),
+            left=before.left + bool((flat.values[self._lookup.at("update.norm")] != 0).any()),
             words=said.most_common(1)[0][0] if said else "",
             gradients_bad=before.gradients_bad + spoilt,
             gradients=before.gradients + sound,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -19,6 +19,8 @@ _ROUNDING: Final = 4.0
 """Units of rounding by which the logits of other places may differ when one token is replaced: where the work is split
 up differently, as between a mixture's experts."""
 _NAMED: Final = 4
+_BY_NAME: Final = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+_MANY: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,28 @@ def _tensor(*values: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
+def _takes(model: nn.Module) -> list[inspect.Parameter]:
+    """What a call of the model takes; nothing where that can't be told. An editor's wrapper may have a ``__call__`` of
+    its own, and no ``forward`` (GRACE).
+    """
+    has_forward = "forward" in vars(model) or type(model).forward is not nn.Module.forward
+    try:
+        return list(inspect.signature(model.forward if has_forward else model.__call__).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
 def _takes_it_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether the model takes one dict, such as ``samples``, and not what is in it."""
-    try:
-        taken = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    named = [each.name for each in taken if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    taken = _takes(model)
+    named = [each.name for each in taken if each.kind not in _MANY]
     return len(named) == len(taken) and bool(named) and not any(name in batch for name in named)
+
+
+def _takes_names_alone(model: nn.Module) -> bool:
+    """Whether the model can be called with keyword arguments and no others."""
+    taken = _takes(model)
+    return bool(taken) and all(each.kind in _BY_NAME for each in taken)
 
 
 def _reads_apart(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -117,7 +133,13 @@ def forward(model: nn.Module, canary: Canary, last_call: ModelCall | None) -> An
     else:
         kwargs = canary.batch if isinstance(canary.batch, Mapping) else {}
         kwargs = {"input_ids": canary.batch} if isinstance(canary.batch, Tensor) else kwargs
-        output = _output(model, canary.batch)
+        try:
+            output = _output(model, canary.batch)
+        except Exception:
+            answer = _row_by_row(model, canary)
+            if answer is None:
+                raise
+            return answer
     chosen = callable(canary.batch) and isinstance(output, Tensor)
     logits = logits_of(output, _itself if chosen and canary.logits is None else canary.logits)
     if logits is None:
@@ -129,11 +151,49 @@ def forward(model: nn.Module, canary: Canary, last_call: ModelCall | None) -> An
     return Answer(logits.detach(), mask_of(kwargs, output), _tensor(kwargs.get("input_ids")), labels)
 
 
+def _row_by_row(model: nn.Module, canary: Canary) -> Answer | None:
+    """The same, one row after the other: what an editor put into a layer may take no batch (GRACE, where it replaces
+    the prompt). None where there are no rows, or one.
+    """
+    rows = _rows(canary.batch)
+    found = [forward(model, replace(canary, batch=row), None) for row in rows]
+    if not found:
+        return None
+    logits, mask, tokens, labels = (
+        torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else None
+        for parts in ([getattr(each, name) for each in found] for name in ("logits", "mask", "tokens", "labels"))
+    )
+    return None if logits is None else Answer(logits, mask, tokens, labels)
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    """A batch of several rows, row by row; empty for anything else."""
+    if isinstance(batch, Tensor):
+        return [batch[at : at + 1] for at in range(len(batch))] if batch.dim() and len(batch) > 1 else []
+    if not isinstance(batch, Mapping):
+        return []
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    sizes = {len(value) for value in tensors.values()}
+    if len(sizes) != 1 or sizes == {1}:
+        return []
+    return [{**batch, **{name: value[at : at + 1] for name, value in tensors.items()}} for at in range(sizes.pop())]
+
+
+def _callable_in(model: nn.Module) -> nn.Module:
+    """The model, or the ``model`` in a wrapper that can't be called itself (MELO)."""
+    own = "forward" in vars(model) or type(model).forward is not nn.Module.forward
+    inner = getattr(model, "model", None)
+    can = own or type(model).__call__ is not nn.Module.__call__
+    return inner if not can and isinstance(inner, nn.Module) else model
+
+
 def _output(model: nn.Module, batch: Batch) -> Any:
+    if not callable(batch):
+        model = _callable_in(model)
     if isinstance(batch, Mapping):
         return run_silently(model, lambda: model(batch) if _takes_it_whole(model, batch) else model(**batch))
     if isinstance(batch, Tensor):
-        return run_silently(model, lambda: model(batch))
+        return run_silently(model, lambda: model(input_ids=batch) if _takes_names_alone(model) else model(batch))
     assert callable(batch)  # a replay has no batch
     return run_silently(model, lambda: batch(model))
 

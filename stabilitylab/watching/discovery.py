@@ -1,4 +1,5 @@
-"""Where no sites were named: every parameter as it was, until an edit shows which ones it moves.
+"""Where no sites were named: every parameter as it was, until an edit shows which ones it moves. Where they are what a
+host says that it edits: every other parameter, for as long as the loop runs.
 
 As it was: a copy on the host where there is memory for it, so that the first edit is measured like any; else a checksum
 of its bits, which tells that it moved and no more.
@@ -6,7 +7,9 @@ of its bits, which tells that it moved and no more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -27,10 +30,13 @@ _FACTOR: Final = 1_000_003
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """A parameter as it was: a host copy, or the checksum of its bits."""
+    """A parameter as it was: a host copy, or the checksum of its bits. itself: of one that an edit brought, since the
+    next edit may bring another in its place.
+    """
 
     site: Site
     was: Tensor | int
+    itself: weakref.ref[Tensor] | None = None
 
     def is_unlike(self, weight: Tensor) -> bool:
         """Whether it is another now. Waits for an accelerator."""
@@ -54,13 +60,16 @@ class Discovery:
     1, 2, 4, 8, … edits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, but: Sequence[Site] = ()) -> None:
+        """but: sites that are watched already, beside which no copies are kept."""
         self._known: dict[str, _Known] = {}
         self._edits = 0
+        self._watched = list(but)
+        self._root = weakref.ref(model)
         located = (locate_readable(model, site) for site in all_sites(model).values())
         sizes = {id(found[1]): found[1].numel() * found[1].element_size() for found in located if found is not None}
         self._size = sum(sizes.values())
-        self._copies = shortage({torch.device("cpu"): self._size}) is None
+        self._copies = not but and shortage({torch.device("cpu"): self._size}) is None
         self.remember(model)
 
     @property
@@ -84,27 +93,50 @@ class Discovery:
 
     def remember(self, model: nn.Module) -> int:
         """Keep the parameters that are not known yet, such as those of an adapter; returns how many there were."""
-        located = (locate(model, known.site) for known in self._known.values())
+        located = (locate(model, site) for site in (*self._watched, *(known.site for known in self._known.values())))
         held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
         fresh: dict[str, _Known] = {}
-        for site in all_sites(model).values():
+        for site in self._sites_in(model):
             found = locate_readable(model, site)
             if found is not None and id(found[1]) not in held:
                 weight = found[1].detach()
-                fresh[site.name] = _Known(site, weight.to("cpu", copy=True) if self._copies else checksum(weight))
+                was = weight.to("cpu", copy=True) if self._copies else checksum(weight)
+                fresh[site.name] = _Known(site, was, weakref.ref(found[1]) if self._edits else None)
+                if self._edits:  # a wrapper may hold an adapter under a second name
+                    held.add(id(found[1]))
         self._known |= fresh
         self._fresh = frozenset(fresh)
         return len(fresh)
+
+    def _sites_in(self, model: nn.Module) -> list[Site]:
+        """All sites, by the names that they have without a wrapper: it may be taken off again (PEFT)."""
+        root = self._root()
+        prefix = next((f"{name}." for name, module in model.named_modules() if name and module is root), "")
+        return [
+            replace(site, name=site.name.removeprefix(prefix), parameter=site.parameter.removeprefix(prefix))
+            for site in all_sites(model).values()
+        ]
+
+    def watches(self, sites: Sequence[Site]) -> None:
+        """These are watched from now on, and compared here no more."""
+        self._watched += sites
+        for site in sites:
+            self._known.pop(site.name, None)
 
     def moved(self, model: nn.Module) -> Moved:
         """After an edit: what differs from what it was. Waits for an accelerator."""
         self._edits += 1
         is_due = self._edits & (self._edits - 1) == 0  # a power of two
         found: Moved = {}
+        gone: list[str] = []
         for name, known in self._known.items():
             if not (is_due or name in self._fresh):
                 continue
             located = locate_readable(model, known.site)
-            if located is not None and known.is_unlike(located[1].detach()):
+            if known.itself is not None and (located is None or known.itself() is not located[1]):
+                gone.append(name)
+            elif located is not None and known.is_unlike(located[1].detach()):
                 found[name] = (known.site, known.was if isinstance(known.was, Tensor) else None)
+        for name in gone:
+            del self._known[name]
         return found

@@ -238,14 +238,26 @@ class Monitor:
         """
         return self._rounds.last_edit_moved
 
-    def observe_outcome(self) -> OutcomeKind | None:
+    def observe_outcome(self, model: nn.Module | None = None) -> OutcomeKind | None:
         """See what became of the last edit by now and record it, once; None when there is nothing to observe.
+
+        model: what the loop edits from now on, where it took off a wrapper that the edit had put around it.
 
         Called at the next edit's start and at close; call it earlier where a loop undoes an edit by itself. The weights
         as they are now are what the next edit starts from. Waits for an accelerator; the next edit's start does not,
         and leaves what it sees to be read with the last edit.
         """
+        if model is not None and any(inner is model for inner in self._rounds.model.modules()):
+            self._rounds.model = model
         return self._rounds.observe_outcome()
+
+    def sites_are_guessed(self) -> None:
+        """Tell that the sites are what a host says that it edits: what else moves is looked for, and watched then.
+
+        To be called before the first edit. It takes a checksum of every other parameter now, and after the edits 1, 2,
+        4, 8, …
+        """
+        self._rounds.look_elsewhere()
 
     def editor_grew(self) -> None:
         """Tell that the editor has built more of itself inside an edit, such as its hypernetwork in its first call.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+
+from torch import nn
 
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import OutcomeKind
@@ -23,6 +26,33 @@ def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKi
         return "committed"
     seen = {references.changed_between(site, look) for site, look in changed.items()}
     return seen.pop() if len(seen) == 1 else None
+
+
+Parts = Counter[tuple[str, tuple[int, ...]]]
+"""Which parameters a model has: how often each last name and shape, whatever it is wrapped in."""
+
+
+def _parts_of(model: nn.Module) -> Parts:
+    return Counter((name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in model.named_parameters())
+
+
+class Adapters:
+    """Whether what an edit brought along, such as an adapter, is gone again, where no weight was ever moved."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._first = self._before = self._now = _parts_of(model)
+
+    def edited(self, model: nn.Module) -> None:
+        """An edit has ended."""
+        self._before, self._now = self._now, _parts_of(model)
+
+    def outcome(self, model: nn.Module) -> OutcomeKind | None:
+        """What became of the last edit, by what the model is made of now; None where that tells nothing."""
+        now, left = _parts_of(model), self._now
+        self._now = now
+        if now == left:
+            return None if left == self._before else "committed"
+        return "restored" if now == self._first else "rolled_back" if now == self._before else None
 
 
 def is_independent(passes: Passes) -> bool:

@@ -23,7 +23,7 @@ from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
-from stabilitylab.record.note_kinds import MOVED_OUTSIDE, NOTHING_MOVED
+from stabilitylab.record.note_kinds import BROUGHT, MOVED_BESIDES, MOVED_OUTSIDE, NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.canary import Canary, Schedule
@@ -32,13 +32,15 @@ from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
-from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
+from stabilitylab.watching.outcomes import Adapters, Passes, is_independent, outcome_of
 from stabilitylab.watching.progress import bar
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
 from stabilitylab.watching.sites import Site, locate
 
+_NAMED: Final = 4
+"""Sites that a note names."""
 _CHANGED: Final = {
     "restore": "after edit {edit} the weights changed to a state that was not seen before",
     MOVED_OUTSIDE: "edit {edit} moved no weight, and the weights moved after it had ended: put what applies it, such as"
@@ -79,7 +81,8 @@ class _Times(NamedTuple):
 
 @dataclass(frozen=True)
 class _Unread:
-    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise.
+    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise, with
+    what the model's parts say of it.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
     belongs to it. compiled: layers that run as compiled code. asked: whether hooks were on layers; heard: whether the
@@ -92,6 +95,7 @@ class _Unread:
     status: Status
     cargo: Cargo
     between: Cargo | None = None
+    adapters: OutcomeKind | None = None
     times: _Times | None = None
     tracers: tuple[Tracer, ...] = ()
     compiled: Mapping[str, str] = field(default_factory=dict)
@@ -99,6 +103,11 @@ class _Unread:
     heard: bool = False
     unanswered: Mapping[str, bool] = field(default_factory=dict)
     foreign: bool = False
+
+
+def _in_short(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 class Rounds:
@@ -130,6 +139,11 @@ class Rounds:
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
         self._discovery: Discovery | None = None
+        self._adapters = Adapters(model)
+        self._said_brought = False
+        self._looks_on = False
+        self._late: tuple[Site, ...] = ()
+        """Sites that are watched since the last edit: of what that was like before them nothing is known."""
         self._began = time.perf_counter()
         self._unread: _Unread | None = None
         self._outcome_due: int | None = None
@@ -183,6 +197,12 @@ class Rounds:
         """The editor has built more of itself inside the edit."""
         self._instruments.editor_grew(capture)
 
+    def look_elsewhere(self) -> None:
+        """The sites are a guess: what edits move besides is looked for, and watched from then on."""
+        self._looks_on = True
+        if self._discovery is None:
+            self._discovery = self._guard("what else may move", lambda: Discovery(self.model, but=self.sites))
+
     def _trace(self, capture: Capture) -> None:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
         self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)
@@ -210,6 +230,7 @@ class Rounds:
         edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
         self.flush()
         with instruments.probe_time:
+            self._adapters.edited(self.model)
             self._guard("finding the moved parameters", self._discover)
             instruments.after(self.model, self.sites, capture, reports)
             cargo = instruments.send()
@@ -307,7 +328,7 @@ class Rounds:
             self._outcome_due = None
             self._recorder.outcome(unread.edit, "independent")
         elif between is not None:
-            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes))
+            self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
     # -- the canary -----------------------------------------------------------------------------------------------
 
@@ -370,30 +391,37 @@ class Rounds:
         """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
         self.flush()
         due, self._outcome_due = self._outcome_due, None
-        if due is None or not self._can_tell:
+        if due is None or not self._instruments.keeps_references:
             return None
         edit = due
-        outcome: OutcomeKind | None = self._guard("observing the outcome", lambda: self._observe(edit))
-        return outcome
-
-    @property
-    def _can_tell(self) -> bool:
-        return bool(self.sites) and self._instruments.keeps_references
+        return self._guard("observing the outcome", lambda: self._observe(edit))
 
     def _observe_later(self) -> None:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
         due, self._outcome_due = self._outcome_due, None
-        if self._unread is not None and due is not None and self._can_tell:
+        if self._unread is not None and due is not None and self._instruments.keeps_references:
+            self._adopt_late()
             self._instruments.look_at_weights(self.model, self.sites)
-            self._unread = replace(self._unread, between=self._instruments.send())
+            adapters = self._adapters.outcome(self.model)
+            self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
 
-    def _observe(self, edit: int) -> OutcomeKind:
+    def _observe(self, edit: int) -> OutcomeKind | None:
+        self._adopt_late()
         changed = self._instruments.changed(self.model, self.sites)
         self._instruments.look_at_weights(self.model, changed)
-        return self._judge(edit, self._instruments.send(), {})
+        return self._judge(edit, self._instruments.send(), {}, self._adapters.outcome(self.model))
 
-    def _judge(self, edit: int, looks: Cargo, left: Passes) -> OutcomeKind:
+    def _adopt_late(self) -> None:
+        """What is watched only since the last edit is as it should be now, whether or not that was undone."""
+        late, self._late = self._late, ()
+        self._adopt(late, {})
+
+    def _judge(self, edit: int, looks: Cargo, left: Passes, adapters: OutcomeKind | None) -> OutcomeKind | None:
+        if not self.sites and adapters is None:
+            return None
         outcome = outcome_of(self._instruments.passes(looks), left, self._instruments.references)
+        if outcome == "committed" and adapters is not None:
+            outcome = adapters
         if outcome is None:
             kind = "restore" if self._last_moved else MOVED_OUTSIDE
             if kind not in self._said:
@@ -405,7 +433,12 @@ class Rounds:
     # -- which sites ----------------------------------------------------------------------------------------------
 
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
-        """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
+        """Begin to watch these sites too. originals: their weights before any edit, where those are no more."""
+        self._adopt(sites, originals)
+        self.sites += tuple(sites)
+        self._recorder.manifest(manifest.of_sites(self.sites))
+
+    def _adopt(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         size = sum(math.prod(site.shape) for site in sites)
         with bar("weights before edit 1", len(sites)) if size > _MANY_ENTRIES else nullcontext(_unseen) as done:
             for number, site in enumerate(sites, start=1):
@@ -413,26 +446,55 @@ class Rounds:
                 if found is not None:
                     self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
                 done(number)
-        self.sites = tuple(sites)
-        self._recorder.manifest(manifest.of_sites(self.sites))
 
     def _discover(self) -> None:
         """Watch what the first edit moved; keep looking when it moved nothing."""
         if self._discovery is None:
             return
         edit, moved = self._recorder.edits, self._discovery.moved(self.model)
+        self._late = ()
+        if self.sites:
+            self._watch_more(edit, self._discovery, [site for site, _ in moved.values()])
+            return
         if not moved:
             fresh = self._discovery.remember(self.model)
-            news = f" and brought {fresh} new, which are looked at from now on" if fresh else ""
-            self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model{news}")
+            if not fresh:
+                self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model")
+            self._say_brought(edit, fresh)
             return
         why, self._discovery = self._discovery.why_not_measured, None
         originals = {name: original for name, (_, original) in moved.items() if original is not None}
         self._watch([site for site, _ in moved.values()], originals)
+        if self._looks_on:
+            self._discovery = Discovery(self.model, but=self.sites)
         self._note("sites-discovered", f"edit {edit} moved {', '.join(moved)}; hooks are on them from the next edit on")
         if why is not None:
             self._note(
                 "skipped-site", f"what edit {edit} did to them is not measured, and drift counts from there: {why}"
+            )
+
+    def _watch_more(self, edit: int, discovery: Discovery, moved: Sequence[Site]) -> None:
+        """Watch what an edit moved besides the sites that were guessed, and look at what it brought from now on."""
+        discovery.watches(moved)
+        brought = discovery.remember(self.model)
+        if moved:
+            self._late = tuple(moved)
+            self._watch(moved, {})
+            names = _in_short([site.name for site in moved])
+            self._note(
+                MOVED_BESIDES,
+                f"edit {edit} also moved {names}, which were not named: they are watched from now on; what was done to"
+                " them by then is not measured, and their drift counts from there",
+            )
+        self._say_brought(edit, brought)
+
+    def _say_brought(self, edit: int, brought: int) -> None:
+        if brought and not self._said_brought:
+            self._said_brought = True
+            self._note(
+                BROUGHT,
+                f"edit {edit} brought {brought} new parameters into the model, such as an adapter's: they are watched"
+                " once an edit moves them",
             )
 
     def release(self) -> None:

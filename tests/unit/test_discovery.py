@@ -83,3 +83,40 @@ def test_what_stands_still_is_compared_more_and_more_seldom(tmp_path: Path, monk
                     model.adapter.weight += 1.0
     assert sorted(set(compared)) == [1, 2, 4, 8, 12]
     assert sl.load(tmp_path / "run").manifest["sites"] == ["adapter"]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+
+def test_what_a_wrapper_brought_is_found_when_the_wrapper_is_gone(tmp_path: Path) -> None:
+    """PEFT's first edit returns a wrapper around the model, EasyEdit's later ones return the model in it."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.requires_grad_(False)
+    with sl.attach(model, run=tmp_path / "run", announce=False) as monitor:
+        with monitor.edit() as edit:
+            model[0].register_module("lora", nn.Linear(4, 4))
+            edit.returns(Wrapper(model))
+        for _ in range(2):
+            with monitor.edit() as edit, torch.no_grad():
+                edit.returns(model)[0].get_submodule("lora").weight.add_(1.0)
+        assert monitor.sites == ("0.lora",)
+    run = sl.load(tmp_path / "run")
+    assert [note.kind for note in run.notes].count("brought") == 1
+    assert run.series("update.norm", "0.lora")[3] == pytest.approx(4.0)
+
+
+def test_an_adapter_that_each_edit_brings_and_the_loop_takes_off_is_an_effect(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with sl.attach(model, run=tmp_path / "run", announce=False) as monitor:
+        for _ in range(4):
+            with monitor.edit():
+                model[0].register_module("lora", nn.Linear(4, 4))
+            del model[0].lora
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == ["restored"] * 4
+    kinds = [note.kind for note in run.notes]
+    assert (kinds.count("brought"), kinds.count("nothing-moved")) == (1, 0)
+    assert not run.diagnosis().nothing_lands

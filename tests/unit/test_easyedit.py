@@ -154,6 +154,22 @@ def test_what_the_call_says_of_the_loop_is_in_the_manifest(tmp_path: Path, edito
     assert run.thresholds == limits
 
 
+@pytest.mark.parametrize(("moves", "says"), [(True, "weights were moved by then"), (False, "the model is as it was")])
+def test_an_edit_that_raised_after_it_moved_weights_did_not_leave_the_model_as_it_was(
+    tmp_path: Path, editors_module: types.ModuleType, moves: bool, says: str
+) -> None:
+    class Raising(Executor):
+        def apply_to_model(self, *args: object, **more: object) -> tuple:
+            if moves:
+                super().apply_to_model(*args, **more)
+            raise ValueError("Need to check the matrix P initialization")
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Raising(False))
+    with pytest.raises(ValueError, match="matrix P"), watch(editor, run=tmp_path / "run"):
+        editor.edit(["a"], sequential_edit=True)
+    assert says in sl.load(tmp_path / "run").diagnosis().says
+
+
 def test_what_is_no_editor_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="Linear has no 'apply_algo'; expected an EasyEdit editor"),
@@ -234,7 +250,27 @@ def test_a_hypernetwork_that_is_built_in_the_first_edit_is_seen_in_it(
     assert "init_model" not in vars(executor)
 
 
-@pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_editor_that_is_built_anew_for_each_edit_is_said_once(
+    tmp_path: Path, editors_module: types.ModuleType, keeps: bool
+) -> None:
+    """UltraEdit's executor never remembers that it has built one."""
+
+    class Forgetful(BuildingExecutor):
+        def apply_to_model(self, *args: object, **more: object) -> tuple:
+            answer = super().apply_to_model(*args, **more)
+            self.is_init = keeps
+            return answer
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Forgetful(True))
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a", "b", "c"], sequential_edit=True)
+    said = [note.says for note in sl.load(tmp_path / "run").notes if note.kind == "editor-rebuilt"]
+    assert len(said) == (not keeps)
+    assert keeps or "in edit 2" in said[0]
+
+
+@pytest.mark.parametrize("how", ["closure", "partial", "wraps", "object", "script"])
 def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
     import functools
 
@@ -254,7 +290,11 @@ def test_the_executor_is_found_behind_a_wrapper_of_the_users(how: str) -> None:
     def apply_named_otherwise(*args: object) -> object:
         return args
 
+    script: dict[str, object] = {"inner": inner}
+    exec("def timed(*args, **kwargs):\n    return inner(*args, **kwargs)", script)
+
     wrapped = {
+        "script": script["timed"],
         "closure": closure,
         "partial": functools.partial(inner, copy=False),
         "wraps": functools.wraps(inner)(apply_named_otherwise),
@@ -274,6 +314,17 @@ def test_two_editors_that_share_an_executor_are_told_apart(tmp_path: Path, edito
     assert len(said) == 1
     assert "edits another model" in said[0]
     assert "edits another model" in run.diagnosis().says
+
+
+def test_single_edits_of_another_model_are_said_once(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    """EasyEdit restores this editor's model then, and the edits stay in the other's."""
+    executor = BuildingExecutor(True)
+    first, second = (editors_module.BaseEditor(make_model(), MEND, executor) for _ in range(2))
+    first.edit(["a"])
+    with watch(second, run=tmp_path / "run", announce=False):
+        second.edit(["b", "c", "d"])
+    kinds = [note.kind for note in sl.load(tmp_path / "run").notes]
+    assert (kinds.count("other-model"), kinds.count("not-put-back"), kinds.count("restore")) == (1, 1, 0)
 
 
 def test_single_or_sequential_is_read_from_the_call_and_said_once(
@@ -296,3 +347,169 @@ def test_single_or_sequential_is_read_from_the_call_and_said_once(
 def test_an_editor_without_a_model_is_refused(tmp_path: Path, editors_module: types.ModuleType) -> None:
     with pytest.raises(UsageError, match="only an API"), watch(editors_module.BaseEditor(None, MEND, Executor(True))):
         pass
+
+
+class Beside(Executor):
+    """Moves a bias beside the weight that the hyperparameters name, as FT does, and a layer that they don't (KN)."""
+
+    def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object, **more: object) -> tuple:
+        with torch.no_grad():
+            model.h[1]["c_fc"].bias.add_(0.1)
+            model.h[0]["c_proj"].weight.add_(0.1)
+        return super().apply_to_model(model, tok, requests, hparams, **more)
+
+
+def test_what_moves_beside_the_named_layers_is_said_once_and_watched_from_then_on(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Beside(False))
+    with watch(editor, run=tmp_path / "run") as monitor:
+        editor.edit(["a", "b", "c", "d"], sequential_edit=True)
+        assert monitor.sites == ("h.1.c_fc", "h.0.c_proj", "h.1.c_fc.bias")
+    run = sl.load(tmp_path / "run")
+    (said,) = [note.says for note in run.notes if note.kind == "moved-besides"]
+    assert "edit 1 also moved h.0.c_proj, h.1.c_fc.bias" in said
+    assert run.series("update.norm", "h.0.c_proj")[2:] == pytest.approx([0.1 * 32**0.5] * 3)
+    assert run.series("drift.norm", "h.1.c_fc")[-1] == pytest.approx(4 * 0.1 * 32**0.5)  # not counted anew
+    assert [edit.outcome for edit in run.edits[1:]] == ["committed"] * 4
+
+
+def test_what_only_later_edits_move_is_found_too(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    """KN's hyperparameters name no layer, and each of its edits moves others."""
+
+    class Wandering(Executor):
+        edits = 0
+
+        def apply_to_model(self, model: nn.Module, *_: object, **__: object) -> tuple:
+            with torch.no_grad():
+                model.h[self.edits % 2]["c_proj"].weight.add_(0.1)
+            self.edits += 1
+            return model, {}
+
+    editor = editors_module.BaseEditor(make_model(), SimpleNamespace(), Wandering(False))
+    with watch(editor, run=tmp_path / "run") as monitor:
+        editor.edit(["a", "b", "c", "d"], sequential_edit=True)
+        assert monitor.sites == ("h.0.c_proj", "h.1.c_proj")
+    run = sl.load(tmp_path / "run")
+    assert [note.kind for note in run.notes].count("moved-besides") == 1
+    assert run.series("update.norm", "h.1.c_proj")[3:].tolist() == pytest.approx([0.0, 0.1 * 32**0.5])
+
+
+def test_sites_that_the_user_named_are_all_that_is_watched(tmp_path: Path, editors_module: types.ModuleType) -> None:
+    editor = editors_module.BaseEditor(make_model(), MEND, Beside(False))
+    with watch(editor, run=tmp_path / "run", sites="h.1.c_fc") as monitor:
+        editor.edit(["a", "b"], sequential_edit=True)
+        assert monitor.sites == ("h.1.c_fc",)
+
+
+def test_an_outcome_is_not_judged_by_what_is_watched_only_since_the_edit(
+    tmp_path: Path, editors_module: types.ModuleType
+) -> None:
+    class Kept(Beside):
+        def apply_to_model(self, model: nn.Module, *args: object, **more: object) -> tuple:
+            old = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+            super().apply_to_model(model, *args, **more)
+            return model, old
+
+    editor = editors_module.BaseEditor(make_model(), MEND, Kept(False))
+    with watch(editor, run=tmp_path / "run"):
+        editor.edit(["a", "b", "c"])
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == ["restored"] * 3
+    assert not [note for note in run.notes if note.kind == "restore"]
+
+
+class Adapter(nn.Module):
+    """In a layer's place, with a value of its own: one row at a time, as GRACE's original ``replace_prompt``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.value = layer, nn.Parameter(torch.zeros(8))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        return self.layer(x) + self.value
+
+
+class Wrapping(nn.Module):
+    """The model and the adapter in it; it is called by name alone, and has no ``forward`` of its own (GRACE)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        layer = model.h[1]["c_fc"]
+        if not isinstance(layer, Adapter):
+            model.h[1]["c_fc"] = Adapter(layer)
+            self.original_layer = layer
+
+    def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs)
+
+    def reset_layer(self) -> None:
+        self.model.h[1]["c_fc"] = self.original_layer
+
+
+def wrapping_editor(editors_module: types.ModuleType) -> types.SimpleNamespace:
+    source = """
+def restore_after_edit(editor, edited_model, weights_copy):
+    weights_copy()
+"""
+    exec(source, vars(editors_module))
+
+    class Executor:
+        def apply_to_model(self, model: nn.Module, tok: object, requests: list, hparams: object) -> tuple:
+            wrapped = Wrapping(model)
+            with torch.no_grad():
+                model.h[1]["c_fc"].value.add_(1.0)
+            return wrapped, wrapped.reset_layer
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = make_model().h
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.h[1]["c_proj"](self.h[1]["c_fc"](x))
+
+    return editors_module.BaseEditor(Model(), MEND, Executor())
+
+
+class Uncalled(Wrapping):
+    """It can't be called itself (MELO)."""
+
+    __call__ = nn.Module.__call__
+
+
+def test_the_canary_of_a_wrapper_that_can_t_be_called_is_that_of_the_model_in_it(tmp_path: Path) -> None:
+    model = make_model()
+    model.forward = lambda x: model.h[1]["c_proj"](model.h[1]["c_fc"](x))
+    monitor = sl.attach(model, "h.1.c_fc", tmp_path / "run", canary=torch.randn(3, 4), announce=False)
+    with monitor, monitor.edit() as edit, torch.no_grad():
+        edit.returns(Uncalled(model)).model.h[1]["c_fc"].value.add_(1.0)
+    assert (sl.load(tmp_path / "run").series("canary.kl", None)[1:] > 0).all()
+
+
+@pytest.mark.parametrize(("sequential", "outcome"), [(False, "restored"), (True, "committed")])
+def test_an_adapter_that_a_callable_takes_off_again_is_restored(
+    tmp_path: Path, editors_module: types.ModuleType, sequential: bool, outcome: str
+) -> None:
+    editor = wrapping_editor(editors_module)
+    with watch(editor, run=tmp_path / "run", canary={"x": torch.randn(3, 4)}) as monitor:
+        editor.edit(["a", "b", "c"], sequential_edit=sequential)
+        assert ("h.1.c_fc.value" in monitor.sites) == sequential  # by its name without the wrapper
+    run = sl.load(tmp_path / "run")
+    assert [edit.outcome for edit in run.edits[1:]] == [outcome] * 3
+    kinds = [note.kind for note in run.notes]
+    assert kinds.count("brought") == 1
+    assert "canary-off" not in kinds
+    assert (run.series("canary.kl", None)[1:] > 0).all()
+
+
+def test_a_template_for_each_of_several_modules_is_read() -> None:
+    several = SimpleNamespace(layers=[0, 1], rewrite_module_tmp="h.{}.c_fc", rewrite_module_tmps=["h.{}.c_proj"])
+    assert edited_layers(several, make_model()) == ["h.0.c_proj", "h.1.c_proj"]

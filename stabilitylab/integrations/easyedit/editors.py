@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from torch import nn
+
 from stabilitylab.errors import UsageError
 from stabilitylab.integrations.easyedit.executors import BUILDS, holder_of_state, say_whose, watched_building
 from stabilitylab.integrations.easyedit.layers import edited_layers
@@ -35,12 +37,15 @@ def watch_editor(
     """See `stabilitylab.integrations.easyedit.watch`. options: the further arguments of `attach`."""
     if editor.model is None:
         raise UsageError(f"{type(editor).__name__} has no model, only an API to one: there is no weight to watch")
+    guessed = sites is None
     if sites is None:
         sites = edited_layers(getattr(editor, "hparams", None), editor.model)
     apply = editor.apply_algo
     holder = holder_of_state(apply)
     with contextlib.ExitStack() as stack:
         monitor = stack.enter_context(attach(editor.model, sites, run, editor=holder, **options))
+        if guessed:
+            monitor.sites_are_guessed()
         stack.enter_context(replaced(editor, "apply_algo", monitor.wrap(apply, label=_label)))
         told: list[str] = []
         for name in _CALLED:
@@ -78,7 +83,9 @@ def _watched_restore(original: Callable[..., Any], editor: object, monitor: Moni
     def restore(whose: object, *args: Any, **kwargs: Any) -> Any:
         nonlocal said
         answer = original(whose, *args, **kwargs)
-        stayed = whose is editor and monitor.observe_outcome() == "committed" and monitor.last_edit_moved
+        held = getattr(editor, "model", None)  # of a method that wraps the model, the one inside again
+        outcome = monitor.observe_outcome(held if isinstance(held, nn.Module) else None) if whose is editor else None
+        stayed = outcome == "committed" and monitor.last_edit_moved
         if stayed and not said:
             said = True
             monitor.note(

@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from torch import nn
 
-from stabilitylab.record.note_kinds import OTHER_MODEL
+from stabilitylab.record.note_kinds import EDITOR_REBUILT, OTHER_MODEL
 from stabilitylab.watching.monitor import Monitor
 
 BUILDS: Final = "init_model"
 """What builds an executor's hypernetwork, in its first call."""
+_AGAIN: Final = 2
 _DEEPEST: Final = 4
 """Wrappers around `apply_algo` that are looked through."""
 
@@ -36,7 +37,7 @@ def holder_of_state(apply: Callable[..., Any]) -> object | None:
 
 
 def _inside(apply: Callable[..., Any]) -> Iterator[Any]:
-    """A callable, and those that it wraps: partial, ``functools.wraps``, the variables of a closure, an object's."""
+    """A callable, and those that it wraps: partial, ``functools.wraps``, what a closure, script or object holds."""
     layer: list[Any] = [apply]
     met: set[int] = set()
     for _ in range(_DEEPEST):
@@ -48,9 +49,17 @@ def _inside(apply: Callable[..., Any]) -> Iterator[Any]:
             yield each
             further += [getattr(each, "func", None), getattr(each, "__wrapped__", None)]
             further += [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if _is_filled(cell)]
+            further += _globals_of(each)
             if not inspect.isroutine(each):
                 further += list(getattr(each, "__dict__", {}).values())
         layer = [each for each in further if callable(each) and not isinstance(each, nn.Module | type)]
+
+
+def _globals_of(function: Any) -> list[Any]:
+    """The variables of its module that a wrapper names: in a script, that is where it keeps what it wraps."""
+    if not inspect.isfunction(function) or function.__name__.startswith("apply_"):
+        return []
+    return [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
 
 
 def _is_filled(cell: Any) -> bool:
@@ -63,9 +72,18 @@ def _is_filled(cell: Any) -> bool:
 def watched_building(original: Callable[..., Any], executor: Any, watched: Any, monitor: Monitor) -> Any:
     """What builds an executor's hypernetwork, with the monitor told of it."""
 
+    built = 0
+
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
+        nonlocal built
         answer = original(*args, **kwargs)
+        built += 1
+        if built == _AGAIN:
+            says = (
+                f"{type(executor).__name__} builds its editor anew in edit {monitor.edits + 1}: what that had learned"
+            )
+            monitor.note(EDITOR_REBUILT, f"{says} of earlier edits, such as running statistics, is gone")
         monitor.editor_grew()
         say_whose(executor, watched, monitor)
         return answer

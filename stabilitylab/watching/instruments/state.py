@@ -47,7 +47,8 @@ class StateInstrument:
     def _learn_design(self, model: nn.Module, sites: Sequence[Site]) -> None:
         if not self.wanted:
             return
-        buffers, unwritten = dict(model.named_buffers()), []
+        buffers = dict(model.named_buffers())
+        unwritten: list[str] = []
         watched = _watched(model, sites)
         for name, tensor in (*model.named_parameters(), *buffers.items()):
             if id(tensor) not in watched and _is_readable(tensor):
