@@ -15,7 +15,8 @@ Everything is on natural logs, per series (a metric at a site):
 A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
 out on purpose; the canary has detectors of its own, without a baseline. A weight that is exactly zero before the first
 edit, such as the one half of an adapter, and what its layer answers, are left out too: all of that is edits, and grows
-as drift does.
+as drift does. So is an update of zero, or of less than ``ROUNDING`` beside its weight: that edit did not land, or was
+undone but for rounding, see `landing`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ DRIFT_SPREADS: Final = 4.0
 DRIFT_LOG: Final = math.log(3.0)
 BAND_SPREADS: Final = 2.0
 BAND_LOG: Final = math.log(1.5)
+ROUNDING: Final = 2.0**-23
+"""Of a weight's norm: one unit of rounding of float32."""
 VANISHED: Final = 1e-30
 """Stands for zero, which has no log."""
 
@@ -146,6 +149,7 @@ class DriftBank:
         self._dry: dict[int, list[float]] = {}
         self._from_zero: set[str] = set()
         self._which = PerSchema(self._look_up)
+        self._updates = PerSchema(_updates)
 
     @property
     def ready(self) -> int:
@@ -230,6 +234,9 @@ class DriftBank:
         taken, minus, series = self._which.of(row.schema)
         ranged = minus >= 0
         good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
+        update, ratio = self._updates.of(row.schema)
+        lost = update[(row.values[update] == 0) | ((ratio >= 0) & (row.values[ratio] < ROUNDING))]
+        good &= ~np.isin(taken, lost)
         taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
         good = (values > 0) | ((values == 0) & self._has_baseline(series))
@@ -369,6 +376,17 @@ class DriftBank:
             verdict = _verdict(claim.rule, metric)
             hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since, usual=base))
         return hits
+
+
+def _updates(schema: Schema) -> tuple[Places, Places]:
+    """Positions of updates in a row, and of their ratios to the weights; -1 where there is none."""
+    found = [
+        (position, schema.position.get(("update.ratio", site), -1))
+        for position, (metric, site) in enumerate(schema.keys)
+        if metric == "update.norm"
+    ]
+    update, ratio = np.array(found, dtype=np.intp).reshape(-1, 2).T
+    return update, ratio
 
 
 def _verdict(rule: str, metric: str) -> Verdict:

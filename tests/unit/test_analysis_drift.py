@@ -154,3 +154,17 @@ def test_a_weight_that_begins_at_zero_has_no_size_to_grow_from(start: float, ver
     rows = [row(0, {("weight.max_abs", A): start})]
     rows += [row(edit, {(metric, A): size}) for edit, size in enumerate(sizes, start=1)]
     assert diagnose(rows).verdict == verdict
+
+
+def test_a_loop_that_steps_at_each_fifth_edit_has_no_updates_that_shrink() -> None:
+    assert series([0.01 * (1 + 0.1 * (at % 3)) if at % 5 == 0 else 0.0 for at in range(120)]).verdict == "stable"
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1e-8, "stable"), (1e-5, "diverging")])
+def test_what_rounding_leaves_of_an_undone_edit_does_not_grow(ratio: float, verdict: str) -> None:
+    sizes = [1e-8 * 1.3 ** max(0, edit - 10) for edit in range(1, 41)]
+    rows = [row(0, {})]
+    rows += [
+        row(edit, {("update.norm", A): size, ("update.ratio", A): ratio}) for edit, size in enumerate(sizes, start=1)
+    ]
+    assert diagnose(rows).verdict == verdict
