@@ -135,7 +135,7 @@ class LeadIn:
         self._moved_before = False
         self._codebook = False
         self._reported = False
-        self._masked = False
+        self._masked = self._asked = False
         self._changes_inside = False
         self._ways: dict[str, Way] = {}
         self._bits: dict[str, float] = {}
@@ -170,6 +170,7 @@ class LeadIn:
             }
             return
         self._masked = self._masked or bool((row.values[places[_MASKED]] > 0).any())
+        self._asked = self._asked or bool(places[_MASKED].size)
         self._bits.update(zip(self._where.bit_sites, row.values[places[_BITS]].tolist(), strict=True))
 
     def not_put_back(self, edit: int) -> None:
@@ -320,6 +321,7 @@ class LeadIn:
             edit=row.edit,
             masked_rows=float(row.values[places[_MASKED]].sum()),
             unmasked_before=not self._masked,
+            masks_before=self._asked,
             sound_forward=bool(logits.size and (row.values[forward] == 0).all()),
             sound_gradients=sound and not later_bad,
             no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),

@@ -143,6 +143,7 @@ def test_a_masked_row_is_blamed_only_when_it_is_new() -> None:
     assert claimed({}, {rows: 0.0, bad: 0.0}, broken) == ("masked-row", "medium")
     assert claimed({}, {rows: 3.0, bad: 0.0}, broken)[0] == "unknown"
     assert claimed({}, {rows: 0.0, bad: 0.0}, {rows: 0.0, bad: 8.0})[0] == "unknown"
+    assert claimed({}, broken) == ("masked-row", "low")  # padding on the left, for all that is known
 
 
 def test_a_loss_over_no_token() -> None:

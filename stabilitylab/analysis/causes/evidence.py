@@ -113,6 +113,7 @@ class FatalRow:
     """The row with the first non-finite value.
 
     masked_rows: query rows without a real token. unmasked_before: whether none had any in the edits before.
+    masks_before: whether there was an edit before whose mask was read.
     sound_forward: whether the logits of the first pass were read, and they and its outputs are finite. sound_gradients:
     whether the edit's passes had gradients, all finite, as long as its forward passes were; no_gradients: whether its
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
@@ -127,6 +128,7 @@ class FatalRow:
     edit: int
     masked_rows: float
     unmasked_before: bool
+    masks_before: bool
     sound_forward: bool
     sound_gradients: bool
     no_gradients: bool

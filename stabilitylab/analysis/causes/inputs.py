@@ -28,10 +28,12 @@ def _mask(evidence: Evidence) -> Claim | None:
     inside = kind_of(bad.metric) in {"activation", "attention", "logits", "gradient"}
     if not inside or fatal.masked_rows == 0 or not fatal.unmasked_before:
         return None
+    # Padding on the left masks rows in every edit: without one before, there is nothing that tells it from that.
+    before = ", as in no edit before" if fatal.masks_before else ""
     return Claim(
-        f"{number(fatal.masked_rows)} rows of edit {fatal.edit}'s attention mask see no real token, as in no edit"
-        f" before, and {bad.metric} at {bad.site} is not finite in that edit: a softmax over nothing.",
-        "medium",
+        f"{number(fatal.masked_rows)} rows of edit {fatal.edit}'s attention mask see no real token{before}, and"
+        f" {bad.metric} at {bad.site} is not finite in that edit: a softmax over nothing.",
+        "medium" if fatal.masks_before else "low",
     )
 
 
