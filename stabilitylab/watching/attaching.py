@@ -16,13 +16,14 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, read
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
-from stabilitylab.record.store import RunWriter
+from stabilitylab.record.store import RunWriter, free_folder
 from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
+from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
 
 
@@ -118,6 +119,23 @@ def attach(
         raise
     if scan_failure:
         monitor.note("scan-off", scan_failure)
+    return monitor
+
+
+def attach_host(model: nn.Module, sites: Patterns | None, run: str | Path | None, **options: Any) -> Monitor:
+    """`attach` for a host that may be started again under the same run, such as from a checkpoint of its own.
+
+    Where the run's folder is taken, the run goes on in the next free one, ``run-2``, which is said in it and on stderr:
+    the old one is left as it is. It is a run of its own because its start is one: drift counts from the weights that
+    the host started with this time, and so does what is usual for the loop. options: the further arguments of `attach`.
+    """
+    wanted = None if run is None else Path(run)
+    folder = None if wanted is None else free_folder(wanted)
+    monitor = attach(model, sites, folder, **options)
+    if folder != wanted:
+        says = f"run folder '{wanted}' exists: this run is in '{folder}', and drift counts from the weights as they are"
+        monitor.note("started-again", says)
+        logger.warning("stabilitylab: %s", says)
     return monitor
 
 
