@@ -24,7 +24,7 @@ from stabilitylab.watching import manifest
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
-from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
+from stabilitylab.watching.sites import Patterns, Site, find_sites, weight_at
 
 
 def attach(
@@ -171,12 +171,11 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     """The sites whose values can be read, and the reason for each of the others. Raises SiteError when none can."""
     kept, skipped = [], {}
     for site in sites:
-        found = locate(model, site)
-        reason = "not found" if found is None else why_unmeasurable(found[1])
-        if reason is None:
-            kept.append(site)
+        weight = weight_at(model, site)
+        if isinstance(weight, str):
+            skipped[site.name] = weight
         else:
-            skipped[site.name] = reason
+            kept.append(site)
     if not kept:
         name, reason = next(iter(skipped.items()))
         raise SiteError(f"none of the {len(sites)} matching sites can be measured; '{name}': {reason}")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from stabilitylab.acting.memory import in_gb, shortage
 from stabilitylab.probes.weight_pass import same_bits
-from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, why_unmeasurable
+from stabilitylab.watching.adapted import has_parts
+from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, weight_at, why_unmeasurable
 
 Moved = dict[str, tuple[Site, Tensor | None]]
 """By name: the site, and its weight as it was, where a copy was kept."""
@@ -49,6 +50,12 @@ def checksum(tensor: Tensor) -> int:
     return found * _FACTOR + int(words[whole.numel() * 8 :].long().sum())
 
 
+def _whole_sites(model: nn.Module) -> list[Site]:
+    """Every site, but for the parts that PEFT made a layer of: it moves as a whole."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if has_parts(module))
+    return [site for site in all_sites(model).values() if not site.name.startswith(layers)]
+
+
 class Discovery:
     """What every parameter was. Those that stood still in the edits before are compared more and more seldom: after
     1, 2, 4, 8, … edits.
@@ -57,7 +64,7 @@ class Discovery:
     def __init__(self, model: nn.Module) -> None:
         self._known: dict[str, _Known] = {}
         self._edits = 0
-        located = (locate_readable(model, site) for site in all_sites(model).values())
+        located = (locate_readable(model, site) for site in _whole_sites(model))
         sizes = {id(found[1]): found[1].numel() * found[1].element_size() for found in located if found is not None}
         self._size = sum(sizes.values())
         self._copies = shortage({torch.device("cpu"): self._size}) is None
@@ -74,7 +81,7 @@ class Discovery:
     def unreadable(model: nn.Module) -> dict[str, str]:
         """What can't be compared, with the reason: ``{"h.0.fc1 and 63 more": "its dtype is …"}``."""
         found: dict[str, list[str]] = {}
-        for site in all_sites(model).values():
+        for site in _whole_sites(model):
             located = locate(model, site)
             reason = None if located is None else why_unmeasurable(located[1])
             if reason is not None and located is not None and located[1].numel():
@@ -87,11 +94,11 @@ class Discovery:
         located = (locate(model, known.site) for known in self._known.values())
         held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
         fresh: dict[str, _Known] = {}
-        for site in all_sites(model).values():
-            found = locate_readable(model, site)
-            if found is not None and id(found[1]) not in held:
-                weight = found[1].detach()
-                fresh[site.name] = _Known(site, weight.to("cpu", copy=True) if self._copies else checksum(weight))
+        for site in _whole_sites(model):
+            found, weight = locate(model, site), weight_at(model, site)
+            if found is not None and isinstance(weight, Tensor) and id(found[1]) not in held:
+                known = weight.detach().to("cpu", copy=True) if self._copies else checksum(weight)
+                fresh[site.name] = _Known(site, known)
         self._known |= fresh
         self._fresh = frozenset(fresh)
         return len(fresh)
@@ -104,7 +111,7 @@ class Discovery:
         for name, known in self._known.items():
             if not (is_due or name in self._fresh):
                 continue
-            located = locate_readable(model, known.site)
-            if located is not None and known.is_unlike(located[1].detach()):
+            weight = weight_at(model, known.site)
+            if isinstance(weight, Tensor) and known.is_unlike(weight.detach()):
                 found[name] = (known.site, known.was if isinstance(known.was, Tensor) else None)
         return found

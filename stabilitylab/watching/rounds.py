@@ -35,7 +35,7 @@ from stabilitylab.watching.outcomes import Passes, is_independent, outcome_of
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence
-from stabilitylab.watching.sites import Site, locate
+from stabilitylab.watching.sites import Site, weight_at
 
 
 @dataclass(frozen=True)
@@ -379,9 +379,9 @@ class Rounds:
     def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
         """Begin to watch these sites. originals: their weights before any edit, where those are no more."""
         for site in sites:
-            found = locate(self.model, site)
-            if found is not None and self._instruments.keeps_references:
-                self._instruments.references.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+            weight = weight_at(self.model, site)
+            if isinstance(weight, Tensor) and self._instruments.keeps_references:
+                self._instruments.references.adopt(site, originals.get(site.name, weight).to(weight.device))
         self.sites = tuple(sites)
         self._recorder.manifest(manifest.of_sites(self.sites))
 

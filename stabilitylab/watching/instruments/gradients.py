@@ -27,7 +27,7 @@ from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.instruments.accumulated import Accumulated, AccumulatedInstrument, FirstPass
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.sites import Site, locate_readable
+from stabilitylab.watching.sites import Site, weight_at
 
 _Packed = tuple[Tensor, Rebuild[GradientSpectrum]]
 
@@ -192,14 +192,14 @@ class GradientInstrument:
             return
         if self._bench.needed_next(Alignment, site.name):
             self._before[site.name] = seen.first
-        found = locate_readable(model, site) if self._bench.needed(Alignment, site.name) else None
-        if found is None or not references.holds(site.name):
+        weight = weight_at(model, site) if self._bench.needed(Alignment, site.name) else ""
+        if isinstance(weight, str) or not references.holds(site.name):
             return
         own = inner_product(seen.first, seen.first)
         products = [own, torch.zeros_like(own), torch.zeros_like(own)]
         if before is not None:
             products = [own, inner_product(before, before), inner_product(seen.first, before)]
-        previous = references.previous(site.name, found[1])
-        update = product_with_update(seen.first, found[1], previous, site.orientation == "in_out")
+        previous = references.previous(site.name, weight)
+        update = product_with_update(seen.first, weight, previous, site.orientation == "in_out")
         packed = torch.cat([torch.stack(products), update])
         self._bench.add(site.name, packed, functools.partial(alignment_from, has_previous=before is not None))

@@ -27,9 +27,10 @@ from stabilitylab.probes.weight_pass import (
 )
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
+from stabilitylab.watching.adapted import is_adapted
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.sites import Site, locate, locate_readable, why_unmeasurable
+from stabilitylab.watching.sites import Site, locate_readable, weight_at
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
 """The measurements that need W₀ or W₋."""
@@ -75,7 +76,7 @@ class WeightInstrument:
             return
         for site in sites:
             found = locate_readable(model, site)
-            if found is not None and not found[1].is_inference():
+            if found is not None and not found[1].is_inference() and not is_adapted(found[0]):
                 self._versions[site.name] = (id(found[1]), found[1]._version)
 
     def _written(self, name: str, weight: Tensor) -> None:
@@ -93,17 +94,15 @@ class WeightInstrument:
             return
         turn = self._bench.edit % max(len(sites), 1)
         for at, site in enumerate(sites):
-            found = locate(model, site)
-            gone = f"no longer found in {type(model).__name__}"
-            reason = gone if found is None else why_unmeasurable(found[1])
-            if found is not None and reason is None:
-                weight, named = found[1], site.name
+            weight = weight_at(model, site)
+            if isinstance(weight, Tensor):
+                named = site.name
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
-                self._bench.note("skipped-site", f"{site.name}: {reason}")
+                self._bench.note("skipped-site", f"{site.name}: {weight}")
 
     def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
         """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
@@ -124,24 +123,25 @@ class WeightInstrument:
                 self._bench.safely(f"moved entries of {site.name}", functools.partial(self._moved, model, site))
 
     def _moved(self, model: nn.Module, site: Site) -> None:
-        found = locate_readable(model, site)
-        if found is None or not self.references.holds(site.name) or self.references.untouched(site.name, found[1]):
+        weight = weight_at(model, site)
+        if isinstance(weight, str) or not self.references.holds(site.name):
             return
-        previous = self.references.previous(site.name, found[1])
-        self._bench.add(site.name, reduce_moved(found[1], previous), MovedEntries.from_host)
+        if not self.references.untouched(site.name, weight):
+            previous = self.references.previous(site.name, weight)
+            self._bench.add(site.name, reduce_moved(weight, previous), MovedEntries.from_host)
 
     def _absorbed(self, model: nn.Module, site: Site, update: Tensor) -> None:
-        found = locate_readable(model, site)
-        if found is not None and self.references.holds(site.name):
-            previous = self.references.previous(site.name, found[1])
-            self._bench.add(site.name, reduce_absorption(update, found[1], previous), AbsorptionPass.from_host)
+        weight = weight_at(model, site)
+        if isinstance(weight, Tensor) and self.references.holds(site.name):
+            previous = self.references.previous(site.name, weight)
+            self._bench.add(site.name, reduce_absorption(update, weight, previous), AbsorptionPass.from_host)
 
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure sites between two edits, by references alone; W₋ is what they are now."""
         for site in sites:
-            found = locate_readable(model, site)
-            if found is not None:
-                self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
+            weight = weight_at(model, site)
+            if isinstance(weight, Tensor):
+                self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, weight))
 
     def _look(self, site: Site, weight: Tensor) -> None:
         seen = self.references.measure(site.name, weight)
@@ -152,8 +152,8 @@ class WeightInstrument:
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
-        found = ((site, locate_readable(model, site)) for site in sites)
-        return [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
+        found = ((site, weight_at(model, site)) for site in sites)
+        return [site for site, at in found if isinstance(at, Tensor) and self.references.moved(site.name, at)]
 
     def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
         if not self.keeps_references:
