@@ -14,7 +14,7 @@ from torch import nn
 from stabilitylab.acting.schedule import Trace
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.probes.base import Probe, Tier
-from stabilitylab.watching.attaching import attach_host
+from stabilitylab.watching.attaching import attach
 from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Edit, Monitor
 from stabilitylab.watching.sites import Patterns
@@ -60,11 +60,13 @@ class StabilityCallback:
         self._options |= {"config": config, "thresholds": thresholds, "announce": announce, "trace": trace}
         self._options |= {"scan": scan}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """Attach to the Trainer's model."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **held: Any) -> None:
+        """Attach to the Trainer's model, and read its loss scaler where it has one."""
         self.close()
         if state.is_world_process_zero:
-            self.monitor = attach_host(model, self._sites, self._run, **self._options)
+            scaler = getattr(held.get("optimizer"), "scaler", None)
+            editor = None if scaler is None else {"scaler": scaler}
+            self.monitor = attach(model, self._sites, self._run, editor=editor, resume=True, **self._options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An edit begins."""

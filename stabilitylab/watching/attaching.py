@@ -43,13 +43,15 @@ def attach(
     trace: Trace = "auto",
     replay: bool = False,
     scan: bool = False,
+    resume: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
     sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
     move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
-    state is to be read (MEND: its normaliser); of a loop that keeps that in variables of its own, a dict of it. canary:
-    what to forward after each edit; a `Canary` has a cadence.
+    state is to be read (MEND: its normaliser); of a loop that keeps that in variables of its own, a dict of it; a
+    ``torch.amp.GradScaler`` in it is known before its first step. canary: what to forward after each edit; a `Canary`
+    has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
     folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
@@ -61,11 +63,13 @@ def attach(
     the environment variable ``STABILITYLAB_TRACE`` asks for it. replay: keep a copy of what each edit may touch, model
     and editor; the first edit of a wrapped loop (`Monitor.wrap`) that leaves something that is not finite, or fails, is
     then made once more from there, traced, and in wider precisions; `Monitor.autopsy` does so when asked. scan: look at
-    all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1.
+    all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1. resume: for
+    a script that may be started again under the same `run`: where its folder is taken, the run goes on in the next free
+    one, ``run-2``, which it says. That is a run of its own: drift counts from the weights as they are this time.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
-    the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
-    for other unusable arguments; nothing is written then.
+    the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
+    resumed), UsageError for other unusable arguments; nothing is written then.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -73,7 +77,8 @@ def attach(
     chosen = _chosen(probes)
     limits = _limits(thresholds)
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
-    folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    wanted = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = free_folder(wanted) if resume else wanted
     options: dict[str, Any] = {
         "patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)
     }
@@ -117,25 +122,12 @@ def attach(
     except UsageError:  # such as a canary that can't be run: nothing was measured yet
         writer.discard()
         raise
-    if scan_failure:
-        monitor.note("scan-off", scan_failure)
-    return monitor
-
-
-def attach_host(model: nn.Module, sites: Patterns | None, run: str | Path | None, **options: Any) -> Monitor:
-    """`attach` for a host that may be started again under the same run, such as from a checkpoint of its own.
-
-    Where the run's folder is taken, the run goes on in the next free one, ``run-2``, which is said in it and on stderr:
-    the old one is left as it is. It is a run of its own because its start is one: drift counts from the weights that
-    the host started with this time, and so does what is usual for the loop. options: the further arguments of `attach`.
-    """
-    wanted = None if run is None else Path(run)
-    folder = None if wanted is None else free_folder(wanted)
-    monitor = attach(model, sites, folder, **options)
     if folder != wanted:
         says = f"run folder '{wanted}' exists: this run is in '{folder}', and drift counts from the weights as they are"
-        monitor.note("started-again", says)
+        monitor.note("resumed", says)
         logger.warning("stabilitylab: %s", says)
+    if scan_failure:
+        monitor.note("scan-off", scan_failure)
     return monitor
 
 

@@ -127,7 +127,7 @@ def test_a_script_that_starts_again_from_its_checkpoint_goes_on_in_the_next_free
         trainer(tmp_path, callback, **saving).train(resume_from_checkpoint=True)
     assert rows(tmp_path / "run") == [("step 1", "applied"), ("step 2", "applied")]
     assert rows(tmp_path / "run-2") == [("step 3", "applied")]
-    (note,) = [note.says for note in sl.load(tmp_path / "run-2").notes if note.kind == "started-again"]
+    (note,) = [note.says for note in sl.load(tmp_path / "run-2").notes if note.kind == "resumed"]
     assert "run folder" in note
     assert note in caplog.text
 

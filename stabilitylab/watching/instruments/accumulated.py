@@ -94,10 +94,11 @@ class FirstPass:
 class AccumulatedInstrument:
     """Looks at `.grad` when it is used. Forms no gradient, keeps none."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, scaler: torch.amp.GradScaler | None = None) -> None:
+        """scaler: of the loop's loss, where it is known before it lets an optimizer step."""
         self._bench = bench
         self._weights: dict[str, dict[int, _Weight]] = {}
-        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self._scaler = None if scaler is None else weakref.ref(scaler)
         self._stepped = False
         self._first_scale: Tensor | None = None
         self._version_used: dict[str, int] = {}

@@ -51,12 +51,13 @@ class _Seen:
 class GradientInstrument:
     """Reduces the first pass at once, keeps the last and the worst of the later ones, and counts the rest."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, scaler: torch.amp.GradScaler | None = None) -> None:
+        """scaler: see `AccumulatedInstrument`."""
         self._bench = bench
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Factors] = {}
         self._said: set[str] = set()
-        self._accumulated = AccumulatedInstrument(bench)
+        self._accumulated = AccumulatedInstrument(bench, scaler)
         self._plain: set[str] = set()
         self._sites: dict[str, Site] = {}
 

@@ -23,6 +23,7 @@ from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.canary import Canary
+from stabilitylab.watching.editor_parts import find_scaler
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
@@ -63,7 +64,7 @@ class Instruments:
         self.probe_time, self.canary_time = bench.probe_time, bench.canary_time
         self.canary = CanaryInstrument(bench, canary)
         self._weights = WeightInstrument(bench)
-        self._gradients = GradientInstrument(bench)
+        self._gradients = GradientInstrument(bench, find_scaler(editor))
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench)
         self._editor = EditorInstrument(bench, editor)
