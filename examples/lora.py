@@ -4,8 +4,8 @@
     python examples/lora.py runs/lora
     stabilitylab check runs/lora
 
-The layers are named as in the model without adapters, and what is measured is W + BA·scale. The model is a small one with
-random weights, so that nothing has to be fetched.
+The layers are named as in the model without adapters, and what is measured is W + BA·scale. The model is a small one
+with random weights, so that nothing has to be fetched.
 """
 
 from __future__ import annotations

@@ -7,10 +7,13 @@ layer is merged. So it is the same before a merge and after it, and adapters tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+from stabilitylab.probes.weight_pass import same_bits
 
 WRAPPER: Final = "base_model.model."
 """Where a `PeftModel` keeps the model that it wraps."""
@@ -95,6 +98,41 @@ def effective_weight(module: nn.Module) -> Tensor:
         merged = base_of(twin).weight
         assert isinstance(merged, Tensor)
         return merged.detach()
+
+
+class Parts:
+    """What the weight of an adapted layer was last made of: the adapters' tensors bit by bit, for they are small, and
+    where its base weight lay.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._settings, self._base = _settings(module), _marks(base_of(module))
+        self._own = {name: tensor.detach().clone() for name, tensor in _own_tensors(module)}
+
+    def are_those_of(self, module: nn.Module) -> bool:
+        """Whether the weight would be the same now. A write to the base weight through ``.data`` is not seen. Waits
+        for an accelerator.
+        """
+        if self._settings != _settings(module) or self._base != _marks(base_of(module)):
+            return False
+        now = dict(_own_tensors(module))
+        return now.keys() == self._own.keys() and all(same_bits(now[name], was) for name, was in self._own.items())
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    layer: Any = module
+    scaling = getattr(layer, "scaling", {})
+    return (layer.disable_adapters, *layer.merged_adapters, *layer.active_adapters, *scaling.items())
+
+
+def _marks(base: nn.Module) -> list[tuple[int, int, int]]:
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in base.parameters()]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    base = {id(tensor) for tensor in base_of(module).parameters()}
+    held = (*module.named_parameters(), *module.named_buffers())
+    return ((name, tensor) for name, tensor in held if id(tensor) not in base)
 
 
 def _with_deltas(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -194,6 +194,19 @@ def test_an_adapter_that_is_not_active_is_quiet(tmp_path: Path) -> None:
     assert sl.load(tmp_path / "run").series("update.norm", SITE)[1] == 0
 
 
+def test_an_adapter_that_is_put_back_between_two_edits_restores_the_layer(tmp_path: Path) -> None:
+    model = adapted()
+    step, weight = steps(model), model.base_model.model.mlp["down_proj"].lora_B["default"].weight
+    with sl.attach(model, "*.down_proj", tmp_path / "run") as monitor:
+        for _ in range(3):
+            with monitor.edit():
+                step()
+            if monitor.edits == 1:
+                weight.data.zero_()  # as hand-written loops do, without a trace in its version
+    outcomes = [edit.outcome for edit in sl.load(tmp_path / "run").edits[1:]]
+    assert outcomes == ["restored", "committed", "committed"]
+
+
 def test_a_delta_that_a_narrow_weight_would_round_away_is_measured(tmp_path: Path) -> None:
     model = adapted().to(torch.bfloat16)
     layer = model.base_model.model.mlp["down_proj"]

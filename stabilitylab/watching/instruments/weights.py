@@ -27,10 +27,10 @@ from stabilitylab.probes.weight_pass import (
 )
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
-from stabilitylab.watching.adapted import is_adapted
+from stabilitylab.watching.adapted import Parts, is_adapted
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.sites import Site, locate_readable, weight_at
+from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
 """The measurements that need W₀ or W₋."""
@@ -68,6 +68,7 @@ class WeightInstrument:
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
         self._originals: dict[str, Tensor] = {}
+        self._parts: dict[str, Parts] = {}
 
     def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """An edit begins: which tensor each weight is, and how often that was written so far."""
@@ -97,6 +98,7 @@ class WeightInstrument:
             weight = weight_at(model, site)
             if isinstance(weight, Tensor):
                 named = site.name
+                self._remember_parts(model, site)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, weight))  # noqa: B023
@@ -152,8 +154,21 @@ class WeightInstrument:
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
-        found = ((site, weight_at(model, site)) for site in sites)
-        return [site for site, at in found if isinstance(at, Tensor) and self.references.moved(site.name, at)]
+        return [site for site in sites if self._has_changed(model, site)]
+
+    def _has_changed(self, model: nn.Module, site: Site) -> bool:
+        parts, found = self._parts.get(site.name), locate(model, site)
+        if parts is not None and found is not None and is_adapted(found[0]) and parts.are_those_of(found[0]):
+            return False
+        weight = weight_at(model, site)
+        return isinstance(weight, Tensor) and self.references.moved(site.name, weight)
+
+    def _remember_parts(self, model: nn.Module, site: Site) -> None:
+        found = locate(model, site)
+        if self.keeps_references and found is not None and is_adapted(found[0]):
+            self._parts[site.name] = Parts(found[0])
+        else:
+            self._parts.pop(site.name, None)
 
     def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
         if not self.keeps_references:
