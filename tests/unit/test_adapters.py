@@ -44,7 +44,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "DoRA": lambda: LoraConfig(r=2, use_dora=True, **TARGET),
     "IA3": lambda: IA3Config(feedforward_modules=["down_proj"], **TARGET),
     "LoHa": lambda: LoHaConfig(r=2, **TARGET),
-    "OFT": lambda: OFTConfig(oft_block_size=4, **TARGET),
+    "OFT": lambda: OFTConfig(r=0, oft_block_size=4, **TARGET),
 }
 
 
