@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import stabilitylab as sl
 from stabilitylab.errors import SiteError
 from stabilitylab.integrations.transformers import StabilityCallback
 from tests.gpt2_loop import TEXT, TOKENS, VOCABULARY, make_gpt2
-from tests.loops import hooks_on
+from tests.loops import hooks_on, make_model
 
 SITE = "transformer.h.0.mlp.c_fc"
 MAX_NORM = 0.5
@@ -136,6 +137,18 @@ def test_a_site_that_is_not_there_is_said_before_training_and_leaves_nothing(tmp
     with pytest.raises(SiteError, match=r"'\*\.c_cf' matches no layer"):
         trainer(tmp_path, StabilityCallback(tmp_path / "run", sites="*.c_cf")).train()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_process_watches_and_reads_the_loss_scaler_that_the_optimizer_has(tmp_path: Path) -> None:
+    optimizer, callback = SimpleNamespace(scaler=torch.amp.GradScaler("cpu")), StabilityCallback(tmp_path / "run")
+    for is_first in (False, True):
+        state = SimpleNamespace(is_world_process_zero=is_first, global_step=0)
+        callback.on_train_begin(None, state, None, model=make_model(), optimizer=optimizer)
+        callback.on_step_begin(None, state, None)
+        callback.on_step_end(None, state, None)
+        callback.on_train_end(None, state, None)
+        assert (tmp_path / "run").exists() == is_first
+    assert sl.load(tmp_path / "run").manifest["editor_class"] == "dict of scaler"
 
 
 def test_events_that_say_nothing_of_edits_are_heard_and_nothing_else_is_made_up() -> None:
