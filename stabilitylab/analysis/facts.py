@@ -182,9 +182,9 @@ class FactRules:
             )
         )
         self._context.look(row, bool(bad.size))
+        yield from self._context.notes(row)
         if not bad.size:
             return
-        yield from self._context.notes(row)
         bad = bad[[not self._context.excuses(*self._lookup.key(row, position)) for position in bad]]
         # One tensor gone bad shows in many readings of it: the count of bad values, first here, speaks for all of its
         # kind at that site.

@@ -67,12 +67,20 @@ class NonfiniteContext:
                     yield Hit("masked-by-design", metric, place, value, 0.0, "stable", says)
         found = list(self._bad(row)) if self._skipped else []
         counts = [position for position, metric in found if metric.endswith(".nonfinite")]  # which say most
-        bad = np.array(counts or [position for position, _ in found], dtype=np.intp)
+        bad = np.array(counts or [position for position, _ in found] or self._overflows(row), dtype=np.intp)
         for place, value, metric, site in self._lookup.new("step-skipped", row, self._lookup.earliest(row, bad)):
             says = (
                 f"{metric} at {place_name(site)} is {number(value)} at edit {row.edit}, and no weight moved: the step"
             )
             yield Hit("step-skipped", "skipped", place, value, 0.0, "stable", f"{says} was skipped.")
+
+    def _overflows(self, row: Flat) -> list[np.intp]:
+        """Positions of gradients that were not finite as they were summed up, in an edit without any other such value:
+        its layers' own passes were sound.
+        """
+        steps = self._lookup.at("gradient.nonfinite_steps")
+        overflows = [position for position in steps if row.values[position] > 0]
+        return overflows if overflows and self._is_skipped(row) else []
 
     def _look_for_design(self, row: Flat) -> None:
         for family in FAMILIES:

@@ -1,5 +1,5 @@
 """Thin adapters to the loops that people already have."""
 
-from stabilitylab.integrations import easyedit
+from stabilitylab.integrations import easyedit, transformers
 
-__all__ = ["easyedit"]
+__all__ = ["easyedit", "transformers"]

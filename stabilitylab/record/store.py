@@ -92,10 +92,16 @@ def _wal_works(folder: Path) -> bool:
             return False
 
 
-def _free_name(folder: Path) -> Path:
-    number = 2
-    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder` where a run can be made in it, else the first of ``folder-2``, ``folder-3``, … where one can."""
+    number, candidate = 1, folder
+    while _is_taken(candidate):
         number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
 
 
@@ -233,8 +239,8 @@ class RunWriter:
 
         Raises RunError when the folder holds anything already (nothing is overwritten) or can't be made.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"run folder '{folder}' exists; expected a new one, such as '{_free_name(folder)}'")
+        if _is_taken(folder):
+            raise RunError(f"run folder '{folder}' exists; expected a new one, such as '{free_folder(folder)}'")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             journal = "WAL" if _wal_works(folder) else "TRUNCATE"

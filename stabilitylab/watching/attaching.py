@@ -17,7 +17,7 @@ from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
 from stabilitylab.record.readings import Metric
-from stabilitylab.record.store import FILE_NAME, RunWriter
+from stabilitylab.record.store import FILE_NAME, RunWriter, free_folder
 from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
@@ -25,7 +25,8 @@ from stabilitylab.watching import manifest
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
-from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, why_unmeasurable
+from stabilitylab.watching.one_hook import logger
+from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
 from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
 
 
@@ -45,13 +46,15 @@ def attach(
     trace: Trace = "auto",
     replay: bool = False,
     scan: bool = False,
+    resume: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
     sites: patterns of layer or parameter names (``*`` crosses dots), or None to watch what the first edit is seen to
     move. run: the run's new folder; by default one under ``runs/`` named by the time. editor: the editor, if its own
-    state is to be read (MEND: its normaliser); of a loop that keeps that in variables of its own, a dict of it. canary:
-    what to forward after each edit; a `Canary` has a cadence.
+    state is to be read (MEND: its normaliser); of a loop that keeps that in variables of its own, a dict of it; a
+    ``torch.amp.GradScaler`` in it is known before its first step. canary: what to forward after each edit; a `Canary`
+    has a cadence.
     probes: a tier by its cost, ``"light"`` (keeps no copies of the weights), ``"default"`` or ``"deep"``, or instances
     with settings of their own, such as ``Drift(every=5)``. tensorboard: also write TensorBoard events into the run's
     folder. sinks: further receivers of each row. config: plain JSON values for the manifest; of these
@@ -63,11 +66,13 @@ def attach(
     the environment variable ``STABILITYLAB_TRACE`` asks for it. replay: keep a copy of what each edit may touch, model
     and editor; the first edit of a wrapped loop (`Monitor.wrap`) that leaves something that is not finite, or fails, is
     then made once more from there, traced, and in wider precisions; `Monitor.autopsy` does so when asked. scan: look at
-    all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1.
+    all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1. resume: for
+    a script that may be started again under the same `run`: where its folder is taken, the run goes on in the next free
+    one, ``run-2``, which it says. That is a run of its own: drift counts from the weights as they are this time.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
-    the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists, UsageError
-    for other unusable arguments; nothing is written then.
+    the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
+    resumed), UsageError for other unusable arguments; nothing is written then.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -77,7 +82,8 @@ def attach(
     found, skipped = (None, {}) if sites is None else _measurable(model, find_sites(model, sites))
     spread_over = _spread_over(model, found, watched, replay)
     together = company(run, spread_over)
-    folder = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    wanted = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = free_folder(wanted) if resume else wanted
     options: dict[str, Any] = {
         "patterns": [sites] if isinstance(sites, str) else None if sites is None else list(sites)
     }
@@ -129,6 +135,10 @@ def attach(
     except UsageError:  # such as a canary that can't be run: nothing was measured yet
         writer.discard()
         raise
+    if folder != wanted:
+        says = f"run folder '{wanted}' exists: this run is in '{folder}', and drift counts from the weights as they are"
+        monitor.note("resumed", says)
+        logger.warning("stabilitylab: %s", says)
     if scan_failure:
         monitor.note("scan-off", scan_failure)
     if together is not None:
@@ -211,11 +221,15 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     kept, skipped = [], {}
     for site in sites:
         found = locate(model, site)
-        reason = "not found" if found is None else _why_not(found[1])
-        if reason is None:
-            kept.append(site)
+        if found is not None and is_spread(found[1]):
+            reason = _why_not(found[1])
         else:
+            weight = weight_at(model, site)
+            reason = weight if isinstance(weight, str) else None
+        if reason is not None:
             skipped[site.name] = reason
+        else:
+            kept.append(site)
     if not kept:
         name, reason = next(iter(skipped.items()))
         raise SiteError(f"none of the {len(sites)} matching sites can be measured; '{name}': {reason}")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from stabilitylab.acting.memory import in_gb, shortage
 from stabilitylab.probes.weight_pass import same_bits
-from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, why_unmeasurable
+from stabilitylab.watching.adapted import has_parts
+from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, weight_at, why_unmeasurable
 
 Moved = dict[str, tuple[Site, Tensor | None]]
 """By name: the site, and its weight as it was, where a copy was kept."""
@@ -55,6 +56,12 @@ def checksum(tensor: Tensor) -> int:
     return found * _FACTOR + int(words[whole.numel() * 8 :].long().sum())
 
 
+def _whole_sites(model: nn.Module) -> list[Site]:
+    """Every site, but for the parts that PEFT made a layer of: it moves as a whole."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if has_parts(module))
+    return [site for site in all_sites(model).values() if not site.name.startswith(layers)]
+
+
 class Discovery:
     """What every parameter was. Those that stood still in the edits before are compared more and more seldom: after
     1, 2, 4, 8, … edits.
@@ -66,7 +73,7 @@ class Discovery:
         self._edits = 0
         self._watched = list(but)
         self._root = weakref.ref(model)
-        located = (locate_readable(model, site) for site in all_sites(model).values())
+        located = (locate_readable(model, site) for site in _whole_sites(model))
         sizes = {id(found[1]): found[1].numel() * found[1].element_size() for found in located if found is not None}
         self._size = sum(sizes.values())
         self._copies = not but and shortage({torch.device("cpu"): self._size}) is None
@@ -83,7 +90,7 @@ class Discovery:
     def unreadable(model: nn.Module) -> dict[str, str]:
         """What can't be compared, with the reason: ``{"h.0.fc1 and 63 more": "its dtype is …"}``."""
         found: dict[str, list[str]] = {}
-        for site in all_sites(model).values():
+        for site in _whole_sites(model):
             located = locate(model, site)
             reason = None if located is None else why_unmeasurable(located[1])
             if reason is not None and located is not None and located[1].numel():
@@ -97,10 +104,9 @@ class Discovery:
         held = {id(found[1]) for found in located if found is not None}  # under other names, in an adapter
         fresh: dict[str, _Known] = {}
         for site in self._sites_in(model):
-            found = locate_readable(model, site)
-            if found is not None and id(found[1]) not in held:
-                weight = found[1].detach()
-                was = weight.to("cpu", copy=True) if self._copies else checksum(weight)
+            found, weight = locate(model, site), weight_at(model, site)
+            if found is not None and isinstance(weight, Tensor) and id(found[1]) not in held:
+                was = weight.detach().to("cpu", copy=True) if self._copies else checksum(weight)
                 fresh[site.name] = _Known(site, was, weakref.ref(found[1]) if self._edits else None)
                 if self._edits:  # a wrapper may hold an adapter under a second name
                     held.add(id(found[1]))
@@ -114,7 +120,7 @@ class Discovery:
         prefix = next((f"{name}." for name, module in model.named_modules() if name and module is root), "")
         return [
             replace(site, name=site.name.removeprefix(prefix), parameter=site.parameter.removeprefix(prefix))
-            for site in all_sites(model).values()
+            for site in _whole_sites(model)
         ]
 
     def watches(self, sites: Sequence[Site]) -> None:
@@ -132,10 +138,10 @@ class Discovery:
         for name, known in self._known.items():
             if not (is_due or name in self._fresh):
                 continue
-            located = locate_readable(model, known.site)
+            located, weight = locate(model, known.site), weight_at(model, known.site)
             if known.itself is not None and (located is None or known.itself() is not located[1]):
                 gone.append(name)
-            elif located is not None and known.is_unlike(located[1].detach()):
+            elif isinstance(weight, Tensor) and known.is_unlike(weight.detach()):
                 found[name] = (known.site, known.was if isinstance(known.was, Tensor) else None)
         for name in gone:
             del self._known[name]

@@ -9,6 +9,7 @@
 | MEMIT, AlphaEdit | the same | ``COV_CACHE`` |
 | GRACE | a module of the *model* | ``keys``, ``values``, ``epsilons`` |
 | WISE | a module of the *model* | ``new_weight``, ``original_layer``, ``memory_weight`` |
+| a loop in mixed precision | the editor | any ``torch.amp.GradScaler`` |
 | any of these | a dict, as a loop keeps it in variables | the same names as keys |
 | any | the editor | ``reports``, see `stabilitylab.watching.editor_report` |
 """
@@ -131,6 +132,12 @@ def as_editor(given: object) -> object | None:
             " state, or a dict of it, such as {'P': P, 'cache_c': cache_c}"
         )
     return given
+
+
+def find_scaler(editor: object | None) -> torch.amp.GradScaler | None:
+    """The loss scaler that the editor holds, where it holds one."""
+    held = getattr(editor, "__dict__", {}).values()
+    return next((value for value in held if isinstance(value, torch.amp.GradScaler)), None)
 
 
 def _modules_of(editor: object) -> dict[str, nn.Module]:

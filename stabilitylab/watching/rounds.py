@@ -37,7 +37,8 @@ from stabilitylab.watching.progress import bar
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
-from stabilitylab.watching.sites import Site, locate
+from stabilitylab.watching.sites import Site, locate, weight_at
+from stabilitylab.watching.spread import is_spread
 
 _NAMED: Final = 4
 """Sites that a note names."""
@@ -49,6 +50,15 @@ _CHANGED: Final = {
 """Notes of weights that move between two edits."""
 _MANY_ENTRIES: Final = 1 << 26
 """Entries of all watched weights from which on a person is shown how far it is."""
+
+
+def _watched_at(model: nn.Module, site: Site) -> Tensor | None:
+    """The weight that counts at a site, in parts where it is spread; None where it can't be read."""
+    found = locate(model, site)
+    if found is not None and is_spread(found[1]):
+        return found[1]
+    weight = weight_at(model, site)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _unseen(_: int) -> None:
@@ -442,9 +452,9 @@ class Rounds:
         size = sum(math.prod(site.shape) for site in sites)
         with bar("weights before edit 1", len(sites)) if size > _MANY_ENTRIES else nullcontext(_unseen) as done:
             for number, site in enumerate(sites, start=1):
-                found = locate(self.model, site)
-                if found is not None:
-                    self._instruments.adopt(site, originals.get(site.name, found[1]).to(found[1].device))
+                weight = _watched_at(self.model, site)
+                if weight is not None:
+                    self._instruments.adopt(site, originals.get(site.name, weight).to(weight.device))
                 done(number)
 
     def _discover(self) -> None:

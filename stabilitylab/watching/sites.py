@@ -4,14 +4,15 @@ A pattern is a shell pattern in which ``*`` crosses dots: ``"language_model.*.fc
 names and parameter names. A module that owns a weight is a site under the module's name, and so is its parameter
 ``….weight``; any other parameter is a site under its own name. Of a pruned or parametrised layer it is the parameter
 that the weight is computed of. A quantised layer whose weight is no parameter is one too, so that it can be named as
-skipped.
+skipped. A layer that PEFT has put adapters on is a site with the weight that it computes with, also under the name that
+it has in the model without PEFT.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stabilitylab.errors import SiteError, did_you_mean, nearest
+from stabilitylab.watching import adapted
 
 Patterns = str | Sequence[str]
 Orientation = Literal["out_in", "in_out", "none"]
@@ -103,6 +105,13 @@ def all_sites(model: nn.Module) -> dict[str, Site]:
     """Every site that the model offers, by name, in the order in which the model registers its parameters."""
     offered: dict[str, Site] = {}
     for owner, module in model.named_modules(remove_duplicate=False):
+        if owner and adapted.is_adapted(module):
+            held = adapted.shape_of(module), adapted.dtype_of(module), orientation_of(adapted.base_of(module))
+            offered[owner] = Site(owner, f"{owner}.weight", *held)
+        if (copy := adapted.running(module)) is not module:
+            for name, tensor in copy.named_parameters(owner, recurse=False):
+                site = _site_of_parameter(copy, name, tensor)
+                offered[site.name] = site
         for name, tensor in module.named_parameters(owner, recurse=False, remove_duplicate=False):
             site = _site_of_parameter(module, name, tensor)
             offered[site.name] = site
@@ -130,12 +139,16 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _matches(pattern: str, sites: Mapping[str, Site]) -> list[Site]:
-    return [
-        site
-        for site in sites.values()
-        if fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.parameter, pattern)
-    ]
+def _matches(pattern: str, sites: Mapping[str, Site], layers: Collection[str], prefix: str) -> list[Site]:
+    """layers: those that have adapters. prefix: of all names of the model that a wrapper holds."""
+
+    def matches(name: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removeprefix(prefix), pattern)
+
+    found = [site for site in sites.values() if matches(site.name) or matches(site.parameter)]
+    # The parts of a layer with adapters are meant only where it is not itself.
+    whole = tuple(f"{site.name}." for site in found if site.name in layers)
+    return [site for site in found if not site.name.startswith(whole)]
 
 
 def _such_as(sites: Mapping[str, Site]) -> str:
@@ -183,8 +196,10 @@ def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
         raise SiteError(
             "no site pattern given; expected at least one, or sites=None to watch what the first edit moves"
         )
+    layers = {name for name, module in model.named_modules() if adapted.has_parts(module)}
+    prefix = adapted.WRAPPER if adapted.is_wrapper(model) else ""
     for pattern in wanted:
-        found = _matches(pattern, offered)
+        found = _matches(pattern, offered, layers, prefix)
         if not found:
             raise _no_match(pattern, model, offered)
         chosen.update(site.name for site in found)
@@ -223,8 +238,9 @@ def _by_name(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)  # direct: walking all modules of a model takes milliseconds
     except AttributeError:
+        name = name.removeprefix(adapted.WRAPPER)  # its adapters may be merged, and gone
         named = model.named_modules(remove_duplicate=False)
-        inner = [module for full, module in named if full.endswith(f".{name}")]
+        inner = [module for full, module in named if full == name or full.endswith(f".{name}")]
         return inner[0] if inner and all(module is inner[0] for module in inner) else None
 
 
@@ -234,7 +250,11 @@ def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model.
     """
     owner = _by_name(model, site.module) if site.module else model
+    owner = None if owner is None else adapted.running(owner)
     inner, _, leaf = site.parameter[len(site.module) + bool(site.module) :].rpartition(".")
+    if owner is not None and not inner and leaf == "weight" and adapted.is_adapted(owner):
+        weight = getattr(adapted.base_of(owner), leaf, None)
+        return (owner, weight) if isinstance(weight, Tensor) else None
     if owner is None or not inner:
         return None if owner is None else _unwrapped(owner, leaf, site.shape)
     holder = _by_name(owner, inner)
@@ -246,6 +266,20 @@ def locate_readable(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | 
     """The same; None too when the values can't be read any more: quantised or offloaded since."""
     found = locate(model, site)
     return None if found is None or why_unmeasurable(found[1]) is not None else found
+
+
+def weight_at(model: nn.Module, site: Site) -> Tensor | str:
+    """The weight that counts at a site, with the adapters where it has some; else the reason why it can't be read."""
+    found = locate(model, site)
+    if found is None:
+        return f"no longer found in {type(model).__name__}"
+    module, weight = found
+    if adapted.is_adapted(module) and not weight.is_meta:
+        try:
+            weight = adapted.effective_weight(module)
+        except Exception as error:  # of PEFT, or of a kind of adapter that can't be merged
+            return f"its adapters can't be merged ({type(error).__name__}: {error})"
+    return why_unmeasurable(weight) or weight
 
 
 def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:

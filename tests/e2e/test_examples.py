@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def run_example(name: str, folder: Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_example_here(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in this process: importing a host's libraries takes longer than the example."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, "run"])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def check(folder: Path) -> str:
@@ -99,3 +107,31 @@ def test_a_script_that_puts_the_weights_back_after_each_case(tmp_path: Path) -> 
     for site in ("transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"):
         assert run.series("drift.norm", site)[1:] == pytest.approx(run.series("update.norm", site)[1:], rel=1e-4)
     assert run.diagnosis().verdict == "stable"
+
+
+def test_a_plain_loop_with_all_that_it_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example_here("plain_torch.py", tmp_path, monkeypatch)
+    assert "Stable over 16 edits" in capsys.readouterr().out
+    run, site = sl.load(tmp_path / "run"), "blocks.1.down_proj"
+    norms, scales = run.series("gradient.norm", site)[1:], run.series("gradient.loss_scale", site)[1:]
+    assert norms.max() < 5 * norms.min()
+    assert set(scales) == {2.0**19, 2.0**20}
+    skipped = run.series("update.norm", site)[1:] == 0
+    assert 0 < skipped.sum() < 8
+    assert (run.series("gradient.norm_stepped", site)[1:][~skipped] <= 1).all()
+    assert (run.series("gradient.passes", site)[1:] == 4).all()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
+def test_lora_under_a_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example_here("lora.py", tmp_path, monkeypatch)
+    assert "Stable over 12 edits" in capsys.readouterr().out
+    run = sl.load(tmp_path / "run")
+    assert [edit.row.label for edit in run.edits[1:3]] == ["step 1", "step 2"]
+    assert len(run.manifest["sites"]) == 2
+    for site in run.manifest["sites"]:
+        assert (run.series("drift.ratio", site)[1:] > 0.01).all()

@@ -176,6 +176,37 @@ def test_a_step_that_the_scaler_skips_is_not_finite(tmp_path: Path) -> None:
     assert read(run, "nonfinite_steps")[0] == 1
 
 
+def test_a_scaler_that_the_editor_holds_is_known_before_it_lets_a_step_pass(tmp_path: Path) -> None:
+    net, scaler = Net(), torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with sl.attach(net, sites="first", run=tmp_path / "run", editor={"scaler": scaler}) as monitor, monitor.edit():
+        scaler.scale(loss_of(net)).backward()
+        size = norm(net.first.weight.grad) / scaler.get_scale()
+        net.last.weight.grad.fill_(torch.inf)  # why this step is skipped
+        scaler.step(optimizer)
+        scaler.update()
+    run = sl.load(tmp_path / "run")
+    assert read(run, "norm")[0] == pytest.approx(size, rel=1e-5)
+    assert run.series("update.norm", "first")[1] == 0
+
+
+def test_growth_of_the_scale_is_not_growth_of_the_gradient(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=6)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    with sl.attach(net, sites="0", run=tmp_path / "run") as monitor:
+        for _ in range(70):
+            with monitor.edit():
+                optimizer.zero_grad()
+                scaler.scale((net(torch.randn(16, WIDTH)) - torch.randn(16, WIDTH)).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    diagnosis = sl.load(tmp_path / "run").diagnosis()
+    assert (diagnosis.verdict, diagnosis.findings, diagnosis.landed) == ("stable", (), "all")
+    assert scaler.get_scale() > 2.0**20
+
+
 class Tripled(nn.Linear):
     """Computes with 3·W."""
 

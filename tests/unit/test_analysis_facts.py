@@ -190,6 +190,13 @@ def test_a_logit_that_is_masked_by_design_is_a_note_and_one_that_becomes_infinit
     assert run({}, lost | SOUND).verdict == "non-finite"
 
 
+def test_a_step_that_is_skipped_for_a_sum_that_overflows_is_a_note_too() -> None:
+    summed: Reading = {("gradient.nonfinite", A): 0.0, ("gradient.nonfinite_steps", A): 2.0}
+    skipped = run({}, SOUND, summed | {("update.norm", A): 0.0}, SOUND)
+    assert (skipped.verdict, [finding.rule for finding in skipped.findings]) == ("stable", ["step-skipped"])
+    assert not run({}, SOUND, summed | {("update.norm", A): 1.0}, SOUND).findings
+
+
 def test_a_step_that_is_skipped_passes_and_one_that_is_made_stays() -> None:
     diagnosis = run({}, SKIPPED, SOUND, SOUND, SKIPPED, SOUND)
     assert (diagnosis.verdict, diagnosis.landed, diagnosis.alarm_edit) == ("stable", "some", None)

@@ -53,7 +53,8 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
         "errors",
         "record.scanned",
         *(f"probes.{name}" for name in ("canary_places", "logits_pass", "weight_pass", "weight_spectrum")),
-        *(f"watching.{name}" for name in ("answer", "canary", "editor_parts", "reach", "sites", "snapshot", "undoing")),
+        *(f"watching.{name}" for name in ("adapted", "answer", "canary", "editor_parts", "reach", "sites")),
+        *(f"watching.{name}" for name in ("snapshot", "undoing")),
     ),
     # What `stabilitylab.scan` gives: figures, and what they warn of.
     "acting.scanning.scanned": (

@@ -144,6 +144,18 @@ def test_a_probe_that_breaks_is_switched_off_and_recorded(tmp_path: Path) -> Non
     assert run.present("update.norm", "3").all()
 
 
+def test_a_run_that_is_resumed_goes_on_in_the_next_free_folder_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        with sl.attach(make_model(), "3", tmp_path / "run", resume=True) as monitor, monitor.edit():
+            pass
+        assert monitor.path == tmp_path / ("run", "run-2", "run-3")[number]
+        said = [note.says for note in sl.load(monitor.path).notes if note.kind == "resumed"]
+        assert all(str(monitor.path) in each and each in caplog.text for each in said)
+        assert len(said) == (number > 0)
+
+
 def test_a_canary_that_breaks_is_switched_off(tmp_path: Path) -> None:
     model = make_model()
     answers = iter([True])

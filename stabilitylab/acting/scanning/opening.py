@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError, did_you_mean
 from stabilitylab.record.scanned import FLOATS
+from stabilitylab.watching.adapted import has_parts
 from stabilitylab.watching.sites import Site, all_sites, locate, orientation_of, why_unmeasurable
 
 PICKLE_HINT: Final = "--pickle (in Python: pickles=True) reads pickled tensors, and tensors only"
@@ -75,8 +76,9 @@ def open_model(model: nn.Module) -> Opened:
         for name, tensor in named
     ]
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {entry.name for entry in found}
-    packed = [site for site in all_sites(model).values() if site.parameter not in known]
-    found += [_packed(model, site) for site in packed]
+    others = [site for site in all_sites(model).values() if site.parameter not in known]
+    # A layer with adapters has its own weight, and theirs, among the parameters.
+    found += [_packed(model, site) for site in others if not has_parts(model.get_submodule(site.module))]
     kind = str(getattr(getattr(model, "config", None), "model_type", "") or "")
     return Opened(type(model).__name__, kind, tuple(found))
 

@@ -104,16 +104,18 @@ class FirstPass:
 class AccumulatedInstrument:
     """Looks at `.grad` when it is used. Forms no gradient, keeps none."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, scaler: torch.amp.GradScaler | None = None) -> None:
+        """scaler: of the loop's loss, where it is known before it lets an optimizer step."""
         self._bench = bench
         self._weights: dict[str, dict[int, _Weight]] = {}
-        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self._scaler = None if scaler is None else weakref.ref(scaler)
         self._stepped = False
+        self._first_scale: Tensor | None = None
         self._version_used: dict[str, int] = {}
 
     def begin(self) -> None:
         """A new edit."""
-        self._weights, self._stepped = {}, False
+        self._weights, self._stepped, self._first_scale = {}, False, None
 
     def adopt(self, site: str, weight: Tensor, orientation: Orientation) -> bool:
         """Whether to tell of what is accumulated in this weight: a leaf that is not watched yet in this edit."""
@@ -157,6 +159,7 @@ class AccumulatedInstrument:
         self._scaler = self._scaler if scaler is None else weakref.ref(scaler)
         within: Any = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
         scale = within if isinstance(within, Tensor) else None if scaler is None else self.scale
+        self._first_scale = scale if self._first_scale is None else self._first_scale
         for site, known in self._weights.items():
             for key, one in known.items():
                 gradient = one.gradient
@@ -193,9 +196,11 @@ class AccumulatedInstrument:
             return self._of(one.looks, END, one)
         if first is None:
             return None
-        if one is None and first.scale is not None:
-            return self._of([Use(norm_of(first.packed), scale=first.scale)], FACTORS, None)
-        source = SCALED_FACTORS if first.narrow and first.scale is None else FACTORS
+        # Of the run's first edit the scaler became known as it stepped, after the pass.
+        scale = self._first_scale if first.scale is None else first.scale
+        if one is None and scale is not None:
+            return self._of([Use(norm_of(first.packed), scale=scale)], FACTORS, None)
+        source = SCALED_FACTORS if first.narrow and scale is None else FACTORS
         return self._of([] if one is None else one.looks, source, None)
 
     def _is_used(self, one: _Weight) -> bool:

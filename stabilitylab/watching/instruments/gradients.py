@@ -28,7 +28,7 @@ from stabilitylab.watching.instruments.accumulated import Accumulated, Accumulat
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange, How
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.sites import Site, locate_readable
+from stabilitylab.watching.sites import Site, weight_at
 from stabilitylab.watching.spread import Spread, spread_of
 
 _USES = 32
@@ -56,14 +56,15 @@ class _Seen:
 class GradientInstrument:
     """Reduces the first pass at once, keeps the last and the worst of the later ones, and counts the rest."""
 
-    def __init__(self, bench: Bench, exchange: Exchange) -> None:
+    def __init__(self, bench: Bench, exchange: Exchange, scaler: torch.amp.GradScaler | None = None) -> None:
+        """scaler: see `AccumulatedInstrument`."""
         self._bench = bench
         self._exchange = exchange
         self._spread: dict[str, Spread] = {}
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Factors] = {}
         self._said: set[str] = set()
-        self._accumulated = AccumulatedInstrument(bench)
+        self._accumulated = AccumulatedInstrument(bench, scaler)
         self._plain: set[str] = set()
         self._sites: dict[str, Site] = {}
 
@@ -232,14 +233,14 @@ class GradientInstrument:
             return
         if self._bench.needed_next(Alignment, site.name):
             self._before[site.name] = seen.first
-        found = locate_readable(model, site) if self._bench.needed(Alignment, site.name) else None
-        if found is None or not references.holds(site.name):
+        weight = weight_at(model, site) if self._bench.needed(Alignment, site.name) else ""
+        if isinstance(weight, str) or not references.holds(site.name):
             return
         own = inner_product(seen.first, seen.first)
         products = [own, torch.zeros_like(own), torch.zeros_like(own)]
         if before is not None:
             products = [own, inner_product(before, before), inner_product(seen.first, before)]
-        previous = references.previous(site.name, found[1])
-        update = product_with_update(seen.first, found[1], previous, site.orientation == "in_out")
+        previous = references.previous(site.name, weight)
+        update = product_with_update(seen.first, weight, previous, site.orientation == "in_out")
         packed = torch.cat([torch.stack(products), update])
         self._bench.add(site.name, packed, functools.partial(alignment_from, has_previous=before is not None))

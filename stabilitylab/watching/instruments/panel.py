@@ -24,6 +24,7 @@ from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.compiled import CompiledParts
+from stabilitylab.watching.editor_parts import find_scaler
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
@@ -66,7 +67,7 @@ class Instruments:
         self.canary = CanaryInstrument(bench, canary)
         self._exchange = exchange = Exchange(bench)
         self._weights = WeightInstrument(bench, exchange)
-        self._gradients = GradientInstrument(bench, exchange)
+        self._gradients = GradientInstrument(bench, exchange, find_scaler(editor))
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench, canary)
         self._editor = EditorInstrument(bench, editor)

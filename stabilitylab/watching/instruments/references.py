@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +45,8 @@ class _Copies:
     mark: tuple[object, ...]
     """Where W was, and its version, when `previous` took its values."""
     is_part: bool
+    seen: Callable[[], Tensor | None] = lambda: None
+    """Which tensor it was: one that is computed anew each time, as with adapters, may lie where the last one lay."""
     before: Signature | None = None
     after: Signature | None = None
 
@@ -105,19 +109,20 @@ class References:
         seen = reduce_weight(weight, copies.original, copies.previous, copies.at_rest[1], want_change)
         if copies.previous.dtype != weight.dtype:  # the user has cast the model
             copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
-        copies.mark = _mark(weight)
+        copies.mark, copies.seen = _mark(weight), weakref.ref(weight)
         return seen
 
     def untouched(self, name: str, weight: Tensor) -> bool:
         """Whether the weight shows no sign of a write since `measure`, on a CPU.
 
-        Its place and its version counter are as they were, and so is a cache line of each row: a write through
-        ``weight.data`` leaves the counter alone, and one that misses all of those entries goes unseen here.
+        It is the same tensor, its place and its version counter are as they were, and so is a cache line of each row:
+        a write through ``weight.data`` leaves the counter alone, and one that misses all of those goes unseen here.
         """
         copies = self._on(name, weight)
         return (
             on_cpu(weight)
             and weight.is_contiguous()
+            and copies.seen() is weight
             and copies.mark == _mark(weight)
             and same_sample(weight, copies.previous)
         )

@@ -27,11 +27,12 @@ from stabilitylab.probes.weight_pass import (
 )
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
+from stabilitylab.watching.adapted import Parts, is_adapted
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
-from stabilitylab.watching.sites import Site, locate, locate_readable, why_unmeasurable
+from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
 from stabilitylab.watching.spread import is_spread, whole_of
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
@@ -79,6 +80,7 @@ class WeightInstrument:
         self._followed: dict[str, _Followed] = {}
         self._entries = 0
         self._originals: dict[str, Tensor] = {}
+        self._parts: dict[str, Parts] = {}
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
@@ -101,7 +103,7 @@ class WeightInstrument:
             return
         for site in sites:
             found = locate_readable(model, site)
-            if found is not None and not found[1].is_inference():
+            if found is not None and not found[1].is_inference() and not is_adapted(found[0]):
                 self._versions[site.name] = (id(found[1]), found[1]._version)
         for site, weight in self._spread.found(model, sites):
             self._versions[site.name] = (id(weight), weight._version)
@@ -125,18 +127,17 @@ class WeightInstrument:
         for at, site in enumerate(sites):
             if site.name in in_parts:
                 continue
-            found = locate(model, site)
-            gone = f"no longer found in {type(model).__name__}"
-            reason = gone if found is None else self._why_not(site, found[1])
-            if found is not None and reason is None:
-                weight, named = found[1], site.name
+            weight = weight_at(model, site)
+            if isinstance(weight, Tensor):
+                named = site.name
+                self._remember_parts(model, site)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 first = functools.partial(self.references.original, site.name, weight)
                 self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, lambda: weight, first))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
-                self._bench.note("skipped-site", f"{site.name}: {reason}")
+                self._bench.note("skipped-site", f"{site.name}: {self._why_not(model, site) or weight}")
         asks_whole = self._bench.ever_needed(TopSingular) or any(map(self._bench.needed, _WHOLE))
         for each in self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole):
             self._in_parts(each)
@@ -156,13 +157,14 @@ class WeightInstrument:
         )
 
     @staticmethod
-    def _why_not(site: Site, weight: Tensor) -> str | None:
-        if is_spread(weight):
-            return (
-                "its weight has become a DTensor since, or is spread in another way; attach after fully_shard or "
-                "parallelize_module"
-            )
-        return why_unmeasurable(weight)
+    def _why_not(model: nn.Module, site: Site) -> str | None:
+        found = locate(model, site)
+        if found is None or not is_spread(found[1]):
+            return None
+        return (
+            "its weight has become a DTensor since, or is spread in another way; attach after fully_shard or "
+            "parallelize_module"
+        )
 
     def compare(self, model: nn.Module, sites: Sequence[Site], updates: Mapping[str, Tensor]) -> None:
         """See what became of the updates that the editor told of, while W₋ is still the weight before the edit."""
@@ -183,24 +185,25 @@ class WeightInstrument:
                 self._bench.safely(f"moved entries of {site.name}", functools.partial(self._moved, model, site))
 
     def _moved(self, model: nn.Module, site: Site) -> None:
-        found = locate_readable(model, site)
-        if found is None or not self.references.holds(site.name) or self.references.untouched(site.name, found[1]):
+        weight = weight_at(model, site)
+        if isinstance(weight, str) or not self.references.holds(site.name):
             return
-        previous = self.references.previous(site.name, found[1])
-        self._bench.add(site.name, reduce_moved(found[1], previous), MovedEntries.from_host)
+        if not self.references.untouched(site.name, weight):
+            previous = self.references.previous(site.name, weight)
+            self._bench.add(site.name, reduce_moved(weight, previous), MovedEntries.from_host)
 
     def _absorbed(self, model: nn.Module, site: Site, update: Tensor) -> None:
-        found = locate_readable(model, site)
-        if found is not None and self.references.holds(site.name):
-            previous = self.references.previous(site.name, found[1])
-            self._bench.add(site.name, reduce_absorption(update, found[1], previous), AbsorptionPass.from_host)
+        weight = weight_at(model, site)
+        if isinstance(weight, Tensor) and self.references.holds(site.name):
+            previous = self.references.previous(site.name, weight)
+            self._bench.add(site.name, reduce_absorption(update, weight, previous), AbsorptionPass.from_host)
 
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure sites between two edits, by references alone; W₋ is what they are now."""
         for site in sites:
-            found = None if self._spread.watches(site) else locate_readable(model, site)
-            if found is not None:
-                self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, found[1]))
+            weight = "" if self._spread.watches(site) else weight_at(model, site)
+            if isinstance(weight, Tensor):
+                self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, weight))
         self._spread.look(self._spread.found(model, sites), self._moved_since)
 
     def _look(self, site: Site, weight: Tensor) -> None:
@@ -218,8 +221,21 @@ class WeightInstrument:
         can tell by itself. Synchronises an accelerator.
         """
         spread = [site for site in sites if self._spread.watches(site)]
-        found = ((site, locate_readable(model, site)) for site in sites if site not in spread)
-        return spread + [site for site, at in found if at is not None and self.references.moved(site.name, at[1])]
+        return spread + [site for site in sites if site not in spread and self._has_changed(model, site)]
+
+    def _has_changed(self, model: nn.Module, site: Site) -> bool:
+        parts, found = self._parts.get(site.name), locate(model, site)
+        if parts is not None and found is not None and is_adapted(found[0]) and parts.are_those_of(found[0]):
+            return False
+        weight = weight_at(model, site)
+        return isinstance(weight, Tensor) and self.references.moved(site.name, weight)
+
+    def _remember_parts(self, model: nn.Module, site: Site) -> None:
+        found = locate(model, site)
+        if self.keeps_references and found is not None and is_adapted(found[0]):
+            self._parts[site.name] = Parts(found[0])
+        else:
+            self._parts.pop(site.name, None)
 
     def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
         if not self.keeps_references:

@@ -1,0 +1,163 @@
+"""A layer that PEFT has put adapters on, and the weight that it really computes with. Known by its attributes.
+
+Whatever kind the adapters are (LoRA, DoRA, IA³, OFT, …), that weight is what merging them would leave: a copy of the
+layer is merged. So it is the same before a merge and after it, and adapters that are not active have no part in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.probes.weight_pass import same_bits
+
+WRAPPER: Final = "base_model.model."
+"""Where a `PeftModel` keeps the model that it wraps."""
+
+_INNER: Final = "base_layer"
+_COPIES: Final = "modules_to_save"
+_OWN: Final = (dict, list, set)
+"""What a layer's attributes are kept in: what merging writes to must be the copy's own."""
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether it is a layer inside PEFT's adapters, by the attributes that all of them have."""
+    has_inner = isinstance(module._modules.get(_INNER), nn.Module)
+    return has_inner and isinstance(getattr(module, "merged_adapters", None), list) and hasattr(module, "merge")
+
+
+def running(module: nn.Module) -> nn.Module:
+    """What runs in place of a module that PEFT trains a copy of (``modules_to_save``): the copy, or the original. Any
+    other module itself.
+    """
+    copies = module._modules.get(_COPIES)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    state: Any = module
+    names = [] if state.disable_adapters else [name for name in state.active_adapters if name in copies]
+    found = copies[names[0]] if names else state.original_module
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether it is, with what is inside of it, one layer of the model that the user made."""
+    return is_adapted(module) or running(module) is not module
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer inside all of its adapters."""
+    while isinstance(inner := module._modules.get(_INNER), nn.Module):
+        module = inner
+    return module
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Whether it is a `PeftModel`, whose layers have other names than in the model that the user made."""
+    return callable(getattr(model, "get_base_model", None)) and "base_model" in model._modules
+
+
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """Of the weight of an adapted layer; of a packed one that which it stands for."""
+    base = base_of(module)
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return tuple(weight.shape)
+    return (int(getattr(base, "out_features", 0)), int(getattr(base, "in_features", 0)))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the effective weight: wide enough that what an adapter adds to a narrow weight is not rounded away."""
+    weight = getattr(base_of(module), "weight", None)
+    known = isinstance(weight, Tensor) and weight.is_floating_point()
+    return torch.promote_types(weight.dtype, torch.float32) if known else torch.float32  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that an adapted layer computes with, of `shape_of` and `dtype_of`: W itself where no adapter counts.
+
+    Raises whatever the adapters raise where they can't be merged. The layer is left as it is.
+    """
+    layer: Any = module
+    weight = base_of(module).weight
+    dtype = dtype_of(module)
+    assert isinstance(weight, Tensor)
+    packed = not weight.is_floating_point()
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        if packed:
+            return _with_deltas(layer, dtype)
+        if layer.disable_adapters != layer.merged:  # both: what was merged is taken off again as soon as it runs
+            return weight.to(dtype)
+        twin: Any = _twin(module, dtype)
+        twin.unmerge() if layer.merged else twin.merge()
+        merged = base_of(twin).weight
+        assert isinstance(merged, Tensor)
+        return merged.detach()
+
+
+class Parts:
+    """What the weight of an adapted layer was last made of: the adapters' tensors bit by bit, for they are small, and
+    where its base weight lay.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._settings, self._base = _settings(module), _marks(base_of(module))
+        self._own = {name: tensor.detach().clone() for name, tensor in _own_tensors(module)}
+
+    def are_those_of(self, module: nn.Module) -> bool:
+        """Whether the weight would be the same now. A write to the base weight through ``.data`` is not seen. Waits
+        for an accelerator.
+        """
+        if self._settings != _settings(module) or self._base != _marks(base_of(module)):
+            return False
+        now = dict(_own_tensors(module))
+        return now.keys() == self._own.keys() and all(same_bits(now[name], was) for name, was in self._own.items())
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    layer: Any = module
+    scaling = getattr(layer, "scaling", {})
+    return (layer.disable_adapters, *layer.merged_adapters, *layer.active_adapters, *scaling.items())
+
+
+def _marks(base: nn.Module) -> list[tuple[int, int, int]]:
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in base.parameters()]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    base = {id(tensor) for tensor in base_of(module).parameters()}
+    held = (*module.named_parameters(), *module.named_buffers())
+    return ((name, tensor) for name, tensor in held if id(tensor) not in base)
+
+
+def _with_deltas(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Of a packed layer: merging would pack it anew, and round away what the adapters add."""
+    from peft.utils.integrations import dequantize_module_weight  # whose layer this is
+
+    base = copy.copy(base_of(layer))
+    vars(base).update({name: copy.copy(held) for name, held in vars(base).items() if name in ("_parameters", "state")})
+    weight: Tensor = dequantize_module_weight(base).to(dtype)
+    if not (layer.disable_adapters or layer.merged):
+        there = set(layer._get_available_adapters())
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).to(weight) if name in there else weight
+    return weight
+
+
+def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A layer that shares the adapters' tensors, and has a base layer, lists and caches of its own."""
+    twin = copy.copy(module)
+    vars(twin).update({name: copy.copy(held) for name, held in vars(module).items() if isinstance(held, _OWN)})
+    inner = module._modules.get(_INNER)
+    if isinstance(inner, nn.Module):
+        twin._modules[_INNER] = _twin(inner, dtype)
+    else:  # the base layer
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                twin._parameters[name] = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
+    return twin
