@@ -7,6 +7,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,39 +18,45 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-class CompiledParts:
-    """What runs as compiled code of the model of one loop."""
+@dataclass
+class _Given:
+    """What was given to `torch.compile` in this process. holders: how many held the class of what that returns, each
+    object of it among them, when they were looked for last.
+    """
 
-    def __init__(self) -> None:
-        self._looked_at: int | None = None
-        self._wrapped: list[weakref.ref[nn.Module]] = []
+    models: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    holders: int = 0
 
-    def of(self, model: nn.Module) -> dict[int, str]:
-        """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
-        names = {id(module): name or "the model" for name, module in model.named_modules()}
-        found: dict[int, str] = {}
-        for module in model.modules():
-            if is_compiled(module):
-                # Around what `torch.compile` made, hooks run as ever.
-                inner = getattr(module, "_orig_mod", module)
-                found = {id(each): names[id(module)] for each in inner.modules()} | found
-        for wrapped in self._made_outside():
-            for each in wrapped.modules():
-                if id(each) in names:
-                    found.setdefault(id(each), names.get(id(wrapped), "a part of what was given to torch.compile"))
-        return found
 
-    def _made_outside(self) -> list[nn.Module]:
-        """What was given to `torch.compile`, which leaves no trace on it. Looked for when anything was compiled."""
-        torch_compile = sys.modules.get("torch._dynamo.eval_frame")
-        if torch_compile is None:
-            return []
-        if self._looked_at != frames_compiled():
-            self._looked_at = frames_compiled()
-            kind = torch_compile.OptimizedModule
-            made = [each for each in gc.get_referrers(kind) if type(each) is kind]
-            self._wrapped = [weakref.ref(each._orig_mod) for each in made]
-        return [module for each in self._wrapped if (module := each()) is not None]
+_given = _Given()
+
+
+def inside_compiled(model: nn.Module) -> dict[int, str]:
+    """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
+    names = {id(module): name or "the model" for name, module in model.named_modules()}
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if is_compiled(module):
+            # Around what `torch.compile` made, hooks run as ever.
+            inner = getattr(module, "_orig_mod", module)
+            found = {id(each): names[id(module)] for each in inner.modules()} | found
+    for given in _given_to_compile():
+        for each in given.modules():
+            if id(each) in names:
+                found.setdefault(id(each), names.get(id(given), "a part of what was given to torch.compile"))
+    return found
+
+
+def _given_to_compile() -> list[nn.Module]:
+    """It leaves no trace on them, so that what it returned is looked for among all objects, when there are new ones."""
+    loaded = sys.modules.get("torch._dynamo.eval_frame")
+    if loaded is None:
+        return []
+    kind = loaded.OptimizedModule
+    if sys.getrefcount(kind) != _given.holders:
+        _given.models = [weakref.ref(each._orig_mod) for each in gc.get_referrers(kind) if type(each) is kind]
+        _given.holders = sys.getrefcount(kind)
+    return [module for each in _given.models if (module := each()) is not None]
 
 
 def frames_compiled() -> int:

@@ -49,7 +49,10 @@ def git_state() -> dict[str, Any] | None:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "commit": commit,
+        "dirty": bool(_git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _class_name(thing: object) -> str:

@@ -67,6 +67,11 @@ def test_nothing_changes_on_any_process(ranks: Ranks) -> None:
 
 
 @pytest.mark.multiprocess
+def test_an_edit_costs_one_exchange_where_it_ends_and_one_where_the_next_begins(ranks: Ranks) -> None:
+    assert {told["exchanges"] for told in ranks[1]} == {4 + 3}
+
+
+@pytest.mark.multiprocess
 def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
     folder, told = ranks
     assert {each["path"] for each in told} == {str(folder / "fsdp")}
