@@ -51,6 +51,7 @@ def git_state() -> dict[str, Any] | None:
         return None
     return {
         "commit": commit,
+        # Without a lock: the user's git may be at work.
         "dirty": bool(_git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")),
     }
 
