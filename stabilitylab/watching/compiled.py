@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 @dataclass
 class _Given:
-    """What was given to `torch.compile` in this process. holders: how many held the class of what that returns, each
-    object of it among them, when they were looked for last.
+    """What `torch.compile` returned in this process. holders: how many hold its class, each of these among them, as far
+    as is known: whenever there are others, there are new ones.
     """
 
-    models: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    wrappers: list[weakref.ref[nn.Module]] = field(default_factory=list)
     holders: int = 0
+
+    def one_died(self, _: object) -> None:
+        """One of them is no more."""
+        self.holders -= 1
 
 
 _given = _Given()
@@ -54,9 +59,11 @@ def _given_to_compile() -> list[nn.Module]:
         return []
     kind = loaded.OptimizedModule
     if sys.getrefcount(kind) != _given.holders:
-        _given.models = [weakref.ref(each._orig_mod) for each in gc.get_referrers(kind) if type(each) is kind]
+        made = [each for each in gc.get_referrers(kind) if type(each) is kind]
+        _given.wrappers = [weakref.ref(each, _given.one_died) for each in made]
         _given.holders = sys.getrefcount(kind)
-    return [module for each in _given.models if (module := each()) is not None]
+    wrappers: list[Any] = [each() for each in _given.wrappers]
+    return [wrapper._orig_mod for wrapper in wrappers if wrapper is not None]
 
 
 def frames_compiled() -> int:
