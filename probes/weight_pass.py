@@ -239,11 +239,15 @@ def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> 
     rows, dtype = _rows_at_once(weight), wide_dtype(weight)
     scratch = torch.empty(rows * weight.shape[1], dtype=dtype)
     wide = None if weight.dtype == dtype else torch.empty_like(scratch)
-    hottest, most = scratch[:0], -1.0
+    # One array for all pieces, where that can be: to make one takes a tenth of the time that a piece takes.
+    held = as_array(weight.view(-1)) if wide is None and weight.is_contiguous() else None
+    held = held if wide is None else as_array(wide)
+    start, hottest, most = 0, scratch[:0], -1.0
     parts = []
     for own, *others in zip(*(_pieces(matrix, rows) for matrix in (weight, *(references or ()))), strict=True):
         live = own if wide is None else wide[: own.numel()].copy_(own)
-        values, moved = as_array(live), scratch[: own.numel()]
+        values = as_array(live) if held is None else held[start : start + own.numel()]
+        start, moved = start + own.numel() if wide is None else 0, scratch[: own.numel()]
         low, high = float(values.min()), float(values.max())
         nonfinite = 0.0 if math.isfinite(low) and math.isfinite(high) else float(np.sum(~np.isfinite(values)))
         norms = [_norm(live), *(_norm(torch.sub(live, past, out=moved)) for past in others)]

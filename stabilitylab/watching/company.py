@@ -48,12 +48,13 @@ class Company:
         first = self.rank == self.ranks[0]
         if self.bound:
             return first
-        if first:
-            self._store.set(self._meeting, "")
-        else:
+        if not first:
             with contextlib.suppress(RuntimeError):
                 self._store.wait([self._meeting], MAY_COME)
-        return bool(self._store.add(f"{self._record}/claims", 1) == 1)
+        claims: int = self._store.add(f"{self._record}/claims", 1)
+        if first:  # only now: the others are told that they may
+            self._store.set(self._meeting, "")
+        return claims == 1
 
     def says_what_is_whose(self) -> str:
         """Which readings are of all processes, and which of this one."""

@@ -7,6 +7,8 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,39 +19,51 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-class CompiledParts:
-    """What runs as compiled code of the model of one loop."""
+@dataclass
+class _Given:
+    """What `torch.compile` returned in this process. holders: how many hold its class, each of these among them, as far
+    as is known: whenever there are others, there are new ones.
+    """
 
-    def __init__(self) -> None:
-        self._looked_at: int | None = None
-        self._wrapped: list[weakref.ref[nn.Module]] = []
+    wrappers: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    holders: int = 0
 
-    def of(self, model: nn.Module) -> dict[int, str]:
-        """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
-        names = {id(module): name or "the model" for name, module in model.named_modules()}
-        found: dict[int, str] = {}
-        for module in model.modules():
-            if is_compiled(module):
-                # Around what `torch.compile` made, hooks run as ever.
-                inner = getattr(module, "_orig_mod", module)
-                found = {id(each): names[id(module)] for each in inner.modules()} | found
-        for wrapped in self._made_outside():
-            for each in wrapped.modules():
-                if id(each) in names:
-                    found.setdefault(id(each), names.get(id(wrapped), "a part of what was given to torch.compile"))
-        return found
+    def one_died(self, _: object) -> None:
+        """One of them is no more."""
+        self.holders -= 1
 
-    def _made_outside(self) -> list[nn.Module]:
-        """What was given to `torch.compile`, which leaves no trace on it. Looked for when anything was compiled."""
-        torch_compile = sys.modules.get("torch._dynamo.eval_frame")
-        if torch_compile is None:
-            return []
-        if self._looked_at != frames_compiled():
-            self._looked_at = frames_compiled()
-            kind = torch_compile.OptimizedModule
-            made = [each for each in gc.get_referrers(kind) if type(each) is kind]
-            self._wrapped = [weakref.ref(each._orig_mod) for each in made]
-        return [module for each in self._wrapped if (module := each()) is not None]
+
+_given = _Given()
+
+
+def inside_compiled(model: nn.Module) -> dict[int, str]:
+    """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
+    names = {id(module): name or "the model" for name, module in model.named_modules()}
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if is_compiled(module):
+            # Around what `torch.compile` made, hooks run as ever.
+            inner = getattr(module, "_orig_mod", module)
+            found = {id(each): names[id(module)] for each in inner.modules()} | found
+    for given in _given_to_compile():
+        for each in given.modules():
+            if id(each) in names:
+                found.setdefault(id(each), names.get(id(given), "a part of what was given to torch.compile"))
+    return found
+
+
+def _given_to_compile() -> list[nn.Module]:
+    """It leaves no trace on them, so that what it returned is looked for among all objects, when there are new ones."""
+    loaded = sys.modules.get("torch._dynamo.eval_frame")
+    if loaded is None:
+        return []
+    kind = loaded.OptimizedModule
+    if sys.getrefcount(kind) != _given.holders:
+        made = [each for each in gc.get_referrers(kind) if type(each) is kind]
+        _given.wrappers = [weakref.ref(each, _given.one_died) for each in made]
+        _given.holders = sys.getrefcount(kind)
+    wrappers: list[Any] = [each() for each in _given.wrappers]
+    return [wrapper._orig_mod for wrapper in wrappers if wrapper is not None]
 
 
 def frames_compiled() -> int:

@@ -116,7 +116,7 @@ class Capture:
     """
 
     def __init__(self, watcher: Watcher, compiled: Mapping[int, str] | None = None) -> None:
-        """compiled: the modules that run as compiled code, see `CompiledParts`."""
+        """compiled: the modules that run as compiled code, see `inside_compiled`."""
         self.editors: dict[str, EditorBuffer] = {}
         self.model_call: ModelCall | None = None
         self._call: ModelCall | None = None

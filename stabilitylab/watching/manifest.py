@@ -50,7 +50,11 @@ def git_state() -> dict[str, Any] | None:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "commit": commit,
+        # Without a lock: the user's git may be at work.
+        "dirty": bool(_git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _class_name(thing: object) -> str:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stabilitylab.errors import SiteError, did_you_mean, nearest
 from stabilitylab.watching import adapted
+from stabilitylab.watching.offloaded import values_of
 
 Patterns = str | Sequence[str]
 Orientation = Literal["out_in", "in_out", "none"]
@@ -129,7 +130,7 @@ def why_unmeasurable(tensor: Tensor) -> str | None:
     if is_traceable_wrapper_subclass(tensor):
         return f"it is a {type(tensor).__name__}, whose values are not held in one plain tensor (quantised? sharded?)"
     if tensor.is_meta:
-        return "its values are on the meta device (offloaded?)"
+        return "its values are on the meta device (offloaded?): what an edit writes there is lost; load it to a device"
     if tensor.numel() == 0:
         return "it is empty"
     return None
@@ -247,7 +248,8 @@ def _by_name(model: nn.Module, name: str) -> nn.Module | None:
 def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     """The module and tensor that a site names in `model` as it is now, or None when they are gone.
 
-    Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model.
+    Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model. Of a weight
+    that is offloaded these are the values that the next forward takes.
     """
     owner = _by_name(model, site.module) if site.module else model
     owner = None if owner is None else adapted.running(owner)
@@ -256,7 +258,9 @@ def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
         weight = getattr(adapted.base_of(owner), leaf, None)
         return (owner, weight) if isinstance(weight, Tensor) else None
     if owner is None or not inner:
-        return None if owner is None else _unwrapped(owner, leaf, site.shape)
+        found = None if owner is None else _unwrapped(owner, leaf, site.shape)
+        kept = None if found is None or not found[1].is_meta else values_of(found[0], leaf)
+        return found if found is None or kept is None else (found[0], kept)
     holder = _by_name(owner, inner)
     tensor = None if holder is None else _registered(holder, leaf)
     return (owner, tensor) if isinstance(tensor, Tensor) and tuple(tensor.shape) == site.shape else None

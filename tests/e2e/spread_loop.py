@@ -122,9 +122,14 @@ def main(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
 
     model = sharded(mesh)
+    exchanges, gather = [], dist.all_gather  # FSDP and DTensor gather by other functions
+    dist.all_gather = lambda *given, **named: (exchanges.append(1), gather(*given, **named))[1]
     with sl.attach(model, "[02]*", folder / "fsdp", canary=CANARY, probes="deep", announce=False) as monitor:
+        before = len(exchanges)
         train(model, monitor, rank, ranks)
+        said["exchanges"] = len(exchanges) - before
         said |= {"path": str(monitor.path), "edits": monitor.edits, "verdict": monitor.diagnosis().verdict}
+    dist.all_gather = gather
     bare = sharded(mesh)
     train(bare, None, rank, ranks)
     said["inert"] = digest(model) == digest(bare)

@@ -67,6 +67,11 @@ def test_nothing_changes_on_any_process(ranks: Ranks) -> None:
 
 
 @pytest.mark.multiprocess
+def test_an_edit_costs_one_exchange_where_it_ends_and_one_where_the_next_begins(ranks: Ranks) -> None:
+    assert {told["exchanges"] for told in ranks[1]} == {4 + 3}
+
+
+@pytest.mark.multiprocess
 def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
     folder, told = ranks
     assert {each["path"] for each in told} == {str(folder / "fsdp")}
@@ -114,3 +119,17 @@ def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Rank
         assert "exists; expected a new one" in each["exists"]
         assert "attached with sites=" in each["others"]
         assert "expected every=" in each["budget"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.processes
+def test_the_example_runs_as_its_header_says(tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(example), "run"], cwd=tmp_path, check=True, timeout=240, capture_output=True, text=True
+    )
+    assert "Stable over 12 edits" in done.stdout
+    run = sl.load(tmp_path / "run")
+    assert (run.series("update.norm", "2.down")[1:] > 0).all()
+    assert run.present("canary.kl", "model").all()

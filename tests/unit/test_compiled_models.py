@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import stabilitylab as sl
+from stabilitylab.watching.compiled import inside_compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 """The compiler's own, about what it traces."""
@@ -152,6 +153,15 @@ def test_a_layer_beside_what_is_compiled_is_seen_as_ever(tmp_path: Path) -> None
     assert "0.fc1" not in run.sites_of("activation.rms")
     (said,) = [note.says for note in run.notes if note.kind == "hooks-silent"]
     assert said.startswith("0.fc1: compiled (0)")
+
+
+def test_what_is_compiled_anew_is_found_when_something_else_is_no_more() -> None:
+    for _ in range(3):
+        model = two_blocks()
+        compiled = torch.compile(model, backend="eager")
+        assert inside_compiled(model)[id(model[0].fc1)] == "the model"
+        del compiled
+        assert not inside_compiled(two_blocks())
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 and newer can run a canary uncompiled")

@@ -664,6 +664,7 @@ class TwoLayers(Net):
         return super().forward(self.other(x))
 
 
+_META = "its values are on the meta device (offloaded?): what an edit writes there is lost; load it to a device"
 _FLOATS = "not one of float16, bfloat16, float32, float64 (quantised?)"
 
 
@@ -675,7 +676,7 @@ _FLOATS = "not one of float16, bfloat16, float32, float64 (quantised?)"
         (float8_linear, f"its dtype is float8_e4m3fn, {_FLOATS}"),
         (Gptq, f"its dtype is int32, {_FLOATS}"),
         (dynamic_linear, f"its dtype is qint8, {_FLOATS}"),
-        (Offloaded, "its values are on the meta device (offloaded?)"),
+        (Offloaded, _META),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

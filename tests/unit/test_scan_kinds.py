@@ -122,8 +122,8 @@ def test_a_compiled_model_is_compiled_no_more_often_than_without_a_scan() -> Non
     assert graphs(True) == graphs(False) + CANARY_GRAPHS
 
 
-CANARY_GRAPHS = 1
-"""The original answer to the canary is formed without gradients, which the compiler takes for another call."""
+CANARY_GRAPHS = 0 if hasattr(torch.compiler, "set_stance") else 1
+"""Before torch 2.6 the canary can't be run uncompiled: without gradients, it is another call to the compiler."""
 
 
 def test_a_scan_that_fails_stops_no_loop_and_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.canary import Canary
-from stabilitylab.watching.compiled import CompiledParts
+from stabilitylab.watching.compiled import inside_compiled
 from stabilitylab.watching.editor_parts import find_scaler
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
@@ -76,7 +76,6 @@ class Instruments:
         self._state = StateInstrument(bench)
         self.references = self._weights.references
         self.keeps_references = self._weights.keeps_references
-        self._compiled = CompiledParts()
         self._followed = {metric for probe in probes for metric in probe.follows}
         self._history: dict[Key, deque[tuple[float, float]]] = {}
 
@@ -102,7 +101,7 @@ class Instruments:
         """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(Capture(self, self._compiled.of(model)))
+            capture = stack.enter_context(Capture(self, inside_compiled(model)))
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
@@ -183,6 +182,7 @@ class Instruments:
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
+        inside_compiled(model)  # what takes long of it is done only once
         self._editor.after(model, None, {}, sites)
         self._weights.after(model, sites)
         self._state.before_any_edit(model, sites)

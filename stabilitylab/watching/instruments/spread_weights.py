@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.absorption import MovedEntries, reduce_moved
-from stabilitylab.probes.weight_pass import Scanned, WeightPass, WeightScan, norm_of, on_cpu, reduce_weight, scan_weight
+from stabilitylab.probes.weight_pass import (
+    Scanned,
+    WeightPass,
+    WeightScan,
+    norm_of,
+    on_cpu,
+    reduce_weight,
+    same_bits,
+    scan_weight,
+)
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange, How
 from stabilitylab.watching.instruments.references import References
@@ -63,6 +72,7 @@ class SpreadWeights:
         self._references = references
         self._exchange = exchange
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._last: dict[str, Tensor] = {}
 
     @property
     def any(self) -> bool:
@@ -105,7 +115,7 @@ class SpreadWeights:
                 self._bench.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=dtype))
                 moved(site.name, float(packed[3]) if on_cpu(packed) else None)
 
-            self._exchange_pass(site, weight, then)
+            self._exchange_pass(site, weight, then, functools.partial(self._glance, site, weight))
         self._exchange.settle()
 
     def after(self, found: Sequence[Found], *, comparing: bool, whole: bool) -> list[Weighed]:
@@ -133,10 +143,11 @@ class SpreadWeights:
             self._bench.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
             weighed.append(Weighed(site, weight, packed, previous))
 
-        self._exchange_pass(site, weight, passed)
+        self._exchange_pass(site, weight, passed, functools.partial(self._measure, site, weight))
 
-    def _exchange_pass(self, site: Site, weight: Tensor, then: Callable[[Tensor], None]) -> None:
-        measure = functools.partial(self._measure, site, weight)
+    def _exchange_pass(
+        self, site: Site, weight: Tensor, then: Callable[[Tensor], None], measure: Callable[[], Tensor | None]
+    ) -> None:
         self._exchange.add(f"weight pass of {site.name}", over(weight), measure, _PASS, then)
 
     def _add(
@@ -153,7 +164,20 @@ class SpreadWeights:
 
     def _measure(self, site: Site, weight: Tensor) -> Tensor | None:
         part = part_of(weight)
-        return self._references.measure(site.name, part).packed if part.numel() else None
+        if not part.numel():
+            return None
+        packed = self._references.measure(site.name, part).packed
+        self._last[site.name] = WeightPass.unmoved(packed)
+        return packed
+
+    def _glance(self, site: Site, weight: Tensor) -> Tensor | None:
+        """The same of a weight that in most cases is as it was."""
+        part, last = part_of(weight), self._last.get(site.name)
+        if last is not None and on_cpu(part):
+            previous = self._references.previous(site.name, part)
+            if previous.dtype == part.dtype and same_bits(part, previous):
+                return last
+        return self._measure(site, weight)
 
     def _count(self, site: Site, weight: Tensor) -> Tensor | None:
         part = part_of(weight)

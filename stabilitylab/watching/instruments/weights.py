@@ -32,6 +32,7 @@ from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
+from stabilitylab.watching.offloaded import mark_of, written_in_vain
 from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
 from stabilitylab.watching.spread import is_spread, whole_of
 
@@ -76,6 +77,8 @@ class WeightInstrument:
         self._spread = SpreadWeights(bench, self.references, exchange)
         self._missing: set[str] = set()
         self._versions: dict[str, tuple[int, int]] = {}
+        self._placeholders: dict[str, tuple[int, int]] = {}
+        self._said_lost: set[str] = set()
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
         self._entries = 0
@@ -99,6 +102,11 @@ class WeightInstrument:
     def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """An edit begins: which tensor each weight is, and how often that was written so far."""
         self._versions.clear()
+        self._placeholders = {
+            site.name: mark
+            for site in sites
+            if (found := locate(model, site)) and (mark := mark_of(found[0], site.parameter.rpartition(".")[2]))
+        }
         if not self._bench.needed(WeightWrites):
             return
         for site in sites:
@@ -131,6 +139,7 @@ class WeightInstrument:
             if isinstance(weight, Tensor):
                 named = site.name
                 self._remember_parts(model, site)
+                self._look_at_placeholder(model, site)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 first = functools.partial(self.references.original, site.name, weight)
@@ -141,6 +150,18 @@ class WeightInstrument:
         asks_whole = self._bench.ever_needed(TopSingular) or any(map(self._bench.needed, _WHOLE))
         for each in self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole):
             self._in_parts(each)
+
+    def _look_at_placeholder(self, model: nn.Module, site: Site) -> None:
+        found, leaf = locate(model, site), site.parameter.rpartition(".")[2]
+        if found is None or site.name in self._said_lost:
+            return
+        if written_in_vain(found[0], leaf, self._placeholders.get(site.name)):
+            self._said_lost.add(site.name)
+            self._bench.note(
+                "lost-edit",
+                f"{site.name}: an edit wrote to the placeholder of a weight that is offloaded, and was lost; expected "
+                f"it to write to the layer's _hf_hook.weights_map[{leaf!r}], or the layer on a device",
+            )
 
     def _in_parts(self, each: Weighed) -> None:
         """What needs more than the parts' figures of a weight that is spread."""
