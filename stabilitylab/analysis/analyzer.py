@@ -22,6 +22,7 @@ from stabilitylab.analysis.story import Story
 from stabilitylab.analysis.thresholds import Thresholds, shipped
 from stabilitylab.analysis.undone import Undone
 from stabilitylab.record.note_kinds import (
+    EDITOR_REBUILT,
     MOVED_OUTSIDE,
     NEVER_RUN,
     NOT_PUT_BACK,
@@ -96,6 +97,8 @@ class Analyzer:
             self._lead_in.single_edits = note.kind == SINGLE_EDITS
         elif note.kind == NEVER_RUN:
             self._facts.never_run()
+        elif note.kind == EDITOR_REBUILT:
+            self._facts.editor_rebuilt()
         elif note.kind == MOVED_OUTSIDE:
             self._facts.moved_outside()
             self._unwatched += (note.says,)

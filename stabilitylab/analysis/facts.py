@@ -119,6 +119,10 @@ class FactRules:
         """See `Landings.nothing_moved`."""
         self._landings.nothing_moved(edit)
 
+    def editor_rebuilt(self) -> None:
+        """See `NormaliserFacts.rebuilt`."""
+        self._normaliser.rebuilt()
+
     def moved_outside(self) -> None:
         """See `Landings.moved_outside`."""
         self._landings.moved_outside()

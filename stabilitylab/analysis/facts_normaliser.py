@@ -55,6 +55,11 @@ class NormaliserFacts:
         self._rows_before = Before()
         self._changes: deque[float] = deque(maxlen=WINDOW)
         self._beside = PerSchema(_rows_beside)
+        self._rebuilt = False
+
+    def rebuilt(self) -> None:
+        """The host builds the editor anew between edits, and its statistics with it."""
+        self._rebuilt = True
 
     def check(self, edit: EditRow, row: Flat) -> Iterator[Hit]:
         """The hits of one row. edit: the same, as it came: a list of units is more than its first value."""
@@ -123,7 +128,8 @@ class NormaliserFacts:
                 what = f"the smallest standard deviation was {number(std)} and is {number(value)}"
                 if not math.isnan(count) and not math.isnan(was) and count != was:
                     what = f"they were made from {_rows(was)} and are now from {number(count)}"
-                says = f"The statistics of the editor's normaliser at {site} are running at edit {row.edit}: {what}."
+                how = "were made anew by" if self._rebuilt else "are running at"
+                says = f"The statistics of the editor's normaliser at {site} {how} edit {row.edit}: {what}."
                 yield Hit("statistics-moved", metric, place, value, float(std), "stable", says)
 
     def _spreads(self, row: Flat) -> tuple[Places, Array]:

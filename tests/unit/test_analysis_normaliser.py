@@ -57,6 +57,16 @@ def test_they_run_from_the_edit_on_that_changes_them(counted: bool) -> None:
     assert ("from 40 rows and are now from 80" if counted else "was 0.2 and is 0.22") in moved.says
 
 
+def test_statistics_of_an_editor_that_is_built_anew_are_not_called_running() -> None:
+    analyzer = Analyzer(METRICS)
+    for edit in made((UNSEEN, both(0.2, 40.0), both(0.3, 40.0))):
+        if edit.edit == 2:
+            analyzer.observe_note(Note(2, "editor-rebuilt", "EditorExecutor was built anew"))
+        analyzer.observe(edit)
+    (moved,) = [finding for finding in analyzer.diagnosis().findings if finding.rule == "statistics-moved"]
+    assert "were made anew by edit 2" in moved.says
+
+
 def test_a_dead_unit_does_not_hide_that_they_run() -> None:
     dead = [statistics(U, 0.0, std_zeros=1.0, seen_rows=rows) for rows in (40.0, 80.0)]
     assert set(found(*dead)) == {"zero-std", "statistics-moved"}
