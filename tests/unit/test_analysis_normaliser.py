@@ -63,7 +63,7 @@ def test_statistics_of_an_editor_that_is_built_anew_are_not_called_running() -> 
         if edit.edit == 2:
             analyzer.observe_note(Note(2, "editor-rebuilt", "EditorExecutor was built anew"))
         analyzer.observe(edit)
-    (moved,) = [finding for finding in analyzer.diagnosis().findings if finding.rule == "statistics-moved"]
+    moved, _ = [finding for finding in analyzer.diagnosis().findings if finding.rule == "statistics-moved"]
     assert "were made anew by edit 2" in moved.says
 
 
