@@ -18,7 +18,11 @@ Places = NDArray[np.intp]
 Found = TypeVar("Found")
 
 SCHEMAS: Final = 16
-"""Sets of readings that are remembered at once: probes that read every so many edits make several alternate."""
+"""Sets of readings that are remembered in any case: probes that read every so many edits make several alternate."""
+MOST_SCHEMAS: Final = 64
+"""And at most, of small sets."""
+KEYS: Final = 1 << 18
+"""Readings in all of these."""
 
 _PHASES: Final = {"before": 0, "during": 1, "after": 2}
 _KINDS: Final = {
@@ -153,14 +157,23 @@ class Columns:
             return self._schema
         schema = self._schemas.get(keys)
         if schema is None:
-            if len(self._schemas) >= SCHEMAS:
-                self._schemas.clear()
-                self._frames.clear()
-                self._schemas[self._schema.keys] = self._schema
+            self._forget_before(len(keys))
             self._register(keys)
             schema = Schema(keys, np.array([self._place[key] for key in keys], dtype=np.intp))
             self._schemas[keys] = schema
         return schema
+
+    def _forget_before(self, more: int) -> None:
+        """Let go of the oldest sets, and of all that follows from them, where there are too many with one of `more`."""
+        size = more + sum(map(len, self._schemas))
+        for keys, schema in list(self._schemas.items()):
+            count = len(self._schemas)
+            if count < SCHEMAS or (count < MOST_SCHEMAS and size <= KEYS):
+                return
+            if schema is not self._schema:
+                size -= len(keys)
+                del self._schemas[keys]
+                self._frames = {frame: known for frame, known in self._frames.items() if known is not schema}
 
     def _register(self, keys: Sequence[Key]) -> None:
         for key in keys:

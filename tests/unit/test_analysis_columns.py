@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabilitylab.analysis.columns import SCHEMAS, Before, Columns, First, PerSchema, Schema
+from stabilitylab.analysis.columns import MOST_SCHEMAS, SCHEMAS, Before, Columns, First, PerSchema, Schema
 from stabilitylab.analysis.trends import medians
 from stabilitylab.record.readings import EditRow
 from stabilitylab.record.store import Unpacker, _pack
@@ -68,12 +69,34 @@ def test_what_follows_from_a_schema_is_worked_out_once_and_forgotten_with_it() -
     for _ in range(3):
         assert [many.of(columns.flatten(one).schema) for one in (ROWS[0], ROWS[2])] == [3, 1]
     assert len(seen) == 2
-    for number in range(10 * SCHEMAS):
-        many.of(
-            columns.flatten(EditRow(1, "", "applied", 0, 0, 0, 0, readings={("m", str(number)): np.ones(1)})).schema
-        )
+    for number in range(3 * MOST_SCHEMAS):
+        many.of(columns.flatten(reading(number)).schema)
     gc.collect()
-    assert len(many._known) <= SCHEMAS + 1
+    assert len(many._known) <= MOST_SCHEMAS + 1
+
+
+def reading(number: int) -> EditRow:
+    return EditRow(1, "", "applied", 0, 0, 0, 0, readings={("m", str(number)): np.ones(1)})
+
+
+@pytest.mark.parametrize(("keys", "times"), [(1 << 18, 1), (10, 5)])
+def test_many_small_sets_that_alternate_are_worked_out_once_and_many_large_ones_are_not_all_kept(
+    monkeypatch: pytest.MonkeyPatch, keys: int, times: int
+) -> None:
+    monkeypatch.setattr(sys.modules[Columns.__module__], "KEYS", keys)
+    columns, worked = Columns([]), []
+
+    def work_out(schema: Schema) -> int:
+        worked.append(schema)
+        return len(worked)
+
+    many = PerSchema(work_out)
+    for _ in range(5):
+        for number in range(2 * SCHEMAS):
+            flat = columns.flatten(reading(number))
+            assert columns.keys[flat.places[0]] == ("m", str(number))
+            many.of(flat.schema)
+    assert len(worked) == times * 2 * SCHEMAS
 
 
 def test_the_first_value_of_each_place_stays() -> None:
