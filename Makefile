@@ -52,7 +52,7 @@ test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained mo
 test-gpu: $(FULL) ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-test-processes: $(FULL) ## Run the tests of models that are spread over four processes
+test-processes: $(FULL) ## Run the tests of models that are spread over two and four processes
 	$(BIN)/python -m pytest -m processes
 
 # In the environment that EasyEdit's users have, since it pins dozens of packages: `pip install -e .` and pytest there.

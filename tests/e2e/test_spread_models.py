@@ -14,6 +14,8 @@ import torch
 
 import stabilitylab as sl
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.processes]
+
 LOOP = Path(__file__).with_name("spread_loop.py")
 OF_WEIGHTS = ("weight.", "update.", "drift.", "gradient.norm", "canary.")
 
@@ -27,9 +29,7 @@ def ranks_of(folder: Path, processes: int) -> Ranks:
     return folder, told
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(2, id="two"), pytest.param(4, id="four", marks=pytest.mark.processes)]
-)
+@pytest.fixture(scope="module", params=[pytest.param(2, id="two"), pytest.param(4, id="four")])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return ranks_of(tmp_path_factory.mktemp("ranks"), request.param)
 
@@ -44,7 +44,6 @@ def assert_alike(one: Path, other: Path) -> None:
         np.testing.assert_allclose(run.series(*key), true.series(*key), rtol=1e-5, atol=1e-9, err_msg=str(key))
 
 
-@pytest.mark.multiprocess
 def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Ranks) -> None:
     folder, told = ranks
     assert_alike(folder / "fsdp", folder / "plain")
@@ -52,7 +51,6 @@ def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Rank
         assert_alike(folder / "hybrid", folder / "plain")
 
 
-@pytest.mark.multiprocess
 def test_weights_written_in_place_beside_gathered_ones_are_read_and_their_outcomes_seen(ranks: Ranks) -> None:
     folder, _ = ranks
     assert_alike(folder / "written", folder / "plain-written")
@@ -61,17 +59,14 @@ def test_weights_written_in_place_beside_gathered_ones_are_read_and_their_outcom
     assert "probe-off" not in {note.kind for note in run.notes}
 
 
-@pytest.mark.multiprocess
 def test_nothing_changes_on_any_process(ranks: Ranks) -> None:
     assert all(told["inert"] for told in ranks[1])
 
 
-@pytest.mark.multiprocess
 def test_an_edit_costs_one_exchange_where_it_ends_and_one_where_the_next_begins(ranks: Ranks) -> None:
     assert {told["exchanges"] for told in ranks[1]} == {4 + 3}
 
 
-@pytest.mark.multiprocess
 def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
     folder, told = ranks
     assert {each["path"] for each in told} == {str(folder / "fsdp")}
@@ -83,7 +78,6 @@ def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
         assert len(run.edits) == 5
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize("placed", ["rows", "columns", "copies"])
 def test_parts_make_up_the_whole_and_copies_count_once(ranks: Ranks, placed: str) -> None:
     before = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
@@ -99,7 +93,6 @@ def test_parts_make_up_the_whole_and_copies_count_once(ranks: Ranks, placed: str
     np.testing.assert_allclose(ranks[1][0][placed], last, rtol=1e-5)
 
 
-@pytest.mark.multiprocess
 def test_who_attached_too_early_is_told_so_and_not_that_all_is_well(ranks: Ranks) -> None:
     folder, told = ranks
     run = sl.load(folder / "early")
@@ -108,7 +101,6 @@ def test_who_attached_too_early_is_told_so_and_not_that_all_is_well(ranks: Ranks
     assert all("DTensor" in each["early"] for each in told)
 
 
-@pytest.mark.multiprocess
 def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Ranks) -> None:
     folder, told = ranks
     assert "1" in told[0]["alone"]
@@ -121,8 +113,6 @@ def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Rank
         assert "expected every=" in each["budget"]
 
 
-@pytest.mark.multiprocess
-@pytest.mark.processes
 def test_the_example_runs_as_its_header_says(tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -271,6 +271,9 @@ def test_cosines(dtype: torch.dtype, seed: int, tokens: tuple[int, int], widths:
             numpy64(weight) - numpy64(previous),
         )
         for name, other in (("cosine_previous", g_before), ("cosine_update", change)):
+            if not np.linalg.norm(other):  # two small weights in bfloat16 may be equal: there is no direction
+                assert f"gradient.{name}" not in readings
+                continue
             expected = np.sum(g * other) / (np.linalg.norm(g) * np.linalg.norm(other))
             assert readings[f"gradient.{name}"] == pytest.approx(expected, abs=2e-4)
 
