@@ -18,6 +18,7 @@ from stabilitylab.watching.attaching import attach
 from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Edit, Monitor
 from stabilitylab.watching.sites import Patterns
+from stabilitylab.watching.spread import is_spread
 
 __all__ = ["StabilityCallback"]
 
@@ -34,7 +35,7 @@ class StabilityCallback:
 
     A Trainer has no event for exceptions: after one, call `close`, or train again. Trained again, or in a script that
     is started again (``resume_from_checkpoint``), the run goes on in the next free folder, ``run-2``, which is said.
-    Of several processes the first one watches.
+    Of several processes the first one watches; where weights are spread over them, all do, and one writes.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class StabilityCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **held: Any) -> None:
         """Attach to the Trainer's model, and read its loss scaler where it has one."""
         self.close()
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or any(map(is_spread, model.parameters())):
             scaler = getattr(held.get("optimizer"), "scaler", None)
             editor = None if scaler is None else {"scaler": scaler}
             self.monitor = attach(model, self._sites, self._run, editor=editor, resume=True, **self._options)
