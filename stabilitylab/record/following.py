@@ -12,6 +12,7 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
+from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import Contents, Run, analyzer_of, fed, keys_of, thresholds_of
@@ -80,6 +81,11 @@ class Follower:
 
     @property
     def complete(self) -> bool:
+        """Whether it was closed, and no row of it was lost on the way."""
+        return self.closed and not self.manifest.get(LOST_ENTRY)
+
+    @property
+    def closed(self) -> bool:
         """Whether the monitor had closed the run at the last look."""
         return bool(self.manifest.get("closed", False))
 

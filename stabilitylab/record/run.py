@@ -20,6 +20,7 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
+from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
@@ -174,6 +175,11 @@ class Run:
 
     @property
     def complete(self) -> bool:
+        """Whether all of the run is here: it was closed, and no row of it was lost on the way."""
+        return self.closed and not self.manifest.get(LOST_ENTRY)
+
+    @property
+    def closed(self) -> bool:
         """Whether the monitor closed the run; False while it goes on, and after a crash."""
         return bool(self.manifest.get("closed", False))
 
