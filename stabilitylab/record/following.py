@@ -15,7 +15,7 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
-from stabilitylab.record.run import Contents, Run, analyzer_of, fed, keys_of, thresholds_of
+from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, keys_of, thresholds_of
 from stabilitylab.record.runfile import connect, find_file
 from stabilitylab.record.store import (
     Unpacker,
@@ -122,7 +122,7 @@ class Follower:
         with connect(file) as db:
             try:
                 return self._read(db, file, keep)
-            except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+            except DAMAGE as error:
                 raise RunError(f"'{file}' is damaged: {error}") from error
 
     def _read(self, db: sqlite3.Connection, file: Path, keep: int | None) -> list[Seen]:

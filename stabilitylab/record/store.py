@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import RunError
+from stabilitylab.record.checked import LONGEST, entry, expect, from_json
 from stabilitylab.record.making import as_json, free_folder, is_taken, making, wal_works
 from stabilitylab.record.operations import Operation, operation_from_json
 from stabilitylab.record.packed import Frame, PackedReadings
-from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind, Status
 
 _log = logging.getLogger("stabilitylab")
 
@@ -140,23 +141,49 @@ def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
     return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
 
 
+_COLUMNS: Final = {
+    "edit": int,
+    "label": str,
+    "status": Status,
+    "started": float,
+    "seconds": float,
+    "probe_seconds": float,
+    "canary_seconds": float,
+    "trace_seconds": float,
+    "error": str | None,
+}
+"""What a row holds besides its readings."""
+
+
 def read_metrics(db: sqlite3.Connection) -> tuple[Metric, ...]:
     """The metrics that a run file describes, in the order in which they were added."""
     columns = "name, unit, scale, phase, meaning, formula, source, length"
-    return tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+    found = tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+    for metric in found:
+        expect(Metric, metric, "a metric's description")
+        if not 1 <= metric.length <= LONGEST:
+            raise ValueError(f"metric {metric.name[:60]!r} is said to hold {metric.length} values")
+    return found
 
 
 def read_manifest(db: sqlite3.Connection) -> dict[str, Any]:
     """The manifest of a run file."""
-    return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")}
+    return dict(entry(key, value) for key, value in db.execute("SELECT key, value FROM manifest"))
 
 
 def read_layouts(db: sqlite3.Connection) -> dict[int, Layout]:
     """The layouts that the rows of a run file refer to, by number."""
     return {
-        number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
+        number: tuple(_place(*each) for each in expect(list, from_json(entries), "a layout"))
         for number, entries in db.execute("SELECT id, entries FROM layout")
     }
+
+
+def _place(metric: object, site: object, length: object) -> tuple[str, str, int]:
+    """An entry of a layout."""
+    if not (isinstance(length, int) and 0 < length < 1 << 31):
+        raise ValueError(f"a layout has a reading of {str(length)[:20]} values")
+    return expect(str, metric, "a layout's metric"), expect(str, site, "a layout's site"), length
 
 
 def read_rows(
@@ -170,6 +197,9 @@ def read_rows(
     for values in cursor:
         columns = dict(zip(names, values, strict=True))
         readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
+        for name, kind in _COLUMNS.items():
+            if name in columns:  # older schemata lack some
+                expect(kind, columns[name], f"column {name!r} of a row")
         yield EditRow(**columns, readings=readings)
 
 
@@ -182,23 +212,27 @@ def read_operations(db: sqlite3.Connection) -> tuple[Operation, ...]:
     if not _has_table(db, "operation"):
         return ()  # schema 2
     return tuple(
-        operation_from_json(json.loads(says)) for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
+        expect(Operation, operation_from_json(from_json(says)), "an operation")
+        for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
     )
 
 
 def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
     """The verdicts as they were raised online."""
-    return tuple(Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id"))
+    rows = db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
+    return tuple(expect(Alarm, Alarm(*row), "an alarm") for row in rows)
 
 
 def read_notes(db: sqlite3.Connection) -> tuple[Note, ...]:
     """What was not measured, or not as asked."""
-    return tuple(Note(*row) for row in db.execute("SELECT edit, kind, says FROM note ORDER BY id"))
+    rows = db.execute("SELECT edit, kind, says FROM note ORDER BY id")
+    return tuple(expect(Note, Note(*row), "a note") for row in rows)
 
 
 def read_outcomes(db: sqlite3.Connection) -> dict[int, OutcomeKind]:
     """What became of each edit that was looked after, by its number; of several records, the last."""
-    return dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
+    rows = db.execute("SELECT edit, outcome FROM outcome ORDER BY id")
+    return {edit: expect(OutcomeKind, outcome, "an outcome") for edit, outcome in rows}
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
