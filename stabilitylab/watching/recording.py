@@ -128,7 +128,7 @@ class Recorder:
             alarm = Alarm(row.edit, diagnosis.verdict, worst.metric, worst.site, worst.says)
             self._write(lambda: self._record.alarm(alarm))
         for sink in self._sinks:
-            self.guard(type(sink).__name__, functools.partial(sink.on_row, row, diagnosis))
+            self.guard(type(sink).__name__, functools.partial(_tell, sink, row, diagnosis))
 
     def dry(self, rows: Sequence[EditRow], seconds: float) -> None:
         """Write the rows of all dry edits, which took so long, and tell the analyzer of them."""
@@ -148,7 +148,7 @@ class Recorder:
     def close(self) -> None:
         """End the sinks and the record."""
         for sink in self._sinks:
-            self.guard(f"{type(sink).__name__}.close", sink.close)
+            self.guard(f"{type(sink).__name__}.close", functools.partial(_end, sink))
         self._write(lambda: self._record.set_manifest({"closed": True}))
         self._waiting.finish(PATIENCE_SECONDS)
         unsaid = dict(list(self._waiting.lost.items())[self._lost_before :])
@@ -156,3 +156,12 @@ class Recorder:
         for says in lost_says(unsaid):
             logger.warning("stabilitylab: '%s': %s", self.path, says)
         self.guard("the run file", self._record.close)
+
+
+def _tell(sink: Sink, row: EditRow, diagnosis: Diagnosis) -> None:
+    # Looked up here, under the guard: a sink may lack it.
+    sink.on_row(row, diagnosis)
+
+
+def _end(sink: Sink) -> None:
+    sink.close()
