@@ -5,7 +5,6 @@ Made as the report is, see `stabilitylab.reports.html`: what comes from the mode
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

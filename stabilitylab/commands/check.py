@@ -12,7 +12,14 @@ from rich.console import Console
 
 from stabilitylab.analysis.findings import severity
 from stabilitylab.analysis.thresholds import read
-from stabilitylab.commands.options import EXIT_BAD_VERDICT, EXIT_INCOMPLETE, EXIT_UNWATCHED, WIDEST_PAGE, RunPath, complain
+from stabilitylab.commands.options import (
+    EXIT_BAD_VERDICT,
+    EXIT_INCOMPLETE,
+    EXIT_UNWATCHED,
+    WIDEST_PAGE,
+    RunPath,
+    complain,
+)
 from stabilitylab.record.run import load
 
 

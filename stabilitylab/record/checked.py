@@ -56,7 +56,7 @@ def _whole(text: str) -> int:
 
 
 def expect(kind: Any, value: Any, what: str) -> Any:
-    """`value`, which is of `kind`: a class, a Literal, a tuple or mapping of such, a dataclass, or None where it may be.
+    """`value`, which is of `kind`: a class, a Literal, a tuple or mapping of such, a dataclass, or one of several.
 
     An int is a float too, a bool neither. Raises ValueError naming `what`.
     """
@@ -75,21 +75,22 @@ def entry(key: object, value: object) -> tuple[str, Any]:
 def _is(kind: Any, value: Any) -> bool:
     home, inside = get_origin(kind), get_args(kind)
     if home in (Union, UnionType):
-        return any(_is(each, value) for each in inside)
-    if home is Literal:
-        return isinstance(value, str) and value in inside
-    if home is tuple:
-        return isinstance(value, tuple | list) and all(_is(inside[0], each) for each in value)
-    if isinstance(home, type) and issubclass(home, Mapping):
-        return isinstance(value, Mapping) and all(_is(inside[0], a) and _is(inside[1], b) for a, b in value.items())
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, kind) and all(_is(hint, getattr(value, name)) for name, hint in _hints(kind).items())
-    if kind is Any or kind is object:
-        return True
-    if kind in (int, float):
+        fits = any(_is(each, value) for each in inside)
+    elif home is Literal:
+        fits = isinstance(value, str) and value in inside
+    elif home is tuple:
+        fits = isinstance(value, tuple | list) and all(_is(inside[0], each) for each in value)
+    elif isinstance(home, type) and issubclass(home, Mapping):
+        fits = isinstance(value, Mapping) and all(_is(inside[0], a) and _is(inside[1], b) for a, b in value.items())
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        named = _hints(kind).items()
+        fits = isinstance(value, kind) and all(_is(hint, getattr(value, name)) for name, hint in named)
+    elif kind in (int, float):
         numbers = int | float if kind is float else int
-        return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _largest(value)
-    return isinstance(value, type(None) if kind is None else kind)
+        fits = isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _largest(value)
+    else:
+        fits = kind is Any or isinstance(value, type(None) if kind is None else kind)
+    return fits
 
 
 def _largest(value: float) -> float:

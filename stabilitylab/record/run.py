@@ -37,7 +37,6 @@ from stabilitylab.record.store import (
     read_rows,
 )
 
-
 DAMAGE: Final = (sqlite3.DatabaseError, ValueError, TypeError, KeyError, OverflowError)
 """What reading a file raises that is no run, or none any more."""
 MOST_SHOWN: Final = 1 << 24
@@ -244,7 +243,9 @@ class Run:
         if len(readings) * declared <= MOST_SHOWN:
             length = max(length, declared)
         if len(readings) * length > MOST_SERIES:
-            raise RunError(f"metric {metric!r} at {place!r} is {len(readings)} edits of {length} values, which is too much")
+            raise RunError(
+                f"metric {metric!r} at {place!r} is {len(readings)} edits of {length} values, which is too much"
+            )
         series = np.full((len(readings), length), np.nan)
         for line, reading in zip(series, readings, strict=True):
             if reading is not None:

@@ -155,7 +155,9 @@ def _expect(run: object, sinks: Sequence[object], config: object) -> None:
         raise UsageError(f"config is a {type(config).__name__}; expected a dict of plain JSON values")
     for sink in sinks:
         if not (callable(getattr(sink, "on_row", None)) and callable(getattr(sink, "close", None))):
-            raise UsageError(f"sinks holds a {type(sink).__name__}; expected objects with on_row(row, diagnosis) and close()")
+            raise UsageError(
+                f"sinks holds a {type(sink).__name__}; expected objects with on_row(row, diagnosis) and close()"
+            )
 
 
 def _opened(

@@ -13,11 +13,10 @@ from stabilitylab.analysis.findings import Diagnosis, severity
 from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
+from stabilitylab.record.waiting import Waiting, lost_says
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching.guard import Guard
 from stabilitylab.watching.one_hook import logger
-from stabilitylab.watching.waiting import Waiting, lost_says
-
 
 PATIENCE_SECONDS: Final = 5.0
 """How long, at the end, what could not be written yet is tried again while someone reads the file."""

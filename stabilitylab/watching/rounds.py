@@ -279,7 +279,9 @@ class Rounds:
             if says not in self._said:
                 self._said.add(says)
                 logger.warning("stabilitylab: a hook failed, and is off in such edits: %s", says)
-                self._note("hook-off", f"a hook failed in edit {self._recorder.edits}, and is off in such edits: {says}")
+                self._note(
+                    "hook-off", f"a hook failed in edit {self._recorder.edits}, and is off in such edits: {says}"
+                )
 
     def _times(self, clock: float) -> _Times:
         """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew."""

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import stabilitylab as sl
-from stabilitylab.record import store
+from stabilitylab.record import store, waiting
 from stabilitylab.record.store import FILE_NAME, RunWriter
-from stabilitylab.watching import recording, waiting
+from stabilitylab.watching import recording
 
 
 class Loop:

@@ -103,6 +103,8 @@ def lost_says(lost: dict[int, str]) -> list[str]:
         else:
             stretches.append((edit, edit, why))
     return [
-        f"edit {first} was not recorded: {why}" if first == last else f"edits {first} to {last} were not recorded: {why}"
+        f"edit {first} was not recorded: {why}"
+        if first == last
+        else f"edits {first} to {last} were not recorded: {why}"
         for first, last, why in stretches
     ]
