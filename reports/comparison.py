@@ -39,13 +39,13 @@ METRICS: Final = (
 )  # fmt: skip
 
 
-def write_comparison(runs: Sequence[Run], out: Path) -> Path:
+def write_comparison(runs: Sequence[Run], out: str | Path) -> Path:
     """Write the page that compares `runs` to `out`, and its data beside it as JSON. Returns `out`.
 
     Raises RunError when it can't be written there.
     """
     plain = compared(runs)
-    return write_pages(out, lambda: (_page(runs, plain), json.dumps(plain, allow_nan=False)))
+    return write_pages(out, lambda: (_page(runs, plain), plain))
 
 
 def stretches(run: Run) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
         verdict_text(diagnosis.verdict),
         Text(clean(diagnosis.says, 700), style="bold"),
     ]
-    if not run.complete:
+    if not run.closed:
         lines.append(Text("The run was not closed: it goes on, or it ended without a word.", style="yellow"))
     if why(diagnosis):
         lines.append(Text(f"Why: {clean(why(diagnosis), 700)}"))

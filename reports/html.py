@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -39,6 +39,8 @@ from stabilitylab.reports.scan_words import LOOKS as URGENCIES
 from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
+_OURS: Final = {"written_by": "stabilitylab"}
+"""What the data of each page begin with."""
 LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
@@ -58,30 +60,47 @@ class Reading:
     unit: str
 
 
-def write_report(run: Run, out: Path) -> Path:
+def write_report(run: Run, out: str | Path) -> Path:
     """Write the report of `run` to `out`, and its data beside it as JSON: ``report.html`` and ``report.json``.
 
     Each is written whole or not at all; missing folders are made. Returns `out`. Raises RunError when it can't be
     written there.
     """
     plain = payload(run)
-    return write_pages(out, lambda: (_page(run, plain), json.dumps(plain, allow_nan=False)))
+    return write_pages(out, lambda: (_page(run, plain), plain))
 
 
-def write_pages(out: Path, make: Callable[[], tuple[str, str]]) -> Path:
-    """Write (page, JSON) to `out` and beside it; see `write_report`."""
+def write_pages(path: str | Path, make: Callable[[], tuple[str, Mapping[str, Any]]]) -> Path:
+    """Write (page, plain values for the JSON) to `path` and beside it; see `write_report`."""
+    out = Path(path)
     if out.is_dir():
         raise RunError(f"can't write a report to '{out}': a folder; expected a file such as '{out}/report.html'")
     if out.suffix == ".json":
         raise RunError(f"can't write a report to '{out}': its data goes there; expected '{out.with_suffix('.html')}'")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _expect_ours(out.with_suffix(".json"), out)
         page, data = make()
-        _write_whole(out.with_suffix(".json"), data)
+        _write_whole(out.with_suffix(".json"), json.dumps({**_OURS, **data}, allow_nan=False))
         _write_whole(out, page)
     except OSError as error:
         raise RunError(f"can't write a report to '{out}': {error.strerror or error}") from error
     return out
+
+
+def _expect_ours(beside: Path, out: Path) -> None:
+    """The page's name was given, that of its data was not: it must not take a file that someone else wrote."""
+    if not os.path.lexists(beside):
+        return
+    begins = json.dumps(_OURS).removesuffix("}").encode("ascii")
+    if beside.is_file():
+        with beside.open("rb") as held:
+            if held.read(len(begins)) == begins:
+                return
+    raise RunError(
+        f"can't write a report to '{out}': its data would replace '{beside.name}', which no report wrote; expected "
+        f"another name, such as '{out.with_name(f'{out.stem}-report.html')}'"
+    )
 
 
 def _write_whole(out: Path, text: str) -> None:

@@ -60,7 +60,7 @@ def _(shown: Run) -> str:
         ("time in the canary", percent(shown.canary_time_share)),
         ("time in the tracer", percent(shown.trace_time_share)),
     ]
-    goes_on = "" if shown.complete else " (not closed: it goes on, or it ended without a word)"
+    goes_on = "" if shown.closed else " (not closed: it goes on, or it ended without a word)"
     return _page(f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, rows, shown.sites)
 
 

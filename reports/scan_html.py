@@ -5,7 +5,6 @@ Made as the report is, see `stabilitylab.reports.html`: what comes from the mode
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +52,14 @@ class Column:
     sign: str
 
 
-def write_scan(scan: Scan, cautions: Sequence[Caution], out: Path) -> Path:
+def write_scan(scan: Scan, cautions: Sequence[Caution], out: str | Path) -> Path:
     """Write the page of a scan to `out`, and its data beside it as JSON. Returns `out`.
 
     Raises RunError when it can't be written there.
     """
     made = plain(scan, cautions)
-    beside = out.with_suffix(".json").name
-    return write_pages(out, lambda: (page(scan, cautions, beside), json.dumps(made, allow_nan=False)))
+    beside = Path(out).with_suffix(".json").name
+    return write_pages(out, lambda: (page(scan, cautions, beside), made))
 
 
 def page(scan: Scan, cautions: Sequence[Caution], beside: str = "scan.json") -> str:

@@ -139,7 +139,7 @@ def _column(run: Run) -> dict[str, Text]:
         "with it": "; ".join(_others(diagnosis)) or "–",
         "took effect": landed_words(diagnosis),
         "not watched": clean("; ".join(diagnosis.unwatched), 160) or "–",
-        "edits": number(diagnosis.edits) + ("" if run.complete else ", goes on"),
+        "edits": number(diagnosis.edits) + ("" if run.closed else ", goes on"),
         "failed edits": _listed(failed),
         "onset": _edit(diagnosis.onset_edit),
         "alarm": _edit(diagnosis.alarm_edit),

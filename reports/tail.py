@@ -103,7 +103,7 @@ class Tail:
         return Group(*parts)
 
     def _state(self, now: float) -> Text:
-        if self._follower.complete:
+        if self._follower.closed:
             return Text("closed")
         began = self._follower.last_started
         if began is None:
@@ -212,9 +212,9 @@ def follow(
                     _write(console, tail.plain() if as_json else tail.line(each))
             if live is not None:
                 live.update(tail.page(time.time()), refresh=True)
-            elif follower.complete:
+            elif follower.closed:
                 _write(console, tail.plain() if as_json else tail.closing())
-            if follower.complete:
+            if follower.closed:
                 return
             time.sleep(interval)
             seen, told = follower.look(), 0

@@ -45,7 +45,7 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "edits": len(run),
         "last_edit": run.edits[-1].edit if run.edits else None,
-        "complete": run.complete,
+        "complete": run.closed,
         "verdict": diagnosis.verdict,
         "word": look.word,
         "sign": look.sign,

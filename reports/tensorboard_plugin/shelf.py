@@ -172,7 +172,7 @@ class Shelf:
             copy = _load(stamp, self._followers.setdefault(run, Follower(file, keeps_rows=True)))
             ended = time.monotonic()
             with self._lock:
-                if copy.run is None or copy.run.complete:  # damaged, or grows no more
+                if copy.run is None or copy.run.closed:  # damaged, or grows no more
                     self._followers.pop(run, None)
                 self._lines[run] = _Line(stamp, copy.version, copy.summary, copy.reason, ended, ended - began)
                 self._keep(run, copy)

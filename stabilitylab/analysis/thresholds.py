@@ -96,7 +96,7 @@ def read(path: Path) -> Thresholds:
     """Thresholds from a file. Raises UsageError where it holds none."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"can't read thresholds from '{path}': {error}") from None
     return from_json(plain, f"'{path}'")
 

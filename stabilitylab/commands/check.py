@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,14 @@ from rich.console import Console
 
 from stabilitylab.analysis.findings import severity
 from stabilitylab.analysis.thresholds import read
-from stabilitylab.commands.options import EXIT_BAD_VERDICT, EXIT_INCOMPLETE, EXIT_UNWATCHED, WIDEST_PAGE, RunPath
+from stabilitylab.commands.options import (
+    EXIT_BAD_VERDICT,
+    EXIT_INCOMPLETE,
+    EXIT_UNWATCHED,
+    WIDEST_PAGE,
+    RunPath,
+    complain,
+)
 from stabilitylab.record.run import load
 
 
@@ -55,7 +61,7 @@ def check(
     if severity(diagnosis.verdict) >= severity(fail_on.value) or diagnosis.nothing_lands:
         raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):
-        print(f"stabilitylab: '{found.path}' holds no measured edit yet; nothing to judge", file=sys.stderr)
+        complain(f"'{found.path}' holds no measured edit yet; nothing to judge")
         raise typer.Exit(EXIT_INCOMPLETE)
     if diagnosis.unwatched:
         raise typer.Exit(EXIT_UNWATCHED)

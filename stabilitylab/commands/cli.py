@@ -1,23 +1,24 @@
 """The command ``stabilitylab``: arguments in, exit code out. Does no work of its own.
 
-Exit codes: 0, 1 when the verdict (of a scan, a warning) reaches ``--fail-on`` or none of the last edits took effect, 2
-when the command can't be carried out, 3 when the run holds nothing to judge yet, 5 when something asked for could not
-be watched and nothing worse is known, 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141
+Exit codes: 0, those of `options`, and 130 after Ctrl-C. A reader of the output that goes away ends it by SIGPIPE (141
 in a shell), never by 1: that is a verdict's alone.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import stabilitylab
 from stabilitylab.commands import calibrate, check, compare, demo, lab, probes, report, scan, tail
-from stabilitylab.commands.options import EXIT_USAGE
+from stabilitylab.commands.options import EXIT_INTERNAL, EXIT_USAGE, complain
 from stabilitylab.errors import StabilityLabError
 
 app = typer.Typer(
@@ -60,7 +61,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; every error of ours, and of the disk, is one line on stderr and exit code 2."""
+    """Run the command line; every error is one line on stderr, with exit code 2, or 4 where it should not have been."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -68,5 +69,14 @@ def main() -> None:
     try:
         app(prog_name="stabilitylab")
     except (StabilityLabError, OSError) as error:
-        print("stabilitylab:", " ".join(str(error).splitlines()), file=sys.stderr)
+        complain(error)
         sys.exit(EXIT_USAGE)
+    except Exception as error:
+        if os.environ.get("STABILITYLAB_DEBUG"):
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        complain(
+            f"internal error: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno}); please report it"
+            " with the command, and with what STABILITYLAB_DEBUG=1 shows"
+        )
+        sys.exit(EXIT_INTERNAL)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from stabilitylab.reports.text import clean
+
 EXIT_BAD_VERDICT: Final = 1
+"""The verdict (of a scan, a warning) reaches ``--fail-on``, or none of the last edits took effect."""
 EXIT_USAGE: Final = 2
+"""The command can't be carried out: what it was given, or a file that it was to read or write."""
 EXIT_INCOMPLETE: Final = 3
+"""The run holds nothing to judge yet."""
+EXIT_INTERNAL: Final = 4
+"""An error of ours."""
 EXIT_UNWATCHED: Final = 5
+"""Something that was asked for could not be watched, and nothing worse is known."""
 WIDEST_PAGE: Final = 100
 """Columns: longer lines of prose are hard to read."""
+
+
+def complain(words: object) -> None:
+    """Say one line on stderr. Names of folders and what files hold may be anyone's: nothing in it steers a terminal."""
+    print("stabilitylab:", clean(words, 4_000), file=sys.stderr, flush=True)
 
 
 class Precision(str, Enum):

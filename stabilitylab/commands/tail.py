@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from stabilitylab.commands.options import RunPath
+from stabilitylab.commands.options import RunPath, complain
 
 
 def tail(
@@ -23,7 +22,4 @@ def tail(
     """
     from stabilitylab.reports.tail import follow
 
-    def says(words: str) -> None:
-        print("stabilitylab:", words, file=sys.stderr, flush=True)
-
-    follow(run, interval=interval, once=once, as_json=as_object, says=says)
+    follow(run, interval=interval, once=once, as_json=as_object, says=complain)

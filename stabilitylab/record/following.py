@@ -12,9 +12,10 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
+from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
-from stabilitylab.record.run import Contents, Run, analyzer_of, fed, keys_of, thresholds_of
+from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, keys_of, thresholds_of
 from stabilitylab.record.runfile import connect, find_file
 from stabilitylab.record.store import (
     Unpacker,
@@ -80,6 +81,11 @@ class Follower:
 
     @property
     def complete(self) -> bool:
+        """Whether it was closed, and no row of it was lost on the way."""
+        return self.closed and not self.manifest.get(LOST_ENTRY)
+
+    @property
+    def closed(self) -> bool:
         """Whether the monitor had closed the run at the last look."""
         return bool(self.manifest.get("closed", False))
 
@@ -116,7 +122,7 @@ class Follower:
         with connect(file) as db:
             try:
                 return self._read(db, file, keep)
-            except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+            except DAMAGE as error:
                 raise RunError(f"'{file}' is damaged: {error}") from error
 
     def _read(self, db: sqlite3.Connection, file: Path, keep: int | None) -> list[Seen]:

@@ -32,5 +32,9 @@ EDITOR_REBUILT: Final = "editor-rebuilt"
 """The host has built its editor anew between edits."""
 REPLAY: Final = "replay"
 """What is to be said of an edit that was made once more, besides the operation that was found."""
-UNWATCHED: Final = frozenset({"canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL})
+LOST_ROWS: Final = "lost-rows"
+"""Rows of edits that could not be written, and are not in the run."""
+LOST_ENTRY: Final = "lost_rows"
+"""The manifest's entry of how many those are."""
+UNWATCHED: Final = frozenset({LOST_ROWS, "canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL})
 """Something that was asked for could not be watched."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
 from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
+from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
@@ -35,6 +36,13 @@ from stabilitylab.record.store import (
     read_outcomes,
     read_rows,
 )
+
+DAMAGE: Final = (sqlite3.DatabaseError, ValueError, TypeError, KeyError, OverflowError)
+"""What reading a file raises that is no run, or none any more."""
+MOST_SHOWN: Final = 1 << 24
+"""Values of a series up to which it is as wide as its metric is said to be; else as its widest reading is."""
+MOST_SERIES: Final = 1 << 27
+"""Values of a series, whose readings may be far fewer."""
 
 
 def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
@@ -174,6 +182,11 @@ class Run:
 
     @property
     def complete(self) -> bool:
+        """Whether all of the run is here: it was closed, and no row of it was lost on the way."""
+        return self.closed and not self.manifest.get(LOST_ENTRY)
+
+    @property
+    def closed(self) -> bool:
         """Whether the monitor closed the run; False while it goes on, and after a crash."""
         return bool(self.manifest.get("closed", False))
 
@@ -227,7 +240,13 @@ class Run:
         readings = [edit.row.readings.get((metric, place)) for edit in self.edits]
         length = max((reading.size for reading in readings if reading is not None), default=1)
         declared = self.metric(metric).length
-        series = np.full((len(readings), max(length, declared)), np.nan)
+        if len(readings) * declared <= MOST_SHOWN:
+            length = max(length, declared)
+        if len(readings) * length > MOST_SERIES:
+            raise RunError(
+                f"metric {metric!r} at {place!r} is {len(readings)} edits of {length} values, which is too much"
+            )
+        series = np.full((len(readings), length), np.nan)
         for line, reading in zip(series, readings, strict=True):
             if reading is not None:
                 line[: reading.size] = reading
@@ -325,5 +344,5 @@ def load(path: str | Path) -> Run:
     with connect(file) as db:
         try:
             return Run(file.parent, _read(db))
-        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+        except DAMAGE as error:
             raise RunError(f"'{file}' is damaged: {error}") from error

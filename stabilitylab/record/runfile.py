@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ LOCK_SECONDS: Final = 10.0
 """How long a reader waits for a writer that has no write-ahead log; one commit takes milliseconds."""
 
 COPY_TRIES: Final = 5
+
+_STEP: Final = 10_000
+STEPS: Final = 10_000
+"""How often so many instructions of SQLite's are allowed for, and once more per so many bytes of the file: reading a
+run takes a fraction of that, and nothing that a file holds can make it take for ever."""
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -58,6 +64,35 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
         raise RunError(
             f"'{file}' has run schema {version}, this stabilitylab reads up to {SCHEMA_VERSION}; upgrade stabilitylab"
         )
+    try:
+        _expect_tables_alone(db)
+    except (sqlite3.DatabaseError, ValueError) as error:
+        raise RunError(f"'{file}' is damaged: {error}") from error
+
+
+def _expect_tables_alone(db: sqlite3.Connection) -> None:
+    """Nothing in the file may compute: no view, trigger, virtual table or generated column in the place of a table."""
+    for kind, name, says in db.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+        # Indexes that SQLite makes by itself have no text; what an index of anyone else's computes is never read.
+        if kind != "table" and not (kind == "index" and says is None):
+            raise ValueError(f"it holds a {str(kind)[:20]}, {str(name)[:40]!r}; expected tables alone")
+        if kind == "table" and not str(says).startswith("CREATE TABLE "):
+            raise ValueError(f"it holds a table that is not plain, {str(name)[:40]!r}")
+        hidden = db.execute("SELECT hidden FROM pragma_table_xinfo(?)", (name,)).fetchall() if kind == "table" else []
+        if any(each != (0,) for each in hidden):
+            raise ValueError(f"table {str(name)[:40]!r} has columns that are computed")
+
+
+def _expect_files(file: Path) -> None:
+    """What is opened beside the run is a file: a pipe would be waited for. Raises RunError."""
+    for ending in ("", "-wal", "-shm", "-journal"):
+        beside = file.with_name(file.name + ending)
+        try:
+            kind = beside.lstat().st_mode
+        except OSError:
+            continue
+        if not stat.S_ISREG(kind):
+            raise RunError(f"'{beside}' is no file; expected a run that stabilitylab wrote")
 
 
 def _copy(file: Path, folder: Path) -> Path:
@@ -87,6 +122,7 @@ def connect(file: Path) -> Iterator[sqlite3.Connection]:
     that has to be rolled back first), a temporary copy is.
     """
     with contextlib.ExitStack() as stack:
+        _expect_files(file.resolve())
         try:
             db = stack.enter_context(contextlib.closing(_open(file, "ro")))
         except sqlite3.OperationalError as error:
@@ -104,7 +140,10 @@ def connect(file: Path) -> Iterator[sqlite3.Connection]:
 def _open(file: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     """Connect, and begin the one transaction that everything is read in."""
     db = sqlite3.connect(f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=LOCK_SECONDS)
+    left = iter(range(STEPS + file.stat().st_size // _STEP))
+    db.set_progress_handler(lambda: next(left, None) is None, _STEP)
     try:
+        db.execute("PRAGMA trusted_schema = OFF")
         db.execute("BEGIN")
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:

@@ -7,30 +7,37 @@ absent is not NaN. ``PRAGMA application_id`` marks the file as ours, ``PRAGMA us
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import logging
 import os
 import sqlite3
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import RunError
+from stabilitylab.record.checked import LONGEST, entry, expect, from_json
+from stabilitylab.record.making import as_json, free_folder, is_taken, making, wal_works
 from stabilitylab.record.operations import Operation, operation_from_json
 from stabilitylab.record.packed import Frame, PackedReadings
-from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind, Status
+
+_log = logging.getLogger("stabilitylab")
 
 FILE_NAME = "run.db"
 APPLICATION_ID = 0x57AB1AB0
 SCHEMA_VERSION = 3
 """2 added the table `dry`, 3 the table `operation` and the time that tracing took; an older file has none of them."""
 LABEL_LIMIT = 4_000
+WAIT_SECONDS: Final = 0.02
+"""How long a write waits for a reader of a file without a write-ahead log: nobody's edit is held up for longer."""
 
 _ROW = """(
     edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
@@ -72,37 +79,6 @@ def plain_text(text: str, limit: int = LABEL_LIMIT) -> str:
     """`text` as SQLite can hold it: lone surrogates spelled out, cut to `limit` characters with a mark."""
     safe = _spelled(text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
-
-
-def _wal_works(folder: Path) -> bool:
-    """Try write-ahead logging on a scratch file: network file systems fail at it, some after reporting success."""
-    with tempfile.TemporaryDirectory(prefix=".wal-", dir=folder) as scratch:
-        path = Path(scratch) / "scratch.db"
-        try:
-            with (
-                contextlib.closing(sqlite3.connect(path)) as writer,
-                contextlib.closing(sqlite3.connect(path)) as reader,
-            ):
-                if writer.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
-                    return False
-                writer.executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
-                writer.commit()
-                return bool(reader.execute("SELECT count(*) FROM t").fetchone() == (1,))
-        except sqlite3.Error:
-            return False
-
-
-def _is_taken(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def free_folder(folder: Path) -> Path:
-    """`folder` where a run can be made in it, else the first of ``folder-2``, ``folder-3``, … where one can."""
-    number, candidate = 1, folder
-    while _is_taken(candidate):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
 
 
 def _pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
@@ -165,23 +141,49 @@ def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
     return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
 
 
+_COLUMNS: Final = {
+    "edit": int,
+    "label": str,
+    "status": Status,
+    "started": float,
+    "seconds": float,
+    "probe_seconds": float,
+    "canary_seconds": float,
+    "trace_seconds": float,
+    "error": str | None,
+}
+"""What a row holds besides its readings."""
+
+
 def read_metrics(db: sqlite3.Connection) -> tuple[Metric, ...]:
     """The metrics that a run file describes, in the order in which they were added."""
     columns = "name, unit, scale, phase, meaning, formula, source, length"
-    return tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+    found = tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
+    for metric in found:
+        expect(Metric, metric, "a metric's description")
+        if not 1 <= metric.length <= LONGEST:
+            raise ValueError(f"metric {metric.name[:60]!r} is said to hold {metric.length} values")
+    return found
 
 
 def read_manifest(db: sqlite3.Connection) -> dict[str, Any]:
     """The manifest of a run file."""
-    return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM manifest")}
+    return dict(entry(key, value) for key, value in db.execute("SELECT key, value FROM manifest"))
 
 
 def read_layouts(db: sqlite3.Connection) -> dict[int, Layout]:
     """The layouts that the rows of a run file refer to, by number."""
     return {
-        number: tuple((metric, site, length) for metric, site, length in json.loads(entries))
+        number: tuple(_place(*each) for each in expect(list, from_json(entries), "a layout"))
         for number, entries in db.execute("SELECT id, entries FROM layout")
     }
+
+
+def _place(metric: object, site: object, length: object) -> tuple[str, str, int]:
+    """An entry of a layout."""
+    if not (isinstance(length, int) and 0 < length < 1 << 31):
+        raise ValueError(f"a layout has a reading of {str(length)[:20]} values")
+    return expect(str, metric, "a layout's metric"), expect(str, site, "a layout's site"), length
 
 
 def read_rows(
@@ -195,6 +197,9 @@ def read_rows(
     for values in cursor:
         columns = dict(zip(names, values, strict=True))
         readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
+        for name, kind in _COLUMNS.items():
+            if name in columns:  # older schemata lack some
+                expect(kind, columns[name], f"column {name!r} of a row")
         yield EditRow(**columns, readings=readings)
 
 
@@ -207,23 +212,36 @@ def read_operations(db: sqlite3.Connection) -> tuple[Operation, ...]:
     if not _has_table(db, "operation"):
         return ()  # schema 2
     return tuple(
-        operation_from_json(json.loads(says)) for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
+        expect(Operation, operation_from_json(from_json(says)), "an operation")
+        for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
     )
 
 
 def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
     """The verdicts as they were raised online."""
-    return tuple(Alarm(*row) for row in db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id"))
+    rows = db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
+    return tuple(expect(Alarm, Alarm(*row), "an alarm") for row in rows)
 
 
 def read_notes(db: sqlite3.Connection) -> tuple[Note, ...]:
     """What was not measured, or not as asked."""
-    return tuple(Note(*row) for row in db.execute("SELECT edit, kind, says FROM note ORDER BY id"))
+    rows = db.execute("SELECT edit, kind, says FROM note ORDER BY id")
+    return tuple(expect(Note, Note(*row), "a note") for row in rows)
 
 
 def read_outcomes(db: sqlite3.Connection) -> dict[int, OutcomeKind]:
     """What became of each edit that was looked after, by its number; of several records, the last."""
-    return dict(db.execute("SELECT edit, outcome FROM outcome ORDER BY id"))
+    rows = db.execute("SELECT edit, outcome FROM outcome ORDER BY id")
+    return {edit: expect(OutcomeKind, outcome, "an outcome") for edit, outcome in rows}
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another one in its place; None where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 def _close_in(process: int, connection: sqlite3.Connection) -> None:
@@ -237,56 +255,99 @@ class RunWriter:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
         """Make `folder` and its run file.
 
-        Raises RunError when the folder holds anything already (nothing is overwritten) or can't be made.
+        Raises RunError when the folder holds anything already (nothing is overwritten) or can't be made, UsageError
+        for a manifest that is not plain JSON. Nothing is left behind then.
         """
-        if _is_taken(folder):
+        if is_taken(folder):
             raise RunError(f"run folder '{folder}' exists; expected a new one, such as '{free_folder(folder)}'")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            journal = "WAL" if _wal_works(folder) else "TRUNCATE"
-            self.path = folder / FILE_NAME
-            self._process = os.getpid()
-            self._connection = sqlite3.connect(self.path, timeout=10.0, check_same_thread=False)
-            # A writer that is dropped without `close` ends as one that was killed does, and leaves its log beside it.
-            # Not at exit, nor in a child that was forked, which would end its parent's.
-            weakref.finalize(self, _close_in, self._process, self._connection).atexit = False
-            self._db.execute(f"PRAGMA journal_mode={journal}")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            with self._db:
-                self._db.executescript(_SCHEMA)
-                self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        except (OSError, sqlite3.Error) as error:
-            raise RunError(f"can't write a run file in '{folder}': {error}") from error
+        self.path = folder / FILE_NAME
+        self._process = os.getpid()
         self._layout: Layout = ()
         self._layout_id: int | None = None
         self._metrics: dict[str, Metric] = {}
         self._closed = False
-        self.set_manifest(manifest)
-        self.add_metrics(metrics)
+        with making(self.path) as scratch:
+            journal = "WAL" if wal_works(scratch.parent) else "TRUNCATE"
+            with contextlib.closing(sqlite3.connect(scratch)) as self._connection:
+                with self._connection as db:
+                    db.executescript(_SCHEMA)
+                    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+                self._set_manifest(self._connection, manifest)
+                self._add_metrics(self._connection, metrics)
+        self._open(journal)
+        try:
+            # Once more: its log is there then. A disk without room for that is an error here, not at the first edit.
+            self.set_manifest(manifest)
+        except sqlite3.Error as error:
+            self.discard()
+            raise RunError(f"can't write a run file in '{folder}': {error}") from error
+
+    def _open(self, journal: str) -> None:
+        self._journal = journal
+        self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
+        # A writer that is dropped without `close` ends as one that was killed does, and leaves its log beside it.
+        # Not at exit, nor in a child that was forked, which would end its parent's.
+        self._dropped = weakref.finalize(self, _close_in, self._process, self._connection)
+        self._dropped.atexit = False
+        self._identity = _identity(self.path)
+        self._connection.execute(f"PRAGMA journal_mode={journal}")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
 
     @property
     def _db(self) -> sqlite3.Connection:
+        """The connection to the file as it lies in its folder now: once for each transaction."""
         if os.getpid() != self._process:
             raise RunError(
                 f"'{self.path}' is written by process {self._process}; a process that was forked from it writes nothing"
             )
+        if _identity(self.path) != self._identity:
+            self._make_anew()
         return self._connection
 
+    def _make_anew(self) -> None:
+        """The file was deleted, moved or replaced, and SQLite would go on writing where nobody finds it: write all of
+        it again, into the same folder where that is free. Raises sqlite3.OperationalError.
+        """
+        gone, old = self.path, self._connection
+        try:
+            file = free_folder(gone.parent) / FILE_NAME
+            with making(file) as scratch, contextlib.closing(sqlite3.connect(scratch)) as copy:
+                old.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")
+        except (RunError, sqlite3.Error) as error:
+            raise sqlite3.OperationalError(f"'{gone}' is gone, and can't be made anew: {error}") from error
+        # Never closed: closing removes a log by its name, and what has that name now is another's.
+        self._dropped.detach()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(old))
+        self.path = file
+        self._open(self._journal)
+        (last,) = self._connection.execute("SELECT coalesce(max(edit), 0) FROM edit").fetchone()
+        says = f"'{gone}' was deleted, moved or replaced after edit {last}: the whole run was written again as '{file}'"
+        _log.warning("stabilitylab: %s", says)
+        self.note(Note(last, "run-file-gone", says))
+
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Write or replace manifest entries; values must be plain JSON (no NaN)."""
-        rows = [(key, json.dumps(value, allow_nan=False, ensure_ascii=True)) for key, value in manifest.items()]
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
+        """Write or replace manifest entries. Raises UsageError for values that are not plain JSON (NaN is none)."""
+        self._set_manifest(self._db, manifest)
+
+    @staticmethod
+    def _set_manifest(db: sqlite3.Connection, manifest: Mapping[str, Any]) -> None:
+        rows = [(key, as_json(key, value)) for key, value in manifest.items()]
+        with db:
+            db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
 
     def add_metrics(self, metrics: Sequence[Metric]) -> None:
         """Describe metrics, so that the file can be read without the probes that wrote it."""
+        self._add_metrics(self._db, metrics)
+
+    def _add_metrics(self, db: sqlite3.Connection, metrics: Sequence[Metric]) -> None:
         described = [
             {field: _spelled(value) if isinstance(value, str) else value for field, value in asdict(metric).items()}
             for metric in metrics
         ]
-        with self._db:
-            self._db.executemany(
+        with db:
+            db.executemany(
                 "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
                 " :length)",
                 described,
@@ -316,15 +377,15 @@ class RunWriter:
 
     def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
         layout, number = self._layout, self._layout_id
-        with self._db:
+        with self._db as db:
             for row in rows:
                 if number is None or not _fits(row.readings, layout):
                     layout = self._grown(row.readings, layout)
                     named = [(_spelled(metric), site, length) for metric, site, length in layout]
                     entries = json.dumps(named, ensure_ascii=True)
-                    number = self._db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
+                    number = db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
                 present, data = _pack(row.readings, layout)
-                self._db.execute(
+                db.execute(
                     f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         row.edit,
@@ -346,15 +407,15 @@ class RunWriter:
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
         """Append what became of an edit."""
-        with self._db:
-            self._db.execute(
+        with self._db as db:
+            db.execute(
                 "INSERT INTO outcome (edit, outcome, observed_at) VALUES (?, ?, ?)", (edit, outcome, time.time())
             )
 
     def alarm(self, alarm: Alarm) -> None:
         """Append a verdict as it was raised online."""
-        with self._db:
-            self._db.execute(
+        with self._db as db:
+            db.execute(
                 "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
                 (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
             )
@@ -362,31 +423,40 @@ class RunWriter:
     def operation(self, operation: Operation) -> None:
         """Append an operation that tracing has named."""
         says = json.dumps(operation.to_json(), allow_nan=False, ensure_ascii=True)
-        with self._db:
-            self._db.execute("INSERT INTO operation (edit, says) VALUES (?, ?)", (operation.edit, says))
+        with self._db as db:
+            db.execute("INSERT INTO operation (edit, says) VALUES (?, ?)", (operation.edit, says))
 
     def note(self, note: Note) -> None:
         """Append what was not measured, and why."""
-        with self._db:
-            self._db.execute(
+        with self._db as db:
+            db.execute(
                 "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)",
                 (note.edit, _spelled(note.kind), plain_text(note.says)),
             )
 
     def discard(self) -> None:
         """Close, and remove the file; its folder too, unless something else is in it."""
-        self.close()
+        with contextlib.suppress(sqlite3.Error):
+            self.close()
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            for ending in ("-wal", "-shm", "-journal", ""):
+                self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             self.path.parent.rmdir()
 
     def close(self) -> None:
         """Fold the log into the file and leave that one file."""
         if self._closed or os.getpid() != self._process:
             return
-        self._closed = True
+        try:
+            db = self._db
+        except sqlite3.Error:  # gone, and it can't be made anew: leave alone what may lie in its place
+            self._dropped.detach()
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            raise
+        finally:
+            self._closed = True
         # A reader that is open at this moment makes the switch impossible; the log then stays beside the file, whole.
         with contextlib.suppress(sqlite3.OperationalError):
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._db.execute("PRAGMA journal_mode=DELETE")
-        self._db.close()
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute("PRAGMA journal_mode=DELETE")
+        db.close()

@@ -60,7 +60,7 @@ def read_tokenizer(folder: Path) -> Any:
 
     try:
         with silent():
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers make of a stranger's files
         raise UsageError(f"{folder} has no tokenizer that can be loaded: {_one_line(error)}") from None
     if not tokenizer.is_fast:
@@ -83,7 +83,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **in_dtype(dtype)
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **in_dtype(dtype)
             )
     except Exception as error:  # the same
         raise UsageError(f"{folder} holds no model that can be loaded: {_one_line(error)}") from None

@@ -148,7 +148,7 @@ def write_model(gguf: Path, folder: Path, progress: Progress) -> None:
     def stage(index: int) -> None:
         progress(index, len(_STAGES) - 1, _STAGES[index])
 
-    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     # Releases that could leave the weights packed have a setting against it; older ones know no other way.
     setting = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": setting(dequantize=True)} if setting else {}

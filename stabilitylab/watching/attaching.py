@@ -76,6 +76,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    _expect(run, sinks, config)
     editor, watched = as_editor(editor), canaries.of(canary)
     chosen = _chosen(probes)
     limits = _limits(thresholds)
@@ -109,15 +110,15 @@ def attach(
         except Exception as error:  # what only looks stops no loop
             scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
     writer, writes = _opened(folder, about, options, metrics, together)
-    receivers = list(sinks) if writes else []
-    if announce and writes:
-        receivers.append(AlarmSink(folder))
-    if tensorboard and writes:
-        from stabilitylab.reports.tensorboard import TensorBoardSink
-
-        receivers.append(TensorBoardSink(folder, metrics, about | options))
     single = means_single_edits(config or {})
     try:
+        receivers = list(sinks) if writes else []
+        if announce and writes:
+            receivers.append(AlarmSink(folder))
+        if tensorboard and writes:
+            from stabilitylab.reports.tensorboard import TensorBoardSink
+
+            receivers.append(TensorBoardSink(folder, metrics, about | options))
         monitor = Monitor(
             model,
             found,
@@ -132,7 +133,7 @@ def attach(
             trace=trace,
             replay=replay,
         )
-    except UsageError:  # such as a canary that can't be run: nothing was measured yet
+    except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()
         raise
     if folder != wanted:
@@ -144,6 +145,19 @@ def attach(
     if together is not None:
         monitor.note("per-process", together.says_what_is_whose())
     return monitor
+
+
+def _expect(run: object, sinks: Sequence[object], config: object) -> None:
+    """Raises UsageError for what can't be a run's path, a sink or a config."""
+    if not isinstance(run, str | Path | None):
+        raise UsageError(f"run is a {type(run).__name__}; expected the path of a new folder")
+    if not isinstance(config, Mapping | None):
+        raise UsageError(f"config is a {type(config).__name__}; expected a dict of plain JSON values")
+    for sink in sinks:
+        if not (callable(getattr(sink, "on_row", None)) and callable(getattr(sink, "close", None))):
+            raise UsageError(
+                f"sinks holds a {type(sink).__name__}; expected objects with on_row(row, diagnosis) and close()"
+            )
 
 
 def _opened(

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from stabilitylab.errors import RunError, UsageError
+from stabilitylab.errors import RunError, StabilityLabError, UsageError
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 
@@ -100,7 +100,7 @@ class Company:
         said = {"folder": str(folder), "error": ""}
         try:
             yield
-        except RunError as error:
+        except StabilityLabError as error:
             said["error"] = str(error)
             raise
         finally:

@@ -21,10 +21,10 @@ class Guard:
         self._failed: set[str] = set()
 
     def __call__(self, what: str, action: Callable[[], T]) -> T | None:
-        """`action()`; None when it raised an Exception."""
+        """`action()`; None when it raised an Exception, or would have ended the program."""
         try:
             return action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if what not in self._failed:
                 self._failed.add(what)
                 says = f"{what} failed: {type(error).__name__}: {error}"

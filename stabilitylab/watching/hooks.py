@@ -124,6 +124,8 @@ class Capture:
         self.answered: set[str] = set()
         self.batched: set[str] = set()
         self.heard = False
+        self.broken: list[str] = []
+        """What hooks raised, which are off then."""
         self.compiled: dict[str, str] = {}
         """Layers that can't be looked into, since they run as compiled code: the name of what was compiled."""
         self._compiled = compiled or {}
@@ -153,7 +155,10 @@ class Capture:
 
     def hook(self, action: Callable[..., None]) -> Hook:
         """`action` as a hook that falls silent when the edit ends."""
-        return Hook(action)
+        return Hook(action, self._broke)
+
+    def _broke(self, error: Exception) -> None:
+        self.broken.append(f"{type(error).__name__}: {error}")
 
     def _put(self, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False) -> None:
         put(self._stack, module, hook, before=before, with_kwargs=with_kwargs)
@@ -238,7 +243,7 @@ class Capture:
                 self._watcher.layer_pass(site, fired, held, delta.detach())
 
         # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
-        self.own(node.register_prehook(Hook(before_backward)))
+        self.own(node.register_prehook(self.hook(before_backward)))
 
     def _as_sequence(self, module: nn.Module, y: Tensor) -> Tensor:
         """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1).

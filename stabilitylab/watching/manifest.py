@@ -57,6 +57,14 @@ def git_state() -> dict[str, Any] | None:
     }
 
 
+def _cwd() -> str | None:
+    """The working directory; None where it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
 def _class_name(thing: object) -> str:
     if isinstance(thing, ModuleType):
         return thing.__name__
@@ -96,7 +104,7 @@ def collect(
         "platform": platform.platform(),
         "weight_pass": weight_pass(),
         "command": list(sys.argv),
-        "cwd": os.getcwd(),
+        "cwd": _cwd(),
         "git": git_state(),
         **of_sites(sites),
         **({} if thresholds is None else {"thresholds": thresholds.to_json()}),

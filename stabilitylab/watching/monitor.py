@@ -103,7 +103,7 @@ class Monitor:
                 "an edit is being made once more, and opened an edit of the run; expected autopsy to get the bare "
                 "editing function, without monitor.edit or monitor.wrap in it"
             )
-        return Edit(self, str(label))
+        return Edit(self, self._label(lambda: label))
 
     def step(self, label: object = "") -> Edit:
         """The next edit begins here, and the one before ends: for a loop whose body can't be put into a ``with`` block.
@@ -329,7 +329,7 @@ class Monitor:
         try:
             return str(label(*args, **kwargs))
         except Exception as error:
-            logger.warning("stabilitylab: the label function failed: %s", error)
+            logger.warning("stabilitylab: the label failed: %s: %s", type(error).__name__, error)
             return ""
 
 

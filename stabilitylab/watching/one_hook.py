@@ -26,6 +26,10 @@ _Table = OrderedDict[int, Any]
 _silent = threading.local()
 
 
+def _log(error: Exception) -> None:
+    logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
+
+
 class Hook:
     """What we put on a module: acts while its edit is open, and is nothing afterwards, wherever it was copied to.
 
@@ -33,8 +37,10 @@ class Hook:
     object, so that the copy is watched too, and fall silent with the edit; `leave` takes them off.
     """
 
-    def __init__(self, action: Callable[..., None]) -> None:
+    def __init__(self, action: Callable[..., None], broke: Callable[[Exception], None] | None = None) -> None:
+        """broke: told what `action` raised; else it is logged."""
         self._action: Callable[..., None] | None = action
+        self._broke = broke or _log
         self._homes: list[weakref.ref[_Table]] = []
 
     @property
@@ -52,7 +58,7 @@ class Hook:
                     self._action(*args)
             except Exception as error:
                 self.fall_silent()
-                logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
+                self._broke(error)
 
     def fall_silent(self) -> None:
         """Do nothing from now on."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
+from stabilitylab.record.waiting import Waiting, lost_says
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching.guard import Guard
+from stabilitylab.watching.one_hook import logger
+
+PATIENCE_SECONDS: Final = 5.0
+"""How long, at the end, what could not be written yet is tried again while someone reads the file."""
 
 
 class Record(Protocol):
@@ -56,6 +62,8 @@ class Recorder:
         self._record = record
         self._analyzer = analyzer
         self._sinks = tuple(sinks)
+        self._waiting = Waiting()
+        self._lost_before = 0
         self._about: int | None = None
         self._raised = 0
 
@@ -77,23 +85,38 @@ class Recorder:
         """Record something that was not measured, or not as asked."""
         note = Note(self.edits if self._about is None else self._about, kind, says)
         with suppress(Exception):
-            self._record.note(note)
+            self._waiting.put(lambda: self._record.note(note))
         with suppress(Exception):
             self._analyzer.observe_note(note)
 
     def operation(self, operation: Operation) -> None:
         """Record an operation that tracing has named, before the row of its edit."""
-        self.guard("the run file", lambda: self._record.operation(operation))
+        self._write(lambda: self._record.operation(operation))
         self.guard("the analyzer", lambda: self._analyzer.observe_operation(operation))
 
     def manifest(self, entries: Mapping[str, Any]) -> None:
-        """Write or replace entries of the manifest. Raises what the record raises."""
-        self._record.set_manifest(entries)
+        """Write or replace entries of the manifest."""
+        self._write(lambda: self._record.set_manifest(entries))
+
+    def _write(self, do: Callable[[], object], rows: Sequence[EditRow] = ()) -> bool:
+        """Returns whether all was written by now."""
+        return bool(self.guard("the run file", lambda: self._waiting.put(do, rows)))
 
     def row(self, row: EditRow) -> None:
         """Write an edit's row, then tell the analyzer and the sinks of it."""
-        self.guard("the run file", lambda: self._record.append(row))
+        if self._write(lambda: self._record.append(row), [row]):
+            self._say_lost()
         self.guard("the analyzer", lambda: self._analyze(row))
+
+    def _say_lost(self) -> None:
+        """Leave word in the run of the rows that are not in it."""
+        lost = self._waiting.lost
+        if len(lost) > self._lost_before:
+            new = dict(list(lost.items())[self._lost_before :])
+            self._lost_before = len(lost)
+            self._write(lambda: self._record.set_manifest({LOST_ENTRY: len(lost)}))
+            for says in lost_says(new):
+                self.note(LOST_ROWS, says)
 
     def _analyze(self, row: EditRow) -> None:
         self._analyzer.observe(row)
@@ -102,20 +125,20 @@ class Recorder:
             self._raised = severity(diagnosis.verdict)
             worst = max(diagnosis.findings, key=lambda finding: severity(finding.verdict))
             alarm = Alarm(row.edit, diagnosis.verdict, worst.metric, worst.site, worst.says)
-            self.guard("the run file", lambda: self._record.alarm(alarm))
+            self._write(lambda: self._record.alarm(alarm))
         for sink in self._sinks:
-            self.guard(type(sink).__name__, functools.partial(sink.on_row, row, diagnosis))
+            self.guard(type(sink).__name__, functools.partial(_tell, sink, row, diagnosis))
 
     def dry(self, rows: Sequence[EditRow], seconds: float) -> None:
         """Write the rows of all dry edits, which took so long, and tell the analyzer of them."""
-        if self.guard("the run file", lambda: self._record.append_dry(rows)):
-            for row in rows:
-                self.guard("the analyzer", functools.partial(self._analyzer.observe_dry, row))
-            self.note("calibrated", f"{len(rows)} dry edits in {seconds:.1f} s, each rolled back bit for bit")
+        self._write(lambda: self._record.append_dry(rows))
+        for row in rows:
+            self.guard("the analyzer", functools.partial(self._analyzer.observe_dry, row))
+        self.note("calibrated", f"{len(rows)} dry edits in {seconds:.1f} s, each rolled back bit for bit")
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
-        """Write what became of an edit. Raises what the record raises."""
-        self._record.outcome(edit, outcome)
+        """Write what became of an edit."""
+        self._write(lambda: self._record.outcome(edit, outcome))
 
     def diagnosis(self) -> Diagnosis:
         """What the analyzer says after the rows so far."""
@@ -124,6 +147,20 @@ class Recorder:
     def close(self) -> None:
         """End the sinks and the record."""
         for sink in self._sinks:
-            self.guard(f"{type(sink).__name__}.close", sink.close)
-        self.guard("the run file", lambda: self._record.set_manifest({"closed": True}))
+            self.guard(f"{type(sink).__name__}.close", functools.partial(_end, sink))
+        self._write(lambda: self._record.set_manifest({"closed": True}))
+        self._waiting.finish(PATIENCE_SECONDS)
+        unsaid = dict(list(self._waiting.lost.items())[self._lost_before :])
+        self._say_lost()
+        for says in lost_says(unsaid):
+            logger.warning("stabilitylab: '%s': %s", self.path, says)
         self.guard("the run file", self._record.close)
+
+
+def _tell(sink: Sink, row: EditRow, diagnosis: Diagnosis) -> None:
+    # Looked up here, under the guard: a sink may lack it.
+    sink.on_row(row, diagnosis)
+
+
+def _end(sink: Sink) -> None:
+    sink.close()

@@ -32,6 +32,7 @@ from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
+from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.outcomes import Adapters, Passes, is_independent, outcome_of
 from stabilitylab.watching.progress import bar
 from stabilitylab.watching.recording import Recorder
@@ -197,7 +198,7 @@ class Rounds:
             else:
                 self._guard("observing the outcome", self._observe_later)
             self._guard("keeping what an edit may touch", lambda: self.replays.before(self.model, application))
-            self._instruments.begin(self._recorder.edits + 1)
+            self._guard("which probes are due", lambda: self._instruments.begin(self._recorder.edits + 1))
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
             capture = capture or self._instruments.no_capture()
         self._guard("the tracer", lambda: self._trace(capture))
@@ -239,6 +240,7 @@ class Rounds:
             self._tracing.left(tracers[0], list(dict.fromkeys((self.model, entered))))
         edit, instruments, applied = self._recorder.edits, self._instruments, taken.error is None
         self.flush()
+        self._say_broken(capture)
         with instruments.probe_time:
             self._adapters.edited(self.model)
             self._guard("finding the moved parameters", self._discover)
@@ -270,6 +272,16 @@ class Rounds:
             self._unread = replace(unread, times=self._times(taken.clock))
         else:
             self._read(unread)
+
+    def _say_broken(self, capture: Capture) -> None:
+        """Of hooks that failed, each way of it once a run."""
+        for says in dict.fromkeys(capture.broken):
+            if says not in self._said:
+                self._said.add(says)
+                logger.warning("stabilitylab: a hook failed, and is off in such edits: %s", says)
+                self._note(
+                    "hook-off", f"a hook failed in edit {self._recorder.edits}, and is off in such edits: {says}"
+                )
 
     def _times(self, clock: float) -> _Times:
         """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew."""

@@ -127,7 +127,7 @@ def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool
         from pathlib import Path
         from stabilitylab.record import store
         from stabilitylab.record.store import RunWriter
-        store._wal_works = lambda folder: {wal}
+        store.wal_works = lambda folder: {wal}
         from stabilitylab.record.readings import EditRow, Metric
         run = RunWriter(Path({str(tmp_path / "run")!r}), {{}}, [Metric("m", "1", "log", "after", "", "", "")])
         edit = 0
@@ -157,7 +157,7 @@ def test_a_killed_writer_leaves_every_acknowledged_row(tmp_path: Path, wal: bool
 def test_a_transaction_that_was_cut_off_without_write_ahead_logging_is_rolled_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_wal_works", lambda folder: False)
+    monkeypatch.setattr(store, "wal_works", lambda folder: False)
     run = writer(tmp_path / "run")
     for edit in range(20):
         run.append(row(edit, {("update.norm", f"site {n}"): edit for n in range(200)}))
@@ -262,7 +262,7 @@ def test_a_copy_that_is_torn_is_taken_anew(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_run_that_another_program_has_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runfile, "LOCK_SECONDS", 0.05)
-    monkeypatch.setattr(store, "_wal_works", lambda folder: False)
+    monkeypatch.setattr(store, "wal_works", lambda folder: False)
     run = writer(tmp_path / "run")
     run._db.execute("BEGIN EXCLUSIVE")
     with pytest.raises(RunError, match="is locked by another program"):
@@ -272,7 +272,7 @@ def test_a_run_that_another_program_has_locked_says_so(tmp_path: Path, monkeypat
 
 
 def test_without_write_ahead_logging_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_wal_works", lambda folder: False)
+    monkeypatch.setattr(store, "wal_works", lambda folder: False)
     run = writer(tmp_path / "run")
     run.append(row(1, {("update.norm", "a"): 1.0}))
     assert load(tmp_path / "run").series("update.norm").tolist() == [1.0]

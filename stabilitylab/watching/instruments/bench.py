@@ -54,6 +54,11 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+def name_of(probe: Probe[Any]) -> str:
+    """What a probe is called where it is switched off."""
+    return f"probe {type(probe).__name__}"
+
+
 class Bench:
     """The place where instruments work. Whatever breaks there is switched off, noted once and logged.
 
@@ -74,16 +79,27 @@ class Bench:
     def begin(self, edit: int) -> None:
         """From now on measure what the probes that are due at this edit need."""
         self.edit = edit
-        self.due = tuple(probe for probe in self.probes if probe.is_due(edit))
+        self.due = tuple(probe for probe in self.probes if self._is_due(probe, edit))
+
+    def _is_due(self, probe: Probe[Any], edit: int) -> bool:
+        return self.works(probe) and bool(self.safely(name_of(probe), lambda: probe.is_due(edit)))
+
+    def works(self, probe: Probe[Any]) -> bool:
+        """Whether a probe is not switched off."""
+        return name_of(probe) not in self.off
+
+    def is_for(self, probe: Probe[Any], site: str) -> bool:
+        """Whether a probe measures at this site."""
+        return self.works(probe) and bool(self.safely(name_of(probe), lambda: probe.is_for(site)))
 
     def needed(self, need: type[Any], site: str | None = None) -> bool:
         """Whether a probe that is due needs this measurement, here or at all."""
-        return any(probe.needs is need and (site is None or probe.is_for(site)) for probe in self.due)
+        return any(probe.needs is need and (site is None or self.is_for(probe, site)) for probe in self.due)
 
     def needed_next(self, need: type[Any], site: str) -> bool:
         """Whether it will be needed here at the next edit."""
-        probes = (probe for probe in self.probes if probe.needs is need and probe.is_for(site))
-        return any(probe.is_due(self.edit + 1) for probe in probes)
+        probes = (probe for probe in self.probes if probe.needs is need and self.is_for(probe, site))
+        return any(self._is_due(probe, self.edit + 1) for probe in probes)
 
     def ever_needed(self, need: type[Any]) -> bool:
         """Whether any probe of the run needs it, at whatever edit."""

@@ -29,7 +29,7 @@ from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.attention import AttentionInstrument
-from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.instruments.bench import Bench, name_of
 from stabilitylab.watching.instruments.editor import EditorInstrument
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
@@ -265,8 +265,25 @@ class Instruments:
 
     def _apply(self, probes: Sequence[Probe[Any]], site: str, seen: Any, readings: dict[Key, Array]) -> None:
         for probe in probes:
-            if not isinstance(seen, probe.needs) or not probe.is_for(site):
+            if not isinstance(seen, probe.needs) or not self._bench.is_for(probe, site):
                 continue
-            values = self._bench.safely(f"probe {type(probe).__name__}", functools.partial(probe.compute, seen))
+            values = self._bench.safely(name_of(probe), functools.partial(_computed, probe, seen))
             for metric, value in (values or {}).items():
-                readings[(metric, site)] = np.atleast_1d(np.asarray(value, dtype=np.float64))
+                readings[(metric, site)] = value
+
+
+def _computed(probe: Probe[Any], seen: Any) -> dict[str, Array]:
+    """What a probe says, as a row holds it. Raises TypeError or ValueError for what can't be a reading."""
+    said = probe.compute(seen)
+    if not isinstance(said, Mapping):
+        raise TypeError(f"compute gave a {type(said).__name__}; expected values by metric name")
+    known, readings = {metric.name for metric in probe.metrics}, {}
+    for name, value in said.items():
+        values = np.asarray(value)
+        if name not in known:
+            raise ValueError(f"{name!r} is none of its metrics; expected one of {', '.join(sorted(known))}")
+        if values.dtype.kind not in "fiub" or values.ndim > 1 or values.size == 0:
+            what = f"{values.dtype} of shape {list(values.shape)}"
+            raise TypeError(f"{name!r} is {what}; expected a real number, or a list of one or more")
+        readings[name] = np.atleast_1d(values.astype(np.float64))
+    return readings

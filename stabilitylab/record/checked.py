@@ -1,0 +1,108 @@
+"""What is read from a file is of the kinds that it should be, all the way down, before anything else sees it. No torch.
+
+Anyone may have written the file. What is raised here is ValueError: the reader says that the file is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from types import UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+LONGEST: Final = 1 << 16
+"""Values that one reading may be described to hold."""
+_MOST_NUMBERED: Final = 1 << 53
+"""A whole number that every reader of JSON keeps."""
+
+_ENTRIES: Final[Mapping[str, Any]] = {
+    "sites": tuple[str, ...],
+    "config": dict | None,
+    "created": str | None,
+    "closed": bool,
+    "lost_rows": int,
+    "command": tuple[str, ...] | None,
+    "cwd": str | None,
+}
+"""The entries of a manifest that more is done with than to show them."""
+
+
+def from_json(text: object) -> Any:
+    """Plain values. Raises ValueError for what is no JSON, NaN and what is too large for a float included."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected text, found {_shown(text)}")
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} where a finite number is expected")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 30:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
+
+
+def expect(kind: Any, value: Any, what: str) -> Any:
+    """`value`, which is of `kind`: a class, a Literal, a tuple or mapping of such, a dataclass, or one of several.
+
+    An int is a float too, a bool neither. Raises ValueError naming `what`.
+    """
+    if not _is(kind, value):
+        raise ValueError(f"{what} is {_shown(value)}")
+    return value
+
+
+def entry(key: object, value: object) -> tuple[str, Any]:
+    """An entry of a manifest: (key, plain value)."""
+    name = expect(str, key, "the name of a manifest's entry")
+    found = from_json(value)
+    return name, expect(_ENTRIES.get(name, object), found, f"the manifest's {name!r}")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    home, inside = get_origin(kind), get_args(kind)
+    if home in (Union, UnionType):
+        fits = any(_is(each, value) for each in inside)
+    elif home is Literal:
+        fits = isinstance(value, str) and value in inside
+    elif home is tuple:
+        fits = isinstance(value, tuple | list) and all(_is(inside[0], each) for each in value)
+    elif isinstance(home, type) and issubclass(home, Mapping):
+        fits = isinstance(value, Mapping) and all(_is(inside[0], a) and _is(inside[1], b) for a, b in value.items())
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        named = _hints(kind).items()
+        fits = isinstance(value, kind) and all(_is(hint, getattr(value, name)) for name, hint in named)
+    elif kind in (int, float):
+        numbers = int | float if kind is float else int
+        fits = isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _largest(value)
+    else:
+        fits = kind is Any or isinstance(value, type(None) if kind is None else kind)
+    return fits
+
+
+def _largest(value: float) -> float:
+    """Of a value's own kind; a NaN is not below it, and an infinity neither."""
+    return _MOST_NUMBERED if isinstance(value, int) else 1.7976931348623157e308
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _shown(value: object) -> str:
+    said = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return said if len(said) <= 60 else f"{said[:59]}…"

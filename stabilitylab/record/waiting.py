@@ -1,0 +1,110 @@
+"""What is to be written and can't be yet (a full disk, a reader that holds the file): kept in order, and tried again.
+
+So that an edit is never held up, and its row is lost only where memory would be. What is lost is said.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from stabilitylab.record.readings import EditRow
+
+MOST_BYTES: Final = 64 << 20
+"""Of what waits."""
+_LEAST_BYTES: Final = 1_000
+"""That a thing counts for, whatever it is."""
+_PAUSE: Final = 0.02
+"""Seconds between two tries at the end."""
+
+
+@dataclass(frozen=True)
+class _Write:
+    do: Callable[[], object]
+    edits: tuple[int, ...]
+    size: int
+
+
+class Waiting:
+    """A queue of writes. lost: the edits whose rows are not in the run and never will be, each with the reason."""
+
+    def __init__(self) -> None:
+        self.lost: dict[int, str] = {}
+        self._writes: deque[_Write] = deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._writes)
+
+    def put(self, do: Callable[[], object], rows: Sequence[EditRow] = ()) -> bool:
+        """Write, after all that waits. rows: of edits, that are in it. Returns whether nothing waits any more.
+
+        Raises what makes it impossible, once all that can be kept is kept; a reader that holds the file is no error.
+        """
+        size = _LEAST_BYTES + sum(values.nbytes for row in rows for values in row.readings.values())
+        self._writes.append(_Write(do, tuple(row.edit for row in rows), size))
+        self._bytes += size
+        try:
+            self.write()
+            return True
+        except Exception as error:
+            if self._bytes > MOST_BYTES:
+                self._lose(self._writes.pop(), str(error))
+            if not _will_pass(error):
+                raise
+            return False
+
+    def write(self) -> None:
+        """Write what waits, as far as it goes. Raises what stops it."""
+        while self._writes:
+            first = self._writes[0]
+            try:
+                first.do()
+            except Exception as error:
+                if not isinstance(error, OSError | sqlite3.OperationalError):  # that one can never be written
+                    self._lose(self._writes.popleft(), str(error))
+                raise
+            self._writes.popleft()
+            self._bytes -= first.size
+
+    def finish(self, patience: float) -> None:
+        """Write all that waits, or give it up: what only has to be waited for after so many seconds."""
+        until = time.monotonic() + patience
+        while self._writes:
+            try:
+                self.write()
+            except Exception as error:
+                if _will_pass(error) and time.monotonic() < until:
+                    time.sleep(_PAUSE)
+                elif isinstance(error, OSError | sqlite3.OperationalError):
+                    while self._writes:
+                        self._lose(self._writes.popleft(), str(error))
+
+    def _lose(self, write: _Write, why: str) -> None:
+        self._bytes -= write.size
+        self.lost.update(dict.fromkeys(write.edits, why))
+
+
+def _will_pass(error: Exception) -> bool:
+    """Whether it is only that someone reads the file at this moment."""
+    return isinstance(error, sqlite3.OperationalError) and ("locked" in str(error) or "busy" in str(error))
+
+
+def lost_says(lost: dict[int, str]) -> list[str]:
+    """A sentence for each stretch of edits that were lost for one reason."""
+    stretches: list[tuple[int, int, str]] = []
+    for edit, why in sorted(lost.items()):
+        if stretches and stretches[-1][1:] == (edit - 1, why):
+            stretches[-1] = (stretches[-1][0], edit, why)
+        else:
+            stretches.append((edit, edit, why))
+    return [
+        f"edit {first} was not recorded: {why}"
+        if first == last
+        else f"edits {first} to {last} were not recorded: {why}"
+        for first, last, why in stretches
+    ]

@@ -1,0 +1,178 @@
+"""What can't be written is tried again; what is lost is said in the run, and never called complete."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stabilitylab as sl
+from stabilitylab.record import store, waiting
+from stabilitylab.record.store import FILE_NAME, RunWriter
+from stabilitylab.watching import recording
+
+
+class Loop:
+    """An edit loop of one small layer."""
+
+    def __init__(self, run: Path) -> None:
+        self.model = nn.Sequential(nn.Linear(2, 2))
+        self.monitor = sl.attach(self.model, "0", run=run, probes="light", announce=False, trace=False)
+
+    def edit(self, times: int) -> None:
+        for _ in range(times):
+            with self.monitor.edit(), torch.no_grad():
+                self.model[0].weight.add_(0.01)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """`disk["error"]`, while it is set, is what each write ends with."""
+    state: dict[str, str] = {}
+    real = RunWriter._db.fget  # type: ignore[attr-defined]
+
+    def database(writer: RunWriter) -> sqlite3.Connection:
+        if "error" in state:
+            raise sqlite3.OperationalError(state["error"])
+        return real(writer)
+
+    monkeypatch.setattr(RunWriter, "_db", property(database))
+    return state
+
+
+def test_what_a_full_disk_refused_is_written_once_there_is_room(tmp_path: Path, disk: dict[str, str]) -> None:
+    loop = Loop(tmp_path / "run")
+    loop.edit(5)
+    disk["error"] = "database or disk is full"
+    loop.edit(15)
+    del disk["error"]
+    loop.edit(1)
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == list(range(22))
+    assert run.complete
+    assert any("database or disk is full" in note.says for note in run.notes)
+
+
+def test_rows_for_which_there_is_no_memory_either_are_named_in_the_run(
+    tmp_path: Path, disk: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "MOST_BYTES", 0)
+    loop = Loop(tmp_path / "run")
+    loop.edit(5)
+    disk["error"] = "database or disk is full"
+    loop.edit(15)
+    del disk["error"]
+    loop.edit(3)
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == [*range(6), 21, 22, 23]
+    says = "edits 6 to 20 were not recorded: database or disk is full"
+    assert says in [note.says for note in run.notes]
+    assert says in run.diagnosis().says
+    assert says in loop.monitor.diagnosis().says
+    assert run.closed
+    assert not run.complete
+
+
+def test_a_disk_that_stays_full_is_said_aloud_and_the_run_is_not_closed(
+    tmp_path: Path, disk: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(tmp_path / "run")
+    loop.edit(2)
+    disk["error"] = "database or disk is full"
+    loop.edit(2)
+    loop.monitor.close()
+    assert "edits 3 to 4 were not recorded: database or disk is full" in caplog.text
+    assert not sl.load(tmp_path / "run").closed
+
+
+def test_a_row_that_can_never_be_written_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RunWriter.append
+
+    def append(writer: RunWriter, row: Any) -> None:
+        if row.edit == 2:
+            raise ValueError("such a row")
+        real(writer, row)
+
+    monkeypatch.setattr(RunWriter, "append", append)
+    loop = Loop(tmp_path / "run")
+    loop.edit(4)
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == [0, 1, 3, 4]
+    assert "edit 2 was not recorded: such a row" in [note.says for note in run.notes]
+    assert not run.complete
+
+
+def test_a_folder_that_is_deleted_is_written_again_whole(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "run")
+    loop.edit(3)
+    shutil.rmtree(tmp_path / "run")
+    loop.edit(2)
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == list(range(6))
+    assert run.complete
+    assert any("was deleted, moved or replaced after edit 3" in note.says for note in run.notes)
+
+
+def test_a_folder_that_is_replaced_leaves_the_other_run_alone(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "run")
+    loop.edit(3)
+    shutil.rmtree(tmp_path / "run")
+    other = Loop(tmp_path / "run")
+    other.edit(2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    loop.edit(2)
+    loop.monitor.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    other.monitor.close()
+    assert len(sl.load(tmp_path / "run").edits) == 3
+    assert len(sl.load(tmp_path / "run-2").edits) == 6
+
+
+def test_a_reader_of_a_file_without_a_log_holds_no_edit_up_and_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "wal_works", lambda folder: False)
+    loop = Loop(tmp_path / "run")
+    loop.edit(2)
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM edit").fetchone()
+        began = time.perf_counter()
+        loop.edit(3)
+        assert time.perf_counter() - began < 1.0
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert len(run.edits) == 6
+    assert run.complete
+    assert not [note for note in run.notes if note.kind == "probe-off"]
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_close_waits_for_a_reader_no_longer_than_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wal: bool
+) -> None:
+    monkeypatch.setattr(store, "wal_works", lambda folder: wal)
+    monkeypatch.setattr(recording, "PATIENCE_SECONDS", 0.2)
+    loop = Loop(tmp_path / "run")
+    loop.edit(2)
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM edit").fetchone()
+        began = time.perf_counter()
+        loop.monitor.close()
+        assert time.perf_counter() - began < 2.0
+    assert len(sl.load(tmp_path / "run").edits) == 3
+    assert sl.load(tmp_path / "run").complete is wal
