@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from stabilitylab.reports.text import clean, number
@@ -31,6 +34,44 @@ _NAMES: Final = {
 }
 _ELSEWHERE: Final = frozenset({"site_details", "scan"})
 SHOWN: Final = 600
+_MONTHS: Final = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip  # not as the machine's own language has them
+_HEAD: Final = re.compile(r"(?<=\w)(For[A-Z]\w+|(LMHead|DoubleHeads)?Model)$")
+"""What a model's class says of its task."""
+
+
+def title(manifest: Mapping[str, Any], edits: int) -> str:
+    """``Mend on Blip2, float16: 31 edits, 28 November 2026``, as far as it is known."""
+    model, editor = _class(manifest.get("model_class")), _class(manifest.get("editor_class"))
+    who = f"{editor} on {_HEAD.sub('', model)}" if editor and model else _HEAD.sub("", model) or "A run"
+    dtype = _dtype(manifest)
+    day = _day(manifest.get("created"))
+    what = f"{who}, {dtype}" if dtype else who
+    return clean(f"{what}: {number(edits)} edit{'' if edits == 1 else 's'}{f', {day}' if day else ''}", 160)
+
+
+def _class(name: Any) -> str:
+    return name.rpartition(".")[2] if isinstance(name, str) else ""
+
+
+def _dtype(manifest: Mapping[str, Any]) -> str:
+    """The dtype of most of the layers that are watched; without any, of most tensors."""
+    details, tensors = manifest.get("site_details"), manifest.get("dtypes")
+    if isinstance(details, dict) and details:
+        watched = Counter(str(each.get("dtype")) for each in details.values() if isinstance(each, dict))
+        return watched.most_common(1)[0][0] if watched else ""
+    counted = tensors.items() if isinstance(tensors, dict) else ()
+    return max((each for each in counted if isinstance(each[1], int)), key=lambda each: each[1], default=("", 0))[0]
+
+
+def _day(created: Any) -> str:
+    try:
+        day = datetime.fromisoformat(created)
+    except (TypeError, ValueError):
+        return ""
+    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"
 
 
 def environment(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

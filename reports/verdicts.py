@@ -8,6 +8,7 @@ from typing import Final
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
 from stabilitylab.analysis.leading import edit_of
 from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.analysis.operation import says as operation_says
 from stabilitylab.analysis.operation import where as operation_where
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
@@ -93,10 +94,22 @@ def _bad_from(diagnosis: Diagnosis) -> int | None:
     return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)
 
 
+def collapse(diagnosis: Diagnosis) -> int | None:
+    """The first edit that a finding calls collapsed."""
+    return min((each.start for each in diagnosis.findings if each.verdict == "collapsed"), default=None)
+
+
 def why(diagnosis: Diagnosis) -> str:
     """What the cause says; empty where the verdict's sentence has said it."""
     says = diagnosis.cause_says
     return "" if says.rstrip(".").lower() in diagnosis.says.lower() else says
+
+
+def why_apart(diagnosis: Diagnosis) -> str:
+    """What the cause says, or without one what the traced operation did: where the headline does not say why."""
+    if diagnosis.cause == UNKNOWN_CAUSE and diagnosis.operation is not None:
+        return operation_says(diagnosis.operation)
+    return diagnosis.cause_says
 
 
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:

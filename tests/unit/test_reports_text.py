@@ -14,7 +14,7 @@ from stabilitylab.record.readings import Note
 from stabilitylab.reports import SINKS, sink_class
 from stabilitylab.reports.manifest import environment, reproduce
 from stabilitylab.reports.noted import folded
-from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten
+from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten, with_short_names
 from stabilitylab.reports.verdicts import strip
 
 
@@ -74,8 +74,14 @@ def test_both_ends_of_a_long_name_stay() -> None:
     ("sites", "short"),
     [
         (("m.layers.1.fc1", "m.layers.1.fc2", "m.layers.2.fc1"), ("1.fc1", "1.fc2", "2.fc1")),
-        (("m.layers.1.fc1", "m.layers.1"), ("fc1", "m.layers.1")),
+        (("m.layers.1.fc1", "m.layers.1"), ("1.fc1", "1")),
+        (
+            ("h.1.mlp.c_fc", "h.1.mlp.c_proj", "h.1.mlp.c_proj.bias"),
+            ("1.mlp.c_fc", "1.mlp.c_proj", "1.mlp.c_proj.bias"),
+        ),
         (("only.one",), ("only.one",)),
+        (("m.layers.1.fc1",), ("1.fc1",)),
+        (("editor.mend.0",), ("editor.mend.0",)),
         (("editor.t.4x2.u", "editor.t.4x2.v", "m.h.1.fc1", "m.h.2.fc1"), ("u", "v", "1.fc1", "2.fc1")),
         (("editor.t.u", "editor.t.v", "h.u", "h.w"), ("editor.t.u", "editor.t.v", "h.u", "h.w")),
         (("a", "b"), ("a", "b")),
@@ -84,6 +90,13 @@ def test_both_ends_of_a_long_name_stay() -> None:
 )
 def test_names_lose_the_prefix_that_all_share(sites: tuple[str, ...], short: tuple[str, ...]) -> None:
     assert tuple(short_names(sites).values()) == short
+
+
+def test_a_sentence_has_short_names_for_whole_sites_only() -> None:
+    places = {"m.h.1.fc": "1.fc", "model": "the model"}
+    assert with_short_names("in m.h.1.fc, m.h.1.fc.bias, xm.h.1.fc: the model.", places) == (
+        "in 1.fc, m.h.1.fc.bias, xm.h.1.fc: the model."
+    )
 
 
 def test_shares_of_time() -> None:
