@@ -34,7 +34,7 @@ from stabilitylab.reports.known_before import known_before
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.payload import as_script, packed, payload
-from stabilitylab.reports.pictures import pictures, telling_curve
+from stabilitylab.reports.pictures import pictures, printed, telling_curve
 from stabilitylab.reports.scan_words import LOOKS as URGENCIES
 from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten, with_short_names
 from stabilitylab.reports.thinning import flagged_edits, thinned
@@ -177,7 +177,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     telling = events.telling(diagnosis, TELLING)
     anchors = {member: f"#event-{place}" for place, event in enumerate(grouped_events) for member in event.members}
     told = [(event, anchors[event.members[0]][1:], events.event_words(event, places)) for event in grouped_events]
-    notes = missing(run.notes)
+    notes, drawn = missing(run.notes), pictures(run)
     return fill(
         "report.html.j2",
         "report.js",
@@ -214,7 +214,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         notes=notes[:LISTED_NOTES],
         all_notes=len(notes),
         happened=happened(run.notes)[:LISTED_NOTES],
-        pictures=pictures(run),
+        pictures=drawn,
+        printed=printed(drawn),
         readings=list(_readings(run)) if len(run.edits) == 1 else [],
         listed_readings=LISTED_READINGS,
         measured=[metric for metric in run.metrics if run.sites_of(metric.name)],

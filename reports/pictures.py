@@ -25,6 +25,8 @@ BUDGET: Final = 450_000
 """Characters that the pictures of a page may take; the one that passes it is the last."""
 ONE_ROW: Final = 3
 """Charts of a chapter that fit beside each other need no fold."""
+PRINTED: Final = 4
+"""Charts, beside a map, that go on paper."""
 SPECTRA: Final = 4
 """Layers whose spectrum is drawn; the layer that went bad first is one of them."""
 
@@ -122,6 +124,12 @@ def telling_curve(run: Run) -> Chart | None:
     alt = f"Line chart of {metric} at {shorten(site, 60)} over edits {_span(run)}. {marked or 'No edit is flagged'}."
     about, draw = run.metric(metric).meaning, partial(figures.telling, run, metric, site)
     return _chart(Planned("", True, 1, f"{metric} at {place}", about, alt, draw))
+
+
+def printed(drawn: Pictures) -> tuple[Chart, ...]:
+    """What goes on paper: the first map, and the first chart of some chapters, what became of the model before all."""
+    chapters = sorted(drawn.chapters, key=lambda chapter: chapter.title != _CHAPTERS["canary"][0])
+    return (*drawn.heatmaps[:1], *[chart for each in chapters for chart in each.shown[:1]][:PRINTED])
 
 
 def _chart(planned: Planned) -> Chart:

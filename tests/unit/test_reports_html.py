@@ -312,6 +312,16 @@ def test_a_value_in_json_reads_like_the_value(value: float, told: object) -> Non
         assert number(float(told)) == number(value)  # type: ignore[arg-type]
 
 
+def test_one_map_and_four_charts_go_on_paper_that_of_the_canary_among_them(dying: Run, page: str) -> None:
+    drawn = pictures.pictures(dying)
+    on_paper = pictures.printed(drawn)
+    assert on_paper[0] == drawn.heatmaps[0]
+    assert len(on_paper) == 1 + pictures.PRINTED
+    assert any(chart.title.startswith("canary") for chart in on_paper)
+    figures = re.findall(r"<figure([^>]*)>\s*<figcaption><h3>", page)
+    assert figures.count("") == len(on_paper)
+
+
 def test_many_values_are_told_like_each_one() -> None:
     draw = np.random.default_rng(0)
     values = np.concatenate([
