@@ -113,10 +113,33 @@ def test_environment_shows_every_entry_and_cuts_what_is_long() -> None:
 
 
 def test_reproduction_is_quoted_for_the_shell() -> None:
-    lines = reproduce({"command": ["stabilitylab", "demo", "; rm -rf ~"], "git": {"commit": "abc", "dirty": True}})
-    assert lines[0].startswith("git checkout abc")
-    assert lines[1] == "stabilitylab demo '; rm -rf ~'"
+    git = {"commit": "abc", "dirty": True}
+    lines = reproduce({"command": ["edit it.py", "; rm -rf ~"], "git": git, "cwd": "/home/ann/my work"})
+    assert lines[0] == "cd ~/'my work'"
+    assert lines[1].startswith("git checkout abc")
+    assert lines[2] == "python 'edit it.py' '; rm -rf ~'"
     assert reproduce({}) == []
+
+
+@pytest.mark.parametrize(
+    ("recorded", "typed"),
+    [
+        (["/opt/env/lib/stabilitylab/__main__.py", "demo"], "python -m stabilitylab demo"),
+        (["/home/ann/.venv/bin/stabilitylab", "demo"], "stabilitylab demo"),
+        (["/home/ann/loops/mend.py", "--seed", "1"], "python ~/loops/mend.py --seed 1"),
+        ([""], None),
+    ],
+)
+def test_the_line_that_makes_a_run_again_is_the_one_that_was_typed(recorded: list[str], typed: str | None) -> None:
+    lines = reproduce({"command": recorded, "cwd": "/work", "git": {"commit": "abc"}})
+    assert (lines or [None])[-1] == typed
+    of_a_script = typed is not None and typed.startswith("python ~")
+    assert any(line.startswith(("cd ", "git ")) for line in lines) == of_a_script
+
+
+def test_versions_are_such_as_an_index_has() -> None:
+    (line,) = reproduce({"versions": {"stabilitylab": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6"}})
+    assert line == "pip install torch==2.13.0 numpy==2.4.6"
 
 
 def test_sinks_are_found_by_name() -> None:
