@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -137,11 +138,13 @@ def edit_words(edit: int | None) -> str:
     return "–" if edit is None else f"edit {edit}"
 
 
-def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[str, str]]:
-    """What a diagnosis says in numbers, named, one per line. failed: how many edits did."""
-    where = edit_words(diagnosis.first_bad_edit)
-    if diagnosis.first_bad_site is not None:
-        where += f", {shorten(diagnosis.first_bad_site, site_length)}, {clean(diagnosis.first_bad_metric, 80)}"
+def facts(diagnosis: Diagnosis, failed: int, places: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a diagnosis says in numbers, named, one per line. failed: how many edits did. places: sites' short names."""
+    where, site = edit_words(diagnosis.first_bad_edit), diagnosis.first_bad_site
+    full = "" if site is None else shorten(site, 160)
+    short = full if site is None else places.get(site, full)
+    if site is not None:
+        where += f", {short}, {clean(diagnosis.first_bad_metric, 80)}"
     return [
         ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
         ("took effect", landed_words(diagnosis)),
@@ -149,6 +152,7 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
         ("onset, in hindsight", edit_words(diagnosis.onset_edit)),
         ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
         ("first bad", where),
+        *([(f"{short} is", full)] if full.endswith(f".{short}") else []),
         ("first NaN or ∞", edit_words(diagnosis.first_nonfinite_edit)),
         *([] if diagnosis.operation is None else [("operation", clean(operation_where(diagnosis.operation), 160))]),
         ("cause", cause_words(diagnosis)),
