@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -161,8 +163,10 @@ def test_nothing_can_be_loaded_run_or_sent(which: str, request: pytest.FixtureRe
     (policy,) = (value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src"))
     (sheet,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    assert page.tags.count("script") == len(scripts) + 2  # data, and how it is drawn
-    hashes = " ".join(map(html.digest, scripts))
+    assert page.tags.count("script") == len(scripts) + 3  # data, how it is drawn, and what draws it
+    (packed,) = re.findall(r'<script type="text/plain" id="vega">(.*?)</script>', text, re.DOTALL)
+    vega = zlib.decompress(base64.b64decode(packed)).decode("utf-8")
+    hashes = " ".join(map(html.digest, [vega, *scripts]))
     assert policy == (
         f"default-src 'none'; img-src data:; style-src {html.digest(sheet)}; script-src {hashes};"
         " base-uri 'none'; form-action 'none'"
