@@ -94,7 +94,7 @@ class Drift(Probe[WeightPass]):
             "share of ‖W_0‖",
             "log",
             "after",
-            "The same as a share of the original norm. Past 1 the edits outweigh what the model was trained to.",
+            "The distance from the original as a share of its norm. Past 1 the edits outweigh the training.",
             "‖W_t − W_0‖_F / ‖W_0‖_F",
             "RECT (arXiv 2401.04700)",
         ),

@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.record.readings import Array
 from stabilitylab.reports.text import number
+from stabilitylab.reports.verdicts import collapse
 
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"
@@ -212,23 +213,35 @@ def symlog_ticks(values: Array, typical: float) -> list[float]:
 
 
 LineStyle = tuple[float, tuple[float, ...]] | Literal["-"]
+Mark = tuple[int, str, str, LineStyle]
+"""(edit, name, colour, line style) of an edit that is marked on a chart."""
 
 
-def flagged(diagnosis: Diagnosis) -> list[tuple[int, str, str, LineStyle]]:
-    """(edit, name, colour, line style) of each edit that every chart marks, in order of edit."""
+def flagged(diagnosis: Diagnosis) -> list[Mark]:
+    """Each edit that every chart marks, in order of edit."""
+    return _marks(diagnosis, (diagnosis.first_bad_edit, "first bad"))
+
+
+def story(diagnosis: Diagnosis) -> list[Mark]:
+    """Onset, alarm and the end: the first NaN or infinity, or the collapse, if the run came to one."""
+    end = (diagnosis.first_nonfinite_edit, "NaN or ∞")
+    return _marks(diagnosis, end if end[0] is not None else (collapse(diagnosis), "collapse"))
+
+
+def _marks(diagnosis: Diagnosis, last: tuple[int | None, str]) -> list[Mark]:
     marks: list[tuple[int | None, str, str, LineStyle]] = [
         (diagnosis.onset_edit, "onset", ONSET, (0, (4, 2))),
         (diagnosis.alarm_edit, "alarm", MUTED, (0, (1, 1.6))),
-        (diagnosis.first_bad_edit, "first bad", BAD, "-"),
+        (*last, BAD, "-"),
     ]
     known = [(edit, name, colour, line) for edit, name, colour, line in marks if edit is not None]
     return sorted(known, key=lambda mark: mark[0])
 
 
-def mark_edits(axis: Axes, diagnosis: Diagnosis, *, named: bool = True) -> None:
-    """Onset dashed, alarm dotted, first bad edit solid. named: also write their names above the axis."""
+def mark_edits(axis: Axes, marks: Sequence[Mark], *, named: bool = True) -> None:
+    """A line at each edit. named: also write their names above the axis."""
     at: dict[int, list[tuple[str, str]]] = {}
-    for edit, name, colour, line in flagged(diagnosis):
+    for edit, name, colour, line in marks:
         axis.axvline(edit, color=colour, linestyle=line, linewidth=1.2, zorder=1.5)
         at.setdefault(edit, []).append((name, colour))
     low, high = axis.get_xlim()

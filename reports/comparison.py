@@ -9,14 +9,14 @@ furthest along, see ``furthest``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
 
-from stabilitylab.analysis.findings import VERDICTS, Diagnosis, json_safe, severity
+from stabilitylab.analysis.findings import VERDICTS, json_safe, severity
 from stabilitylab.analysis.grouping import Group
 from stabilitylab.analysis.ledger import FURTHEST
 from stabilitylab.record.readings import Array
@@ -114,31 +114,33 @@ def _one(run: Run, name: str) -> dict[str, Any]:
     return {"name": name, **about, "edits_kept": len(places), "stretches": stretches(run), "series": series}
 
 
-def _events(run: Run) -> list[tuple[Group, str]]:
-    places = events.short_places(run.sites)
+def _events(run: Run, places: Mapping[str, str]) -> list[tuple[Group, str]]:
     return [(event, events.event_words(event, places)) for event in events.telling(run.diagnosis(), EVENTS)]
+
+
+def _row(run: Run, told: dict[str, Any]) -> dict[str, Any]:
+    diagnosis, places = run.diagnosis(), events.short_places(run.sites)
+    return {
+        "told": told,
+        "diagnosis": diagnosis,
+        "places": places,
+        "says": headline.headline(diagnosis, places),
+        "why": verdicts.why_apart(diagnosis),
+        "lead": headline.lead(diagnosis),
+        "chain": verdicts.chain(diagnosis),
+        "landed": verdicts.landed_words(diagnosis),
+        "events": _events(run, places),
+    }
 
 
 def _page(runs: Sequence[Run], plain: dict[str, Any]) -> str:
     last = max((part["last"] for run in plain["runs"] for part in run["stretches"]), default=0)
-    diagnoses: list[Diagnosis] = [run.diagnosis() for run in runs]
     return fill(
         "compare.html.j2",
         "compare.js",
         data=Markup(as_script(json.dumps(plain, allow_nan=False))),
         charts=data_script(json.dumps(comparison_charts())),
-        rows=[
-            {
-                "told": told,
-                "diagnosis": diagnosis,
-                "says": headline.headline(diagnosis),
-                "lead": headline.lead(diagnosis),
-                "chain": verdicts.chain(diagnosis),
-                "landed": verdicts.landed_words(diagnosis),
-                "events": _events(run),
-            }
-            for run, told, diagnosis in zip(runs, plain["runs"], diagnoses, strict=True)
-        ],
+        rows=[_row(run, told) for run, told in zip(runs, plain["runs"], strict=True)],
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},
         span=last + 1,

@@ -6,7 +6,7 @@ output is piped or ``NO_COLOR`` is set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.console import Console, Group, RenderableType
@@ -25,7 +25,7 @@ from stabilitylab.reports.known_before import Known, known_before
 from stabilitylab.reports.noted import events, missing
 from stabilitylab.reports.operations import facts as operation_facts
 from stabilitylab.reports.operations import untraced
-from stabilitylab.reports.text import clean, number, percent
+from stabilitylab.reports.text import clean, number, percent, with_short_names
 from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
 FINDINGS_SHOWN: Final = 8
@@ -88,23 +88,28 @@ class _Label(ProgressColumn):
 
 
 def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
-    """The verdict in a sentence, why, and what to do."""
+    """The verdict in a sentence, why, and what to do, with short names for layers."""
+    places = short_places(run.sites)
+
+    def told(words: str, limit: int) -> str:
+        return with_short_names(clean(words, limit), places)
+
     lines: list[RenderableType] = [
         verdict_text(diagnosis.verdict),
-        Text(clean(diagnosis.says, 700), style="bold"),
+        Text(told(diagnosis.says, 700), style="bold"),
     ]
     if not run.closed:
         lines.append(Text("The run was not closed: it goes on, or it ended without a word.", style="yellow"))
     if why(diagnosis):
-        lines.append(Text(f"Why: {clean(why(diagnosis), 700)}"))
+        lines.append(Text(f"Why: {told(why(diagnosis), 700)}"))
     others = chain(diagnosis)
     if others:
         lines.append(Text("With it:"))
-    lines += [Padding(Text(f"{role}: {clean(says, 500)}"), (0, 0, 0, 2)) for role, says in others]
+    lines += [Padding(Text(f"{role}: {told(says, 500)}"), (0, 0, 0, 2)) for role, says in others]
     if untraced(run, diagnosis):
         lines.append(Text(untraced(run, diagnosis), style="yellow"))
     if diagnosis.advice:
-        lines.append(Text(f"What to do: {clean(diagnosis.advice, 900)}"))
+        lines.append(Text(f"What to do: {told(diagnosis.advice, 900)}"))
     return Group(*lines)
 
 
@@ -115,7 +120,7 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     table.add_column(overflow="fold")
     failed = sum(edit.status == "failed" for edit in run.edits)
     rows = [
-        *facts(diagnosis, failed, site_length=60),
+        *facts(diagnosis, failed, short_places(run.sites)),
         ("time in probes", percent(run.probe_time_share)),
         ("time in the canary", percent(run.canary_time_share)),
         ("time in the tracer", percent(run.trace_time_share)),
@@ -142,12 +147,12 @@ def findings_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     return Group(table, *more)
 
 
-def _operation(operation: Operation) -> RenderableType:
+def _operation(operation: Operation, places: Mapping[str, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, words in operation_facts(operation):
-        table.add_row(Text(name), Text(words))
+        table.add_row(Text(name), Text(with_short_names(words, places)))
     return Padding(table, (0, 0, 0, 2))
 
 
@@ -181,7 +186,7 @@ def diagnosis_page(run: Run, diagnosis: Diagnosis | None = None) -> RenderableTy
     if known is not None:
         parts += [Text(), _known(known)]
     if diagnosis.operation is not None:
-        parts += [Text(), Text("The operation", style="bold"), _operation(diagnosis.operation)]
+        parts += [Text(), Text("The operation", style="bold"), _operation(diagnosis.operation, short_places(run.sites))]
     if diagnosis.findings:
         parts += [
             Text(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from stabilitylab.analysis.findings import Diagnosis, Finding, severity
+from stabilitylab.analysis.findings import Diagnosis, Finding, Link, severity
 from stabilitylab.analysis.grouping import Group, grouped
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
-from stabilitylab.reports.text import clean, short_names, shorten
+from stabilitylab.reports.text import clean, short_names, shorten, with_short_names
 
 NAME: Final = 30
 
@@ -21,7 +21,7 @@ def short_places(sites: Iterable[str]) -> dict[str, str]:
 
 def event_words(group: Group, places: Mapping[str, str]) -> str:
     """One line: ``1.fc2: outputs 10–11 times usual, 4 metrics``, or a sentence that names its place itself."""
-    says = clean(group.says, 400)
+    says = with_short_names(clean(group.says, 400), places)
     return says if group.sentence else f"{place_words(group, places)}: {says}"
 
 
@@ -56,3 +56,20 @@ def first_of_each_kind(findings: Sequence[Finding]) -> list[Finding]:
     for finding in findings:
         first.setdefault((finding.rule, finding.metric), finding)
     return list(first.values())
+
+
+def begins(findings: Sequence[Finding], edit: int | None) -> Finding | None:
+    """The finding that speaks of what begins at this edit; else the first flagged one after it."""
+    flagged = [finding for finding in findings if severity(finding.verdict) > 0]
+    if edit is None:
+        return None
+    return next((each for each in flagged if each.start == edit), None) or min(
+        (each for each in flagged if each.edit >= edit), key=lambda finding: finding.edit, default=None
+    )
+
+
+def about(link: Link, findings: Sequence[Finding]) -> Finding | None:
+    """The finding that shows a cause: about its reading, else about its place; else the one of the headline."""
+    same = [each for each in findings if (each.site, each.metric) == (link.site, link.metric)]
+    there = [each for each in findings if each.site == link.site]
+    return next(iter([*same, *there, *findings]), None)

@@ -80,7 +80,7 @@ def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Fi
         label = metric.partition(".")[2] or metric if about.unit in _NO_UNIT else about.unit
         axis.set_ylabel(clean(label, LABEL_LIMIT))
         charting.edit_axis(axis, run.edit_numbers)
-        charting.mark_edits(axis, run.diagnosis())
+        charting.mark_edits(axis, charting.flagged(run.diagnosis()))
         if named:
             charting.legend(figure, axis, columns)
         elif len(chosen) > 1:
@@ -88,6 +88,17 @@ def lines(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> Fi
             handles = [Patch(color=shades[place]) for place in (0, len(chosen) // 2, -1)]
             words = [f"first of {len(chosen)} layers", "middle", "last"]
             figure.legend(handles, words, loc="lower center", ncols=3, handlelength=1.2)
+        return figure
+
+
+def telling(run: Run, metric: str, site: str) -> Figure:
+    """One reading over the edits, with onset, alarm and end, and nothing else."""
+    with charting.style():
+        figure, (axis,) = charting.canvas(HEIGHT)
+        drawing.draw(axis, run, drawing.read(run, metric, [site]), log=run.metric(metric).scale == "log")
+        axis.set_ylabel(clean(metric, LABEL_LIMIT))
+        charting.edit_axis(axis, run.edit_numbers)
+        charting.mark_edits(axis, charting.story(run.diagnosis()))
         return figure
 
 
@@ -117,7 +128,7 @@ def logit_range(run: Run, family: str = "canary") -> Figure:
         charting.lane(axis, below, "−∞", top=False)
         axis.set_ylabel("logit")
         charting.edit_axis(axis, edits)
-        charting.mark_edits(axis, run.diagnosis())
+        charting.mark_edits(axis, charting.flagged(run.diagnosis()))
         charting.legend(figure, axis, 3)
         return figure
 
@@ -134,7 +145,7 @@ def editor_state(run: Run) -> Figure:
             drawing.draw(axis, run, drawing.read(run, metric, run.sites_of(metric)), log=True)
             axis.set_ylabel(label)
             charting.edit_axis(axis, run.edit_numbers)
-            charting.mark_edits(axis, run.diagnosis(), named=axis is axes[0])
+            charting.mark_edits(axis, charting.flagged(run.diagnosis()), named=axis is axes[0])
         _name_unit(axes[0], run)
         axes[0].set_xlabel("")
         if named:
@@ -180,7 +191,7 @@ def spectra(run: Run, site: str, metric: str = "gradient.spectrum") -> Figure:
         charting.lane(axis, below, "0", top=False)
         axis.set_ylabel("singular value")
         charting.edit_axis(axis, edits)
-        charting.mark_edits(axis, run.diagnosis())
+        charting.mark_edits(axis, charting.flagged(run.diagnosis()))
         charting.legend(figure, axis, len(positive))
         return figure
 
@@ -220,7 +231,7 @@ def heatmap(run: Run, metric: str, sites: str | Sequence[str] | None = None) -> 
         step = max(1, -(-len(names) // 22))
         axis.set_yticks(range(0, len(names), step), names[::step], fontsize=8)
         charting.edit_axis(axis, edits)
-        charting.mark_edits(axis, run.diagnosis())
+        charting.mark_edits(axis, charting.flagged(run.diagnosis()))
         label = shorten(metric, LABEL_LIMIT)
         label = label if about.unit in _NO_UNIT else f"{label} ({clean(about.unit, LABEL_LIMIT)})"
         keys = [("NaN, ∞", BAD_CELL)] * bool(bad.any()) + [("0", ZERO_CELL)] * bool(zero.any())

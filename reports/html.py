@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 
-from stabilitylab.analysis.findings import VERDICTS, Finding, severity
+from stabilitylab.analysis.findings import VERDICTS, Finding, Link, severity
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
 from stabilitylab.record.run import Run
@@ -34,9 +35,9 @@ from stabilitylab.reports.known_before import known_before
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.payload import as_script, packed, payload
-from stabilitylab.reports.pictures import pictures
+from stabilitylab.reports.pictures import pictures, printed, telling_curve
 from stabilitylab.reports.scan_words import LOOKS as URGENCIES
-from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten
+from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten, with_short_names
 from stabilitylab.reports.thinning import flagged_edits, thinned
 
 _OURS: Final = {"written_by": "stabilitylab"}
@@ -46,8 +47,10 @@ LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
 LISTED_FINDINGS: Final = 400
 LISTED_CAUTIONS: Final = 40
-TELLING: Final = 12
+TELLING: Final = 7
 """What was found that is seen at once; the rest can be unfolded."""
+LISTED_AT_ONCE: Final = 12
+"""A longer table of edits is folded."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,12 @@ def _vega() -> str:
     return bundle
 
 
+@cache
+def _packed_vega() -> str:
+    """The same deflated, as base64: a third of its size. The page unpacks it when it draws."""
+    return base64.b64encode(zlib.compress(_vega().encode("utf-8"), 9)).decode("ascii")
+
+
 def source(name: str) -> str:
     """A file of ours, from the package."""
     return files("stabilitylab.reports").joinpath("templates").joinpath(name).read_text("utf-8")
@@ -148,7 +157,7 @@ def digest(text: str) -> str:
 def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> str:
     """A page from one of our templates, with style sheet, scripts and content policy.
 
-    script: the page's own. drawn: whether it draws charts, for which it carries a megabyte of Vega.
+    script: the page's own. drawn: whether it draws charts, for which it carries Vega.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -162,15 +171,18 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         percent=percent,
         sentence=sentence,
         limit=limit,
+        with_short_names=with_short_names,
     )
-    charts = [_vega(), source("charts.js")] if drawn else []
-    sheet, scripts = source("report.css"), [*charts, source("page.js"), source(script)]
+    sheet, scripts = source("report.css"), [source("page.js"), source(script)]
+    scripts = [source("charts.js"), *scripts] if drawn else scripts
+    run = [_vega(), *scripts] if drawn else scripts  # a policy knows what is unpacked
     policy = (
-        f"default-src 'none'; img-src data:; style-src {digest(sheet)}; script-src {' '.join(map(digest, scripts))};"
+        f"default-src 'none'; img-src data:; style-src {digest(sheet)}; script-src {' '.join(map(digest, run))};"
         " base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(template).render(
-        policy=Markup(policy), sheet=Markup(sheet), scripts=[Markup(each) for each in scripts], **values,
+        policy=Markup(policy), sheet=Markup(sheet), scripts=[Markup(each) for each in scripts],
+        vega=_packed_vega() if drawn else "", **values,
     )  # fmt: skip  # our own files, never a run's text
 
 
@@ -189,10 +201,11 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
     first = events.first_of_each_kind(diagnosis.findings)
     more = [finding for finding in diagnosis.findings if finding not in first]
     listed = max(0, LISTED_FINDINGS - len(first))
-    found, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
+    grouped_events, places = grouped(diagnosis.findings)[:LISTED_FINDINGS], events.short_places(run.sites)
     telling = events.telling(diagnosis, TELLING)
-    notes = missing(run.notes)
-    drawn, known = pictures(run), known_before(run, diagnosis)
+    anchors = {member: f"#event-{place}" for place, event in enumerate(grouped_events) for member in event.members}
+    told = [(event, anchors[event.members[0]][1:], events.event_words(event, places)) for event in grouped_events]
+    notes, drawn = missing(run.notes), pictures(run)
     return fill(
         "report.html.j2",
         "report.js",
@@ -201,23 +214,28 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         run=run,
         diagnosis=diagnosis,
         name=clean(run.path.name or run.path, 80),
+        title=manifest.title(run.manifest, diagnosis.edits),
         verdict=verdicts.LOOKS[diagnosis.verdict],
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},
-        headline=headline.headline(diagnosis),
+        places=places,
+        sentence=headline.sentence(diagnosis, places),
+        anchors=anchors,
+        why=verdicts.why_apart(diagnosis),
+        causes=[(link, _anchor(link, anchors)) for link in diagnosis.causes],
+        curve=telling_curve(run),
         lead=headline.lead(diagnosis),
         confidence=headline.CONFIDENCE[diagnosis.confidence],
         strip=verdicts.strip(run),
         links=_links(diagnosis.findings, plain),
-        chain=verdicts.chain(diagnosis),
         operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
-        known=known,
+        known=known_before(run, diagnosis),
         listed_cautions=LISTED_CAUTIONS,
         urgencies=URGENCIES,
-        events=[(event, events.event_words(event, places)) for event in telling],
-        more_events=[(event, events.event_words(event, places)) for event in found if event not in telling],
+        events=[each for each in told if each[0] in telling],
+        more_events=[each for each in told if each[0] not in telling],
         first_findings=first[:LISTED_FINDINGS],
         more_findings=more[:listed],
         findings_left_out=len(diagnosis.findings) - len(first[:LISTED_FINDINGS]) - len(more[:listed]),
@@ -225,15 +243,23 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         all_notes=len(notes),
         happened=happened(run.notes)[:LISTED_NOTES],
         pictures=drawn,
+        printed=printed(drawn),
         readings=list(_readings(run)) if len(run.edits) == 1 else [],
         listed_readings=LISTED_READINGS,
         measured=[metric for metric in run.metrics if run.sites_of(metric.name)],
         unmeasured=[metric for metric in run.metrics if not run.sites_of(metric.name)],
         edits=edits,
+        listed_at_once=LISTED_AT_ONCE,
         left_out=left_out,
         environment=manifest.environment(run.manifest),
         reproduce=manifest.reproduce(run.manifest),
     )
+
+
+def _anchor(link: Link, anchors: Mapping[Finding, str]) -> str | None:
+    """The address of the line about the finding that shows a cause."""
+    shows = events.about(link, list(anchors))
+    return None if shows is None else anchors[shows]
 
 
 def _links(findings: Sequence[Finding], plain: dict[str, Any]) -> dict[Finding, str]:

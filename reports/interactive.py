@@ -10,6 +10,7 @@ axis), and is drawn at that edge.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import altair as alt
@@ -21,6 +22,8 @@ CHOSEN: Final = "#2f8fe0"
 GOOD: Final = "#1f9d73"
 LINES: Final = ("#2f8fe0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8a63d2", "#a0784a")
 """Okabe and Ito's, moved a little so that all of them show on white and on near-black."""
+RUNS: Final = ("#2f8fe0", "#8a63d2", "#a0784a", "#1fa5a5", "#7d8a2e", "#5a6fd8", "#6d8299", "#56b4e9")
+"""Of several runs, where the colours of verdicts mean something else."""
 BAD_CELL: Final = "#b31440"
 ZERO_CELL: Final = "#c3d6e8"
 SEAM: Final = 0.7
@@ -179,14 +182,14 @@ def _above(rows: alt.NamedData) -> alt.Chart:
     return crosses
 
 
-def lines(scale: str) -> Spec:
+def lines(scale: str, colours: Sequence[str] = LINES) -> Spec:
     """``points`` (edit, site, value, above, below, lone) as a line per site. ``limits`` (value): dashed across.
 
-    ``rings`` (edit, value): the readings that findings rest on.
+    ``rings`` (edit, value): the readings that findings rest on. colours: of the lines, in order.
     """
     points = alt.NamedData("points")
     colour = alt.Color(
-        "site:N", sort=None, scale=alt.Scale(range=list(LINES)),
+        "site:N", sort=None, scale=alt.Scale(range=list(colours)),
         legend=alt.Legend(orient="bottom", title=None, columns=2, labelLimit=170, symbolType="stroke"),
     )  # fmt: skip
     height = alt.Y(
@@ -199,7 +202,7 @@ def lines(scale: str) -> Spec:
         .mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-path-domains")
         .encode(x=_edit(), y=height, color=colour)
     )
-    plain = alt.Color("site:N", sort=None, scale=alt.Scale(range=list(LINES)), legend=None)
+    plain = alt.Color("site:N", sort=None, scale=alt.Scale(range=list(colours)), legend=None)
     lone = (
         alt.Chart(points)
         .transform_filter("datum.lone")
@@ -284,7 +287,7 @@ def lanes() -> Spec:
 def trade() -> Spec:
     """``steps`` (run, drift, agreement, edit): the path of each run, from its first edit to its last."""
     colour = alt.Color(
-        "run:N", sort=None, scale=alt.Scale(range=list(LINES)),
+        "run:N", sort=None, scale=alt.Scale(range=list(RUNS)),
         legend=alt.Legend(orient="bottom", title=None, columns=2, labelLimit=220),
     )  # fmt: skip
     drift = alt.X(
@@ -320,4 +323,4 @@ def run_charts() -> dict[str, Spec]:
 
 def comparison_charts() -> dict[str, Spec]:
     """Every specification that the page of several runs draws with, by name."""
-    return {"lanes": lanes(), "trade": trade(), **{f"lines.{scale}": lines(scale) for scale in SCALES}}
+    return {"lanes": lanes(), "trade": trade(), **{f"lines.{scale}": lines(scale, RUNS) for scale in SCALES}}

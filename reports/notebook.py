@@ -104,7 +104,7 @@ def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]], sites
 
 def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
     return [
-        *facts(diagnosis, failed, site_length=160),
+        *facts(diagnosis, failed, {}),
         ("baseline", clean(diagnosis.baseline, 200)),
         ("limits", clean(diagnosis.thresholds, 300).removeprefix("limits ")),
     ]

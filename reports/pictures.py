@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from stabilitylab.record.readings import MODEL_SITE, Metric
 from stabilitylab.record.run import Run
-from stabilitylab.reports import figures
+from stabilitylab.reports import charting, figures, headline
+from stabilitylab.reports.events import short_places
 from stabilitylab.reports.svg import data_uri, to_svg
 from stabilitylab.reports.text import clean, short_names, shorten
 
@@ -24,6 +25,8 @@ BUDGET: Final = 450_000
 """Characters that the pictures of a page may take; the one that passes it is the last."""
 ONE_ROW: Final = 3
 """Charts of a chapter that fit beside each other need no fold."""
+PRINTED: Final = 4
+"""Charts, beside a map, that go on paper."""
 SPECTRA: Final = 4
 """Layers whose spectrum is drawn; the layer that went bad first is one of them."""
 
@@ -108,6 +111,25 @@ def pictures(run: Run, budget: int = BUDGET) -> Pictures:
     heatmaps = tuple(chart for each, chart in drawn[: len(maps)])
     left_out = tuple(clean(each.title, 90) for each in wanted[len(drawn) :])
     return Pictures(heatmaps, _chapters(drawn[len(maps) :]), left_out)
+
+
+def telling_curve(run: Run) -> Chart | None:
+    """The reading that tells the run, with onset, alarm and end; None where nothing moves."""
+    told = headline.telling(run)
+    if told is None:
+        return None
+    metric, site = told
+    place = short_places(run.sites).get(site) or shorten(site, 40)
+    marked = ", ".join(f"{name} at edit {edit}" for edit, name, *_ in charting.story(run.diagnosis()))
+    alt = f"Line chart of {metric} at {shorten(site, 60)} over edits {_span(run)}. {marked or 'No edit is flagged'}."
+    about, draw = run.metric(metric).meaning, partial(figures.telling, run, metric, site)
+    return _chart(Planned("", True, 1, f"{metric} at {place}", about, alt, draw))
+
+
+def printed(drawn: Pictures) -> tuple[Chart, ...]:
+    """What goes on paper: the first map, and the first chart of some chapters, what became of the model before all."""
+    chapters = sorted(drawn.chapters, key=lambda chapter: chapter.title != _CHAPTERS["canary"][0])
+    return (*drawn.heatmaps[:1], *[chart for each in chapters for chart in each.shown[:1]][:PRINTED])
 
 
 def _chart(planned: Planned) -> Chart:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from stabilitylab.analysis.findings import Diagnosis, json_safe
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.record.run import Run
 from stabilitylab.reports.console import verdict_text
-from stabilitylab.reports.headline import plain_place
+from stabilitylab.reports.events import short_places
 from stabilitylab.reports.text import clean, number, shorten
 from stabilitylab.reports.verdicts import cause_words, landed_words
 
@@ -132,7 +132,8 @@ def _column(run: Run) -> dict[str, Text]:
     diagnosis = run.diagnosis()
     failed = [edit.edit for edit in run.edits if edit.status == "failed"]
     site = diagnosis.first_bad_site
-    bad = "–" if site is None else f"{plain_place(site)}, {clean(diagnosis.first_bad_metric, 40)}"
+    places = short_places(run.sites)
+    bad = "–" if site is None else f"{_place(site, places)}, {clean(diagnosis.first_bad_metric, 40)}"
     drift = largest_reading(run, DRIFT)
     words = {
         "cause": cause_words(diagnosis),
@@ -148,9 +149,13 @@ def _column(run: Run) -> dict[str, Text]:
         "first NaN or ∞": _edit(diagnosis.first_nonfinite_edit),
         "last agreement": _reading(last_reading(run, "canary.agreement")),
         "last KL (nats)": _reading(last_reading(run, "canary.kl")),
-        "largest drift": "–" if drift is None else f"{_reading(drift)}, {plain_place(drift.site)}",
+        "largest drift": "–" if drift is None else f"{_reading(drift)}, {_place(drift.site, places)}",
     }
     return {"verdict": verdict_text(diagnosis.verdict), **{name: Text(word) for name, word in words.items()}}
+
+
+def _place(site: str, places: Mapping[str, str]) -> str:
+    return places.get(site) or shorten(site, 60)
 
 
 def _edit(edit: int | None) -> str:

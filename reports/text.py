@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stabilitylab.record.readings import EDITOR_SITE
 
@@ -49,7 +49,8 @@ def shorten(name: str, limit: int) -> str:
 def short_names(sites: Sequence[str], limit: int = 22) -> dict[str, str]:
     """Sites without the dotted prefix that all of them share: ``decoder.layers.1.fc2`` becomes ``1.fc2``.
 
-    Layers and the editor's own sites have a prefix each, so that a site is called the same on charts that show both.
+    A layer's number stays, also where all sites are in that layer. Layers and the editor's own sites have a prefix
+    each, so that a site is called the same on charts that show both.
     """
     of_editor = [site for site in sites if site.startswith(f"{EDITOR_SITE}.")]
     of_model = [site for site in sites if site not in of_editor]
@@ -59,13 +60,26 @@ def short_names(sites: Sequence[str], limit: int = 22) -> dict[str, str]:
 
 
 def _without_prefix(sites: Sequence[str]) -> dict[str, str]:
-    if len(sites) < 2:
-        return {site: site for site in sites}
     split = [site.split(".") for site in sites]
+    if len(sites) < 2:
+        # Of a single site nothing says what is prefix but a layer's number with something behind it.
+        return {site: ".".join(parts[_number_in(parts[:-1]) or 0 :]) for parts, site in zip(split, sites, strict=True)}
     shared = 0
     while len({tuple(parts[: shared + 1]) for parts in split}) == 1 and shared < min(map(len, split)):
         shared += 1
+    numbered = _number_in(split[0][:shared])
+    shared = shared if numbered is None else numbered
     return {site: ".".join(parts[shared:]) or site for parts, site in zip(split, sites, strict=True)}
+
+
+def _number_in(parts: Sequence[str]) -> int | None:
+    """Where the first part that is a number stands; None where none is."""
+    return next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+
+
+def with_short_names(words: str, places: Mapping[str, str]) -> str:
+    """`words` with each site's name as its short one in `places`; a name without a dot may be a word, and stays."""
+    return re.sub(r"\w+(?:\.\w+)+", lambda found: places.get(found[0], found[0]), words)
 
 
 def number(value: float | None, digits: int = 3) -> str:

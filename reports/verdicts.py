@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
 from stabilitylab.analysis.leading import edit_of
 from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.analysis.operation import says as operation_says
 from stabilitylab.analysis.operation import where as operation_where
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, shorten
@@ -93,10 +95,22 @@ def _bad_from(diagnosis: Diagnosis) -> int | None:
     return min((edit_of(each) for each in hard or bad), default=diagnosis.first_bad_edit)
 
 
+def collapse(diagnosis: Diagnosis) -> int | None:
+    """The first edit that a finding calls collapsed."""
+    return min((each.start for each in diagnosis.findings if each.verdict == "collapsed"), default=None)
+
+
 def why(diagnosis: Diagnosis) -> str:
     """What the cause says; empty where the verdict's sentence has said it."""
     says = diagnosis.cause_says
     return "" if says.rstrip(".").lower() in diagnosis.says.lower() else says
+
+
+def why_apart(diagnosis: Diagnosis) -> str:
+    """What the cause says, or without one what the traced operation did: where the headline does not say why."""
+    if diagnosis.cause == UNKNOWN_CAUSE and diagnosis.operation is not None:
+        return operation_says(diagnosis.operation)
+    return diagnosis.cause_says
 
 
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:
@@ -124,11 +138,13 @@ def edit_words(edit: int | None) -> str:
     return "–" if edit is None else f"edit {edit}"
 
 
-def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[str, str]]:
-    """What a diagnosis says in numbers, named, one per line. failed: how many edits did."""
-    where = edit_words(diagnosis.first_bad_edit)
-    if diagnosis.first_bad_site is not None:
-        where += f", {shorten(diagnosis.first_bad_site, site_length)}, {clean(diagnosis.first_bad_metric, 80)}"
+def facts(diagnosis: Diagnosis, failed: int, places: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a diagnosis says in numbers, named, one per line. failed: how many edits did. places: sites' short names."""
+    where, site = edit_words(diagnosis.first_bad_edit), diagnosis.first_bad_site
+    full = "" if site is None else shorten(site, 160)
+    short = full if site is None else places.get(site, full)
+    if site is not None:
+        where += f", {short}, {clean(diagnosis.first_bad_metric, 80)}"
     return [
         ("edits", number(diagnosis.edits) + (f", {number(failed)} failed" if failed else "")),
         ("took effect", landed_words(diagnosis)),
@@ -136,6 +152,7 @@ def facts(diagnosis: Diagnosis, failed: int, *, site_length: int) -> list[tuple[
         ("onset, in hindsight", edit_words(diagnosis.onset_edit)),
         ("alarm, as it ran", edit_words(diagnosis.alarm_edit)),
         ("first bad", where),
+        *([(f"{short} is", full)] if full.endswith(f".{short}") else []),
         ("first NaN or ∞", edit_words(diagnosis.first_nonfinite_edit)),
         *([] if diagnosis.operation is None else [("operation", clean(operation_where(diagnosis.operation), 160))]),
         ("cause", cause_words(diagnosis)),

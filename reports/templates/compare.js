@@ -4,11 +4,13 @@
 (async () => {
   const { runs, metrics } = page.json("report-data");
   const specs = page.json("report-charts");
-  for (const { encoding } of [specs["lines.log"], specs["lines.linear"]].flatMap((spec) => spec.layer)) {
-    if (encoding.color?.field === "site") encoding.color.scale.domain = runs.map((run) => run.name);
+  // A run has one colour on all charts, also where another was not read.
+  for (const { encoding } of [specs.trade, ...specs["lines.log"].layer, ...specs["lines.linear"].layer]) {
+    if (["site", "run"].includes(encoding.color?.field)) encoding.color.scale.domain = runs.map((run) => run.name);
   }
   const charts = new Charts(specs);
   page.sortable(page.at("runs-table"));
+  if (typeof DecompressionStream === "undefined") return; // a browser of before 2023: the table and the strips stand
   page.at("compared").hidden = false;
   const parts = runs.flatMap((run) => run.stretches);
   const span = {

@@ -17,12 +17,15 @@ const page = {
   /** The value of a script of JSON. */
   json: (id) => JSON.parse(page.at(id).textContent),
 
-  /** The value of a base64 text of deflated JSON. */
-  async unpack(text) {
+  /** What a base64 text of deflated text holds. */
+  async inflate(text) {
     const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return JSON.parse(await new Response(stream).text());
+    return new Response(stream).text();
   },
+
+  /** The value of a base64 text of deflated JSON. */
+  unpack: async (text) => JSON.parse(await page.inflate(text)),
 
   /** A number as stabilitylab.reports.text.number writes it. */
   number(value) {

@@ -16,6 +16,8 @@
   const charts = new Charts(page.json("report-charts"));
   setUpFindings();
   setUpCopy();
+  unfold();
+  addEventListener("hashchange", unfold);
   if (typeof DecompressionStream === "undefined") {
     page.at("too-old").hidden = false;
     return;
@@ -524,6 +526,13 @@
     for (const control of [text, verdict, kinds]) control.addEventListener("input", filter);
     filter();
     page.sortable(table);
+  }
+
+  /** What an address leads to may stand in a fold. */
+  function unfold() {
+    const target = page.at(decodeURIComponent(location.hash.slice(1)));
+    for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    if (target && target.closest("details")) target.scrollIntoView();
   }
 
   function setUpCopy() {

@@ -46,7 +46,7 @@ class Canary:
         if not known and not self.is_replay:
             suggested = did_you_mean(self.batch, [REPLAY]) if isinstance(self.batch, str) else ""
             raise UsageError(
-                f"canary={self.batch!r} is not usable; expected a dict of model arguments, a tensor of input ids, "
+                f"canary={_told(self.batch)} is not usable; expected a dict of model arguments, a tensor of input ids, "
                 f"a function of the model, or 'replay'{suggested}"
             )
         if self.logits is not None and not (isinstance(self.logits, str) or callable(self.logits)):
@@ -120,6 +120,15 @@ class Schedule:
             return edit % self._canary.every == 0
         share = self._canary.budget * (1.0 if moving else QUIET_SHARE)
         return self._spent + self._last <= share * elapsed
+
+
+def _told(given: object) -> str:
+    """What was given in a few words: never the values of a tensor."""
+    if given is None or isinstance(given, str | int | float):
+        return repr(given)
+    if isinstance(given, list | tuple) and given:
+        return f"<{type(given).__name__} of {len(given)} {type(given[0]).__name__}>"
+    return f"<{type(given).__name__}>"
 
 
 def of(given: Canary | Batch | None) -> Canary | None:

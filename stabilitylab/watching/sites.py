@@ -34,6 +34,8 @@ _MATRIX = 2  # dimensions
 _PARAMETRISED = re.compile(r"(?:^|\.)parametrizations\.[^.]+$")
 """Where ``torch.nn.utils.parametrize`` keeps what a layer's weight is computed of."""
 
+_ONE = (str, nn.Module, Tensor)  # what may be iterable, and is one thing
+
 _WRAPPED_LIMIT = 4  # an adapter that wraps a wrapped layer is found; a search of whole models is not wanted
 
 
@@ -157,6 +159,37 @@ def _such_as(sites: Mapping[str, Site]) -> str:
     return "" if first is None else f", such as '{first}'"
 
 
+def _near_patterns(pattern: str, sites: Mapping[str, Site]) -> str:
+    """``; did you mean '*.fc1' (12 layers)?``: patterns that end like the wrong one, and lead somewhere."""
+    stem, _, leaf = pattern.rpartition(".")
+    layers = [site.name for site in sites.values() if site.is_layer]
+    told = []
+    for near in sorted(nearest(leaf, {name.rpartition(".")[2] for name in layers})):
+        for tried in (f"{stem}.{near}", f"*.{near}", near):
+            count = len(fnmatch.filter(layers, tried))
+            if count:
+                told.append(f"'{tried}' ({count} layer{'s' if count > 1 else ''})")
+                break
+    return f"; did you mean {', '.join(told)}?" if told else ""
+
+
+def _as_patterns(model: nn.Module, patterns: object) -> list[str]:
+    """The patterns as a list. Raises SiteError for what is no text, with its name where it is a part of the model."""
+    given = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, _ONE) else [patterns]
+    for each in given:
+        if isinstance(each, str):
+            continue
+        named = (*model.named_modules(), *model.named_parameters())
+        own = next((name for name, part in named if part is each and name), None)
+        such = f"'{own}', which is its name" if own else f"'{next(iter(all_sites(model)), '*')}'"
+        raise SiteError(f"sites={_kind(each)} is no name; expected names of layers or patterns of them, such as {such}")
+    return [each for each in given if isinstance(each, str)]
+
+
+def _kind(thing: object) -> str:
+    return f"<{type(thing).__name__}>"
+
+
 def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> SiteError:
     containers = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
     if containers:
@@ -171,13 +204,7 @@ def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
             f"site pattern '{pattern}' matches '{containers[0]}', a {kind} that has no parameter (quantised?); "
             f"expected a layer with a weight{_such_as(sites)}"
         )
-    leaf = pattern.rpartition(".")[2]
-    alike = nearest(leaf, {name.rpartition(".")[2] for name in sites}) if "*" in pattern else []
-    hint = (
-        f"; its layers are named like {', '.join(repr(f'*.{name}') for name in sorted(alike))}"
-        if alike
-        else did_you_mean(pattern.replace("*", ""), sites)
-    )
+    hint = (did_you_mean(pattern, sites) if "*" not in pattern else "") or _near_patterns(pattern, sites)
     some = next(iter(sites), None)
     fallback = f"; its first layer is '{some}'" if some else "; the model has no parameters"
     return SiteError(
@@ -192,7 +219,7 @@ def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
     """
     offered = all_sites(model)
     chosen: set[str] = set()
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = _as_patterns(model, patterns)
     if not wanted:
         raise SiteError(
             "no site pattern given; expected at least one, or sites=None to watch what the first edit moves"

@@ -17,6 +17,7 @@ from stabilitylab.reports import html
 from stabilitylab.reports.comparison import write_comparison
 from stabilitylab.reports.html import write_report
 from stabilitylab.reports.payload import payload
+from stabilitylab.reports.pictures import PRINTED
 from stabilitylab.reports.text import number
 from tests.browser import Visit, needs_chromium, visit
 from tests.injections import ELSEWHERE, OWNED, hostile_run
@@ -173,6 +174,7 @@ class TestExploring:
 
     def test_findings_are_sorted_filtered_and_followed(self, opened: Visit, run: Run) -> None:
         page, findings = opened.page, run.diagnosis().findings
+        page.locator("#evidence > summary").click()
         visible = page.locator("#findings-table tbody tr:visible")
         page.locator("#findings-kinds").uncheck()
         assert visible.count() == len(findings)
@@ -227,6 +229,35 @@ def test_a_change_of_colours_redraws_the_charts(report: Path) -> None:
         assert quiet(seen)
 
 
+def test_on_paper_are_verdict_curve_map_charts_and_findings_on_at_most_four_pages(report: Path) -> None:
+    with visit(report) as seen:
+        ready(seen)
+        pages = re.findall(rb"/Type\s*/Page\b", seen.page.pdf(format="A4"))
+        assert 1 <= len(pages) <= 4
+        seen.page.emulate_media(media="print")
+        shown = seen.page.locator("figure img:visible").count()
+        assert shown == 1 + 1 + PRINTED  # the curve, the map, the charts
+        assert seen.page.locator("#events-table").is_visible()
+        assert not seen.page.locator("#explore").is_visible()
+        assert quiet(seen)
+
+
+def test_a_claim_of_the_first_screen_leads_to_its_finding_also_in_a_fold(report: Path) -> None:
+    with visit(report) as seen:
+        ready(seen)
+        links = seen.page.locator(".verdict a")
+        assert links.count() >= 3
+        for link in links.all():
+            link.click()
+            place = (link.get_attribute("href") or "")[1:]
+            expect(seen.page.locator(f"[id='{place}']")).to_be_in_viewport()
+        seen.page.locator("#more-events").evaluate("fold => { fold.open = false }")
+        place = seen.page.locator("#more-events-table tr[id]").last.get_attribute("id")
+        seen.page.evaluate("place => { location.hash = place }", place)
+        expect(seen.page.locator(f"[id='{place}']")).to_be_in_viewport()
+        assert quiet(seen)
+
+
 def test_without_javascript_verdict_findings_and_pictures_stand(report: Path, run: Run) -> None:
     with visit(report, javascript=False) as seen:
         assert seen.page.locator(".says").is_visible()
@@ -252,6 +283,7 @@ def test_hostile_text_stays_text(hostile: Path) -> None:
             page.locator("#site").select_option(index=place)
         for button in ("#after", "#before"):
             page.locator(button).click()
+        page.locator("#evidence > summary").click()
         page.locator("#findings-text").fill("<script>")
         page.wait_for_timeout(500)
         assert page.evaluate(f"window.{OWNED}") is None

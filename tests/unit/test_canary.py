@@ -262,6 +262,7 @@ def test_there_is_a_perplexity_only_where_there_is_text(tmp_path: Path) -> None:
         ({"batch": "reply"}, r"canary='reply' is not usable; .*'replay'; did you mean 'replay'"),
         ({"batch": 3}, r"canary=3 is not usable; expected a dict"),
         ({"batch": None}, r"canary=None is not usable; expected a dict"),
+        ({"batch": [torch.zeros(2, 3)]}, r"^canary=<list of 1 Tensor> is not usable; expected a dict"),
         ({"every": 0}, r"every=0\): expected a whole number of edits, 1 or more"),
         ({"every": -2}, r"every=-2\): expected a whole number"),
         ({"every": 2.5}, r"every=2\.5\): expected a whole number"),

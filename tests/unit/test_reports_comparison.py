@@ -5,6 +5,7 @@ import re
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from stabilitylab.analysis import severity
 from stabilitylab.commands.cli import app
 from stabilitylab.record.run import Run, load
-from stabilitylab.reports import comparison
+from stabilitylab.reports import comparison, interactive
 from stabilitylab.reports.events import event_words, short_places, telling
 from stabilitylab.reports.payload import shown
 from tests.synthetic import HOSTILE, make_run
@@ -91,3 +92,24 @@ def test_hostile_runs_are_compared_as_text(tmp_path: Path) -> None:
     assert "<img" not in text.partition("<script>")[0]
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert len(re.findall(r"<script", text)) == len(re.findall(r"</script>", text)) == 6
+
+
+def test_runs_have_colours_of_their_own_which_are_no_verdicts() -> None:
+    charts = interactive.comparison_charts()
+    ranges = {
+        name: [layer["encoding"]["color"]["scale"]["range"] for layer in _layers(charts[name]) if _coloured(layer)]
+        for name in ("trade", "lines.log", "lines.linear")
+    }
+    assert all(each == [*interactive.RUNS] for found in ranges.values() for each in found)
+    assert all(ranges.values())
+    (of_verdicts,) = (layer["encoding"]["color"]["scale"]["range"] for layer in _layers(charts["lanes"]))
+    assert not {*interactive.RUNS} & {*of_verdicts}
+
+
+def _layers(chart: dict[str, Any]) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = chart.get("layer", [chart])
+    return layers
+
+
+def _coloured(layer: dict[str, Any]) -> bool:
+    return layer["encoding"].get("color", {}).get("field") in {"run", "site"}

@@ -14,6 +14,7 @@ from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports.console import ProgressSink, closing_table, diagnosis_page
 from stabilitylab.reports.events import event_words, short_places
+from stabilitylab.reports.text import with_short_names
 from tests.synthetic import HOSTILE, make_run
 
 
@@ -51,11 +52,15 @@ def test_the_page_says_all_that_counts_within_80_columns(dying: Run) -> None:
     assert max(map(len, page.splitlines())) <= 80
     assert "\x1b" not in page
     words = flat(page)
-    assert diagnosis.says in words
-    assert diagnosis.advice in words
+    places = short_places(dying.sites)
+    assert with_short_names(diagnosis.says, places) in words
+    assert with_short_names(diagnosis.advice, places) in words
     assert f"onset, in hindsight edit {diagnosis.onset_edit}" in words
     assert f"alarm, as it ran edit {diagnosis.alarm_edit}" in words
-    assert f"edit {diagnosis.first_bad_edit}, {diagnosis.first_bad_site}, {diagnosis.first_bad_metric}" in words
+    short = places[str(diagnosis.first_bad_site)]
+    assert f"edit {diagnosis.first_bad_edit}, {short}, {diagnosis.first_bad_metric}" in words
+    assert words.count(str(diagnosis.first_bad_site)) == 1
+    assert f"{short} is {diagnosis.first_bad_site}" in words
     assert "time in probes 2.1 %" in words
     assert str(dying.path) in words.replace(" ", "") or dying.path.name in words
     for note in dying.notes:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,11 +20,11 @@ from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports import headline, html, payload, pictures
 from stabilitylab.reports.events import event_words, short_places
-from stabilitylab.reports.text import number
+from stabilitylab.reports.text import number, with_short_names
 from tests.synthetic import HOSTILE, make_run
 
 HARMLESS = frozenset(
-    "html head meta title style body header main section nav footer a h1 h2 h3 p strong span ul li dl dt dd div svg"  # noqa: SIM905
+    "html head meta title style body header main section nav footer a h1 h2 h3 p strong span ul ol li dl dt dd div svg"  # noqa: SIM905
     " rect figure figcaption img details summary table thead tbody tr th td pre h4 label select option input button"
     " noscript script".split()
 )
@@ -67,33 +69,55 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_verdict_comes_first_with_what_it_rests_on(dying: Run, page: str) -> None:
-    diagnosis, said = dying.diagnosis(), Page(page).text
-    first = said[: said.index("What was not measured")]
-    assert diagnosis.says in first
-    assert headline.headline(diagnosis) in first
+    diagnosis, said, places = dying.diagnosis(), Page(page).text, short_places(dying.sites)
+    screen = said[: said.index("How it went")]
+    assert screen.index("Mend on Blip2, float16: 60 edits, 24 November 2026") < screen.index("Diverging since edit")
+    assert diagnosis.cause in screen
+    for words in (diagnosis.cause_says, diagnosis.advice):
+        assert said.count(with_short_names(words, places)[1:]) == 1
+    first = said[said.index("took effect".capitalize()) : said.index("A line for what was found at one edit")]
     assert diagnosis.baseline[1:] in first
     assert diagnosis.thresholds[1:] in first
-    assert diagnosis.advice in first
-    assert diagnosis.cause in first
     for words in (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.alarm_edit}", f"edit {diagnosis.first_bad_edit}"):
         assert words in first
     assert f"{diagnosis.first_bad_site}" in first
+    assert f"Not watched: {diagnosis.unwatched[0]}" in screen
+
+
+def test_the_chain_of_causes_tells_each_once_in_the_order_of_the_story(dying: Run, page: str) -> None:
+    diagnosis, places = dying.diagnosis(), short_places(dying.sites)
+    said = Page(page).text
+    told = said[said.rindex("How it went") : said.index("Took effect")]
     assert len(diagnosis.causes) > 1
-    for link in diagnosis.causes[1:]:
-        assert f"{link.role.capitalize()}: {link.says}" in first
-    assert diagnosis.unwatched[0] in first
-    assert [first.index(name) for name in ("With it", "Took effect", "Not watched")] == sorted(
-        first.index(name) for name in ("With it", "Took effect", "Not watched")
-    )
+    ends = [told.index(link.cause) for link in diagnosis.causes]
+    assert ends == sorted(ends)
+    for link in diagnosis.causes:
+        assert (with_short_names(link.says, places)[1:] in told) == (link.cause != diagnosis.cause)
+
+
+@pytest.mark.parametrize("which", ["page", "hostile_page"])
+def test_every_address_on_the_page_leads_to_a_place_on_it(which: str, request: pytest.FixtureRequest) -> None:
+    attributes = Page(request.getfixturevalue(which)).attributes
+    places = {value for _, name, value in attributes if name == "id"}
+    within = {value[1:] for _, name, value in attributes if name == "href" and "=" not in value}
+    assert within <= places
+    assert {each for each in within if each.startswith("event-")}
+
+
+def test_at_most_five_headings_stand_before_the_first_chart(page: str) -> None:
+    tags = Page(page).tags
+    assert len([tag for tag in tags[: tags.index("img")] if tag in {"h1", "h2", "h3", "h4"}]) <= 5
 
 
 def test_what_was_found_stands_by_edit_and_layer_the_headlines_first(dying: Run, page: str) -> None:
     said = re.sub(r"\s+", " ", Page(page).text)
-    listed = said[said.index("one event") : said.index("Each claim with its evidence")]
+    listed = said[said.index("A line for what was found") : said.index("Each claim with its evidence")]
     events, places = grouped(dying.diagnosis().findings), short_places(dying.sites)
     words = [event_words(event, places) for event in events]
     assert all(each in listed for each in words)
     assert listed.index(words[0]) == min(listed.index(each) for each in words)
+    at_once = listed[: listed.index("Show all")]
+    assert sum(each in at_once for each in words) == html.TELLING
 
 
 def test_every_finding_note_and_metric_is_on_the_page(dying: Run, page: str) -> None:
@@ -117,7 +141,10 @@ def test_every_picture_has_words_in_its_place(dying: Run, page: str) -> None:
     images = [(name, value) for tag, name, value in Page(page).attributes if tag == "img"]
     alts = [value for name, value in images if name == "alt"]
     assert len(alts) == len([name for name, _ in images if name == "src"]) > 10
-    assert all(f"first bad at edit {dying.diagnosis().first_bad_edit}" in alt for alt in alts)
+    diagnosis, (curve, *others) = dying.diagnosis(), alts
+    assert f"alarm at edit {diagnosis.alarm_edit}" in curve
+    assert f"NaN or ∞ at edit {diagnosis.first_nonfinite_edit}" in curve
+    assert all(f"first bad at edit {diagnosis.first_bad_edit}" in alt for alt in others)
 
 
 @pytest.mark.parametrize("which", ["page", "hostile_page"])
@@ -136,8 +163,10 @@ def test_nothing_can_be_loaded_run_or_sent(which: str, request: pytest.FixtureRe
     (policy,) = (value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src"))
     (sheet,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    assert page.tags.count("script") == len(scripts) + 2  # data, and how it is drawn
-    hashes = " ".join(map(html.digest, scripts))
+    assert page.tags.count("script") == len(scripts) + 3  # data, how it is drawn, and what draws it
+    (packed,) = re.findall(r'<script type="text/plain" id="vega">(.*?)</script>', text, re.DOTALL)
+    vega = zlib.decompress(base64.b64decode(packed)).decode("utf-8")
+    hashes = " ".join(map(html.digest, [vega, *scripts]))
     assert policy == (
         f"default-src 'none'; img-src data:; style-src {html.digest(sheet)}; script-src {hashes};"
         " base-uri 'none'; form-action 'none'"
@@ -287,6 +316,16 @@ def test_a_value_in_json_reads_like_the_value(value: float, told: object) -> Non
         assert number(float(told)) == number(value)  # type: ignore[arg-type]
 
 
+def test_one_map_and_four_charts_go_on_paper_that_of_the_canary_among_them(dying: Run, page: str) -> None:
+    drawn = pictures.pictures(dying)
+    on_paper = pictures.printed(drawn)
+    assert on_paper[0] == drawn.heatmaps[0]
+    assert len(on_paper) == 1 + pictures.PRINTED
+    assert any(chart.title.startswith("canary") for chart in on_paper)
+    figures = re.findall(r"<figure([^>]*)>\s*<figcaption><h3>", page)
+    assert figures.count("") == len(on_paper)
+
+
 def test_many_values_are_told_like_each_one() -> None:
     draw = np.random.default_rng(0)
     values = np.concatenate([
@@ -347,33 +386,34 @@ def test_names_in_the_payload_are_cut_cleaned_and_still_apart(tmp_path: Path) ->
     assert "mega" * 1_000 not in told
 
 
-@pytest.mark.parametrize(
-    ("site", "words"),
-    [
-        ("language_model.model.decoder.layers.2.fc2", "decoder layer 2 fc2"),
-        ("transformer.h.11.mlp.c_fc", "layer 11 mlp c_fc"),
-        ("model.layers.0.mlp.down_proj", "layer 0 mlp down_proj"),
-        ("editor.mend.0", "editor.mend.0"),
-        ("model", "the model as a whole"),
-    ],
-)
-def test_places_have_plain_names(site: str, words: str) -> None:
-    assert headline.plain_place(site) == words
-
-
-def test_the_headline_says_since_when_where_and_what_to_do(dying: Run) -> None:
-    diagnosis = dying.diagnosis()
-    said = headline.headline(diagnosis)
-    assert said.startswith(
-        f"Diverging since edit {diagnosis.onset_edit}, NaN or ∞ at edit {diagnosis.first_nonfinite_edit};"
+def test_the_headline_says_since_when_until_when_and_where(dying: Run) -> None:
+    diagnosis, places = dying.diagnosis(), short_places(dying.sites)
+    said = headline.headline(diagnosis, places)
+    first = diagnosis.findings[0]
+    assert said == (
+        f"Diverging since edit {diagnosis.onset_edit}, NaN or ∞ at edit {diagnosis.first_nonfinite_edit}; first in"
+        f" {places[first.site]} ({first.metric} 3.2e5 at edit {diagnosis.first_bad_edit})."
     )
-    place = headline.plain_place(str(diagnosis.first_bad_site))
-    assert f"first in {place} ({diagnosis.first_bad_metric} 3.2e5 at edit {diagnosis.first_bad_edit}): " in said
-    assert " Do this: " in said
+    named = {part.words: part for part in headline.sentence(diagnosis, places) if part.finding}
+    assert named[places[first.site]].finding == first
+    assert named[places[first.site]].title == first.site
+    end = named[f"NaN or ∞ at edit {diagnosis.first_nonfinite_edit}"].finding
+    assert end is not None
+    assert (end.verdict, end.start) == ("non-finite", diagnosis.first_nonfinite_edit)
     assert diagnosis.first_nonfinite_edit is not None
     assert diagnosis.alarm_edit is not None
     ahead = diagnosis.first_nonfinite_edit - diagnosis.alarm_edit
     assert (headline.lead(diagnosis) or "").startswith(f"{ahead} edit" if ahead > 0 else "none")
+
+
+def test_a_sound_runs_headline_is_the_diagnosis_and_its_curve_one_that_moves(tmp_path: Path) -> None:
+    run = load(make_run(tmp_path / "run", edits=20, dies_at=None))
+    diagnosis = run.diagnosis()
+    assert diagnosis.verdict == "stable"
+    assert headline.headline(diagnosis, short_places(run.sites)) == diagnosis.says
+    told = headline.telling(run)
+    assert told is not None
+    assert np.unique(run.series(*told)).size > 2
 
 
 def test_the_payload_needs_no_library_that_draws() -> None:

@@ -14,7 +14,7 @@ from stabilitylab.record.readings import Note
 from stabilitylab.reports import SINKS, sink_class
 from stabilitylab.reports.manifest import environment, reproduce
 from stabilitylab.reports.noted import folded
-from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten
+from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten, with_short_names
 from stabilitylab.reports.verdicts import strip
 
 
@@ -74,8 +74,14 @@ def test_both_ends_of_a_long_name_stay() -> None:
     ("sites", "short"),
     [
         (("m.layers.1.fc1", "m.layers.1.fc2", "m.layers.2.fc1"), ("1.fc1", "1.fc2", "2.fc1")),
-        (("m.layers.1.fc1", "m.layers.1"), ("fc1", "m.layers.1")),
+        (("m.layers.1.fc1", "m.layers.1"), ("1.fc1", "1")),
+        (
+            ("h.1.mlp.c_fc", "h.1.mlp.c_proj", "h.1.mlp.c_proj.bias"),
+            ("1.mlp.c_fc", "1.mlp.c_proj", "1.mlp.c_proj.bias"),
+        ),
         (("only.one",), ("only.one",)),
+        (("m.layers.1.fc1",), ("1.fc1",)),
+        (("editor.mend.0",), ("editor.mend.0",)),
         (("editor.t.4x2.u", "editor.t.4x2.v", "m.h.1.fc1", "m.h.2.fc1"), ("u", "v", "1.fc1", "2.fc1")),
         (("editor.t.u", "editor.t.v", "h.u", "h.w"), ("editor.t.u", "editor.t.v", "h.u", "h.w")),
         (("a", "b"), ("a", "b")),
@@ -84,6 +90,13 @@ def test_both_ends_of_a_long_name_stay() -> None:
 )
 def test_names_lose_the_prefix_that_all_share(sites: tuple[str, ...], short: tuple[str, ...]) -> None:
     assert tuple(short_names(sites).values()) == short
+
+
+def test_a_sentence_has_short_names_for_whole_sites_only() -> None:
+    places = {"m.h.1.fc": "1.fc", "model": "the model"}
+    assert with_short_names("in m.h.1.fc, m.h.1.fc.bias, xm.h.1.fc: the model.", places) == (
+        "in 1.fc, m.h.1.fc.bias, xm.h.1.fc: the model."
+    )
 
 
 def test_shares_of_time() -> None:
@@ -100,10 +113,33 @@ def test_environment_shows_every_entry_and_cuts_what_is_long() -> None:
 
 
 def test_reproduction_is_quoted_for_the_shell() -> None:
-    lines = reproduce({"command": ["stabilitylab", "demo", "; rm -rf ~"], "git": {"commit": "abc", "dirty": True}})
-    assert lines[0].startswith("git checkout abc")
-    assert lines[1] == "stabilitylab demo '; rm -rf ~'"
+    git = {"commit": "abc", "dirty": True}
+    lines = reproduce({"command": ["edit it.py", "; rm -rf ~"], "git": git, "cwd": "/home/ann/my work"})
+    assert lines[0] == "cd ~/'my work'"
+    assert lines[1].startswith("git checkout abc")
+    assert lines[2] == "python 'edit it.py' '; rm -rf ~'"
     assert reproduce({}) == []
+
+
+@pytest.mark.parametrize(
+    ("recorded", "typed"),
+    [
+        (["/opt/env/lib/stabilitylab/__main__.py", "demo"], "python -m stabilitylab demo"),
+        (["/home/ann/.venv/bin/stabilitylab", "demo"], "stabilitylab demo"),
+        (["/home/ann/loops/mend.py", "--seed", "1"], "python ~/loops/mend.py --seed 1"),
+        ([""], None),
+    ],
+)
+def test_the_line_that_makes_a_run_again_is_the_one_that_was_typed(recorded: list[str], typed: str | None) -> None:
+    lines = reproduce({"command": recorded, "cwd": "/work", "git": {"commit": "abc"}})
+    assert (lines or [None])[-1] == typed
+    of_a_script = typed is not None and typed.startswith("python ~")
+    assert any(line.startswith(("cd ", "git ")) for line in lines) == of_a_script
+
+
+def test_versions_are_such_as_an_index_has() -> None:
+    (line,) = reproduce({"versions": {"stabilitylab": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6"}})
+    assert line == "pip install torch==2.13.0 numpy==2.4.6"
 
 
 def test_sinks_are_found_by_name() -> None:

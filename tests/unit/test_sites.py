@@ -102,3 +102,28 @@ def test_what_can_not_be_measured_says_why() -> None:
     with torch.device("meta"):
         meta = nn.Sequential(nn.Linear(2, 2))
     assert "meta device" in why_unmeasurable(meta[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("*.fcl", r"did you mean '\*\.fc1' \(2 layers\), '\*\.fc2' \(2 layers\)"),
+        ("decoder.*.fcl", r"did you mean 'decoder\.\*\.fc1' \(2 layers\)"),
+        ("encoder.*.fc1", r"did you mean '\*\.fc1' \(2 layers\)"),
+    ],
+)
+def test_a_wrong_pattern_is_answered_by_patterns_and_what_each_would_match(wrong: str, near: str) -> None:
+    with pytest.raises(SiteError, match=near):
+        find_sites(Model(), wrong)
+
+
+def test_a_layer_itself_is_no_name_of_one_and_the_error_tells_its_name() -> None:
+    model = Model()
+    layer = model.get_submodule("decoder.layers.0.fc1")
+    for given in (layer, [layer]):
+        with pytest.raises(
+            SiteError, match=r"sites=<Linear> is no name; .* 'decoder\.layers\.0\.fc1', which is its name"
+        ):
+            find_sites(model, given)  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match=r"sites=<int> is no name; expected names of layers or patterns .* such as '"):
+        find_sites(model, 3)  # type: ignore[arg-type]
