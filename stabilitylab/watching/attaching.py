@@ -16,8 +16,9 @@ from stabilitylab.analysis.thresholds import Thresholds, from_json, read
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
+from stabilitylab.record.making import free_folder
 from stabilitylab.record.readings import Metric
-from stabilitylab.record.store import FILE_NAME, RunWriter, free_folder
+from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries

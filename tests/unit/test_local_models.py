@@ -21,7 +21,7 @@ def test_no_code_of_a_folder_is_run_and_nobody_is_asked(
 ) -> None:
     mark = tmp_path / "it ran"
     (tmp_path / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass C: pass\n")
-    automatic = {name: "theirs.C" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    automatic = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "theirs.C")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": automatic}))
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": {"AutoTokenizer": ["theirs.C", "theirs.C"]}})
