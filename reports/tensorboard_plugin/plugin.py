@@ -10,6 +10,10 @@ address                answer
 ``/site?…&site=N``     all readings at one site, likewise
 =====================  =============================================================================================
 
+The ``Host`` of a request is not looked at, since TensorBoard (2.21) does not for its own pages either: whoever can
+reach them under another name reads the logdir's data there, and a check of ours alone would break proxied tabs
+(Jupyter, ssh, VS Code) and protect nothing. Nothing can be written, and no path is made from a request.
+
 A run that isn't there is 404, a version that is no longer kept 409: ask ``/run`` again.
 """
 

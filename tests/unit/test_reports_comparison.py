@@ -70,7 +70,8 @@ def test_a_comparison_is_one_command(runs: list[Run], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", *(str(run.path) for run in runs), "-o", str(out)])
     assert done.exit_code == 0, done.output
     text = out.read_text()
-    assert json.loads(out.with_suffix(".json").read_text()) == comparison.compared(runs)
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert data == {"written_by": "stabilitylab", **comparison.compared(runs)}
     assert text.count('<tr><th scope="row"') == len(runs)
     dying = runs[1].diagnosis()
     assert len(dying.causes) > 1

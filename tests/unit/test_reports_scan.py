@@ -175,6 +175,7 @@ class TestPage:
         out = write_scan(scan, cautioned, tmp_path / "made" / "page.html")
         assert out.read_text("utf-8") == page(scan, cautioned, "page.json")
         data = json.loads((tmp_path / "made" / "page.json").read_text())
+        assert data.pop("written_by") == "stabilitylab"
         assert [Caution(**each) for each in data.pop("cautions")] == list(cautioned)
         assert data.pop("urgencies") == {"fatal": 2, "risk": 2, "note": 1}
         assert scan_from_json(data) == scan
