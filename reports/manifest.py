@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any, Final
@@ -102,7 +102,7 @@ def reproduce(manifest: Mapping[str, Any]) -> list[str]:
     Folder and commit only for a script, which is found in the one and may differ by the other.
     """
     lines = []
-    git, versions, command = manifest.get("git"), manifest.get("versions"), _command(manifest.get("command"))
+    git, versions, command = manifest.get("git"), manifest.get("versions"), typed(manifest.get("command"))
     script = command[:1] == ["python"] and command[1:2] != ["-m"]
     if script and manifest.get("cwd"):
         lines.append(f"cd {_quoted(homeless(clean(manifest['cwd'], SHOWN)))}")
@@ -112,8 +112,7 @@ def reproduce(manifest: Mapping[str, Any]) -> list[str]:
     if isinstance(versions, dict):
         pins = [_pin(name, version) for name, version in versions.items() if name != _OURS]
         lines += [f"pip install {' '.join(pins)}"] if pins else []
-    if command:
-        lines.append(" ".join(_quoted(part) for part in command))
+    lines += [quoted(command)] if command else []
     return lines
 
 
@@ -122,7 +121,7 @@ def _pin(name: Any, version: Any) -> str:
     return shlex.quote(f"{clean(name, 60)}=={clean(version, 60).partition('+')[0]}")
 
 
-def _command(recorded: Any) -> list[str]:
+def typed(recorded: Any) -> list[str]:
     """What was typed, told from what Python makes of it: of a module its path, of a script no ``python``."""
     parts = [homeless(clean(part, SHOWN)) for part in recorded] if isinstance(recorded, list) else []
     if not any(parts):
@@ -138,6 +137,11 @@ def _command(recorded: Any) -> list[str]:
 def homeless(path: str) -> str:
     """A path with ``~`` for somebody's home."""
     return re.sub(r"^(/home/[^/]+|/Users/[^/]+|/root)(?=/|$)", "~", path)
+
+
+def quoted(command: Sequence[str]) -> str:
+    """A line for a shell."""
+    return " ".join(_quoted(part) for part in command)
 
 
 def _quoted(part: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import PurePath
 from typing import Final
 
@@ -10,6 +9,7 @@ from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.operation import reached, replayed
 from stabilitylab.record.operations import Operation, Place, Step, Values
 from stabilitylab.record.run import Run
+from stabilitylab.reports import manifest
 from stabilitylab.reports.text import clean, number, shorten
 
 VARIABLE: Final = "STABILITYLAB_TRACE"
@@ -82,7 +82,5 @@ def untraced(run: Run, diagnosis: Diagnosis) -> str:
     off = next((note.says for note in run.notes if note.kind == "trace-off"), None)
     if off is not None:
         return f"Which operation gave it is not known: {clean(off, 200)}."
-    command = run.manifest.get("command")
-    parts = [str(part) for part in command] if isinstance(command, list) else []
-    script = "python " + " ".join(shlex.quote(clean(part, 200)) for part in parts) if any(parts) else "your script"
+    script = manifest.quoted(manifest.typed(run.manifest.get("command"))) or "your script"
     return f"No tracer was on when it came. To have the operation named: {VARIABLE}={edit} {script}"

@@ -255,7 +255,7 @@ class TestKnownBefore:
     def test_a_warning_that_came_true_is_told_as_one_with_the_edit(self, lost: Path) -> None:
         run = scanned(lost, dying()[0].to_json(brief=True))
         text = Page(html.render(run)).text
-        section = text[text.index("Known before edit 1: ") : text.index("Explore the run")]
+        section = text[text.index("Known before edit 1: ") : text.index("Pictures of the whole run")]
         warned = cautions(dying()[0])
         causes = {link.cause for link in run.diagnosis().causes}
         assert "dtype-overflow" in causes
