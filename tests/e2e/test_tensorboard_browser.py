@@ -272,7 +272,7 @@ def test_a_run_grows_under_the_readers_eyes(tab: FrameLocator, logdir: Path) -> 
         for edit in range(3, 8):
             grow(edit)
         expect(entry).to_contain_text("7 edits")
-        expect(entry).to_contain_text("not closed")
+        expect(entry).to_contain_text("not complete")
         expect(tab.locator("#edit-name")).to_have_text("edit 7")
         assert_shown_as_in_the_file(tab, load(logdir / "alive"))
         tab.get_by_role("button", name="Edit before").click()
@@ -280,7 +280,7 @@ def test_a_run_grows_under_the_readers_eyes(tab: FrameLocator, logdir: Path) -> 
         expect(entry).to_contain_text("8 edits")
         expect(tab.locator("#edit-name")).to_have_text("edit 6")  # what was chosen stays chosen
         writer.set_manifest({"closed": True})
-        expect(entry).not_to_contain_text("not closed")
+        expect(entry).not_to_contain_text("not complete")
     finally:
         writer.close()
 
