@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,3 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_compiled() -> Iterator[None]:
+    """Calls are not watched in a process that has compiled anything: each test begins as in one that has not."""
+    yield
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    if compiler is not None:
+        compiler.FRAME_COUNTER = 0  # type: ignore[attr-defined]

@@ -24,9 +24,13 @@ _OWN: Final = (dict, list, set)
 """What a layer's attributes are kept in: what merging writes to must be the copy's own."""
 
 
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    return module._modules[name] if name in module._modules else None  # a ScriptModule's have no `get`
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether it is a layer inside PEFT's adapters, by the attributes that all of them have."""
-    has_inner = isinstance(module._modules.get(_INNER), nn.Module)
+    has_inner = isinstance(_child(module, _INNER), nn.Module)
     return has_inner and isinstance(getattr(module, "merged_adapters", None), list) and hasattr(module, "merge")
 
 
@@ -34,7 +38,7 @@ def running(module: nn.Module) -> nn.Module:
     """What runs in place of a module that PEFT trains a copy of (``modules_to_save``): the copy, or the original. Any
     other module itself.
     """
-    copies = module._modules.get(_COPIES)
+    copies = _child(module, _COPIES)
     if not isinstance(copies, nn.ModuleDict):
         return module
     state: Any = module
@@ -51,7 +55,7 @@ def has_parts(module: nn.Module) -> bool:
 
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside all of its adapters."""
-    while isinstance(inner := module._modules.get(_INNER), nn.Module):
+    while isinstance(inner := _child(module, _INNER), nn.Module):
         module = inner
     return module
 
@@ -153,7 +157,7 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A layer that shares the adapters' tensors, and has a base layer, lists and caches of its own."""
     twin = copy.copy(module)
     vars(twin).update({name: copy.copy(held) for name, held in vars(module).items() if isinstance(held, _OWN)})
-    inner = module._modules.get(_INNER)
+    inner = _child(module, _INNER)
     if isinstance(inner, nn.Module):
         twin._modules[_INNER] = _twin(inner, dtype)
     else:  # the base layer

@@ -30,11 +30,11 @@ class Silence:
         """
         if self._over:
             return None
-        if compiled or (moved and not heard and frames_compiled() > 0):
-            self._over = True
-            return COMPILED if self._has_canary else HOOKS_SILENT, _compiled_says(compiled)
         self._over = heard
         self._silent, self._moved = self._silent + 1, self._moved or moved
+        if compiled or (self._moved and self._silent >= FEWEST and not heard and frames_compiled() > 0):
+            self._over = True
+            return COMPILED if self._has_canary else HOOKS_SILENT, _compiled_says(compiled)
         if self._over or self._silent < FEWEST:
             return None
         self._over = True
