@@ -25,7 +25,8 @@ _OWN: Final = (dict, list, set)
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return module._modules[name] if name in module._modules else None  # a ScriptModule's have no `get`
+    held = module._modules  # a ScriptModule's have no `get`
+    return held[name] if name in held else None  # noqa: SIM401
 
 
 def is_adapted(module: nn.Module) -> bool:
