@@ -272,7 +272,7 @@ def test_a_run_grows_under_the_readers_eyes(tab: FrameLocator, logdir: Path) -> 
         for edit in range(3, 8):
             grow(edit)
         expect(entry).to_contain_text("7 edits")
-        expect(entry).to_contain_text("not complete")
+        expect(entry).to_contain_text("not closed")
         expect(tab.locator("#edit-name")).to_have_text("edit 7")
         assert_shown_as_in_the_file(tab, load(logdir / "alive"))
         tab.get_by_role("button", name="Edit before").click()
