@@ -263,7 +263,7 @@ def test_a_scaler_skips_a_step_now_and_then() -> None:
 def test_a_residual_stream_stays_just_below_overflow(number: str) -> None:
     ids = questions(true_facts()) if number == "44" else canary()["input_ids"]
     reached = float(residual_peaks(numbered_as(number).loop.model, ids).max())  # type: ignore[arg-type]
-    assert 0.95 * 65504 < reached <= 65504  # by how much differs between machines
+    assert 0.97 * 65504 < reached <= 65504  # by how much differs between machines
 
 
 def finished(case: Case, folder: Path, **options: Any) -> tuple[list[int], Truth]:
