@@ -55,6 +55,9 @@ class Probe(ABC, Generic[Seen]):
     tier: ClassVar[Tier] = "default"
     """The cheapest tier that the probe belongs to: its cost, mostly that of what it needs."""
 
+    dear: ClassVar[bool] = False
+    """Whether it measures only as often as the run's budget allows, unless it was told how often."""
+
     def __init__(self, *, every: int | None = None, sites: str | Sequence[str] | None = None) -> None:
         """every: measure at edit 0 and at each n-th edit (each edit; a deep probe each tenth). sites: only at sites
         whose names match these patterns (``*`` crosses dots). Raises UsageError when `every` is not 1 or more.
@@ -62,6 +65,8 @@ class Probe(ABC, Generic[Seen]):
         self.every = every if every is not None else DEEP_EVERY if self.tier == "deep" else 1
         if self.every < 1:
             raise UsageError(f"{type(self).__name__}(every={every}): expected a number of edits, 1 or more")
+        self.is_paced = self.dear and every is None
+        """Whether the run's budget says when it measures."""
         self.sites = None if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
 
     def is_due(self, edit: int) -> bool:

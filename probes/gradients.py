@@ -21,6 +21,7 @@ SPECTRUM_LENGTH = 32
 class Spectrum(Probe[GradientSpectrum]):
     """The leading singular values."""
 
+    dear = True
     needs = GradientSpectrum
     metrics = (
         Metric(
@@ -97,6 +98,7 @@ class GradientNorm(Probe[GradientSpectrum]):
 class GradientRank(Probe[GradientSpectrum]):
     """How many directions the gradient really has."""
 
+    dear = True
     needs = GradientSpectrum
     metrics = (
         Metric(

@@ -152,6 +152,7 @@ def follow(weight: Tensor, directions: tuple[Tensor, Tensor], size: Tensor) -> t
 class SpectralNorm(Probe[TopSingular]):
     """How much the weight can stretch one direction, and how many directions carry it."""
 
+    dear = True
     needs = TopSingular
     metrics = (
         Metric(

@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from stabilitylab.watching.attaching import attach
+
 hypothesis.settings.register_profile("stabilitylab", deadline=None, max_examples=60, print_blob=True)
 hypothesis.settings.load_profile("stabilitylab")
 torch.set_num_threads(1)
@@ -41,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _measured_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a test's edits happen to take must not say what is measured; a test of budgets gives one."""
+    monkeypatch.setitem(attach.__kwdefaults__, "budget", None)
 
 
 @pytest.fixture(autouse=True)

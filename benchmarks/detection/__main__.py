@@ -95,9 +95,11 @@ def gone_through(
     return list(progress.track(spread(function, jobs, processes), total=len(jobs), description=says))
 
 
-def seen_in(cases: Sequence[Case], runs: Path, processes: int, progress: Progress, says: str) -> list[Seen]:
-    """The judged runs, in the order of `cases`; made where they are not there."""
-    gone_through(f"{says}: edit loops", partial(make, runs=runs), cases, processes, progress)
+def seen_in(
+    cases: Sequence[Case], runs: Path, processes: int, progress: Progress, says: str, budget: float | None = None
+) -> list[Seen]:
+    """The judged runs, in the order of `cases`; made where they are not there. budget: as for `stabilitylab.attach`."""
+    gone_through(f"{says}: edit loops", partial(make, runs=runs, budget=budget), cases, processes, progress)
     found = gone_through(f"{says}: diagnoses", judge, [(case, runs) for case in cases], processes, progress)
     by_case = {(seen.judged.scenario, seen.judged.seed): seen for seen in found}
     return [by_case[case] for case in cases]
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tuning-seeds", type=int, default=6, help="tuning seeds of each scenario, at most 20")
     parser.add_argument("--peer-seeds", type=int, default=2, help="seeds of each failing scenario for the live peers")
     parser.add_argument("--only", choices=SPLITS, help="one half; the healthy tuning runs are always made")
+    parser.add_argument("--budget", type=float, help="the share of the loop's time that probes may take; else no limit")
     parser.add_argument("--runs", type=Path, help="keep the runs there, and use those that are; else they are deleted")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -167,7 +170,7 @@ def main() -> None:
     with ExitStack() as stack:
         runs = options.runs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zoo-")))
         progress = stack.enter_context(_progress())
-        look = partial(seen_in, runs=runs, processes=options.processes, progress=progress)
+        look = partial(seen_in, runs=runs, processes=options.processes, progress=progress, budget=options.budget)
         tuning = tuning_cases(options.tuning_seeds)
         if options.only == "held-out":
             loops = {scenario.name for scenario in HEALTHY}
@@ -183,7 +186,7 @@ def main() -> None:
         jobs = [(case.name, runs / "wild", canary) for canary in (True, False) for case in (*CASES, *WELL)]
         shutil.rmtree(runs / "wild", ignore_errors=True)
         wild = sorted(
-            gone_through("wild loops", hear, jobs, options.processes, progress),
+            gone_through("wild loops", partial(hear, budget=options.budget), jobs, options.processes, progress),
             key=lambda each: (each.number, not each.canary),
         )
     judged = {half: [each.judged for each in found] for half, found in halves.items() if options.only in (None, half)}

@@ -105,7 +105,9 @@ def truth_after(case: Case, loop: WildLoop) -> Truth:
     return dataclasses.replace(case.truth, edit=loop.witness.first[0])
 
 
-def run(case: Case, folder: Path, *, canary: bool = True, **options: Any) -> tuple[Run, Truth]:
+def run(
+    case: Case, folder: Path, *, canary: bool = True, budget: float | None = None, **options: Any
+) -> tuple[Run, Truth]:
     """Go through the case's loop under a monitor that writes the run `folder`.
 
     The global random state is as before. An ArithmeticError, RuntimeError or ValueError fails the edit, and the loop
@@ -122,6 +124,7 @@ def run(case: Case, folder: Path, *, canary: bool = True, **options: Any) -> tup
             canary=loop.canary if canary else None,
             config={**loop.config, "wild": case.name},
             announce=False,
+            budget=budget,
             **options,
         ) as monitor:
             for _, step in numbered(loop):

@@ -46,11 +46,11 @@ class Heard:
     says: str
 
 
-def hear(job: tuple[str, Path, bool]) -> Heard:
-    """Go through a case by its name, in a folder of its own, with or without its canary."""
+def hear(job: tuple[str, Path, bool], budget: float | None = None) -> Heard:
+    """Go through a case by its name, in a folder of its own, with or without its canary, under that budget."""
     name, runs, canary = job
     case = by_name(name)
-    made, truth = run(case, runs / f"{name}{'' if canary else '-no-canary'}", canary=canary)
+    made, truth = run(case, runs / f"{name}{'' if canary else '-no-canary'}", canary=canary, budget=budget)
     return heard(case, truth, made.diagnosis(), canary)
 
 

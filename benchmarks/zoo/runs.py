@@ -54,13 +54,13 @@ def _state(plain: dict[str, Any]) -> State:
     return State(**{**plain, "bad_weights": tuple(plain["bad_weights"]), "bad_outputs": tuple(plain["bad_outputs"])})
 
 
-def make(case: Case, runs: Path) -> Case:
-    """Make a run, unless it is there."""
+def make(case: Case, runs: Path, budget: float | None = None) -> Case:
+    """Make a run, unless it is there. budget: as for `stabilitylab.attach`."""
     folder = folder_of(case, runs)
     if (folder / "outcome.json").exists():
         return case
     shutil.rmtree(folder, ignore_errors=True)
-    outcome = run(by_name(case[0]), case[1], folder)
+    outcome = run(by_name(case[0]), case[1], folder, budget=budget)
     plain = {"truth": asdict(outcome.truth), "states": [asdict(state) for state in outcome.states]}
     part = folder / "outcome.json.part"
     part.write_text(json.dumps(json_safe(plain), allow_nan=False))

@@ -270,15 +270,23 @@ Watch = Callable[[Loop], AbstractContextManager[CarryOut]]
 
 
 def run(
-    scenario: Scenario, seed: int, folder: Path, *, canary: bool = True, trace: Trace = "auto", **variant: Any
+    scenario: Scenario,
+    seed: int,
+    folder: Path,
+    *,
+    canary: bool = True,
+    trace: Trace = "auto",
+    budget: float | None = None,
+    **variant: Any,
 ) -> Outcome:
     """Go through the scenario's loop under a monitor that writes the run `folder`; it ends some edits after the model.
 
     The global random state is as before. seed: of the loop, see `Make`. canary: False for a monitor without one. trace:
-    as for `stabilitylab.attach`. variant: further arguments of `scenario.make`.
+    as for `stabilitylab.attach`, and budget too, but for what is left out: these edits take milliseconds. variant:
+    further arguments of `scenario.make`.
     """
     config = {"zoo": scenario.name, "seed": seed}
-    watch = partial(_monitored, folder=folder, config=config, canary=canary, trace=trace)
+    watch = partial(_monitored, folder=folder, config=config, canary=canary, trace=trace, budget=budget)
     loop, states = _go(scenario, seed, watch, variant)
     return Outcome(scenario, seed, folder, _truth(scenario, loop, states), tuple(states))
 
@@ -293,7 +301,9 @@ def watched(scenario: Scenario, seed: int, watch: Watch, **variant: Any) -> tupl
 
 
 @contextmanager
-def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any], canary: bool, trace: Trace) -> Iterator[CarryOut]:
+def _monitored(
+    loop: Loop, folder: Path, config: Mapping[str, Any], canary: bool, trace: Trace, budget: float | None
+) -> Iterator[CarryOut]:
     with attach(
         loop.model,
         sites=loop.sites,
@@ -303,6 +313,7 @@ def _monitored(loop: Loop, folder: Path, config: Mapping[str, Any], canary: bool
         probes=loop.probes,
         announce=False,
         trace=trace,
+        budget=budget,
         config={**config, **loop.config},
     ) as monitor:
 

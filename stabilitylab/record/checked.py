@@ -26,6 +26,7 @@ _ENTRIES: Final[Mapping[str, Any]] = {
     "lost_rows": int,
     "command": tuple[str, ...] | None,
     "cwd": str | None,
+    "budget": dict | None,
 }
 """The entries of a manifest that more is done with than to show them."""
 

@@ -62,6 +62,7 @@ def run_demo(out: Path, edits: int, seed: int, precision: str, console: Console)
         tensorboard=True,
         sinks=[ProgressSink(total=edits, console=console)],
         announce=False,  # the bar says it
+        budget=None,  # an edit takes some milliseconds: nobody waits for the rest
         config={"demo": True, "precision": precision, "seed": seed, "edits": edits},
     ) as monitor:
         for record in digits.edit_stream(seed, edits):

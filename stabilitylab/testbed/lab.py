@@ -127,6 +127,7 @@ def run_lab(
         tensorboard=tensorboard,
         sinks=sinks,
         announce=False,
+        budget=None,  # whoever compares editors wants all readings of each edit
         config={"lab": True, **bed.describe(), "editor": editor, "seed": seed, "edits": edits},
     ) as monitor:
         for place, request in enumerate(requests):

@@ -18,11 +18,13 @@ from stabilitylab.probes.base import TIERS, Probe, Tier
 from stabilitylab.probes.registry import probes_of
 from stabilitylab.record.making import free_folder
 from stabilitylab.record.readings import Metric
+from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
+from stabilitylab.watching.budget import DEFAULT_SHARE, Budget, decisions_of, share_of
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
@@ -48,6 +50,8 @@ def attach(
     replay: bool = False,
     scan: bool = False,
     resume: bool = False,
+    budget: float | None = DEFAULT_SHARE,
+    schedule: str | Path | Run | None = None,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -70,6 +74,10 @@ def attach(
     all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1. resume: for
     a script that may be started again under the same `run`: where its folder is taken, the run goes on in the next free
     one, ``run-2``, which it says. That is a run of its own: drift counts from the weights as they are this time.
+    budget: the share of the loop's own time that probes may take, the canary and the tracer apart: what is dear (exact
+    spectra, σ₁) is measured in the first 8 edits, which shows what it costs, and from then on as often as fits, oftener
+    while values move; None to measure everything at each edit. schedule: another run, or its folder, whose edits say
+    which ones of this run are measured in full, in place of any budget.
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
@@ -110,6 +118,8 @@ def attach(
             options["scan"] = figures(model, sites, editor=editor, canary=batch).to_json(brief=True)
         except Exception as error:  # what only looks stops no loop
             scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
+    paced = _budget(budget, schedule, spread_over, chosen)
+    options["budget"] = paced.to_json()
     writer, writes = _opened(folder, about, options, metrics, together)
     single = means_single_edits(config or {})
     try:
@@ -133,6 +143,7 @@ def attach(
             skipped=skipped,
             trace=trace,
             replay=replay,
+            budget=paced,
         )
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()
@@ -146,6 +157,17 @@ def attach(
     if together is not None:
         monitor.note("per-process", together.says_what_is_whose())
     return monitor
+
+
+def _budget(
+    share: object, schedule: str | Path | Run | None, spread_over: Sequence[int], probes: Sequence[Probe[Any]]
+) -> Budget:
+    """When what is dear is measured. Raises UsageError for what can't be a share, RunError for what is no run."""
+    allowed = share_of(share)
+    if schedule is not None:
+        return Budget(None, probes, decisions_of(schedule if isinstance(schedule, Run) else load(schedule)))
+    # Processes that need each other must measure the same, and each has a clock of its own.
+    return Budget(None if spread_over else allowed, probes)
 
 
 def _expect(run: object, sinks: Sequence[object], config: object) -> None:

@@ -30,6 +30,7 @@ from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import dry_edits
+from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
@@ -63,6 +64,7 @@ class Monitor:
         skipped: Mapping[str, str] | None = None,
         trace: Trace | None = None,
         replay: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self._closed = True  # until it is whole
         self._process = os.getpid()
@@ -72,7 +74,7 @@ class Monitor:
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
         self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
-        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay)
+        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay, budget)
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False

@@ -26,6 +26,7 @@ from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.note_kinds import BROUGHT, MOVED_BESIDES, MOVED_OUTSIDE, NOTHING_MOVED
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts, manifest
+from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary, Schedule
 from stabilitylab.watching.discovery import Discovery
 from stabilitylab.watching.editor_report import EditorReport
@@ -98,7 +99,7 @@ class _Unread:
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
     belongs to it. compiled: layers that run as compiled code. asked: whether hooks were on layers; heard: whether the
     edit ran any of the model. foreign: whether it left a model that was not made from the one that it began with.
-    tracers: that were on, of the edit and of the canary.
+    tracers: that were on, of the edit and of the canary. in_full: whether what is dear was measured too.
     """
 
     edit: int
@@ -114,6 +115,7 @@ class _Unread:
     heard: bool = False
     unanswered: Mapping[str, bool] = field(default_factory=dict)
     foreign: bool = False
+    in_full: bool = True
 
 
 def _in_short(names: Sequence[str]) -> str:
@@ -135,8 +137,11 @@ class Rounds:
         skipped: Mapping[str, str] | None = None,
         trace: Trace | None = None,
         replay: bool = False,
+        budget: Budget | None = None,
     ) -> None:
-        """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason."""
+        """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason.
+        budget: None to measure everything at each edit.
+        """
         self.model = model
         self.sites: tuple[Site, ...] = ()
         self._recorder = recorder
@@ -147,6 +152,10 @@ class Rounds:
         self._unanswered = Unanswered()
         self._said: set[str] = set()
         self._pace = Pace()
+        self._paced = 0
+        self._budget = Budget(None) if budget is None else budget
+        self._in_full = True
+        self._writing = 0.0
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
         self._discovery: Discovery | None = None
@@ -198,11 +207,16 @@ class Rounds:
             else:
                 self._guard("observing the outcome", self._observe_later)
             self._guard("keeping what an edit may touch", lambda: self.replays.before(self.model, application))
-            self._guard("which probes are due", lambda: self._instruments.begin(self._recorder.edits + 1))
+            self._guard("which probes are due", self._choose_probes)
             capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
             capture = capture or self._instruments.no_capture()
         self._guard("the tracer", lambda: self._trace(capture))
         return capture
+
+    def _choose_probes(self) -> None:
+        edit = self._recorder.edits + 1
+        self._in_full = self._budget.wants(edit)
+        self._instruments.begin(edit, self._in_full)
 
     def editor_grew(self, capture: Capture) -> None:
         """The editor has built more of itself inside the edit."""
@@ -258,6 +272,7 @@ class Rounds:
             taken,
             status,
             cargo,
+            in_full=self._in_full,
             tracers=tracers,
             compiled=capture.compiled,
             asked=bool(capture.asked),
@@ -284,11 +299,15 @@ class Rounds:
                 )
 
     def _times(self, clock: float) -> _Times:
-        """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew."""
-        instruments = self._instruments
+        """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew.
+
+        To write the row before belongs to both.
+        """
+        instruments, writing = self._instruments, self._writing
+        self._writing = 0.0
         return _Times(
-            time.perf_counter() - clock,
-            instruments.probe_time.take(),
+            time.perf_counter() - clock + writing,
+            instruments.probe_time.take() + writing,
             instruments.canary_time.take(),
             self._tracing.take_seconds(),
         )
@@ -315,8 +334,8 @@ class Rounds:
             for site, seen in passes.items():
                 instruments.references.edited(site, seen)
             self._last_moved = any(seen.update != 0 for seen in passes.values())
-            if self._schedule is not None and not self._schedule.always and unread.times is not None:
-                self._watch_pace(unread.cargo)
+            if unread.edit:
+                self._watch_pace(unread.edit, unread.cargo)
         if (unread.asked or unread.compiled) and unread.status == "applied":
             note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
@@ -343,8 +362,10 @@ class Rounds:
         if not interrupts.is_asked_for():
             with interrupts.stoppable():
                 self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
+        clock = time.perf_counter()
         self._recorder.row(row)
-        self._guard("the tracer's schedule", lambda: self._pace_tracer(row, times, bool(unread.tracers)))
+        self._writing += time.perf_counter() - clock
+        self._guard("the schedules", lambda: self._heard(row, times, unread))
         between = unread.between
         if independent:
             self._outcome_due = None
@@ -373,12 +394,16 @@ class Rounds:
         self._tracing.left(tracer, [self.model])
         return (tracer,)
 
-    def _pace_tracer(self, row: EditRow, times: _Times, traced: bool) -> None:
-        """Tell the tracer's schedule what an edit was like, and what it took."""
-        schedule = self._tracing.schedule
-        schedule.heard(gives_reason(row, self._recorder.diagnosis()))
-        if row.status == "applied" and schedule.timed(times.loop, times.tracer if traced else None):
+    def _heard(self, row: EditRow, times: _Times, unread: _Unread) -> None:
+        """Tell the schedules of the tracer and of the dear probes what an edit was like, and what it took."""
+        reason, applied = gives_reason(row, self._recorder.diagnosis()), row.status == "applied"
+        schedule, budget = self._tracing.schedule, self._budget
+        schedule.heard(reason)
+        if applied and schedule.timed(times.loop, times.tracer if unread.tracers else None):
             self._recorder.manifest({"trace": self._tracing.to_json()})
+        budget.heard(self._pace.now, reason)
+        if applied and budget.timed(row.edit, unread.in_full, times.loop - times.tracer, times.probes):
+            self._recorder.manifest({"budget": budget.to_json()})
 
     def _canary_is_due(self, cargo: Cargo) -> bool:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
@@ -387,11 +412,15 @@ class Rounds:
         if self._schedule is None or not self._instruments.canary.wanted:
             return False
         if not self._schedule.always and cargo.is_here:
-            self._watch_pace(cargo)
+            self._watch_pace(self._recorder.edits, cargo)
         now = self._pace.now
         return self._schedule.is_due(self._recorder.edits, time.perf_counter() - self._began, now.moving, now.leaping)
 
-    def _watch_pace(self, cargo: Cargo) -> None:
+    def _watch_pace(self, edit: int, cargo: Cargo) -> None:
+        """Once an edit, and only where anything is measured the oftener the more the weights move."""
+        if edit == self._paced or (self._budget.always and (self._schedule is None or self._schedule.always)):
+            return
+        self._paced = edit
         scans = self._instruments.scans(cargo)
         updates = {site: seen.update for site, seen in scans.items() if isinstance(seen, WeightPass)}
         lost = {site: math.nan for site, seen in scans.items() if seen.nonfinite}

@@ -69,6 +69,8 @@ class Bench:
         self.probes = tuple(probes)
         self.due = self.probes
         self.edit = 0
+        self.in_full = True
+        """Whether what is dear is measured too."""
         self.stack = Stack()
         self.probe_time = Stopwatch()
         self.canary_time = Stopwatch()
@@ -76,13 +78,15 @@ class Bench:
         self.off: dict[str, str] = {}
         """What is switched off, each with the error that did it."""
 
-    def begin(self, edit: int) -> None:
-        """From now on measure what the probes that are due at this edit need."""
-        self.edit = edit
+    def begin(self, edit: int, in_full: bool = True) -> None:
+        """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
+        self.edit, self.in_full = edit, in_full
         self.due = tuple(probe for probe in self.probes if self._is_due(probe, edit))
 
     def _is_due(self, probe: Probe[Any], edit: int) -> bool:
-        return self.works(probe) and bool(self.safely(name_of(probe), lambda: probe.is_due(edit)))
+        return self.works(probe) and bool(
+            self.safely(name_of(probe), lambda: (self.in_full or not probe.is_paced) and probe.is_due(edit))
+        )
 
     def works(self, probe: Probe[Any]) -> bool:
         """Whether a probe is not switched off."""

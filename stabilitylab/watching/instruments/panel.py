@@ -91,9 +91,9 @@ class Instruments:
 
     # -- inside the edit: what hooks call, see `hooks.Watcher` ----------------------------------------------------
 
-    def begin(self, edit: int) -> None:
-        """From now on measure what the probes that are due at this edit need."""
-        self._bench.begin(edit)
+    def begin(self, edit: int, in_full: bool = True) -> None:
+        """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
+        self._bench.begin(edit, in_full)
         for instrument in (self._gradients, self._outputs, self._logits):
             instrument.begin()
 
