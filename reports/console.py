@@ -25,6 +25,7 @@ from stabilitylab.reports.known_before import Known, known_before
 from stabilitylab.reports.noted import events, missing
 from stabilitylab.reports.operations import facts as operation_facts
 from stabilitylab.reports.operations import untraced
+from stabilitylab.reports.pacing import time_in_probes
 from stabilitylab.reports.text import clean, number, percent, with_short_names
 from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
@@ -121,7 +122,7 @@ def closing_table(run: Run, diagnosis: Diagnosis) -> RenderableType:
     failed = sum(edit.status == "failed" for edit in run.edits)
     rows = [
         *facts(diagnosis, failed, short_places(run.sites)),
-        ("time in probes", percent(run.probe_time_share)),
+        ("time in probes", time_in_probes(run)),
         ("time in the canary", percent(run.canary_time_share)),
         ("time in the tracer", percent(run.trace_time_share)),
         ("run", clean(run.path, 300)),

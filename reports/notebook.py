@@ -16,6 +16,7 @@ from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.run import Run
 from stabilitylab.reports.events import event_words, short_places, telling
+from stabilitylab.reports.pacing import time_in_probes
 from stabilitylab.reports.text import clean, limit, number, percent, shorten
 from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
 
@@ -56,7 +57,7 @@ def _(shown: Run) -> str:
             "watched",
             f"{len(shown.sites)} sites, {sum(bool(shown.sites_of(each.name)) for each in shown.metrics)} metrics",
         ),
-        ("time in probes", percent(shown.probe_time_share)),
+        ("time in probes", time_in_probes(shown)),
         ("time in the canary", percent(shown.canary_time_share)),
         ("time in the tracer", percent(shown.trace_time_share)),
     ]

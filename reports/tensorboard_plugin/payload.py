@@ -21,6 +21,7 @@ from stabilitylab.record.run import Run
 from stabilitylab.reports import events, manifest, verdicts
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.operations import facts as operation_facts
+from stabilitylab.reports.pacing import time_in_probes
 from stabilitylab.reports.text import clean, sentence, short_names, shorten
 
 LABEL: Final = 300
@@ -127,7 +128,7 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "notes": [{"edit": note.edit, "says": clean(note.says, SAYS)} for note in notes[:NOTES]],
         "notes_left_out": max(0, len(notes) - NOTES),
         "environment": manifest.environment(run.manifest),
-        "probe_time_share": json_safe(run.probe_time_share),
+        "time_in_probes": time_in_probes(run),
         "canary_time_share": json_safe(run.canary_time_share),
         "trace_time_share": json_safe(run.trace_time_share),
     }

@@ -279,7 +279,7 @@ export class RunView {
       about.notes.length ? fold(`Not measured, or not as asked: ${about.notes.length + about.notes_left_out}`, el("ul", {}, about.notes.slice(0, LISTED).map((note) => el("li", {}, `edit ${note.edit}: ${note.says}`))),
         about.notes.length + about.notes_left_out > LISTED ? el("p", { class: "muted" }, `and ${about.notes.length + about.notes_left_out - LISTED} more, in the run's report`) : null) : null,
       fold("How it was judged, and what it was made with", el("dl", { class: "pairs" },
-        [["compared with", diagnosis.baseline], ["limits", diagnosis.thresholds], ["probes took", share(about.probe_time_share)], ["the canary took", share(about.canary_time_share)], ["the tracer took", share(about.trace_time_share)], ...about.environment]
+        [["compared with", diagnosis.baseline], ["limits", diagnosis.thresholds], ["probes took", about.time_in_probes], ["the canary took", share(about.canary_time_share)], ["the tracer took", share(about.trace_time_share)], ...about.environment]
           .filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))));
     [...this.more.querySelectorAll("details")].forEach((details, at) => {
       details.open = opened[at] ?? false;
