@@ -55,29 +55,12 @@ _UNSEEN = 0.005
 
 @dataclass
 class _Followed:
-    """σ₁ of one weight, its direction, and the norms of the updates that came since they were last found.
-
-    passed_over: of those at which it was not due, what the largest one changed. largest: the norm of that.
-    """
+    """σ₁ of one weight, its direction, and the norms of the updates that came since they were last found."""
 
     value: Tensor
     direction: Tensor
     first_direction: Tensor
     since: float = 0.0
-    passed_over: Tensor | None = None
-    largest: float = 0.0
-
-    def pass_over(self, update: float, change: Tensor | None) -> None:
-        """σ₁ is not due: what the edit changed may be what it will be found by."""
-        if change is not None and not update <= self.largest:
-            self.passed_over, self.largest = change.clone(), update
-
-    def changed(self, change: Tensor | None) -> Tensor | None:
-        """The rows that moved most in this edit and in the largest that was passed over."""
-        rows, self.passed_over, self.largest = self.passed_over, None, 0.0
-        if rows is None or change is None or rows.shape[1] != change.shape[1]:
-            return change
-        return torch.cat([rows.to(change), change])
 
 
 class WeightInstrument:
@@ -310,8 +293,7 @@ class WeightInstrument:
         elif seen.update is None or seen.update != 0:
             followed.since += seen.update or 0.0
             if seen.update is not None and not self._bench.needed(TopSingular, site.name):
-                followed.pass_over(seen.update, seen.change)
-                return
+                return  # a few products find a direction that came in the meantime, too
             unknown = seen.update is None or not followed.since <= _UNSEEN * followed.value.item()
             if unknown:
                 self._find_anew(followed, *whole())
@@ -323,8 +305,7 @@ class WeightInstrument:
         direction = followed.direction.to(weight.device)
         usable = torch.isfinite(direction).all()
         direction = torch.where(usable, direction, followed.first_direction.to(weight.device))
-        change = followed.changed(seen.change)
-        update = torch.ones_like(direction) if change is None else update_direction(change)
+        update = torch.ones_like(direction) if seen.change is None else update_direction(seen.change)
         update = torch.where(torch.isfinite(update).all(), update, torch.ones_like(update))
         largest = torch.maximum(-seen.packed[4], seen.packed[5])
         size = torch.where(largest > 0, largest, torch.ones_like(largest)).to(direction.dtype)
