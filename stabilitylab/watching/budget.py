@@ -168,7 +168,7 @@ def decisions_of(run: Run) -> Recorded:
     A run that had no budget measured all of them so.
     """
     told = run.manifest.get("budget") or {}
-    every = told.get("every") if told.get("every") in CADENCES else CADENCES[0]
+    every: int = told["every"] if told.get("every") in CADENCES else CADENCES[0]
     numbers = frozenset(edit.edit for edit in run.edits)
     in_full = numbers
     if "share" in told or every != CADENCES[0]:

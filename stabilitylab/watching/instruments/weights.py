@@ -265,11 +265,12 @@ class WeightInstrument:
                 self._bench.add(site.name, scan_weight(weight), rebuild)
             return
         followed = self._bench.ever_needed(TopSingular) and weight.dim() >= _MATRIX
+        wanted = followed and self._bench.needed(TopSingular, site.name)
         last = self._last.get(site.name)
         if last is not None and not in_full and self.references.untouched(site.name, weight):
             seen = Scanned(last, 0.0)
         else:
-            seen = self.references.measure(site.name, weight, want_change=followed)
+            seen = self.references.measure(site.name, weight, want_change=wanted)
             self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
         if followed:
@@ -279,7 +280,7 @@ class WeightInstrument:
 
     def _follow(self, site: Site, seen: Scanned, whole: Callable[[], tuple[Tensor, Scanned]]) -> None:
         """whole: gives the weight, and what a pass over it found with what it changed."""
-        followed = self._followed.get(site.name)
+        followed, due = self._followed.get(site.name), self._bench.needed(TopSingular, site.name)
         if followed is None and self._entries <= _AT_ONCE:
             value, direction = start_direction(whole()[0])
             followed = self._followed[site.name] = _Followed(value, direction, direction)
@@ -290,16 +291,19 @@ class WeightInstrument:
             start = any_direction(as_matrix(weight).shape[1], weight.device)
             followed = self._followed[site.name] = _Followed(closer.packed[0], start, start)
             self._find_anew(followed, weight, closer)
-        elif seen.update is None or seen.update != 0:
-            followed.since += seen.update or 0.0
-            if seen.update is not None and not self._bench.needed(TopSingular, site.name):
-                return  # a few products find a direction that came in the meantime, too
-            unknown = seen.update is None or not followed.since <= _UNSEEN * followed.value.item()
-            if unknown:
+        else:
+            followed.since += math.inf if seen.update is None else seen.update
+            # What came at edits at which it was not due is found by the same few products.
+            if due and followed.since != 0 and not self._is_known(followed):
                 self._find_anew(followed, *whole())
-        if self._bench.needed(TopSingular, site.name):
+        if due:
             packed = torch.stack([followed.value.to(seen.packed.device), seen.packed[0]])
             self._bench.add(site.name, packed, TopSingular.from_host)
+
+    @staticmethod
+    def _is_known(followed: _Followed) -> bool:
+        """Whether σ₁ can't have changed by much; asks an accelerator nothing."""
+        return math.isfinite(followed.since) and followed.since <= _UNSEEN * followed.value.item()
 
     def _find_anew(self, followed: _Followed, weight: Tensor, seen: Scanned) -> None:
         direction = followed.direction.to(weight.device)
