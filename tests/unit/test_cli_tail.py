@@ -284,7 +284,10 @@ def test_ctrl_c_ends_it_with_130(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert "waiting for it" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in out + err
 
