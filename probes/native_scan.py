@@ -44,7 +44,7 @@ _BUILT: Final = _load()
 
 
 def weight_pass() -> Literal["native", "numpy"]:
-    """Which sweep is used on a CPU."""
+    """Which sweep is used on a CPU; see `triton_scan` for a CUDA device."""
     return "numpy" if _BUILT is None or os.environ.get(ASKED) == "numpy" else "native"
 
 

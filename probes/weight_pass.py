@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.native_scan import sweep
+from stabilitylab.probes.triton_scan import sweep_on_device
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
 _DEVICE_CHUNK = 1 << 22  # on an accelerator: fewer kernels, 16 MiB of scratch
@@ -263,7 +264,12 @@ def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> 
 
 
 def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
-    """The same numbers as a float64 tensor, without waiting for the device."""
+    """The same numbers as a float64 tensor, without waiting for the device. The second reference takes W's values."""
+    swept = sweep_on_device(weight, references)
+    return _scan_by_operators(weight, references) if swept is None else swept
+
+
+def _scan_by_operators(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
     rows, parts = _rows_at_once(weight), []
     for start in range(0, weight.shape[0], rows):
         live = weight[start : start + rows].to(wide_dtype(weight))
@@ -272,6 +278,8 @@ def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
         norms += [safe_norm(live - past[start : start + rows].to(live.dtype)) for past in references]
         parts.append(torch.stack([*norms, low.double(), high.double(), count_nonfinite(live, low, high)]))
     table = torch.stack(parts)
+    if references:
+        references[-1].copy_(weight)
     return torch.cat(
         [
             torch.linalg.vector_norm(table[:, :-3], dim=0),
@@ -291,9 +299,8 @@ def reduce_weight(
     """
     live, first, before = as_matrix(weight), as_matrix(reference), as_matrix(previous)
     if not on_cpu(live):
-        found = _scan_on_device(live, (first, before))
         change = live.to(wide_dtype(live)) - before.to(wide_dtype(live)) if want_change else None
-        before.copy_(live)
+        found = _scan_on_device(live, (first, before))
         return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]), None, change)
     values, change = _scan_on_cpu(live, (first, before), want_change)
     packed = torch.from_numpy(np.insert(values, 1, reference_norm.item()))

@@ -25,6 +25,7 @@ TIERS = {
     "browser": "looks at pages in Chromium; run with: make test-browser",
     "pretrained": "edits a really pretrained model; run with: make test-pretrained",
     "gpu": "needs an accelerator; run with: make test-gpu",
+    "triton": "needs triton, which interprets its kernels on a CPU; run with: make test-triton",
     "processes": "starts two and four processes; run with: make test-processes",
     "easyedit": "edits by EasyEdit itself; run with: make test-easyedit EASYEDIT=a checkout of it",
     "exhaustive": "all of torch's operators; run with: make test-exhaustive",

@@ -19,6 +19,7 @@ from torch import nn
 
 from stabilitylab.analysis.thresholds import Thresholds
 from stabilitylab.probes.native_scan import weight_pass
+from stabilitylab.probes.triton_scan import is_there
 from stabilitylab.watching.editor_parts import Named
 from stabilitylab.watching.sites import Site, describe
 
@@ -103,6 +104,7 @@ def collect(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "weight_pass": weight_pass(),
+        "device_pass": "triton" if is_there() else "torch",
         "command": list(sys.argv),
         "cwd": _cwd(),
         "git": git_state(),
