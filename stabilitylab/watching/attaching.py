@@ -167,7 +167,8 @@ def _budget(
     if schedule is not None:
         return Budget(None, probes, decisions_of(schedule if isinstance(schedule, Run) else load(schedule)))
     # Processes that need each other must measure the same, and each has a clock of its own.
-    return Budget(None if spread_over else allowed, probes)
+    unlimited = spread_over or not any(probe.is_paced for probe in probes)
+    return Budget(None if unlimited else allowed, probes)
 
 
 def _expect(run: object, sinks: Sequence[object], config: object) -> None:

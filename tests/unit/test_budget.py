@@ -142,6 +142,12 @@ def test_a_tight_budget_leaves_out_what_is_dear_and_nothing_else(tmp_path: Path)
     assert run.diagnosis().verdict == "stable"
 
 
+def test_where_nothing_is_dear_there_is_nothing_to_leave_out(tmp_path: Path) -> None:
+    run = loop(tmp_path / "light", budget=1e-6, probes="light")
+    assert run.manifest["budget"] == {"every": 1, "metrics": []}
+    assert read_at(run, "weight.norm")[-30:] == list(range(1, 31))
+
+
 def test_what_is_measured_is_the_same_as_without_a_budget(tmp_path: Path) -> None:
     tight, whole = loop(tmp_path / "tight", budget=1e-6), loop(tmp_path / "whole", budget=None)
     for metric in ("gradient.norm", "gradient.stable_rank", "weight.norm", "drift.norm", "logits.max"):
