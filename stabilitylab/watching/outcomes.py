@@ -11,6 +11,7 @@ from torch import nn
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.walking import parameters_of
 
 Passes = Mapping[str, WeightPass]
 """What a look at each weight says, by site."""
@@ -33,7 +34,7 @@ Parts = Counter[tuple[str, tuple[int, ...]]]
 
 
 def _parts_of(model: nn.Module) -> Parts:
-    return Counter((name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in model.named_parameters())
+    return Counter((leaf, tensor.shape) for leaf, tensor in parameters_of(model))
 
 
 class Adapters:
