@@ -1,4 +1,4 @@
-"""F Fᵀ for half of the work that the full product takes, or nearly."""
+"""F Fᵀ, and the inner product of two such matrices, for half of the work that full products take, or nearly."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
+_BLOCKS = 4
 
 
-def lower_gram(wide: Tensor, blocks: int = 4) -> Tensor:
+def lower_gram(wide: Tensor, blocks: int = _BLOCKS) -> Tensor:
     """The lower triangle of F Fᵀ, and undefined values in some of the upper, for F [rows, columns].
 
     In blocks of rows, each with those before it: five eighths of the work for four blocks. BLAS's own rank-k update is
@@ -21,3 +22,36 @@ def lower_gram(wide: Tensor, blocks: int = 4) -> Tensor:
         stop = min(start + step, rows)
         torch.mm(wide[start:stop], wide[:stop].T, out=gram[start:stop, :stop])
     return gram
+
+
+_TRUSTED = 1e-3
+"""Share of (Σ ‖a_i‖ ‖b_i‖)² that ⟨AAᵀ, BBᵀ⟩ must reach for fp32: what is lost by rounding is a few 1e-7 of that."""
+_SAFE_SQUARES = (1e-30, 1e36)
+"""Squares of rows' norms in here: no product of two rows of fp32 over- or underflows that would count."""
+
+
+def inner_of_grams(a: Tensor, b: Tensor) -> Tensor:
+    """⟨AAᵀ, BBᵀ⟩ = ‖AᵀB‖_F² as a float64 scalar, for A and B [rows, ..] in fp32 or fp64. May be just below 0 for 0.
+
+    Formed in fp32 on a CPU where that is good for five digits of the norm or more, else in float64.
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        found, sizes = _inner(a, b)
+        least, most = _SAFE_SQUARES
+        low, high = torch.aminmax(sizes)
+        bound = sizes.double().prod(dim=0).sqrt().sum() ** 2
+        if least < low.item() and high.item() < most and found.item() > _TRUSTED * bound.item():
+            return found
+    return _inner(a.double(), b.double())[0]
+
+
+def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(the inner product, the squares of the rows' norms [2, rows]), by blocks of rows, each with those before it."""
+    step = max(-(-a.shape[0] // _BLOCKS), _LEAST_ROWS)
+    total, sizes = a.new_zeros((), dtype=torch.float64), []
+    for start in range(0, a.shape[0], step):
+        grams = [part[start : start + step] @ part[: start + step].T for part in (a, b)]
+        products = grams[0].double() * grams[1].double()
+        total = total + 2 * products[:, :start].sum() + products[:, start:].sum()
+        sizes.append(torch.stack([gram[:, start:].diagonal() for gram in grams]))
+    return total, torch.cat(sizes, dim=1)

@@ -75,7 +75,7 @@ class Instruments:
         self.keeps_references = self._weights.keeps_references
         self._reader = Reader(bench)
         self._opened: tuple[Cargo, Measured] | None = None
-        """What was last asked for of what has arrived: it is asked for several times."""
+        """What has arrived and is not read yet: it is asked for several times."""
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
@@ -235,6 +235,7 @@ class Instruments:
         if from_original:
             began = ((site, seen, isinstance(seen, WeightPass)) for site, seen in measured)
             measured = [(site, replace(seen, update=seen.drift) if whole else seen) for site, seen, whole in began]
+        self._opened = None
         return self._reader.read(measured, cargo.due, cargo.edit)
 
     def _arrived(self, cargo: Cargo) -> Measured:
