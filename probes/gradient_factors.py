@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gram import inner_of_grams, lower_gram
+from stabilitylab.probes.gram import lower_gram, norm_of_product
+from stabilitylab.probes.native_scan import scan_factor
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -146,16 +147,24 @@ class _Factor:
     nonfinite: Tensor
     silent_share: Tensor
     """Share of units that are 0 at every token."""
+    lives: Tensor | None = None
+    """Bool [T], the tokens with an entry that is not 0; None where looking would be a wait."""
 
 
 def _prepare(factor: Tensor) -> _Factor:
-    wide = factor.to(wide_dtype(factor))
+    wide, lives = factor.to(wide_dtype(factor)), None
     if on_cpu(wide):
-        speaks = torch.from_numpy((as_array(wide) != 0).any(axis=0))  # a third of the time that torch takes
-        silent_share = 1 - speaks.double().mean()
-        norm = torch.linalg.vector_norm(wide).double()
+        seen = scan_factor(wide)
+        if seen is None:
+            full = as_array(wide) != 0  # a third of the time that torch takes
+            lives, speaks = torch.from_numpy(full.any(axis=1)), torch.from_numpy(full.any(axis=0))
+            silent_share = 1 - speaks.double().mean()
+            norm = torch.linalg.vector_norm(wide).double()
+        else:
+            lives, silent_share = seen.lives, torch.tensor(seen.silent_share, dtype=torch.float64)
+            norm = torch.tensor(seen.norm, dtype=torch.float64)
         if is_within(norm, *_SAFE):  # then all entries are finite, and no power of them leaves the range
-            return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share)
+            return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share, lives)
     else:
         silent_share = 1 - (wide != 0).any(dim=0).double().mean()
     low, high = extremes(wide)
@@ -168,7 +177,7 @@ def _prepare(factor: Tensor) -> _Factor:
     values = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))
     norm = torch.linalg.vector_norm(values, dtype=torch.float64) * scale
     norm = torch.where(torch.isfinite(largest), norm, largest)
-    return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share)
+    return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share, lives)
 
 
 def _compressed(factor: Tensor) -> Tensor:
@@ -271,7 +280,7 @@ def reduce_size(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSize]
         return _reduced(both)
     (tokens, outputs), inputs = left.shape, right.shape[1]
     if tokens * (outputs + inputs) <= outputs * inputs or tokens <= EXACT_RANK:
-        norm = inner_of_grams(left, right).clamp_min(0).sqrt()
+        norm = norm_of_product(left, right)
     else:
         norm = torch.linalg.vector_norm(left.double().T @ right.double())
     return torch.cat([head, norm.reshape(1)]), _unpack_size
@@ -293,8 +302,8 @@ def _both(x: Tensor, delta: Tensor) -> _Both:
     head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share, size])
     left, right = d.values, a.values
     rank = min(left.shape[0], left.shape[1], right.shape[1])
-    if on_cpu(left):
-        left, right = _with_delta(left, right, always=rank <= EXACT_RANK)
+    if d.lives is not None:
+        left, right = _with_delta(left, right, d.lives, always=rank <= EXACT_RANK)
     return head, left, right, rank
 
 
@@ -347,12 +356,11 @@ def _alone(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([whole.nonfinite, whole.scale, one, zero_share, whole.silent_share, whole.norm]), values
 
 
-def _with_delta(delta: Tensor, x: Tensor, always: bool) -> tuple[Tensor, Tensor]:
+def _with_delta(delta: Tensor, x: Tensor, rows: Tensor, always: bool) -> tuple[Tensor, Tensor]:
     """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular.
 
-    always: even where they are too few for a copy to be worth its time by itself.
+    rows: those that have. always: even where they are too few for a copy to be worth its time by itself.
     """
-    rows = torch.from_numpy((as_array(delta) != 0).any(axis=1))
     count = int(rows.sum())
     most = rows.numel() - 1 if always else _SPARSE * rows.numel()
     return (delta[rows], x[rows]) if 0 < count <= most else (delta, x)

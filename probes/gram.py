@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,25 +26,32 @@ def lower_gram(wide: Tensor, blocks: int = _BLOCKS) -> Tensor:
     return gram
 
 
-_TRUSTED = 1e-3
-"""Share of (Σ ‖a_i‖ ‖b_i‖)² that ⟨AAᵀ, BBᵀ⟩ must reach for fp32: what is lost by rounding is a few 1e-7 of that."""
+_TRUSTED = {torch.float32: 1e-3, torch.float64: 1e-10}
+"""Share of (Σ ‖a_i‖ ‖b_i‖)² that ⟨AAᵀ, BBᵀ⟩ must reach: what is lost by rounding is a few 1e-7, or 1e-16, of that."""
 _SAFE_SQUARES = (1e-30, 1e36)
 """Squares of rows' norms in here: no product of two rows of fp32 over- or underflows that would count."""
 
 
-def inner_of_grams(a: Tensor, b: Tensor) -> Tensor:
-    """⟨AAᵀ, BBᵀ⟩ = ‖AᵀB‖_F² as a float64 scalar, for A and B [rows, ..] in fp32 or fp64. May be just below 0 for 0.
+def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64.
 
-    Formed in fp32 on a CPU where that is good for five digits of the norm or more, else in float64.
+    On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
+    cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
     """
-    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        found, sizes = _inner(a, b)
-        least, most = _SAFE_SQUARES
-        low, high = torch.aminmax(sizes)
-        bound = sizes.double().prod(dim=0).sqrt().sum() ** 2
-        if least < low.item() and high.item() < most and found.item() > _TRUSTED * bound.item():
-            return found
-    return _inner(a.double(), b.double())[0]
+    if a.device.type != "cpu":
+        return _inner(a.double(), b.double())[0].clamp_min(0).sqrt()
+    tried = [(a.double(), b.double())]
+    if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        tried.insert(0, (a, b))
+    for pair in tried:
+        square, sizes = _inner(*pair)
+        narrow = pair[0].dtype == torch.float32
+        least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
+        low, high = (end.item() for end in torch.aminmax(sizes))
+        bound = sizes.double().prod(dim=0).sqrt().sum().item() ** 2
+        if (least < low or not narrow) and high < most and square.item() > _TRUSTED[pair[0].dtype] * bound:
+            return square.sqrt()
+    return torch.linalg.vector_norm(a.double().T @ b.double())
 
 
 def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
