@@ -11,6 +11,7 @@ it has in the model without PEFT.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Site:
     dtype: torch.dtype
     orientation: Orientation
 
-    @property
+    @functools.cached_property
     def module(self) -> str:
         """The name of the module that owns the tensor; of a parametrised layer the layer's."""
         owner = self.parameter.rpartition(".")[0]

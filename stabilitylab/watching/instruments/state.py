@@ -117,4 +117,4 @@ def _watched(model: nn.Module, sites: Sequence[Site]) -> set[int]:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout is torch.strided and why_unmeasurable(tensor) is None
+    return why_unmeasurable(tensor) is None and tensor.layout is torch.strided
