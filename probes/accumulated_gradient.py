@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_matrix
+from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum, reduce_matrix, reduce_matrix_size
 from stabilitylab.probes.gradient_passes import LaterPasses
 from stabilitylab.probes.weight_pass import on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
@@ -112,13 +113,15 @@ def needs_matrix(gradient: Tensor, norm: Tensor, factors: Tensor | None, is_plai
     return not bool((factors - norm).abs() <= AGREES * norm) if on_cpu(gradient) else not is_plain
 
 
-def reduce_used(gradient: Tensor, transposed: bool) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
-    """The spectrum of `.grad` itself. transposed: whether it is [in, out]."""
-    return reduce_matrix(gradient.detach().T if transposed else gradient)
+def reduce_used(gradient: Tensor, transposed: bool, with_spectrum: bool = True) -> tuple[Tensor, Rebuild[Any]]:
+    """The spectrum of `.grad` itself, or its size. transposed: whether it is [in, out]."""
+    return (reduce_matrix if with_spectrum else reduce_matrix_size)(gradient.detach().T if transposed else gradient)
 
 
-def _like(seen: GradientSpectrum, norm: float) -> GradientSpectrum:
+def _like(seen: GradientSize, norm: float) -> GradientSize:
     """`seen` at this norm: clipping and loss scales change a gradient's size alone."""
+    if not isinstance(seen, GradientSpectrum):
+        return replace(seen, norm=norm)
     if not np.isfinite(norm):
         return replace(seen, singular_values=np.full(1, np.nan), norm=norm)
     known = np.isfinite(seen.norm) and seen.norm > 0
@@ -126,14 +129,12 @@ def _like(seen: GradientSpectrum, norm: float) -> GradientSpectrum:
     return replace(seen, singular_values=values if known or norm == 0 else np.empty(0), norm=norm)
 
 
-def _agree(factors: GradientSpectrum, norm: float, scale: float) -> bool:
+def _agree(factors: GradientSize, norm: float, scale: float) -> bool:
     return abs(factors.norm / scale - norm) <= AGREES * norm
 
 
-def spectrum_used(
-    factors: GradientSpectrum | None, used: AccumulatedGradient, matrix: GradientSpectrum | None
-) -> GradientSpectrum:
-    """The gradient of an edit's first step: its norm from `used`, its spectrum from whatever shows it.
+def gradient_used(factors: GradientSize | None, used: AccumulatedGradient, matrix: GradientSize | None) -> GradientSize:
+    """The gradient of an edit's first step: its norm from `used`, the rest from whatever shows it.
 
     factors: of the first pass. matrix: of `.grad` itself. Raises ValueError when neither factors nor `.grad` were used.
     """
@@ -148,12 +149,12 @@ def spectrum_used(
     if matrix is not None:
         return _like(matrix, norm)
     if factors is None:
-        return GradientSpectrum(
-            singular_values=np.empty(0), norm=norm, exact=False, zero_share=np.nan, dead_share=np.nan, nonfinite=np.nan
-        )
+        return GradientSize(norm=norm, zero_share=np.nan, dead_share=np.nan, nonfinite=np.nan)
     if _agree(factors, norm, float(used.scales[0])) or not np.isfinite(norm):
         return _like(factors, norm)
-    return replace(factors, singular_values=np.empty(0), norm=norm, exact=False)
+    if isinstance(factors, GradientSpectrum):
+        return replace(factors, singular_values=np.empty(0), norm=norm, exact=False)
+    return replace(factors, norm=norm)
 
 
 def passes_used(passes: LaterPasses, used: AccumulatedGradient) -> LaterPasses:
@@ -163,8 +164,8 @@ def passes_used(passes: LaterPasses, used: AccumulatedGradient) -> LaterPasses:
     if used.norms.size == 1:
         return replace(passes, last=None, worst=None)
 
-    def at(step: int, factors: GradientSpectrum | None) -> GradientSpectrum:
+    def at(step: int, factors: GradientSize | None) -> GradientSize:
         alone = replace(used, norms=used.norms[step : step + 1], scales=used.scales[step : step + 1])
-        return spectrum_used(factors, alone, None)
+        return gradient_used(factors, alone, None)
 
     return replace(passes, last=at(used.norms.size - 1, passes.last), worst=at(used.worst, passes.worst))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.gradient_factors import GradientSpectrum
+from stabilitylab.probes.gradient_factors import GradientSize
 from stabilitylab.probes.output_pass import LaterOutputs, NormInput, OutputPass
 from stabilitylab.probes.weights import headroom_bits
 from stabilitylab.record.readings import Metric
@@ -131,10 +131,10 @@ class NormHeadroom(Probe[NormInput]):
         }
 
 
-class DeadUnits(Probe[GradientSpectrum]):
+class DeadUnits(Probe[GradientSize]):
     """Units of the layer's input that say nothing."""
 
-    needs = GradientSpectrum
+    needs = GradientSize
     metrics = (
         Metric(
             "activation.dead_share",
@@ -148,7 +148,7 @@ class DeadUnits(Probe[GradientSpectrum]):
         ),
     )
 
-    def compute(self, seen: GradientSpectrum) -> Readings:
+    def compute(self, seen: GradientSize) -> Readings:
         """From the first pass that a backward answered."""
         return {} if math.isnan(seen.dead_share) else {"activation.dead_share": seen.dead_share}
 

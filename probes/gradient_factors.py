@@ -10,6 +10,9 @@ For T tokens the gradient is G = δᵀX, so its rank is at most min(T, in, out).
   of which those are kept that its last block no longer changed; and the norm, exact within that space and estimated
   from 16 random directions outside of it (Hutch++: Meyer et al., arXiv 2010.09649).
 
+- The norm alone needs none of this: ‖δᵀX‖² = ⟨δδᵀ, XXᵀ⟩. Gram matrices in fp32 do, as long as the tokens' gradients
+  don't cancel nearly all of each other and no square leaves fp32; else they are formed in float64 (`reduce_size`).
+
 `reduce_matrix` does the same for a gradient that is there as a matrix, such as a weight's `.grad`.
 """
 
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gram import lower_gram
+from stabilitylab.probes.gram import lower_gram, norm_of_product
+from stabilitylab.probes.native_scan import scan_factor
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -40,21 +44,30 @@ _SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here l
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientSpectrum:
+class GradientSize:
     """Of one gradient G [out, in], all float64.
 
-    singular_values: descending, all min(T, in, out) of them where `exact`, else the leading ones that converged, at
-    least one; NaN when a factor is not finite, empty where only the norm is known. norm: ‖G‖_F. zero_share: share of
-    entries that are exactly 0 since their input or their output unit has only zeros; dead_share: share of input units
-    that are 0 at every token. nonfinite: NaN or infinite entries of the two factors together.
+    norm: ‖G‖_F. zero_share: share of entries that are exactly 0 since their input or their output unit has only zeros;
+    dead_share: share of input units that are 0 at every token. nonfinite: NaN or infinite entries of the two factors
+    together. All but the norm are NaN where only that is known.
     """
 
-    singular_values: Host
     norm: float
-    exact: bool
     zero_share: float
     dead_share: float
     nonfinite: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpectrum(GradientSize):
+    """The same with its singular values, float64.
+
+    singular_values: descending, all min(T, in, out) of them where `exact`, else the leading ones that converged, at
+    least one; NaN when a factor is not finite, empty where only the norm is known.
+    """
+
+    singular_values: Host
+    exact: bool
 
     @property
     def top(self) -> float:
@@ -108,6 +121,13 @@ def _unpack(values: Host, shape: tuple[int, int], rank: int, known: int | None) 
     )
 
 
+def _unpack_size(values: Host) -> GradientSize:
+    """From what `reduce_size` packed: the same head, and the norm up to scale."""
+    nonfinite, scale_x, scale_delta, zero_share, dead_share, _, norm = (float(value) for value in values)
+    norm = float("nan") if nonfinite else (norm * scale_x) * scale_delta
+    return GradientSize(norm=norm, zero_share=zero_share, dead_share=dead_share, nonfinite=nonfinite)
+
+
 def _singular_values(matrix: Host) -> Host:
     # torch, not NumPy: it keeps to the thread count that the user set, and a second pool would fight with theirs.
     found: Host = torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(matrix))).numpy()
@@ -127,16 +147,24 @@ class _Factor:
     nonfinite: Tensor
     silent_share: Tensor
     """Share of units that are 0 at every token."""
+    lives: Tensor | None = None
+    """Bool [T], the tokens with an entry that is not 0; None where looking would be a wait."""
 
 
 def _prepare(factor: Tensor) -> _Factor:
-    wide = factor.to(wide_dtype(factor))
+    wide, lives = factor.to(wide_dtype(factor)), None
     if on_cpu(wide):
-        speaks = torch.from_numpy((as_array(wide) != 0).any(axis=0))  # a third of the time that torch takes
-        silent_share = 1 - speaks.double().mean()
-        norm = torch.linalg.vector_norm(wide).double()
+        seen = scan_factor(wide)
+        if seen is None:
+            full = as_array(wide) != 0  # a third of the time that torch takes
+            lives, speaks = torch.from_numpy(full.any(axis=1)), torch.from_numpy(full.any(axis=0))
+            silent_share = 1 - speaks.double().mean()
+            norm = torch.linalg.vector_norm(wide).double()
+        else:
+            lives, silent_share = seen.lives, torch.tensor(seen.silent_share, dtype=torch.float64)
+            norm = torch.tensor(seen.norm, dtype=torch.float64)
         if is_within(norm, *_SAFE):  # then all entries are finite, and no power of them leaves the range
-            return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share)
+            return _Factor(wide, torch.ones_like(norm), norm, torch.zeros_like(norm), silent_share, lives)
     else:
         silent_share = 1 - (wide != 0).any(dim=0).double().mean()
     low, high = extremes(wide)
@@ -149,7 +177,7 @@ def _prepare(factor: Tensor) -> _Factor:
     values = torch.where(usable, wide / scale.to(wide.dtype), torch.zeros_like(wide))
     norm = torch.linalg.vector_norm(values, dtype=torch.float64) * scale
     norm = torch.where(torch.isfinite(largest), norm, largest)
-    return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share)
+    return _Factor(values, scale, norm, count_nonfinite(wide, low, high), silent_share, lives)
 
 
 def _compressed(factor: Tensor) -> Tensor:
@@ -225,7 +253,7 @@ def _packed(
 
 
 def norm_of(packed: Tensor) -> Tensor:
-    """‖G‖_F of what was packed, as a scalar on its device; 0 where a factor is not finite."""
+    """‖G‖_F of what was packed, spectrum or size, as a scalar on its device; 0 where a factor is not finite."""
     norm: Tensor = (torch.linalg.vector_norm(packed[_HEAD:]) * packed[1]) * packed[2]
     return norm
 
@@ -237,6 +265,32 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
     x: [..., in], the layer's input. delta: [..., out], the loss's gradient at its output. All leading dimensions are
     tokens and agree in number. Raises ValueError when they do not, or when there is none.
     """
+    return _reduced(_both(x, delta))
+
+
+@torch.no_grad()
+def reduce_size(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSize]]:
+    """What `GradientSize` is made from, likewise, for a fraction of the work.
+
+    Beyond rank 256 the norm is an estimate that the leading singular values are a part of: they come along.
+    """
+    both = _both(x, delta)
+    head, left, right, rank = both
+    if min(rank, left.shape[0]) > EXACT_RANK:
+        return _reduced(both)
+    (tokens, outputs), inputs = left.shape, right.shape[1]
+    if tokens * (outputs + inputs) <= outputs * inputs or tokens <= EXACT_RANK:
+        norm = norm_of_product(left, right)
+    else:
+        norm = torch.linalg.vector_norm(left.double().T @ right.double())
+    return torch.cat([head, norm.reshape(1)]), _unpack_size
+
+
+_Both = tuple[Tensor, Tensor, Tensor, int]
+"""(head, δ [T, out], X [T, in], the highest possible rank of δᵀX): both finite, and scaled as the head says."""
+
+
+def _both(x: Tensor, delta: Tensor) -> _Both:
     x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
     if x.shape[0] != delta.shape[0]:
         raise ValueError(f"the factors have {x.shape[0]} and {delta.shape[0]} tokens; expected as many in both")
@@ -248,8 +302,13 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
     head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share, size])
     left, right = d.values, a.values
     rank = min(left.shape[0], left.shape[1], right.shape[1])
-    if on_cpu(left):
-        left, right = _with_delta(left, right, always=rank <= EXACT_RANK)
+    if d.lives is not None:
+        left, right = _with_delta(left, right, d.lives, always=rank <= EXACT_RANK)
+    return head, left, right, rank
+
+
+def _reduced(both: _Both) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+    head, left, right, rank = both
     return _packed(
         head,
         rank,
@@ -266,12 +325,7 @@ def reduce_matrix(gradient: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
 
     All singular values are found where the smaller side is at most 256.
     """
-    whole = _prepare(gradient.detach())
-    values = whole.values
-    silent_rows = 1 - (values != 0).any(dim=1).double().mean()
-    zero_share = 1 - (1 - whole.silent_share) * (1 - silent_rows)
-    one = torch.ones_like(whole.scale)
-    head = torch.stack([whole.nonfinite, whole.scale, one, zero_share, whole.silent_share, whole.norm])
+    head, values = _alone(gradient)
     tall = values if values.shape[0] >= values.shape[1] else values.T
     rank = min(values.shape)
     return _packed(
@@ -284,12 +338,29 @@ def reduce_matrix(gradient: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
     )
 
 
-def _with_delta(delta: Tensor, x: Tensor, always: bool) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def reduce_matrix_size(gradient: Tensor) -> tuple[Tensor, Rebuild[GradientSize]]:
+    """What `GradientSize` is made from, of a gradient [out, in] that is there itself."""
+    head, values = _alone(gradient)
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return torch.cat([head, norm.reshape(1)]), _unpack_size
+
+
+def _alone(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(head, the gradient's values, scaled as it says)."""
+    whole = _prepare(gradient.detach())
+    values = whole.values
+    silent_rows = 1 - (values != 0).any(dim=1).double().mean()
+    zero_share = 1 - (1 - whole.silent_share) * (1 - silent_rows)
+    one = torch.ones_like(whole.scale)
+    return torch.stack([whole.nonfinite, whole.scale, one, zero_share, whole.silent_share, whole.norm]), values
+
+
+def _with_delta(delta: Tensor, x: Tensor, rows: Tensor, always: bool) -> tuple[Tensor, Tensor]:
     """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular.
 
-    always: even where they are too few for a copy to be worth its time by itself.
+    rows: those that have. always: even where they are too few for a copy to be worth its time by itself.
     """
-    rows = torch.from_numpy((as_array(delta) != 0).any(axis=1))
     count = int(rows.sum())
     most = rows.numel() - 1 if always else _SPARSE * rows.numel()
     return (delta[rows], x[rows]) if 0 < count <= most else (delta, x)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSize, reduce_factors, reduce_size
 from stabilitylab.probes.weight_pass import as_matrix, on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -25,8 +26,13 @@ class LaterPasses:
 
     passes: float
     nonfinite_passes: float
-    last: GradientSpectrum | None = None
-    worst: GradientSpectrum | None = None
+    last: GradientSize | None = None
+    worst: GradientSize | None = None
+
+
+@dataclass(frozen=True)
+class LaterSpectra(LaterPasses):
+    """The same with the singular values of those two."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +76,20 @@ class PassKeeper:
     """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst later one.
 
     Of the first pass only its reduction is kept, so that an edit with one pass holds no factors. Later ones cost two
-    norms each, and two spectra at the end, however many there are. The worst is the first that is not finite, else that
-    with the largest ‖X‖ ‖δ‖; on an accelerator, of those with as many tokens as the second.
+    norms each, and two sizes or spectra at the end, however many there are. The worst is the first that is not finite,
+    else that with the largest ‖X‖ ‖δ‖; on an accelerator, of those with as many tokens as the second.
     """
 
     def __init__(self) -> None:
         self.passes = 0
         self._nonfinite: Tensor | None = None
-        self._first: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
+        self._first: tuple[Tensor, Rebuild[Any]] | None = None
         self._last: Factors | None = None
         self._worst: Factors | None = None
         self._worst_size: Tensor | None = None
 
-    def first(self, packed: Tensor, rebuild: Rebuild[GradientSpectrum]) -> None:
-        """The first pass, as `reduce_factors` reduced it."""
+    def first(self, packed: Tensor, rebuild: Rebuild[Any]) -> None:
+        """The first pass, as `reduce_factors` or `reduce_size` reduced it."""
         self.passes = 1
         self._first = packed, rebuild
         self._nonfinite = (packed[NONFINITE] > 0).double()
@@ -111,14 +117,20 @@ class PassKeeper:
             x, delta = torch.where(worse, now.x, self._worst.x), torch.where(worse, now.delta, self._worst.delta)
             self._worst, self._worst_size = Factors(x, delta), torch.where(worse, size, self._worst_size)
 
-    def reduce(self) -> tuple[Tensor, Rebuild[LaterPasses]] | None:
-        """What `LaterPasses` is made from as one float64 tensor, and how to make it; None where there was no pass."""
+    def reduce(self, with_spectra: bool = True) -> tuple[Tensor, Rebuild[LaterPasses]] | None:
+        """What `LaterPasses` is made from, or `LaterSpectra`, as one float64 tensor, and how to make it; None where
+        there was no pass.
+        """
+        made = LaterSpectra if with_spectra else LaterPasses
         if self._nonfinite is None or self._first is None:
             return None
         passes, head = float(self.passes), self._nonfinite.reshape(1)
         if self._last is None or self._worst is None or self._worst_size is None:
-            return head, lambda values: LaterPasses(passes, float(values[0]))
-        parts = (self._first, _reduced(self._last), _reduced(self._worst))
+            return head, lambda values: made(passes, float(values[0]))
+        last = _reduced(self._last, with_spectra)
+        # Of growing gradients the last is the worst.
+        worst = last if self._worst is self._last else _reduced(self._worst, with_spectra)
+        parts = (self._first, last, worst)
         sizes = torch.stack([self._first[0][SIZE], self._worst_size])
         ends = np.cumsum([3, *(packed.numel() for packed, _ in parts)])
 
@@ -129,7 +141,7 @@ class PassKeeper:
             size_of_first, size_of_worst = values[1], values[2]
             # The worst so far was the first pass: a later one must be worse to take its place.
             later_is_worse = np.isfinite(size_of_first) and not size_of_worst <= size_of_first
-            return LaterPasses(passes, float(values[0]), last, worst if later_is_worse else first)
+            return made(passes, float(values[0]), last, worst if later_is_worse else first)
 
         return torch.cat([head, sizes, *(packed for packed, _ in parts)]), rebuild
 
@@ -139,9 +151,9 @@ class PassKeeper:
         return any(kept is not None and not kept.intact for kept in (self._last, self._worst))
 
 
-def _reduced(kept: Factors) -> tuple[Tensor, Rebuild[GradientSpectrum | None]]:
+def _reduced(kept: Factors, with_spectra: bool) -> tuple[Tensor, Rebuild[GradientSize | None]]:
     if kept.intact:
-        return reduce_factors(kept.x, kept.delta)
+        return (reduce_factors if with_spectra else reduce_size)(kept.x, kept.delta)
     return kept.delta.new_empty(0, dtype=torch.float64), lambda _: None
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.accumulated_gradient import STEP, AccumulatedGradient
 from stabilitylab.probes.base import Probe, Readings
-from stabilitylab.probes.gradient_factors import GradientSpectrum
-from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
+from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum
+from stabilitylab.probes.gradient_passes import Alignment, LaterPasses, LaterSpectra
 from stabilitylab.record.readings import Metric
 
 SPECTRUM_LENGTH = 32
@@ -62,10 +61,10 @@ class Spectrum(Probe[GradientSpectrum]):
         return {"gradient.spectrum": seen.singular_values[: self.top], "gradient.exact": float(seen.exact)}
 
 
-class GradientNorm(Probe[GradientSpectrum]):
+class GradientNorm(Probe[GradientSize]):
     """The Frobenius norm."""
 
-    needs = GradientSpectrum
+    needs = GradientSize
     metrics = (
         Metric(
             "gradient.norm",
@@ -89,7 +88,7 @@ class GradientNorm(Probe[GradientSpectrum]):
         ),
     )
 
-    def compute(self, seen: GradientSpectrum) -> Readings:
+    def compute(self, seen: GradientSize) -> Readings:
         """The share is left out where nothing but the norm is known."""
         share = {} if np.isnan(seen.zero_share) else {"gradient.zero_share": seen.zero_share}
         return {"gradient.norm": seen.norm} | share
@@ -143,10 +142,10 @@ class GradientRank(Probe[GradientSpectrum]):
         return readings
 
 
-class GradientNonfinite(Probe[GradientSpectrum]):
+class GradientNonfinite(Probe[GradientSize]):
     """Entries of the factors that are lost."""
 
-    needs = GradientSpectrum
+    needs = GradientSize
     metrics = (
         Metric(
             "gradient.nonfinite",
@@ -159,7 +158,7 @@ class GradientNonfinite(Probe[GradientSpectrum]):
         ),
     )
 
-    def compute(self, seen: GradientSpectrum) -> Readings:
+    def compute(self, seen: GradientSize) -> Readings:
         """A count over both factors; where no pass was seen, of the gradient itself."""
         return {} if np.isnan(seen.nonfinite) else {"gradient.nonfinite": seen.nonfinite}
 
@@ -278,6 +277,23 @@ class GradientPasses(Probe[LaterPasses]):
             "‖δᵀX‖_F where ‖δ‖ ‖X‖ is largest",
             "Pascanu et al. (arXiv 1211.5063)",
         ),
+    )
+
+    def compute(self, seen: LaterPasses) -> Readings:
+        """The last and the worst pass are left out where there was one pass only."""
+        readings = {"gradient.passes": seen.passes, "gradient.nonfinite_passes": seen.nonfinite_passes}
+        for name, one in (("last", seen.last), ("worst", seen.worst)):
+            if one is not None:
+                readings[f"gradient.norm_{name}"] = one.norm
+        return readings
+
+
+class PassSpectrum(Probe[LaterSpectra]):
+    """The leading singular values of the later passes."""
+
+    dear = True
+    needs = LaterSpectra
+    metrics = (
         Metric(
             "gradient.spectrum_last",
             "loss per weight",
@@ -300,18 +316,11 @@ class GradientPasses(Probe[LaterPasses]):
         ),
     )
 
-    def compute(self, seen: LaterPasses) -> Readings:
-        """The last and the worst pass are left out where there was one pass only."""
-        readings: dict[str, Any] = {
-            "gradient.passes": seen.passes,
-            "gradient.nonfinite_passes": seen.nonfinite_passes,
-        }
-        for name, one in (("last", seen.last), ("worst", seen.worst)):
-            if one is not None:
-                readings[f"gradient.norm_{name}"] = one.norm
-                if one.singular_values.size:
-                    readings[f"gradient.spectrum_{name}"] = one.singular_values[:SPECTRUM_LENGTH]
-        return readings
+    def compute(self, seen: LaterSpectra) -> Readings:
+        """Left out where there was one pass only, and where no singular value is known."""
+        named = (("last", seen.last), ("worst", seen.worst))
+        known = {name: one.singular_values for name, one in named if isinstance(one, GradientSpectrum)}
+        return {f"gradient.spectrum_{name}": found[:SPECTRUM_LENGTH] for name, found in known.items() if found.size}
 
 
 class GradientAlignment(Probe[Alignment]):

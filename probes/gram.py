@@ -1,14 +1,17 @@
-"""F Fᵀ for half of the work that the full product takes, or nearly."""
+"""F Fᵀ, and the inner product of two such matrices, for half of the work that full products take, or nearly."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
+_BLOCKS = 4
 
 
-def lower_gram(wide: Tensor, blocks: int = 4) -> Tensor:
+def lower_gram(wide: Tensor, blocks: int = _BLOCKS) -> Tensor:
     """The lower triangle of F Fᵀ, and undefined values in some of the upper, for F [rows, columns].
 
     In blocks of rows, each with those before it: five eighths of the work for four blocks. BLAS's own rank-k update is
@@ -21,3 +24,43 @@ def lower_gram(wide: Tensor, blocks: int = 4) -> Tensor:
         stop = min(start + step, rows)
         torch.mm(wide[start:stop], wide[:stop].T, out=gram[start:stop, :stop])
     return gram
+
+
+_TRUSTED = {torch.float32: 1e-3, torch.float64: 1e-10}
+"""Share of (Σ ‖a_i‖ ‖b_i‖)² that ⟨AAᵀ, BBᵀ⟩ must reach: what is lost by rounding is a few 1e-7, or 1e-16, of that."""
+_SAFE_SQUARES = (1e-30, 1e36)
+"""Squares of rows' norms in here: no product of two rows of fp32 over- or underflows that would count."""
+
+
+def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64.
+
+    On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
+    cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
+    """
+    if a.device.type != "cpu":
+        return _inner(a.double(), b.double())[0].clamp_min(0).sqrt()
+    tried = [(a.double(), b.double())]
+    if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        tried.insert(0, (a, b))
+    for pair in tried:
+        square, sizes = _inner(*pair)
+        narrow = pair[0].dtype == torch.float32
+        least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
+        low, high = (end.item() for end in torch.aminmax(sizes))
+        bound = sizes.double().prod(dim=0).sqrt().sum().item() ** 2
+        if (least < low or not narrow) and high < most and square.item() > _TRUSTED[pair[0].dtype] * bound:
+            return square.sqrt()
+    return torch.linalg.vector_norm(a.double().T @ b.double())
+
+
+def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(the inner product, the squares of the rows' norms [2, rows]), by blocks of rows, each with those before it."""
+    step = max(-(-a.shape[0] // _BLOCKS), _LEAST_ROWS)
+    total, sizes = a.new_zeros((), dtype=torch.float64), []
+    for start in range(0, a.shape[0], step):
+        grams = [part[start : start + step] @ part[: start + step].T for part in (a, b)]
+        products = grams[0].double() * grams[1].double()
+        total = total + 2 * products[:, :start].sum() + products[:, start:].sum()
+        sizes.append(torch.stack([gram[:, start:].diagonal() for gram in grams]))
+    return total, torch.cat(sizes, dim=1)

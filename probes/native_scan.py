@@ -1,15 +1,23 @@
-"""The sweep over a weight as native code, `native/weight_scan.c`, where it was built and is this source's."""
+"""Reductions as native code, `native/weight_scan.c`, where it was built and is this source's: the sweep over a weight,
+and of small tensors in one call what would be many.
+
+Each returns None where what it is given is not for native code. Whoever calls has another way.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ASKED: Final = "STABILITYLAB_WEIGHT_PASS"
@@ -51,31 +59,100 @@ def weight_pass() -> Literal["native", "numpy"]:
 def sweep(
     weight: Tensor, references: tuple[Tensor, Tensor] | None, chunk: int, *, keeps_moved: bool = False
 ) -> Swept | None:
-    """One sweep; the second reference, W₋, takes W's values. None where that is not for native code: then nothing was
-    done yet.
+    """One sweep; the second reference, W₋, takes W's values. Where it returns None, nothing was done yet.
 
     weight, references: contiguous, on a CPU, of one shape and dtype, which is one of the four floating dtypes.
     """
-    code = _DTYPES.get(weight.dtype)
     held = (weight, *(references or ()))
-    fits = all(each.is_contiguous() and each.dtype == weight.dtype and each.is_cpu for each in held)
-    if _BUILT is None or code is None or not fits or not weight.numel() or weight_pass() == "numpy":
+    built = _for(weight)
+    if built is None or not all(_fits(each, weight.dtype) for each in held):
         return None
+    code = _DTYPES[weight.dtype]
     wide = weight.dtype == torch.float64
     moved = torch.empty(2, chunk, dtype=torch.float64 if wide else torch.float32) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     place = 0 if moved is None else moved.data_ptr()
-    if wide and not _is_safe(
-        _BUILT.sweep(weight.data_ptr(), first, before, 0, weight.numel(), chunk, code, False), len(held)
-    ):
+    count, address = weight.numel(), weight.data_ptr()
+    if wide and not _is_safe(built.sweep(address, first, before, 0, count, chunk, code, False)[: len(held)]):
         return None
-    *squares, low, high, at, half = _BUILT.sweep(
-        weight.data_ptr(), first, before, place, weight.numel(), chunk, code, True
-    )
-    hottest = None if moved is None else moved[half, : min(chunk, weight.numel() - at)]
+    *squares, low, high, at, half = built.sweep(address, first, before, place, count, chunk, code, True)
+    hottest = None if moved is None else moved[half, : min(chunk, count - at)]
     return Swept(tuple(squares[: len(held)]), low, high, hottest)
 
 
-def _is_safe(found: tuple[float, ...], sums: int) -> bool:
+class Rows(NamedTuple):
+    """square: the sum of squares. low, high: NaN both where there is one, and infinite where there is."""
+
+    square: float
+    low: float
+    high: float
+
+
+def scan_rows(tensor: Tensor) -> tuple[Rows, Rows] | None:
+    """Of a contiguous tensor [..., rows, columns] on a CPU: all of it, and that without the first row of each matrix.
+
+    The latter is infinite and of no meaning where there is but one row.
+    """
+    built = _for(tensor)
+    if built is None or tensor.dim() < 2:
+        return None
+    period, columns = tensor.shape[-2:]
+    found = built.rows(tensor.data_ptr(), tensor.numel() // columns, columns, period, _DTYPES[tensor.dtype])
+    whole, beyond = Rows(*found[:3]), Rows(*found[3:])
+    if tensor.dtype == torch.float64 and not _is_safe((whole.square, beyond.square if period > 1 else 1.0)):
+        return None
+    return _lost_alike(whole), _lost_alike(beyond)
+
+
+def _lost_alike(rows: Rows) -> Rows:
+    lost = math.isnan(rows.low) or math.isnan(rows.high)
+    return Rows(rows.square, math.nan, math.nan) if lost else rows
+
+
+def count_nonfinite_of(tensors: Sequence[tuple[Tensor, int]]) -> NDArray[np.int64] | None:
+    """How many entries are NaN or infinite: int64 [tensors], of each as many as its step leaves.
+
+    tensors: contiguous, on a CPU, each with its step: 1 for all entries, n for each n-th.
+    """
+    if not all(_for(tensor) for tensor, _ in tensors) or _BUILT is None:
+        return None
+    rows = [(tensor.data_ptr(), tensor.numel(), step, _DTYPES[tensor.dtype], 0) for tensor, step in tensors]
+    table = np.array(rows, dtype=np.int64)
+    _BUILT.nonfinite(table.ctypes.data, len(rows))
+    return table[:, 4]
+
+
+class FactorSeen(NamedTuple):
+    """norm: ‖F‖. silent_share: of columns that are all 0. lives: bool [rows], where any entry is not 0."""
+
+    norm: float
+    silent_share: float
+    lives: Tensor
+
+
+def scan_factor(factor: Tensor) -> FactorSeen | None:
+    """One look at a factor [rows, columns] in fp32 or fp64, contiguous and on a CPU. A NaN is not 0."""
+    built = _for(factor)
+    if built is None or factor.element_size() < 4:
+        return None
+    rows, columns = factor.shape
+    lives = torch.empty(rows, dtype=torch.bool)
+    wide = factor.dtype == torch.float64
+    square, silent = built.factor(factor.data_ptr(), lives.data_ptr(), rows, columns, wide)
+    return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
+
+
+def _for(tensor: Tensor) -> ModuleType | None:
+    """The native code, where it was built and can read this tensor."""
+    if _BUILT is None or not _fits(tensor, tensor.dtype) or not tensor.numel() or weight_pass() == "numpy":
+        return None
+    return _BUILT
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_cpu and tensor.dtype == dtype and dtype in _DTYPES and tensor.is_contiguous()
+
+
+def _is_safe(squares: Sequence[float]) -> bool:
     least, most = _SAFE_SQUARES
-    return all(least < square < most for square in found[:sums])
+    return all(least < square < most for square in squares)

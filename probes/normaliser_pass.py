@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.weight_pass import as_array, on_cpu
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""
@@ -96,6 +97,44 @@ def reduce_normaliser(
     learns: whether rows are still to come. Then NaN in all of both is a beginning too; else they were never loaded.
     """
     std, mean = std.detach().double().reshape(-1), mean.detach().double().reshape(-1)
+    if all(map(on_cpu, (std, mean, *inputs, *(() if rows is None else (rows,))))):
+        entering = [_as_rows(entered, std.numel()) for entered in inputs]
+        count = math.nan if rows is None else rows.item()
+        return torch.from_numpy(_reduce_on_host(as_array(mean), as_array(std), entering, guard, count, learns))
+    return _reduce_on_device(mean, std, inputs, guard, rows, learns)
+
+
+def _as_rows(entered: Tensor, units: int) -> Host:
+    return as_array(entered.detach().reshape(-1, units).double())
+
+
+def _reduce_on_host(mean: Host, std: Host, entering: Sequence[Host], guard: float, count: float, learns: bool) -> Host:
+    """In a fifth of the time that some thirty small tensors take: there are two normalisers a layer."""
+    zero, lost, unset = std == 0, np.isnan(std), np.isnan(mean)
+    nonfinite = np.count_nonzero(~np.isfinite(mean)) + np.count_nonzero(~np.isfinite(std))
+    no_spread = not ((std > 0).any() or not np.isfinite(mean).all())
+    blank = ((mean == 0).all() and (zero.all() or lost.all())) or (learns and unset.all() and lost.all())
+    count = 0.0 if math.isnan(count) and blank else count
+    listed = np.full(LISTED, np.nan)
+    first = np.flatnonzero(zero)[:LISTED]
+    listed[: first.size] = first
+    numbers = [std.min(), np.count_nonzero(zero), nonfinite, no_spread, count, count == 0]
+    parts = [np.array(numbers, dtype=np.float64), listed]
+    entered = np.concatenate(entering) if entering else np.empty((0, std.size))
+    if entered.shape[0]:
+        with np.errstate(all="ignore"):
+            size = np.abs((entered - mean) / (std + guard))
+        size[~(entered != 0).any(axis=1)] = 0.0
+        size = size.max(axis=0)
+        unit = int(np.argmax(size))  # a NaN wins the comparison, as it would win everything downstream
+        parts.append(np.array([size[unit], unit, std[unit]]))
+    return np.concatenate(parts)
+
+
+def _reduce_on_device(
+    mean: Tensor, std: Tensor, inputs: Sequence[Tensor], guard: float, rows: Tensor | None, learns: bool
+) -> Tensor:
+    """The same without waiting."""
     nonfinite = torch.isfinite(torch.cat([mean, std])).logical_not().sum()
     zero = std == 0
     no_spread = ((std > 0).any() | torch.isfinite(mean).logical_not().any()).logical_not()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
+from stabilitylab.probes.native_scan import scan_rows
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 
 _SEQUENCE_DIMENSIONS = 3
@@ -96,7 +98,11 @@ def reduce_output(output: Tensor) -> Tensor:
     [features], as of an embedding that is asked for one row.
     """
     wide = output.detach()
-    wide = (wide[None] if wide.dim() == 1 else wide).to(wide_dtype(wide))
+    wide = wide[None] if wide.dim() == 1 else wide
+    found = _reduced_at_once(wide)
+    if found is not None:
+        return found
+    wide = wide.to(wide_dtype(wide))
     norms, lows, highs = _by_position(wide)
     low, high = lows.amin(), highs.amax()
     whole = torch.linalg.vector_norm(norms) / wide.numel() ** 0.5
@@ -108,6 +114,20 @@ def reduce_output(output: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def _reduced_at_once(output: Tensor) -> Tensor | None:
+    """The same by native code; None where it has to be done another way, or something is not finite."""
+    scanned = scan_rows(output)
+    if scanned is None or not all(map(math.isfinite, scanned[0])):
+        return None
+    whole, beyond = scanned
+    parts = [math.sqrt(whole.square / output.numel()), max(abs(whole.low), abs(whole.high)), 0.0]
+    positions = output.shape[-2]
+    if output.dim() >= _SEQUENCE_DIMENSIONS and positions > 1:
+        entries = output.numel() / positions * (positions - 1)
+        parts += [math.sqrt(beyond.square / entries), max(abs(beyond.low), abs(beyond.high))]
+    return torch.tensor(parts, dtype=torch.float64)
+
+
 class OutputKeeper:
     """Counts the outputs of one site in one edit, and keeps the largest magnitude of the last and of the worst.
 
@@ -117,24 +137,35 @@ class OutputKeeper:
 
     def __init__(self) -> None:
         self.passes = 0
-        self._nonfinite: Tensor | None = None
-        self._last: Tensor | None = None
-        self._worst: Tensor | None = None
+        self._nonfinite: Tensor | float = 0.0
+        self._last: Tensor | float | None = None
+        self._worst: Tensor | float = 0.0
 
     @torch.no_grad()
     def add(self, output: Tensor, largest: Tensor | None = None) -> None:
         """One more output. largest: its largest magnitude, where that is known already."""
         self.passes += 1
         now = largest_magnitude(output) if largest is None else largest
+        if on_cpu(now):
+            self._keep(now.item())
+            return
         bad = torch.isfinite(now).logical_not().double()
-        worst = now if self._worst is None else self._worst
+        worst = now if self._last is None else torch.as_tensor(self._worst)
         self._worst = torch.where(torch.isfinite(worst) & ~(now <= worst), now, worst)
-        self._nonfinite = bad if self._nonfinite is None else self._nonfinite + bad
-        self._last = now
+        self._nonfinite, self._last = self._nonfinite + bad, now
+
+    def _keep(self, now: float) -> None:
+        """The same in numbers, where reading them waits for nothing."""
+        worst = now if self._last is None else float(self._worst)
+        self._worst = now if math.isfinite(worst) and not now <= worst else worst
+        self._nonfinite, self._last = self._nonfinite + (0.0 if math.isfinite(now) else 1.0), now
 
     def reduce(self) -> Tensor | None:
         """The numbers of `LaterOutputs` as a float64 tensor; None where there was no output."""
-        if self._nonfinite is None or self._last is None or self._worst is None:
+        if self._last is None:
             return None
-        counted = [torch.full_like(self._nonfinite, float(self.passes)), self._nonfinite]
-        return torch.stack(counted if self.passes == 1 else [*counted, self._last, self._worst])
+        if isinstance(self._last, Tensor):
+            counted = [torch.full_like(self._last, float(self.passes)), torch.as_tensor(self._nonfinite)]
+            return torch.stack(counted if self.passes == 1 else [*counted, self._last, torch.as_tensor(self._worst)])
+        numbers = [float(self.passes), self._nonfinite, self._last, self._worst]
+        return torch.tensor(numbers[:2] if self.passes == 1 else numbers, dtype=torch.float64)

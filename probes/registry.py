@@ -30,6 +30,7 @@ from stabilitylab.probes.gradients import (
     GradientPasses,
     GradientRank,
     OwnGradient,
+    PassSpectrum,
     Spectrum,
 )
 from stabilitylab.probes.linear_solve import CovarianceCondition, SystemCondition, SystemResidual
@@ -68,6 +69,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     GradientNonfinite,
     OwnGradient,
     GradientPasses,
+    PassSpectrum,
     GradientAlignment,
     NormalisedInput,
     HitShare,
@@ -148,6 +150,7 @@ __all__ = [
     "NormaliserRows",
     "NullSpace",
     "OwnGradient",
+    "PassSpectrum",
     "Perplexity",
     "Probe",
     "Readings",

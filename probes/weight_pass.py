@@ -163,9 +163,14 @@ def safe_norm(chunk: Tensor) -> Tensor:
 def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(smallest, largest) entry as float64 scalars; NaN where the tensor has one.
 
-    On a CPU by NumPy, piece by piece in the cache: half the time of ``torch.aminmax``.
+    On a CPU in one read, or by NumPy, piece by piece in the cache: half the time of ``torch.aminmax``.
     """
     tensor = tensor.detach()
+    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
+    if swept is not None:
+        lost = math.isnan(swept.low) or math.isnan(swept.high)
+        low, high = (math.nan, math.nan) if lost else (swept.low, swept.high)
+        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
     if not on_cpu(tensor) or tensor.dtype not in _SAFE or not tensor.is_contiguous():
         low, high = torch.aminmax(tensor)
         return low.double(), high.double()

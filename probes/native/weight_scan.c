@@ -185,6 +185,173 @@ static void choose_instructions(void) {
 #endif
 }
 
+/* -- small tensors: one call in place of many -- */
+
+typedef struct {
+    const void *values;
+    Py_ssize_t rows, columns, period; /* period: rows of one sequence */
+    double square, low, high, square_beyond, low_beyond, high_beyond;
+} Rows;
+
+/* What a layer put out: of all rows, and of those beyond the first of each sequence. NaN in both extremes where there is
+ * one. */
+#define ROWS(NAME, CHUNK, STORED, START_LOW, START_HIGH, BACK)                                                         \
+    INLINE void NAME(Rows *r) {                                                                                        \
+        const STORED *values = r->values;                                                                              \
+        Sums first = {0.0, 0.0, 0.0, START_LOW, START_HIGH}, beyond = first;                                           \
+        double square_first = 0.0, square_beyond = 0.0;                                                                \
+        for (Py_ssize_t row = 0; row < r->rows; row++, values += r->columns) {                                         \
+            if (row % r->period == 0) {                                                                                \
+                CHUNK(values, NULL, NULL, r->columns, NULL, &first, 0, 0, 0);                                          \
+                square_first += first.norm;                                                                            \
+            } else {                                                                                                   \
+                CHUNK(values, NULL, NULL, r->columns, NULL, &beyond, 0, 0, 0);                                         \
+                square_beyond += beyond.norm;                                                                          \
+            }                                                                                                          \
+        }                                                                                                              \
+        r->square = square_first + square_beyond, r->square_beyond = square_beyond;                                    \
+        r->low_beyond = BACK(beyond.low), r->high_beyond = BACK(beyond.high);                                          \
+        r->low = BACK(first.low < beyond.low ? first.low : beyond.low);                                                \
+        r->high = BACK(first.high > beyond.high ? first.high : beyond.high);                                           \
+    }
+
+ROWS(rows_float32, chunk_float32, float, INT32_MAX, INT32_MIN, BACK32)
+ROWS(rows_float16, chunk_float16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
+ROWS(rows_bfloat16, chunk_bfloat16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
+ROWS(rows_float64, chunk_float64, double, INT64_MAX, INT64_MIN, from_ordered_wide)
+
+static PyObject *rows(PyObject *module, PyObject *args) {
+    unsigned long long values;
+    Rows r = {0};
+    int dtype;
+    if (!PyArg_ParseTuple(args, "Knnni", &values, &r.rows, &r.columns, &r.period, &dtype))
+        return NULL;
+    if (dtype < 0 || dtype >= DTYPES || r.rows <= 0 || r.columns <= 0 || r.period <= 0 || !values) {
+        PyErr_SetString(PyExc_ValueError, "rows: expected a matrix of a known dtype, and rows of a sequence");
+        return NULL;
+    }
+    r.values = (const void *)(uintptr_t)values;
+    Py_BEGIN_ALLOW_THREADS;
+    switch (dtype) {
+    case FLOAT16: rows_float16(&r); break;
+    case BFLOAT16: rows_bfloat16(&r); break;
+    case FLOAT32: rows_float32(&r); break;
+    default: rows_float64(&r);
+    }
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("dddddd", r.square, r.low, r.high, r.square_beyond, r.low_beyond, r.high_beyond);
+}
+
+typedef struct {
+    int64_t address, count, step, dtype, bad;
+} Tensor;
+
+#define BAD(NAME, WORD, EXPONENT)                                                                                      \
+    INLINE int64_t NAME(const WORD *words, int64_t count, int64_t step) {                                              \
+        int64_t bad = 0;                                                                                               \
+        if (step == 1)                                                                                                 \
+            for (int64_t at = 0; at < count; at++) bad += (words[at] & EXPONENT) == EXPONENT;                          \
+        else                                                                                                           \
+            for (int64_t at = 0; at < count; at += step) bad += (words[at] & EXPONENT) == EXPONENT;                    \
+        return bad;                                                                                                    \
+    }
+
+BAD(bad_float16, uint16_t, 0x7c00u)
+BAD(bad_bfloat16, uint16_t, 0x7f80u)
+BAD(bad_float32, uint32_t, 0x7f800000u)
+BAD(bad_float64, uint64_t, 0x7ff0000000000000u)
+
+/* Entries that are NaN or infinite, of each step-th entry of many tensors. */
+static PyObject *nonfinite(PyObject *module, PyObject *args) {
+    unsigned long long table;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "Kn", &table, &count))
+        return NULL;
+    Tensor *tensors = (Tensor *)(uintptr_t)table;
+    for (Py_ssize_t at = 0; at < count; at++)
+        if (!tensors[at].address || tensors[at].step <= 0 || tensors[at].dtype < 0 || tensors[at].dtype >= DTYPES) {
+            PyErr_SetString(PyExc_ValueError, "nonfinite: expected addresses, steps above 0 and known dtypes");
+            return NULL;
+        }
+    Py_BEGIN_ALLOW_THREADS;
+    for (Tensor *t = tensors; t < tensors + count; t++) {
+        const void *values = (const void *)(uintptr_t)t->address;
+        switch (t->dtype) {
+        case FLOAT16: t->bad = bad_float16(values, t->count, t->step); break;
+        case BFLOAT16: t->bad = bad_bfloat16(values, t->count, t->step); break;
+        case FLOAT32: t->bad = bad_float32(values, t->count, t->step); break;
+        default: t->bad = bad_float64(values, t->count, t->step);
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+typedef struct {
+    const void *values;
+    void *met; /* of each column, the bits of all of its entries but their signs */
+    uint8_t *lives; /* of each row, whether any entry is not 0 */
+    Py_ssize_t rows, columns;
+    double square;
+} Factor;
+
+#define FACTOR(NAME, VALUE, WORD, SIGNLESS)                                                                            \
+    INLINE void NAME(Factor *f) {                                                                                      \
+        const VALUE *values = f->values;                                                                               \
+        WORD *RESTRICT met = f->met;                                                                                   \
+        for (Py_ssize_t row = 0; row < f->rows; row++, values += f->columns) {                                         \
+            double square = 0.0;                                                                                       \
+            WORD any = 0;                                                                                              \
+            for (Py_ssize_t at = 0; at < f->columns; at++) {                                                           \
+                WORD bits;                                                                                             \
+                memcpy(&bits, values + at, sizeof bits);                                                               \
+                bits &= SIGNLESS;                                                                                      \
+                met[at] |= bits;                                                                                       \
+                any |= bits;                                                                                           \
+                square += (double)values[at] * (double)values[at];                                                     \
+            }                                                                                                          \
+            f->square += square;                                                                                       \
+            f->lives[row] = any != 0;                                                                                  \
+        }                                                                                                              \
+    }
+
+FACTOR(factor_float32, float, uint32_t, 0x7fffffffu)
+FACTOR(factor_float64, double, uint64_t, 0x7fffffffffffffffu)
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) static void factor_float32_avx2(Factor *f) { factor_float32(f); }
+#endif
+
+static PyObject *factor(PyObject *module, PyObject *args) {
+    unsigned long long values, lives;
+    Factor f = {0};
+    int wide;
+    if (!PyArg_ParseTuple(args, "KKnnp", &values, &lives, &f.rows, &f.columns, &wide))
+        return NULL;
+    if (f.rows <= 0 || f.columns <= 0 || !values || !lives) {
+        PyErr_SetString(PyExc_ValueError, "factor: expected a matrix, and a place for a byte a row");
+        return NULL;
+    }
+    f.values = (const void *)(uintptr_t)values;
+    f.lives = (uint8_t *)(uintptr_t)lives;
+    size_t word = wide ? sizeof(uint64_t) : sizeof(uint32_t);
+    f.met = PyMem_Calloc((size_t)f.columns, word);
+    if (!f.met)
+        return PyErr_NoMemory();
+    Py_ssize_t silent = 0;
+    Py_BEGIN_ALLOW_THREADS;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (!wide && sweeps != sweeps_plain) factor_float32_avx2(&f);
+    else
+#endif
+    if (wide) factor_float64(&f);
+    else factor_float32(&f);
+    for (Py_ssize_t at = 0; at < f.columns; at++)
+        silent += wide ? ((uint64_t *)f.met)[at] == 0 : ((uint32_t *)f.met)[at] == 0;
+    Py_END_ALLOW_THREADS;
+    PyMem_Free(f.met);
+    return Py_BuildValue("dn", f.square, silent);
+}
+
 static PyObject *sweep(PyObject *module, PyObject *args) {
     unsigned long long weight, first, before, moved;
     Sweep s = {0};
@@ -209,6 +376,15 @@ static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(weight, first, before, moved, count, chunk, dtype, copied) -> (|W|^2, |W-W0|^2, |W-W-|^2, low, high, "
      "where the chunk begins that moved most, which half of `moved` has it)"},
+    {"rows", rows, METH_VARARGS,
+     "rows(values, rows, columns, period, dtype) -> (sum of squares, low, high, and the same of the rows whose number is "
+     "no multiple of the period)"},
+    {"nonfinite", nonfinite, METH_VARARGS,
+     "nonfinite(table, tensors): table [tensors, 5] of int64: address, count, step, dtype, and where to put how many of "
+     "each step-th entry are NaN or infinite"},
+    {"factor", factor, METH_VARARGS,
+     "factor(values, lives, rows, columns, wide) -> (sum of squares, columns that are all 0); lives: a byte a row, "
+     "whether any entry of it is not 0"},
     {NULL, NULL, 0, NULL},
 };
 

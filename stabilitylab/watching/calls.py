@@ -28,6 +28,7 @@ from stabilitylab.watching.compiled import frames_compiled, is_compiled
 from stabilitylab.watching.hooks import plain
 from stabilitylab.watching.one_hook import Hook, logger, put
 from stabilitylab.watching.own_work import is_under_a_mode_of_the_users, leave_function_stack, own_work
+from stabilitylab.watching.walking import named_modules_of
 
 SOLVE_LIMIT = 4
 """Solves per edit that are handed on: the first ones, and later ones that are larger than one of the largest so far."""
@@ -258,7 +259,7 @@ def why_unwatchable(model: nn.Module) -> str | None:
     if frames_compiled() > 0:
         return "torch.compile is in use"
     fast = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         if isinstance(module, fast):
             return f"{name or 'the model'} is a {type(module).__name__}, which rounds differently while it is watched"
         if is_compiled(module):
@@ -278,7 +279,7 @@ def watch_attention(
     reason = why_unwatchable(model)
     if reason is None:
         watch = stack.enter_context(CallWatch(on_attention, on_logits))
-        for name, module in model.named_modules():
+        for name, module in named_modules_of(model):
             if _ATTENTION.search(type(module).__name__):
                 before = Hook(functools.partial(watch.module_entered, name or MODEL_SITE))
                 after = Hook(functools.partial(watch.module_left, name or MODEL_SITE))

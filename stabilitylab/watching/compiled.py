@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabilitylab.watching.walking import named_modules_of
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` made it, or it was compiled in place."""
@@ -38,9 +40,10 @@ _given = _Given()
 
 def inside_compiled(model: nn.Module) -> dict[int, str]:
     """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
-    names = {id(module): name or "the model" for name, module in model.named_modules()}
+    named = named_modules_of(model)
+    names = {id(module): name or "the model" for name, module in named}
     found: dict[int, str] = {}
-    for module in model.modules():
+    for _, module in named:
         if is_compiled(module):
             # Around what `torch.compile` made, hooks run as ever.
             inner = getattr(module, "_orig_mod", module)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError
 from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.walking import named_modules_of
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides."""
@@ -143,10 +144,10 @@ def find_scaler(editor: object | None) -> torch.amp.GradScaler | None:
 def _modules_of(editor: object) -> dict[str, nn.Module]:
     """The modules of an editor: its own, or those in the attributes of an editor that is no module itself."""
     if isinstance(editor, nn.Module):
-        return dict(editor.named_modules())
+        return dict(named_modules_of(editor))
     met: set[nn.Module] = set()
     held = {name: value for name, value in getattr(editor, "__dict__", {}).items() if isinstance(value, nn.Module)}
-    return {name: m for prefix, top in held.items() for name, m in top.named_modules(met, prefix)}
+    return {name: m for prefix, top in held.items() for name, m in named_modules_of(top, prefix, met)}
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -279,14 +280,14 @@ def codebook_of(module: nn.Module) -> Codebook | None:
 
 def find_codebooks(model: nn.Module) -> dict[str, Codebook]:
     """GRACE's adapters in a model, by name; none before the first key was added."""
-    named = model.named_modules()
+    named = named_modules_of(model)
     return {name: book for name, module in named if (book := codebook_of(module)) is not None}
 
 
 def find_side_memories(model: nn.Module) -> dict[str, SideMemory]:
     """WISE's adapters in a model, by name."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         new, layer = _tensor(module, "new_weight"), module._modules.get("original_layer")
         original = _tensor(layer, "weight") if new is not None and layer is not None else None
         stored = module.__dict__.get("memory_weight")

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stabilitylab.watching.model_call import ModelCall, version_of
 from stabilitylab.watching.one_hook import Hook, put
+from stabilitylab.watching.walking import modules_of
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -299,7 +300,7 @@ class Capture:
                 self._watcher.norm_input(values.detach())
 
         hook = self.hook(before_forward)
-        for module in model.modules():
+        for module in modules_of(model):
             if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and id(module) not in self._compiled:
                 self._put(module, hook, before=True)
 

@@ -17,6 +17,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from stabilitylab.watching.compiled import uncompiled
 from stabilitylab.watching.own_work import own_work
 from stabilitylab.watching.spread import left_as_gathered
+from stabilitylab.watching.walking import modules_of
 
 logger = logging.getLogger("stabilitylab")
 
@@ -114,7 +115,7 @@ def carries_hooks(model: nn.Module) -> bool:
     """
     return any(
         isinstance(hook, Hook) and hook.alive
-        for module in model.modules()
+        for module in modules_of(model)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()
     )
@@ -122,7 +123,7 @@ def carries_hooks(model: nn.Module) -> bool:
 
 def sweep(model: nn.Module) -> None:
     """Take the silent hooks of ours off every module of `model`."""
-    for module in model.modules():
+    for module in modules_of(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
                 del hooks[key]
@@ -142,7 +143,7 @@ def run_silently(model: nn.Module, call: Callable[[], Any], *, gradients: bool =
 
     No hook of ours acts meanwhile, another monitor's neither: it is none of what the user does.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model) if module.training]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     _silent.depth = getattr(_silent, "depth", 0) + 1
     try:

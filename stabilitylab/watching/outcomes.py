@@ -11,6 +11,7 @@ from torch import nn
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.walking import parameters_of
 
 Passes = Mapping[str, WeightPass]
 """What a look at each weight says, by site."""
@@ -28,12 +29,17 @@ def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKi
     return seen.pop() if len(seen) == 1 else None
 
 
-Parts = Counter[tuple[str, tuple[int, ...]]]
-"""Which parameters a model has: how often each last name and shape, whatever it is wrapped in."""
+Parts = list[tuple[str, tuple[int, ...]]]
+"""Which parameters a model has: each one's last name and shape, whatever it is wrapped in."""
 
 
 def _parts_of(model: nn.Module) -> Parts:
-    return Counter((name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in model.named_parameters())
+    return [(leaf, tensor.shape) for leaf, tensor in parameters_of(model)]
+
+
+def _alike(left: Parts, right: Parts) -> bool:
+    """In whatever order, which they need not be put into to be seen to be the same."""
+    return left == right or (len(left) == len(right) and Counter(left) == Counter(right))
 
 
 class Adapters:
@@ -50,9 +56,9 @@ class Adapters:
         """What became of the last edit, by what the model is made of now; None where that tells nothing."""
         now, left = _parts_of(model), self._now
         self._now = now
-        if now == left:
-            return None if left == self._before else "committed"
-        return "restored" if now == self._first else "rolled_back" if now == self._before else None
+        if _alike(now, left):
+            return None if _alike(left, self._before) else "committed"
+        return "restored" if _alike(now, self._first) else "rolled_back" if _alike(now, self._before) else None
 
 
 def is_independent(passes: Passes) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.watching.walking import modules_of
+
 
 @dataclass(frozen=True, eq=False)
 class Spread:
@@ -103,7 +105,7 @@ def parameters_at_rest(model: nn.Module) -> dict[tuple[int, str], Tensor]:
     """
     return {
         (id(parameter._module_info.module), parameter._module_info.param_name): parameter.sharded_param
-        for module in model.modules()
+        for module in modules_of(model)
         for group in _groups(module)
         for parameter in group.fsdp_params
     }
@@ -112,7 +114,7 @@ def parameters_at_rest(model: nn.Module) -> dict[tuple[int, str], Tensor]:
 @contextlib.contextmanager
 def left_as_gathered(model: nn.Module) -> Iterator[None]:
     """What FSDP gathers inside is let go of at the end: the next optimizer's step would not reach it."""
-    apart = [module for module in model.modules() if (groups := _groups(module)) and all(map(_is_sharded, groups))]
+    apart = [module for module in modules_of(model) if (groups := _groups(module)) and all(map(_is_sharded, groups))]
     try:
         yield
     finally:

@@ -18,8 +18,8 @@ from stabilitylab.probes.attention_pass import AttentionPass
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.codebook import CodebookHits, CodebookPass
 from stabilitylab.probes.feedback import FeedbackPass, History
-from stabilitylab.probes.gradient_factors import GradientSpectrum
-from stabilitylab.probes.gradient_passes import Alignment, LaterPasses
+from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum
+from stabilitylab.probes.gradient_passes import Alignment, LaterPasses, LaterSpectra
 from stabilitylab.probes.linear_solve import CovarianceExtremes, SolveResidual, SystemExtremes
 from stabilitylab.probes.logits_pass import CanaryPass, LaterLogits, LogitsPass, LossPass, TextPass
 from stabilitylab.probes.mask_pass import MaskPass
@@ -47,6 +47,10 @@ SPECTRA = [
         (np.linspace(9, 1, 16), 100.0, False),
     )
 ]
+SIZES = [
+    GradientSize(norm=norm, zero_share=0.25, dead_share=0.0, nonfinite=float(np.isnan(norm)))
+    for norm in (10.0, 0.0, NAN)
+]
 EXAMPLES: dict[type[Any], list[Any]] = {
     WeightPass: [
         WeightPass.from_host(np.array(values), torch.float16)
@@ -58,6 +62,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         WeightScan.from_scan(np.array(values), torch.float16)
         for values in ([3.0, -1.0, 2.0, 0.0], [0.0] * 4, [NAN, NAN, NAN, 4.0])
     ],
+    GradientSize: SIZES,
     GradientSpectrum: SPECTRA,
     AccumulatedGradient: [
         AccumulatedGradient(
@@ -69,7 +74,8 @@ EXAMPLES: dict[type[Any], list[Any]] = {
         )
         for source, norms, stepped in ((0.0, [], []), (1.0, [3.0, NAN], [1.0, NAN]), (2.0, [0.0], []))
     ],
-    LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SPECTRA[0], SPECTRA[2])],
+    LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SIZES[0], SIZES[2])],
+    LaterSpectra: [LaterSpectra(1.0, 0.0), LaterSpectra(25.0, 1.0, SPECTRA[0], SPECTRA[2])],
     Alignment: [Alignment(0.5, -1.0), Alignment(None, None), Alignment(NAN, 0.0)],
     MovedEntries: [MovedEntries(3.0, 4.0), MovedEntries(0.0, 8.0)],
     AbsorptionPass: [AbsorptionPass(4.0, 1.0), AbsorptionPass(0.0, 0.0)],

@@ -32,7 +32,7 @@ from stabilitylab.probes.linear_solve import (
     reduce_extremes,
     reduce_residual,
 )
-from stabilitylab.probes.normaliser_pass import NormaliserPass, reduce_normaliser
+from stabilitylab.probes.normaliser_pass import MEND_GUARD, NormaliserPass, _reduce_on_device, reduce_normaliser
 from stabilitylab.probes.null_space import KeyCache, KeyCachePass, NullSpace, NullSpacePass, trace_of
 from stabilitylab.probes.rank_one import (
     ClampHits,
@@ -485,3 +485,31 @@ def test_key_cache(seed: int, keys: int, width: int) -> None:
     seen = KeyCachePass.from_host(trace_of(held.T @ held).numpy())
     expected = sum(norm(key) ** 2 for key in numpy64(held))
     assert KeyCache().compute(seen)["editor.cache_energy"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@given(
+    units=st.integers(1, 12),
+    seed=st.integers(0, 2**20),
+    lost=st.sampled_from(["", "mean", "std", "both", "entered"]),
+    rows=st.sampled_from([None, 0.0, 3.0, math.nan]),
+    learns=st.booleans(),
+    entering=st.integers(0, 3),
+)
+def test_a_normaliser_reads_the_same_on_the_host_and_on_a_device(
+    units: int, seed: int, lost: str, rows: float | None, learns: bool, entering: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = torch.randn(units, generator=generator), torch.rand(units, generator=generator)
+    std[torch.rand(units, generator=generator) < 0.3] = 0
+    mean = torch.zeros_like(mean) if seed % 5 == 0 else mean
+    entered = [torch.randn(2, units, generator=generator) for _ in range(entering)]
+    for part in entered[:1]:
+        part[0] = 0
+    mean = torch.full_like(mean, math.nan) if lost in ("mean", "both") else mean
+    std = torch.full_like(std, math.nan) if lost in ("std", "both") else std
+    if lost == "entered" and entered:
+        entered[-1][-1, 0] = math.nan
+    count = None if rows is None else torch.tensor([rows])
+    found = reduce_normaliser(mean, std, entered, MEND_GUARD, count, learns=learns)
+    elsewhere = _reduce_on_device(mean.double(), std.double(), entered, MEND_GUARD, count, learns)
+    torch.testing.assert_close(found, elsewhere, equal_nan=True, rtol=1e-12, atol=0)

@@ -11,9 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_factors import (
+    GradientSize,
+    GradientSpectrum,
+    norm_of,
+    reduce_factors,
+    reduce_matrix,
+    reduce_matrix_size,
+    reduce_size,
+)
 from stabilitylab.probes.gradient_passes import (
     Factors,
+    LaterSpectra,
     PassKeeper,
     alignment_from,
     inner_product,
@@ -25,6 +34,7 @@ from stabilitylab.probes.gradients import (
     GradientNorm,
     GradientPasses,
     GradientRank,
+    PassSpectrum,
     Spectrum,
 )
 from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
@@ -203,18 +213,118 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         reduce_factors(torch.ones(0, 2), torch.ones(0, 2))
 
 
+# -- the norm alone ------------------------------------------------------------------------------------------------
+
+
+def size_of(x: Tensor, delta: Tensor) -> GradientSize:
+    packed, rebuild = reduce_size(x, delta)
+    seen = rebuild(packed.numpy())
+    if not seen.nonfinite:
+        assert norm_of(packed).item() == pytest.approx(seen.norm, rel=1e-12)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    seed=seeds,
+    tokens=st.integers(1, 300),
+    width_in=st.integers(1, 50),
+    width_out=st.integers(1, 50),
+    powers=st.tuples(st.integers(-12, 12), st.integers(-12, 12)),
+    silent=st.integers(0, 3),
+)
+@settings(max_examples=40)
+def test_the_norm_alone(
+    dtype: torch.dtype,
+    seed: int,
+    tokens: int,
+    width_in: int,
+    width_out: int,
+    powers: tuple[int, int],
+    silent: int,
+) -> None:
+    """To five digits, over the dtype's range; the rest is that of the spectrum's, bit by bit."""
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    scales = [1.0 if narrow else 10.0 ** (1.5 * power) for power in powers]
+    x, delta = (
+        (random(seed + k, tokens, width, dtype=torch.float64) * scale).to(dtype)
+        for k, (width, scale) in enumerate(zip((width_in, width_out), scales, strict=True))
+    )
+    delta[:silent] = 0
+    seen, whole = size_of(x, delta), spectrum_of(x, delta)
+    assert seen.norm == pytest.approx(np.linalg.norm(naive(x, delta)), rel=2e-5)
+    rest = ("zero_share", "dead_share", "nonfinite")
+    assert [getattr(seen, name) for name in rest] == [getattr(whole, name) for name in rest]
+
+
+@given(seed=seeds, tokens=st.integers(2, 200), left=st.floats(-7, 0), spread=st.floats(0, 30))
+@settings(max_examples=40, deadline=None)
+def test_the_norm_of_tokens_that_cancel_and_of_rows_of_every_size(
+    seed: int, tokens: int, left: float, spread: float
+) -> None:
+    """What fp32 Gram matrices would lose is found in float64."""
+    x, delta = random(seed, tokens, 40).double(), random(seed + 1, tokens, 30).double()
+    rows = torch.logspace(0, -spread, tokens, dtype=torch.float64)[:, None]
+    x, delta = x / rows * 10 ** (-spread / 2), delta * rows  # each product alike, each factor over many decades
+    x, delta = torch.cat([x, x]).float(), torch.cat([delta, -delta * (1 - 10**left)]).float()
+    assert size_of(x, delta).norm == pytest.approx(np.linalg.norm(naive(x, delta)), rel=2e-5)
+
+
+def test_the_norm_alone_of_what_is_lost_zero_or_of_high_rank() -> None:
+    x, delta = random(1, 9, 20), random(2, 9, 30)
+    for lost in (math.nan, math.inf, -math.inf):
+        bad = x.clone()
+        bad[3, 4] = lost
+        seen = size_of(bad, delta)
+        assert (seen.nonfinite, math.isnan(seen.norm)) == (1, True)
+    assert size_of(x, 0 * delta).norm == 0
+    x, delta = random(1, 400, 300), random(2, 400, 320)
+    assert size_of(x, delta).norm == spectrum_of(x, delta).norm  # an estimate, and the same
+    with pytest.raises(ValueError, match="3 and 4 tokens"):
+        reduce_size(torch.ones(3, 2), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_norm_does_not_follow_a_lower_precision_of_products(precision: str) -> None:
+    x, delta = random(1, 100, 60), random(2, 100, 50)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = size_of(x, delta).norm
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == pytest.approx(np.linalg.norm(naive(x, delta)), rel=1e-6)
+
+
+def test_the_size_of_a_gradient_that_is_there_itself() -> None:
+    gradient = random(1, 40, 30)
+    gradient[:, 3] = gradient[5] = 0
+    for scaled in (gradient, gradient * 1e-25, gradient * 1e25):
+        whole, size = (
+            rebuild(packed.numpy()) for packed, rebuild in (reduce_matrix(scaled), reduce_matrix_size(scaled))
+        )
+        assert size.norm == pytest.approx(whole.norm, rel=1e-6)
+        assert (size.zero_share, size.dead_share, size.nonfinite) == (
+            whole.zero_share,
+            whole.dead_share,
+            whole.nonfinite,
+        )
+
+
 # -- several passes -------------------------------------------------------------------------------------------------
 
 
-def later(*pairs: tuple[Tensor, Tensor]) -> dict[str, object]:
+def later(*pairs: tuple[Tensor, Tensor], with_spectra: bool = True) -> dict[str, object]:
     keeper = PassKeeper()
-    keeper.first(*reduce_factors(*pairs[0]))
+    keeper.first(*(reduce_factors if with_spectra else reduce_size)(*pairs[0]))
     for x, delta in pairs[1:]:
         keeper.later(x, delta)
-    reduced = keeper.reduce()
+    reduced = keeper.reduce(with_spectra)
     assert reduced is not None
     packed, rebuild = reduced
-    return dict(GradientPasses().compute(rebuild(packed.numpy())))
+    seen = rebuild(packed.numpy())
+    spectra = PassSpectrum().compute(seen) if isinstance(seen, LaterSpectra) else {}
+    return {**GradientPasses().compute(seen), **spectra}
 
 
 def test_one_pass_is_counted_and_no_more() -> None:
@@ -233,6 +343,8 @@ def test_the_last_and_the_worst_of_several_passes(scales: list[tuple[float, floa
     assert found["gradient.norm_worst"] == pytest.approx(np.linalg.norm(worst), rel=1e-5)
     exact = np.linalg.svd(last, compute_uv=False)[:3]
     np.testing.assert_allclose(found["gradient.spectrum_last"], exact, rtol=1e-5, atol=1e-6 * exact[0])
+    sizes_alone = later(*pairs, with_spectra=False)
+    assert sizes_alone == {name: pytest.approx(found[name], rel=1e-5) for name in found if "spectrum" not in name}
 
 
 def test_a_nonfinite_pass_is_the_worst_and_all_are_counted() -> None:

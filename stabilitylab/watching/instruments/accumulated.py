@@ -28,7 +28,7 @@ from stabilitylab.probes.accumulated_gradient import (
     reduce_used,
     reduce_uses,
 )
-from stabilitylab.probes.gradient_factors import GradientSpectrum, norm_of
+from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum, norm_of
 from stabilitylab.record.readings import Rebuild
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Orientation, why_unmeasurable
@@ -60,7 +60,7 @@ class _Weight:
     carried: int = 0
     looks: list[Use] = field(default_factory=list)
     steps: list[Use] = field(default_factory=list)
-    matrix: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
+    matrix: tuple[Tensor, Rebuild[GradientSize]] | None = None
 
     @property
     def gradient(self) -> Tensor | None:
@@ -76,7 +76,7 @@ class _Weight:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What is known of one site at the edit's end. matrix: the spectrum of `.grad` itself, where it was needed.
+    """What is known of one site at the edit's end. matrix: what `.grad` itself shows, where it was needed.
 
     source: as `AccumulatedGradient` has it.
     """
@@ -84,7 +84,7 @@ class Accumulated:
     packed: Tensor
     rebuild: Rebuild[AccumulatedGradient]
     source: float
-    matrix: tuple[Tensor, Rebuild[GradientSpectrum]] | None = None
+    matrix: tuple[Tensor, Rebuild[GradientSize]] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,20 +169,21 @@ class AccumulatedInstrument:
                 stepped = stepped if within is None else stepped / within.to(stepped.device)
                 use = Use(one.looks[-1].before if one.looks else None, stepped, scale)
                 if not one.steps:
-                    self._look_closer(one, gradient, use, first.get(site))
+                    self._look_closer(site, one, gradient, use, first.get(site))
                 one.steps.append(use)
                 self._version_used[site] = -1 if one.weight.grad is None else one.weight.grad._version
                 one.fresh = False
                 one.looks = []
 
-    def _look_closer(self, one: _Weight, gradient: Tensor, use: Use, first: FirstPass | None) -> None:
+    def _look_closer(self, site: str, one: _Weight, gradient: Tensor, use: Use, first: FirstPass | None) -> None:
         if one.orientation == "none" or is_spread(one.weight):  # no part shows the spectrum of the whole
             return
         norm = use.stepped if use.before is None else use.before
         # Both hold the loss scale where the norm is that of the backward.
         factors = None if first is None else norm_of(first.packed)
         if norm is not None and needs_matrix(gradient, norm, factors, first is not None and first.is_plain):
-            one.matrix = reduce_used(gradient, one.orientation == "in_out")
+            with_spectrum = self._bench.needed(GradientSpectrum, site)
+            one.matrix = reduce_used(gradient, one.orientation == "in_out", with_spectrum)
 
     def after(self, site: str, first: FirstPass | None) -> Accumulated | None:
         """What became known of one site; None where it had no gradient at all."""
@@ -192,7 +193,7 @@ class AccumulatedInstrument:
         if one is not None and self._is_used(one):
             gradient = one.gradient
             if gradient is not None and len(one.looks) == 1:
-                self._look_closer(one, gradient, one.looks[0], first)
+                self._look_closer(site, one, gradient, one.looks[0], first)
             return self._of(one.looks, END, one)
         if first is None:
             return None

@@ -77,28 +77,47 @@ class Bench:
         self.note = note
         self.off: dict[str, str] = {}
         """What is switched off, each with the error that did it."""
+        self._names = {id(probe): name_of(probe) for probe in self.probes}
+        self._places: dict[tuple[int, str], bool] = {}
+        self._needed: dict[tuple[type[Any], str | None], bool] = {}
 
     def begin(self, edit: int, in_full: bool = True) -> None:
         """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
         self.edit, self.in_full = edit, in_full
+        self._needed.clear()
         self.due = tuple(probe for probe in self.probes if self._is_due(probe, edit))
 
     def _is_due(self, probe: Probe[Any], edit: int) -> bool:
         return self.works(probe) and bool(
-            self.safely(name_of(probe), lambda: (self.in_full or not probe.is_paced) and probe.is_due(edit))
+            self.safely(self.name_of(probe), lambda: (self.in_full or not probe.is_paced) and probe.is_due(edit))
         )
+
+    def name_of(self, probe: Probe[Any]) -> str:
+        """What a probe of this bench is called where it is switched off."""
+        return self._names[id(probe)]
 
     def works(self, probe: Probe[Any]) -> bool:
         """Whether a probe is not switched off."""
-        return name_of(probe) not in self.off
+        return self.name_of(probe) not in self.off
 
     def is_for(self, probe: Probe[Any], site: str) -> bool:
-        """Whether a probe measures at this site."""
-        return self.works(probe) and bool(self.safely(name_of(probe), lambda: probe.is_for(site)))
+        """Whether a probe measures at this site. It is asked once in a run."""
+        if not self.works(probe):
+            return False
+        place = (id(probe), site)
+        known = self._places.get(place)
+        if known is None:
+            known = self._places[place] = bool(self.safely(self.name_of(probe), lambda: probe.is_for(site)))
+        return known
 
     def needed(self, need: type[Any], site: str | None = None) -> bool:
         """Whether a probe that is due needs this measurement, here or at all."""
-        return any(probe.needs is need and (site is None or self.is_for(probe, site)) for probe in self.due)
+        known = self._needed.get((need, site))
+        if known is None:
+            probes = (probe for probe in self.due if probe.needs is need and self.works(probe))
+            known = any(site is None or self.is_for(probe, site) for probe in probes)
+            self._needed[(need, site)] = known
+        return known
 
     def needed_next(self, need: type[Any], site: str) -> bool:
         """Whether it will be needed here at the next edit."""
@@ -124,13 +143,16 @@ class Bench:
         if what in self.off:
             return None
         try:
-            with contextlib.nullcontext() if as_the_loop else full_precision():
+            if as_the_loop or not any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES)):
+                return action()
+            with full_precision():
                 return action()
         except KeyboardInterrupt:  # only of this reading: the row is written all the same
             later()
             return None
         except Exception as error:
             self.off[what] = f"{type(error).__name__}: {error}"
+            self._needed.clear()
             says = f"{what} switched off: {self.off[what]}"
             logger.warning("stabilitylab: %s (the edit loop goes on)", says)
             self.note(kind, says)

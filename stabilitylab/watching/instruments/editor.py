@@ -31,6 +31,7 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.served_layers import layers_behind
 from stabilitylab.watching.sites import Site
+from stabilitylab.watching.walking import named_modules_of
 
 WIDEST_ON_CPU = 4096
 """The widest matrix whose condition number is measured on a CPU: 2 s on one core, and the time grows with the cube."""
@@ -105,7 +106,7 @@ class EditorInstrument:
         self._bench.safely("the editor's reports", functools.partial(self._all_reports, reports))
 
     def _see(self, model: nn.Module) -> None:
-        self._names = self._names or frozenset(name for name, _ in model.named_modules())
+        self._names = self._names or frozenset(name for name, _ in named_modules_of(model))
 
     def _take(self, need: type[Any], site: str, reduce: Callable[[], Tensor], rebuild: Rebuild[Any]) -> None:
         """Add a measurement if a probe that is due needs it."""

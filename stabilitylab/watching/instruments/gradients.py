@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.accumulated_gradient import END, STEP, AccumulatedGradient, passes_used, spectrum_used
+from stabilitylab.probes.accumulated_gradient import END, STEP, AccumulatedGradient, gradient_used, passes_used
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.gradient_factors import GradientSpectrum, reduce_factors
+from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum, reduce_factors, reduce_size
 from stabilitylab.probes.gradient_passes import (
     Alignment,
     Factors,
     LaterPasses,
+    LaterSpectra,
     PassKeeper,
     alignment_from,
     inner_product,
@@ -34,7 +35,10 @@ from stabilitylab.watching.spread import Spread, spread_of
 _USES = 32
 """Uses of a gradient in one edit that processes tell each other of: what they exchange has one length."""
 
-_Packed = tuple[Tensor, Rebuild[GradientSpectrum]]
+_Packed = tuple[Tensor, Rebuild[GradientSize]]
+
+_OF_GRADIENT = (GradientSize, GradientSpectrum, AccumulatedGradient)
+_OF_PASSES = (LaterPasses, LaterSpectra)
 
 
 @dataclass
@@ -82,14 +86,15 @@ class GradientInstrument:
 
     def needs(self, site: Site) -> bool:
         """Whether anything of a weight's gradient is wanted at this edit."""
-        needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(AccumulatedGradient, site.name)
-        return self.needs_factors(site) or needed
+        return self.needs_factors(site) or self._any(_OF_GRADIENT, site.name)
 
     def needs_factors(self, site: Site) -> bool:
         """Whether a layer's input and δ are wanted at this edit, or at the next as those of the edit before."""
-        needed = self._bench.needed(GradientSpectrum, site.name) or self._bench.needed(LaterPasses, site.name)
-        needed = needed or self._bench.needed(AccumulatedGradient, site.name)
+        needed = self._any((*_OF_GRADIENT, *_OF_PASSES), site.name)
         return site.orientation != "none" and (needed or self._keeps_first(site.name))
+
+    def _any(self, needs: Sequence[type[Any]], site: str) -> bool:
+        return any(self._bench.needed(need, site) for need in needs)
 
     def watch(self, site: Site, module: nn.Module) -> None:
         """Gradients of this layer are wanted in this edit."""
@@ -142,12 +147,13 @@ class GradientInstrument:
 
     def _pass(self, site: str, seen: _Seen, x: Tensor, delta: Tensor) -> None:
         if seen.keeper.passes:
-            if self._bench.needed(LaterPasses, site):
+            if self._any(_OF_PASSES, site):
                 seen.keeper.later(x, delta)
             return
         if self._keeps_first(site):
             seen.first = Factors.of(x, delta)
-        packed, rebuild = seen.reduced = reduce_factors(x, delta)
+        with_spectrum = self._any((GradientSpectrum, LaterSpectra), site)
+        packed, rebuild = seen.reduced = (reduce_factors if with_spectrum else reduce_size)(x, delta)
         seen.narrow, seen.scale = delta.dtype is torch.float16, self._accumulated.scale
         seen.keeper.first(packed, rebuild)
 
@@ -166,9 +172,8 @@ class GradientInstrument:
     def _gradient(self, site: Site, seen: _Seen | None) -> None:
         first = None if seen is None else self._first_of(site.name, seen)
         used = self._accumulated.after(site.name, first)
-        needs = (GradientSpectrum, AccumulatedGradient, LaterPasses)
         spread = self._spread.get(site.name)
-        if spread is not None and any(self._bench.needed(need, site.name) for need in needs):
+        if spread is not None and self._any((*_OF_GRADIENT, *_OF_PASSES), site.name):
             self._over_processes(site, seen, used, spread)
         elif used is not None:
             self._hand_on(site, seen, used)
@@ -190,30 +195,31 @@ class GradientInstrument:
         self._exchange.add(f"gradient of {site.name}", spread, lambda: packed, how, then)
 
     def _hand_on(self, site: Site, seen: _Seen | None, used: Accumulated) -> None:
-        self._add(AccumulatedGradient, site.name, [(used.packed, used.rebuild)], lambda made: made[0])
+        self._add((AccumulatedGradient,), site.name, [(used.packed, used.rebuild)], lambda made: made[0])
         parts = [(used.packed, used.rebuild), used.matrix, None if seen is None else seen.reduced]
-        self._add(GradientSpectrum, site.name, parts, lambda made: spectrum_used(made[2], made[0], made[1]))
-        if seen is not None and self._bench.needed(LaterPasses, site.name):
+        needs = (GradientSize, GradientSpectrum)
+        self._add(needs, site.name, parts, lambda made: gradient_used(made[2], made[0], made[1]))
+        if seen is not None and self._any(_OF_PASSES, site.name):
             self._later(site.name, seen, used)
 
     def _later(self, site: str, seen: _Seen, used: Accumulated) -> None:
-        reduced = seen.keeper.reduce()
+        reduced = seen.keeper.reduce(self._bench.needed(LaterSpectra, site))
         if reduced is not None and seen.keeper.overwritten:
             what = f"last or worst gradient of {site}"
             self._left_out(f"{what} left out: its factors were overwritten after the backward")
         if reduced is not None:
             parts = [(used.packed, used.rebuild), reduced]
-            self._add(LaterPasses, site, parts, lambda made: passes_used(made[1], made[0]))
+            self._add(_OF_PASSES, site, parts, lambda made: passes_used(made[1], made[0]))
 
     def _add(
         self,
-        need: type[Any],
+        needs: Sequence[type[Any]],
         site: str,
         parts: Sequence[tuple[Tensor, Rebuild[Any]] | None],
         combine: Callable[[list[Any]], Any],
     ) -> None:
-        """A measurement that is made from several, those that there are."""
-        if not self._bench.needed(need, site):
+        """A measurement that is made from several, those that there are, if any of these needs asks for it."""
+        if not self._any(needs, site):
             return
         there = [part for part in parts if part is not None]
         ends = np.cumsum([0, *(packed.numel() for packed, _ in there)]).tolist()

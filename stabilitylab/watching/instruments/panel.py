@@ -7,18 +7,14 @@ measurement, and no formula of either.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import BySite, Probe
-from stabilitylab.probes.feedback import WINDOW, History
+from stabilitylab.probes.base import Probe
 from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.readings import Array, Key
@@ -29,13 +25,14 @@ from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.guard import NoteTaker
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.attention import AttentionInstrument
-from stabilitylab.watching.instruments.bench import Bench, name_of
+from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.editor import EditorInstrument
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
+from stabilitylab.watching.instruments.reading import Measured, Reader
 from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
@@ -76,8 +73,9 @@ class Instruments:
         self._state = StateInstrument(bench)
         self.references = self._weights.references
         self.keeps_references = self._weights.keeps_references
-        self._followed = {metric for probe in probes for metric in probe.follows}
-        self._history: dict[Key, deque[tuple[float, float]]] = {}
+        self._reader = Reader(bench)
+        self._opened: tuple[Cargo, Measured] | None = None
+        """What has arrived and is not read yet: it is asked for several times."""
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
@@ -233,57 +231,14 @@ class Instruments:
 
     def read(self, cargo: Cargo, *, from_original: bool = False) -> dict[Key, Array]:
         """Every probe that was due on every measurement; waits for it. from_original: the edit began at W₀, not W₋."""
-        readings: dict[Key, Array] = {}
-        for site, arrived in self._arrived(cargo):
-            seen = arrived
-            if from_original and isinstance(arrived, WeightPass):
-                seen = replace(arrived, update=arrived.drift)
-            self._apply(cargo.due, site, seen, readings)
-        for (metric, site), values in list(readings.items()):
-            if metric in self._followed:
-                history = self._remember((metric, site), cargo.edit, values)
-                followers = tuple(probe for probe in cargo.due if metric in probe.follows)
-                self._apply(followers, site, history, readings)
-        return readings
+        measured = self._arrived(cargo)
+        if from_original:
+            began = ((site, seen, isinstance(seen, WeightPass)) for site, seen in measured)
+            measured = [(site, replace(seen, update=seen.drift) if whole else seen) for site, seen, whole in began]
+        self._opened = None
+        return self._reader.read(measured, cargo.due, cargo.edit)
 
-    def _arrived(self, cargo: Cargo) -> list[tuple[str, Any]]:
-        measured: list[tuple[str, Any]] = []
-        for shipment in cargo.shipments:
-            arrived = self._bench.safely("arrival", functools.partial(getattr, shipment, "arrived"))
-            for site, name, make in arrived or ():
-                seen = self._bench.safely(f"{name} of {site}", make)
-                if isinstance(seen, BySite):
-                    measured.extend(seen.parts.items())
-                elif seen is not None:
-                    measured.append((site, seen))
-        return measured
-
-    def _remember(self, key: Key, edit: int, values: Array) -> History:
-        recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
-        recent.append((float(values[0]), float(edit)))
-        return History(*np.array(recent).T)
-
-    def _apply(self, probes: Sequence[Probe[Any]], site: str, seen: Any, readings: dict[Key, Array]) -> None:
-        for probe in probes:
-            if not isinstance(seen, probe.needs) or not self._bench.is_for(probe, site):
-                continue
-            values = self._bench.safely(name_of(probe), functools.partial(_computed, probe, seen))
-            for metric, value in (values or {}).items():
-                readings[(metric, site)] = value
-
-
-def _computed(probe: Probe[Any], seen: Any) -> dict[str, Array]:
-    """What a probe says, as a row holds it. Raises TypeError or ValueError for what can't be a reading."""
-    said = probe.compute(seen)
-    if not isinstance(said, Mapping):
-        raise TypeError(f"compute gave a {type(said).__name__}; expected values by metric name")
-    known, readings = {metric.name for metric in probe.metrics}, {}
-    for name, value in said.items():
-        values = np.asarray(value)
-        if name not in known:
-            raise ValueError(f"{name!r} is none of its metrics; expected one of {', '.join(sorted(known))}")
-        if values.dtype.kind not in "fiub" or values.ndim > 1 or values.size == 0:
-            what = f"{values.dtype} of shape {list(values.shape)}"
-            raise TypeError(f"{name!r} is {what}; expected a real number, or a list of one or more")
-        readings[name] = np.atleast_1d(values.astype(np.float64))
-    return readings
+    def _arrived(self, cargo: Cargo) -> Measured:
+        if self._opened is None or self._opened[0] is not cargo:
+            self._opened = cargo, [one for shipment in cargo.shipments for one in self._reader.arrived(shipment)]
+        return self._opened[1]

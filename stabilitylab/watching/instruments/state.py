@@ -14,6 +14,7 @@ from stabilitylab.probes.weight_pass import extremes
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Site, locate, why_unmeasurable
+from stabilitylab.watching.walking import named_tensors_of
 
 _NAMED = 3
 
@@ -91,7 +92,7 @@ class StateInstrument:
 
     def _state(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
         watched = _watched(model, sites)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in named_tensors_of(model):
             if id(tensor) not in watched and name not in self._designed and _is_readable(tensor):
                 yield name, tensor
 
@@ -116,4 +117,4 @@ def _watched(model: nn.Module, sites: Sequence[Site]) -> set[int]:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout is torch.strided and why_unmeasurable(tensor) is None
+    return why_unmeasurable(tensor) is None and tensor.layout is torch.strided
