@@ -313,8 +313,10 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self._open is not None:
-            self._open.end(_said(error))
+        if error is not None:
+            if self._open is not None:
+                self._open.end(_said(error))
+            self._rounds.leave()  # who raises alone must not wait for the others
         self.close()
 
     def __del__(self) -> None:
@@ -322,6 +324,7 @@ class Monitor:
         forgotten = not getattr(self, "_closed", True) and self._process == os.getpid() and not sys.is_finalizing()
         if forgotten:
             with contextlib.suppress(Exception):
+                self._rounds.leave()
                 self.close()
 
     @staticmethod

@@ -32,6 +32,7 @@ from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
+from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
 from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
 from stabilitylab.watching.spread import is_spread, whole_of
@@ -84,6 +85,7 @@ class WeightInstrument:
         self._entries = 0
         self._originals: dict[str, Tensor] = {}
         self._parts: dict[str, Parts] = {}
+        self._weighed: Sequence[Weighed] = ()
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
@@ -148,8 +150,18 @@ class WeightInstrument:
                 self._missing.add(site.name)
                 self._bench.note("skipped-site", f"{site.name}: {self._why_not(model, site) or weight}")
         asks_whole = self._bench.ever_needed(TopSingular) or any(map(self._bench.needed, _WHOLE))
-        for each in self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole):
+        self._weighed = self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole)
+
+    def settled(self) -> None:
+        """What the processes exchanged is there: measure what needs more than their parts' figures."""
+        weighed, self._weighed = self._weighed, ()
+        for each in weighed:
             self._in_parts(each)
+
+    @property
+    def looks(self) -> Stack:
+        """What the exchange made of looks at weights that are spread."""
+        return self._spread.looks
 
     def _look_at_placeholder(self, model: nn.Module, site: Site) -> None:
         found, leaf = locate(model, site), site.parameter.rpartition(".")[2]
@@ -220,7 +232,9 @@ class WeightInstrument:
             self._bench.add(site.name, reduce_absorption(update, weight, previous), AbsorptionPass.from_host)
 
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Measure sites between two edits, by references alone; W₋ is what they are now."""
+        """Measure sites between two edits, by references alone; W₋ is what they are now. What is spread goes over with
+        what the exchange settles next.
+        """
         for site in sites:
             weight = "" if self._spread.watches(site) else weight_at(model, site)
             if isinstance(weight, Tensor):
