@@ -90,7 +90,11 @@ class Monitor:
         return self._recorder.edits
 
     def edit(self, label: object = "") -> Edit:
-        """The next edit, as a context manager: ``with monitor.edit(label=prompt) as edit: …``."""
+        """The next edit, as a context manager: ``with monitor.edit(label=prompt) as edit: …``.
+
+        Raises EditError where the last one was lost, since this one would be too: it wrote to the placeholder of a
+        weight that is offloaded, and moved none.
+        """
         if self._closed:
             raise UsageError("the monitor is closed; expected edits before close(), attach again for a new run")
         if self._calibrating:
@@ -102,6 +106,12 @@ class Monitor:
             raise UsageError(
                 "an edit is being made once more, and opened an edit of the run; expected autopsy to get the bare "
                 "editing function, without monitor.edit or monitor.wrap in it"
+            )
+        lost = self._rounds.is_lost()
+        if lost is not None:
+            raise EditError(
+                f"edit {self.edits} wrote to the placeholder of '{lost}', which is offloaded, and was lost, as the next"
+                " would be; expected a write to the layer's _hf_hook.weights_map, or the layer on a device; attach anew"
             )
         return Edit(self, self._label(lambda: label))
 

@@ -432,6 +432,13 @@ class Rounds:
         self.flush()
         return self._last_moved
 
+    def is_lost(self) -> str | None:
+        """Where the last edit was lost altogether: what it wrote to was a placeholder, and no watched weight moved.
+        None where it was not.
+        """
+        site = self._instruments.lost
+        return site if site is not None and self._instruments.keeps_references and not self.last_edit_moved else None
+
     def observe_outcome(self) -> OutcomeKind | None:
         """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
         self.flush()

@@ -90,6 +90,11 @@ class Instruments:
         return self._weights.is_spread
 
     @property
+    def lost(self) -> str | None:
+        """The first site where the last edit wrote to the placeholder of a weight that is offloaded."""
+        return self._weights.lost
+
+    @property
     def together(self) -> bool:
         """Whether all processes that weights are spread over came to where this one was last."""
         return self._exchange.settled
@@ -114,6 +119,9 @@ class Instruments:
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
+                if found is not None and self._weights.has_placeholder(site):
+                    look = functools.partial(self._weights.look_at_placeholder, site, found[0])
+                    capture.before_calls(found[0], look)
                 factors = site.is_layer and self._gradients.needs_factors(site)
                 if found is not None and self._gradients.needs(site):
                     self._gradients.watch(site, found[0])

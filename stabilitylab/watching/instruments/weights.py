@@ -79,7 +79,10 @@ class WeightInstrument:
         self._missing: set[str] = set()
         self._versions: dict[str, tuple[int, int]] = {}
         self._placeholders: dict[str, tuple[int, int]] = {}
+        self._in_vain: set[str] = set()
         self._said_lost: set[str] = set()
+        self.lost: str | None = None
+        """The first site whose placeholder the last edit wrote to, in vain."""
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
         self._entries = 0
@@ -104,6 +107,8 @@ class WeightInstrument:
     def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """An edit begins: which tensor each weight is, and how often that was written so far."""
         self._versions.clear()
+        self.lost = None
+        self._in_vain.clear()
         self._placeholders = {
             site.name: mark
             for site in sites
@@ -141,7 +146,7 @@ class WeightInstrument:
             if isinstance(weight, Tensor):
                 named = site.name
                 self._remember_parts(model, site)
-                self._look_at_placeholder(model, site)
+                self._say_lost(model, site)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 first = functools.partial(self.references.original, site.name, weight)
@@ -163,11 +168,23 @@ class WeightInstrument:
         """What the exchange made of looks at weights that are spread."""
         return self._spread.looks
 
-    def _look_at_placeholder(self, model: nn.Module, site: Site) -> None:
+    def has_placeholder(self, site: Site) -> bool:
+        """Whether a site's weight was offloaded when the edit began."""
+        return site.name in self._placeholders
+
+    def look_at_placeholder(self, site: Site, layer: nn.Module) -> None:
+        """Whether the edit has written to the layer's placeholder so far: the next forward takes a new one."""
+        if written_in_vain(layer, site.parameter.rpartition(".")[2], self._placeholders.get(site.name)):
+            self._in_vain.add(site.name)
+
+    def _say_lost(self, model: nn.Module, site: Site) -> None:
         found, leaf = locate(model, site), site.parameter.rpartition(".")[2]
-        if found is None or site.name in self._said_lost:
+        if found is not None:
+            self.look_at_placeholder(site, found[0])
+        if site.name not in self._in_vain:
             return
-        if written_in_vain(found[0], leaf, self._placeholders.get(site.name)):
+        self.lost = self.lost or site.name
+        if site.name not in self._said_lost:
             self._said_lost.add(site.name)
             self._bench.note(
                 "lost-edit",
