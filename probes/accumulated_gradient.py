@@ -20,10 +20,11 @@ from stabilitylab.probes.gradient_passes import LaterPasses
 from stabilitylab.probes.weight_pass import on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
-FACTORS, STEP, END, SCALED_FACTORS = 0.0, 1.0, 2.0, 3.0
+FACTORS, STEP, END, SCALED_FACTORS, PARTS = 0.0, 1.0, 2.0, 3.0, 4.0
 """Where a layer's gradient was read, as `gradient.source` codes it: from the factors of its first pass; from `.grad` at
 an optimizer's step; from `.grad` as the backward left it, where no optimizer stepped; from factors in float16, which
-may hold a loss scale that nobody told of."""
+may hold a loss scale that nobody told of; from the factors, of a weight that is made of parts, such as an adapter's, of
+which an optimizer stepped some."""
 
 AGREES = 0.01
 """Two norms of one gradient may differ by so much, relatively: it is kept in the weight's dtype, and bfloat16 has eight

@@ -176,8 +176,9 @@ class OwnGradient(Probe[AccumulatedGradient]):
             "Where the gradient was read. 1: from the weight's `.grad` at an optimizer's step, before clipping and "
             "without the loss scale. 2: from `.grad` as a backward left it, where no optimizer stepped. 0: from the "
             "factors of the first pass, where `.grad` is not what the edit uses (functional gradients). 3: from "
-            "factors in float16, which may hold a loss scale.",
-            "0 δᵀX, 1 .grad at step(), 2 .grad, 3 δᵀX in float16",
+            "factors in float16, which may hold a loss scale. 4: from the factors, of a weight that is made of "
+            "parts, such as an adapter's, with some of which an optimizer stepped.",
+            "0 δᵀX, 1 .grad at step(), 2 .grad, 3 δᵀX in float16, 4 δᵀX of stepped parts",
             "PyTorch, Autograd mechanics: accumulated gradients",
         ),
         Metric(

@@ -37,6 +37,8 @@ STRAY: Final = 0.1
 """Of the bad entries of the worst weight: one that has fewer was hit by the way."""
 CHANGES: Final = 0.01
 """Of a gradient from an edit's first pass to its last: in between the model, or the request, was another."""
+STEPPED: Final = (1.0, 4.0)
+"""Codes of `gradient.source`: an optimizer steps with the weight, or with parts that it is made of."""
 
 _INPUT: Final = f"{EDITOR_SITE}.input"
 _TELLS: Final = tuple(
@@ -60,7 +62,7 @@ class _Where:
 
     places: by metric. weights: of each weight's update, drift and relative drift, where all three are read,
     [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. rates: of
-    update, drift and gradient, −1 for a gradient that isn't read, [layers, 3]. extremes: (kind, site),
+    update, drift, gradient and what that was read from, −1 for what isn't read, [layers, 4]. extremes: (kind, site),
     and where the largest entry and the headroom are. bit_sites: of the weights' headroom.
     """
 
@@ -92,8 +94,11 @@ def _where(schema: Schema) -> _Where:
         return known[(known >= 0).all(axis=1)]
 
     def with_gradient(lines: Places) -> Places:
-        slopes = [schema.position.get(("gradient.norm", schema.keys[at][1]), -1) for at in lines[:, 0]]
-        return np.column_stack((lines, np.array(slopes, dtype=np.intp)))
+        found = [
+            [schema.position.get((metric, schema.keys[at][1]), -1) for metric in ("gradient.norm", "gradient.source")]
+            for at in lines[:, 0]
+        ]
+        return np.column_stack((lines, np.array(found, dtype=np.intp).reshape(-1, 2)))
 
     return _Where(
         {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()},
@@ -252,12 +257,13 @@ class LeadIn:
         """Whether updates point one way, and how large they are beside their gradients, at each layer."""
         rates = self._where.rates
         update, drift = row.values[rates[:, :2]].T
-        gradient = np.where(rates[:, 2] >= 0, row.values[rates[:, 2]], 0.0)  # none is read where nothing asks for it
+        gradient, source = np.where(rates[:, 2:] >= 0, row.values[rates[:, 2:]], 0.0).T  # or nothing asks for it
         known = np.isfinite(update) & np.isfinite(drift) & np.isfinite(gradient) & (update > 0)
-        seen = (column[known].tolist() for column in (update, drift, gradient))
-        for position, size, way, slope in zip(rates[known, 0], *seen, strict=True):
+        stepped = np.isin(source, STEPPED)
+        seen = (column[known].tolist() for column in (update, drift, gradient, stepped))
+        for position, size, way, slope, by_optimizer in zip(rates[known, 0], *seen, strict=True):
             site, rate = self._site(row, position), size / slope if slope else 0.0
-            before = self._ways.get(site, Way(site, 0, 0.0, 0.0, 0.0, size, size, rate, rate))
+            before = self._ways.get(site, Way(site, 0, 0.0, 0.0, 0.0, size, size, rate, rate, 0))
             self._ways[site] = replace(
                 before,
                 edits=before.edits + 1,
@@ -266,6 +272,7 @@ class LeadIn:
                 drift=way,
                 last=size,
                 last_rate=rate,
+                stepped=before.stepped + by_optimizer,
             )
 
     def _follow_learning(self, row: Flat) -> None:

@@ -1,5 +1,5 @@
 """Thin adapters to the loops that people already have."""
 
-from stabilitylab.integrations import easyedit, transformers
+from stabilitylab.integrations import accelerate, easyedit, transformers
 
-__all__ = ["easyedit", "transformers"]
+__all__ = ["accelerate", "easyedit", "transformers"]

@@ -192,6 +192,11 @@ class Capture:
         if factors:
             self._watch_gradient(site, module)
 
+    def before_calls(self, module: nn.Module, action: Callable[[], None]) -> None:
+        """Do this before each forward of a layer, unless it is compiled."""
+        if id(module) not in self._compiled:
+            self._put(module, self.hook(lambda *_: action()), before=True)
+
     def _watch_gradient(self, site: str, module: nn.Module) -> None:
         """Likewise of a layer's weight, which may become a leaf that asks for a gradient inside the edit."""
         weight = module._parameters.get("weight")

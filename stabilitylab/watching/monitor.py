@@ -92,7 +92,11 @@ class Monitor:
         return self._recorder.edits
 
     def edit(self, label: object = "") -> Edit:
-        """The next edit, as a context manager: ``with monitor.edit(label=prompt) as edit: …``."""
+        """The next edit, as a context manager: ``with monitor.edit(label=prompt) as edit: …``.
+
+        Raises EditError where the last one was lost, since this one would be too: it wrote to the placeholder of a
+        weight that is offloaded, and moved none.
+        """
         if self._closed:
             raise UsageError("the monitor is closed; expected edits before close(), attach again for a new run")
         if self._calibrating:
@@ -104,6 +108,12 @@ class Monitor:
             raise UsageError(
                 "an edit is being made once more, and opened an edit of the run; expected autopsy to get the bare "
                 "editing function, without monitor.edit or monitor.wrap in it"
+            )
+        lost = self._rounds.is_lost()
+        if lost is not None:
+            raise EditError(
+                f"edit {self.edits} wrote to the placeholder of '{lost}', which is offloaded, and was lost, as the next"
+                " would be; expected a write to the layer's _hf_hook.weights_map, or the layer on a device; attach anew"
             )
         return Edit(self, self._label(lambda: label))
 
@@ -315,8 +325,10 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self._open is not None:
-            self._open.end(_said(error))
+        if error is not None:
+            if self._open is not None:
+                self._open.end(_said(error))
+            self._rounds.leave()  # who raises alone must not wait for the others
         self.close()
 
     def __del__(self) -> None:
@@ -324,6 +336,7 @@ class Monitor:
         forgotten = not getattr(self, "_closed", True) and self._process == os.getpid() and not sys.is_finalizing()
         if forgotten:
             with contextlib.suppress(Exception):
+                self._rounds.leave()
                 self.close()
 
     @staticmethod

@@ -92,8 +92,20 @@ class _Times(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Looked:
+    """A look at the weights since an edit, which goes over to other processes when the next one ends. adapters: what
+    the model's parts say of it.
+    """
+
+    edit: int
+    cargo: Cargo
+    adapters: OutcomeKind | None
+
+
+@dataclass(frozen=True)
 class _Unread:
-    """An edit whose measurements are on their way to the host. between: those of the weights after it, likewise, with
+    """An edit whose measurements are on their way to the host. last: the look since the edit before it, likewise, where
+    weights are spread. between: those of the weights after it, likewise, with
     what the model's parts say of it.
 
     times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
@@ -106,6 +118,7 @@ class _Unread:
     taken: Taken
     status: Status
     cargo: Cargo
+    last: _Looked | None = None
     between: Cargo | None = None
     adapters: OutcomeKind | None = None
     times: _Times | None = None
@@ -167,6 +180,8 @@ class Rounds:
         self._began = time.perf_counter()
         self._unread: _Unread | None = None
         self._outcome_due: int | None = None
+        self._looked: _Looked | None = None
+        self._passes: Passes = {}
         self._last_moved = False
         if sites is None:
             self._discovery = Discovery(model)
@@ -192,7 +207,7 @@ class Rounds:
         taken = Taken("", time.time(), time.perf_counter())
         with self._instruments.probe_time:
             self._instruments.before_any_edit(self.model, self.sites)
-        tracers = self._forward_canary(0, None)
+        tracers = self._forward_canary(0, None) if self._instruments.together else ()
         if self._instruments.canary.failure:
             raise UsageError(f"the canary can't be run: {self._instruments.canary.failure}")
         with self._instruments.probe_time:
@@ -202,7 +217,9 @@ class Rounds:
     def begin(self, application: Application | None = None) -> Capture:
         """An edit begins: see what became of the last one, and put hooks on the model. application: see `Replays`."""
         with self._instruments.probe_time:
-            if self._unread is None:
+            if self._instruments.is_spread:
+                self._guard("observing the outcome", self._look_for_the_exchange)
+            elif self._unread is None:
                 self.observe_outcome()
             else:
                 self._guard("observing the outcome", self._observe_later)
@@ -258,8 +275,9 @@ class Rounds:
         with instruments.probe_time:
             self._adapters.edited(self.model)
             self._guard("finding the moved parameters", self._discover)
-            instruments.after(self.model, self.sites, capture, reports)
+            instruments.after(self.model, self.sites, capture, reports, failed=not applied)
             cargo = instruments.send()
+            last = self._looks_settled()
         due = applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo))
         if due and not interrupts.is_asked_for():
             with interrupts.stoppable():
@@ -272,6 +290,7 @@ class Rounds:
             taken,
             status,
             cargo,
+            last,
             in_full=self._in_full,
             tracers=tracers,
             compiled=capture.compiled,
@@ -281,7 +300,7 @@ class Rounds:
             foreign=applied and foreign,
         )
         capture.clear()
-        self._outcome_due = edit if applied else None
+        self._outcome_due = edit if applied and instruments.together else None
         if applied and not cargo.is_here and not self.replays.keeps:
             # Read one edit later, so that nothing waits for the accelerator.
             self._unread = replace(unread, times=self._times(taken.clock))
@@ -324,9 +343,13 @@ class Rounds:
             self._guard("the record of an edit", lambda: self._record(unread))
 
     def _record(self, unread: _Unread) -> None:
-        instruments, taken = self._instruments, unread.taken
+        instruments, taken, last = self._instruments, unread.taken, unread.last
+        if last is not None:
+            self._guard(
+                "observing the outcome", lambda: self._judge(last.edit, last.cargo, self._passes, last.adapters)
+            )
         with instruments.probe_time:
-            passes = instruments.passes(unread.cargo)
+            passes = self._passes = instruments.passes(unread.cargo)
             independent = unread.foreign and unread.edit > 1 and is_independent(passes)
             readings = instruments.read(unread.cargo, from_original=independent)
             if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
@@ -368,7 +391,7 @@ class Rounds:
         self._guard("the schedules", lambda: self._heard(row, times, unread))
         between = unread.between
         if independent:
-            self._outcome_due = None
+            self._outcome_due = self._looked = None
             self._recorder.outcome(unread.edit, "independent")
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
@@ -409,8 +432,8 @@ class Rounds:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
         nothing has to be waited for, up to this edit, else up to the one before.
         """
-        if self._schedule is None or not self._instruments.canary.wanted:
-            return False
+        if self._schedule is None or not self._instruments.canary.wanted or not self._instruments.together:
+            return False  # a forward that needs other processes, which may not be there
         if not self._schedule.always and cargo.is_here:
             self._watch_pace(self._recorder.edits, cargo)
         now = self._pace.now
@@ -438,6 +461,13 @@ class Rounds:
         self.flush()
         return self._last_moved
 
+    def is_lost(self) -> str | None:
+        """Where the last edit was lost altogether: what it wrote to was a placeholder, and no watched weight moved.
+        None where it was not.
+        """
+        site = self._instruments.lost
+        return site if site is not None and self._instruments.keeps_references and not self.last_edit_moved else None
+
     def observe_outcome(self) -> OutcomeKind | None:
         """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
         self.flush()
@@ -456,11 +486,34 @@ class Rounds:
             adapters = self._adapters.outcome(self.model)
             self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
 
-    def _observe(self, edit: int) -> OutcomeKind | None:
+    def _look_for_the_exchange(self) -> None:
+        """The same where weights are spread: what the processes know of it goes over when the edit that begins ends."""
+        due, self._outcome_due = self._outcome_due, None
+        if due is not None and self._instruments.keeps_references:
+            self._looked = self._look(due, self.sites if self._unread is not None else None)
+
+    def _look(self, edit: int, sites: Sequence[Site] | None) -> _Looked:
+        """sites: None for those that changed, which waits for an accelerator."""
         self._adopt_late()
-        changed = self._instruments.changed(self.model, self.sites)
-        self._instruments.look_at_weights(self.model, changed)
-        return self._judge(edit, self._instruments.send(), {}, self._adapters.outcome(self.model))
+        sites = self._instruments.changed(self.model, self.sites) if sites is None else sites
+        self._instruments.look_at_weights(self.model, sites)
+        return _Looked(edit, self._instruments.send(), self._adapters.outcome(self.model))
+
+    def _looks_settled(self) -> _Looked | None:
+        """The look at the last edit, now that the processes have met; None where they have not, or there is none."""
+        looked, self._looked = self._looked, None
+        if looked is None or not self._instruments.together:
+            return None
+        return replace(looked, cargo=self._instruments.send_looks(looked.cargo))
+
+    def _observe(self, edit: int) -> OutcomeKind | None:
+        self._looked = self._look(edit, None)
+        left: Passes = {}
+        if self._instruments.is_spread:
+            left = self._passes
+            self._instruments.settle_looks()
+        looked = self._looks_settled()
+        return None if looked is None else self._judge(edit, looked.cargo, left, looked.adapters)
 
     def _adopt_late(self) -> None:
         """What is watched only since the last edit is as it should be now, whether or not that was undone."""
@@ -548,8 +601,13 @@ class Rounds:
                 " once an edit moves them",
             )
 
+    def leave(self) -> None:
+        """Wait for no other process any more, of those that weights are spread over."""
+        self._instruments.leave()
+
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
+        self.leave()
         self._discovery = None
         self.replays.release()
         self.model, self._instruments = nn.Module(), Instruments((), None, None, self._recorder.note)

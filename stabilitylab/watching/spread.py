@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ class Spread:
     def device(self) -> torch.device:
         """Where its processes talk to each other."""
         return torch.device(self.mesh.device_type)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long its processes wait for each other in a collective, as far as that can be read."""
+        backend = self.mesh.get_group(0)._get_backend(self.device)
+        known = getattr(getattr(backend, "options", None), "_timeout", None)
+        return known if isinstance(known, timedelta) else timedelta(minutes=10)
 
     @property
     def ranks(self) -> tuple[int, ...]:

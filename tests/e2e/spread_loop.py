@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import stabilitylab as sl
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.watching import company
+from stabilitylab.watching.instruments import exchange
 from stabilitylab.watching.monitor import Monitor
 
 EDITS, BATCH = 4, 8
@@ -106,6 +107,29 @@ def by_columns(mesh: DeviceMesh, placements: list[Any], weight: Tensor, folder: 
     return [run.series(metric, "0")[2] for metric in ("update.norm", "drift.norm", "weight.norm", "update.moved_share")]
 
 
+def out_of_step(mesh: DeviceMesh, folder: Path) -> str:
+    """The last process skips edit 2 of five, raises in it, or leaves the loop of edits after it. Gives its weights."""
+    rank, last = dist.get_rank(), dist.get_rank() == dist.get_world_size() - 1
+    model = sharded(mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = None if folder.name == "bare" else sl.attach(model, "[02]", folder, canary=CANARY, announce=False)
+    for edit in range(1, 6):
+        errs = folder.name if last and edit == 2 else ""
+        watched = contextlib.nullcontext() if monitor is None or errs == "skips" else monitor.edit()
+        with contextlib.suppress(ArithmeticError), watched:
+            optimizer.zero_grad()
+            model(torch.full((2, 24), 0.1 * (rank + 1))).square().mean().backward()
+            optimizer.step()
+            if errs == "raises":
+                raise ArithmeticError
+        if monitor is not None and errs == "leaves":
+            monitor.close()
+            monitor = None
+    if monitor is not None:
+        monitor.close()
+    return digest(model)
+
+
 def refused(*arguments: Any, **options: Any) -> str:
     try:
         sl.attach(*arguments, announce=False, **options).close()
@@ -129,6 +153,8 @@ def main(folder: Path) -> None:
         train(model, monitor, rank, ranks)
         said["exchanges"] = len(exchanges) - before
         said |= {"path": str(monitor.path), "edits": monitor.edits, "verdict": monitor.diagnosis().verdict}
+        before = len(exchanges)
+    said["exchanges to close"] = len(exchanges) - before
     dist.all_gather = gather
     bare = sharded(mesh)
     train(bare, None, rank, ranks)
@@ -148,6 +174,9 @@ def main(folder: Path) -> None:
     weight = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
     for name, placement in {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}.items():
         said[name] = by_columns(mesh, [placement], weight, folder / name)
+
+    exchange.MUST_COME = exchange.AT_THE_END = timedelta(seconds=3)
+    said["steps"] = [out_of_step(mesh, folder / name) for name in ("bare", "skips", "raises", "leaves")]
 
     parallel = DistributedDataParallel(plain())
     with sl.attach(parallel, "module.[02]*", folder / "ddp", announce=False) as monitor:

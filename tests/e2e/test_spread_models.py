@@ -63,8 +63,38 @@ def test_nothing_changes_on_any_process(ranks: Ranks) -> None:
     assert all(told["inert"] for told in ranks[1])
 
 
-def test_an_edit_costs_one_exchange_where_it_ends_and_one_where_the_next_begins(ranks: Ranks) -> None:
-    assert {told["exchanges"] for told in ranks[1]} == {4 + 3}
+def test_an_edit_costs_one_exchange(ranks: Ranks) -> None:
+    """Which tells what became of the edit before, too; of the last one nobody tells before the run is closed."""
+    assert {told["exchanges"] for told in ranks[1]} == {4}
+    assert {told["exchanges to close"] for told in ranks[1]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("skips", "did not come to the end of edit 2 within 3 s; expected monitor.edit on each process"),
+        ("leaves", "did not come to the look after edit 2 within 3 s; expected monitor.edit on each process"),
+    ],
+)
+def test_a_process_that_skips_an_edit_is_named_and_the_loop_goes_on(ranks: Ranks, name: str, says: str) -> None:
+    folder, told = ranks
+    assert all(len(set(each["steps"])) == 1 for each in told)
+    run = sl.load(folder / name)
+    off = [note.says for note in run.notes if note.kind == "exchange-off"]
+    assert [says in each for each in off] == [True]
+    assert name == "leaves" or f"process {len(told) - 1} did" in off[0]
+    assert len(run.edits) == 6
+    assert np.isfinite(run.series("update.norm", "0")[1])
+    assert not np.isfinite(run.series("update.norm", "0")[3:]).any()
+    assert off == list(run.diagnosis().unwatched)
+
+
+def test_an_edit_that_fails_in_one_process_is_measured_in_none_and_the_next_is(ranks: Ranks) -> None:
+    folder, _ = ranks
+    run = sl.load(folder / "raises")
+    assert "probe-off" not in {note.kind for note in run.notes}
+    assert np.isfinite(run.series("update.norm", "0")).tolist() == [True, True, False, True, True, True]
+    assert np.isfinite(run.series("canary.kl", "model"))[1:].tolist() == [True, False, True, True, True]
 
 
 def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:

@@ -145,6 +145,27 @@ def test_the_gradient_is_that_of_the_weight_which_counts_without_the_loss_scale(
     assert run.series("gradient.loss_scale", SITE)[1] == 2.0**14
 
 
+def test_an_optimizer_that_leaps_in_one_direction_repeats_no_update(tmp_path: Path) -> None:
+    """The two factors of an adapter grow together, so that each step weighs more than the one before."""
+    torch.manual_seed(2)
+    model, x = adapted(), torch.randn(2, 5, WIDTH)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 0.1)
+    canary = {"x": torch.randn(3, WIDTH)}
+    with sl.attach(model, "*.down_proj", tmp_path / "run", canary=canary, announce=False) as monitor:
+        for _ in range(24):
+            with monitor.edit():
+                optimizer.zero_grad()
+                model(x)[..., 0].mean().backward()
+                optimizer.step()
+        found = monitor.diagnosis()
+    run = sl.load(tmp_path / "run")
+    assert (run.series("gradient.source", SITE)[1:] == 4).all()
+    updates = run.series("update.norm", SITE)[1:]
+    assert (run.series("drift.norm", SITE)[-1] > 0.8 * updates.sum(), updates[-1] > 2 * updates[0]) == (True, True)
+    assert found.verdict in {"diverging", "collapsed"}
+    assert found.cause not in {"update-repeated", "gradients-not-cleared"}
+
+
 @pytest.mark.parametrize("pattern", ["*.down_proj", "mlp.down_proj", "mlp.down_proj.weight", f"{SITE}*"])
 def test_names_that_users_give_resolve_inside_the_wrapper(pattern: str) -> None:
     assert [site.name for site in find_sites(adapted(), pattern)] == [SITE]

@@ -450,6 +450,11 @@ def test_updates_that_make_those_before_once_more(rates: tuple[float, float] | N
     assert claimed({}, *rows) == (cause, "medium")
     alone = [each | {("drift.norm", site): 0.3 * each["drift.norm", site] for site in (A, B)} for each in rows]
     assert claimed({}, *alone)[0] not in {"gradients-not-cleared", "update-repeated"}
+    for source in (1.0, 4.0):  # momentum, or the two factors of an adapter, make updates of this look
+        stepped = [each | {("gradient.source", site): source for site in (A, B)} for each in rows]
+        assert claimed({}, *stepped)[0] not in {"gradients-not-cleared", "update-repeated"}
+    unstepped = [each | {("gradient.source", site): 2.0 for site in (A, B)} for each in rows]
+    assert claimed({}, *unstepped) == (cause, "medium")
 
 
 def test_causes_are_a_chain_and_what_was_claimed_stays_in_it() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import stabilitylab as sl
-from stabilitylab.errors import SiteError
+from stabilitylab.errors import EditError, SiteError
+from tests.loops import hooks_on
 
 
 class AlignDevicesHook:
@@ -68,6 +69,31 @@ def test_what_the_next_forward_takes_is_read_and_a_write_beside_it_is_told(
     lost = [note for note in run.notes if note.kind == "lost-edit"]
     assert [note.edit for note in lost] == [2]
     assert lost[0].says.startswith("1: an edit wrote to the placeholder")
+
+
+@pytest.mark.parametrize("offload", [by_a_hook_of_this_shape, by_accelerate])
+def test_after_an_edit_that_was_lost_the_next_is_refused(
+    tmp_path: Path, offload: Callable[[nn.Sequential], None]
+) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    offload(model)
+    with sl.attach(model, "*", tmp_path / "run", announce=False) as monitor, torch.no_grad():
+        with monitor.edit():  # some of it arrives
+            model[1].weight.add_(1)
+            model[0]._hf_hook.weights_map["weight"].mul_(1.5)
+        with monitor.edit():  # nothing is written
+            model(torch.randn(2, 6))
+        with monitor.edit():
+            model(torch.randn(2, 6))
+            model[1].weight.add_(1)
+            model(torch.randn(2, 6))  # has a new placeholder
+        for _ in range(2):
+            with pytest.raises(EditError, match=r"edit 3 wrote to the placeholder of '1', .*weights_map"):
+                monitor.edit()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == [0, 1, 2, 3]
+    assert hooks_on(model) == 0
+    assert "lost-edit" in {note.kind for note in run.notes}
 
 
 def test_values_that_nobody_can_find_are_refused_with_what_to_do(tmp_path: Path) -> None:

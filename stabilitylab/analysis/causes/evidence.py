@@ -77,7 +77,8 @@ class Way:
     """The updates of one layer, one after the other: all that were added up, and where that led.
 
     edits: that moved it. added: Σ‖ΔW‖. largest: of these. drift: ‖W − W₀‖ now. first, last: ‖ΔW‖. first_rate,
-    last_rate: the same over the gradient's norm in that edit; 0 where it was 0, or not read.
+    last_rate: the same over the gradient's norm in that edit; 0 where it was 0, or not read. stepped: how many of the
+    edits had an optimizer step with the weight, or with what it is made of.
     """
 
     site: str
@@ -89,6 +90,7 @@ class Way:
     last: float
     first_rate: float
     last_rate: float
+    stepped: int
 
     @property
     def aligned(self) -> float:

@@ -78,10 +78,15 @@ def _accumulated(evidence: Evidence) -> Claim | None:
 
 
 def _again(evidence: Evidence) -> tuple[Way, bool] | None:
-    """A layer whose updates grow and point the same way; and whether they outgrow their gradients, from a common"
-    " rate."""
+    """A layer whose updates grow and point the same way; and whether they outgrow their gradients, from a common rate.
+
+    None that an optimizer steps: its momentum, its warm-up, and the two factors of an adapter, which grow together,
+    make updates of this look where nothing is repeated.
+    """
     growing = [
-        way for way in evidence.ways if way.edits >= MANY and way.aligned >= ALIGNED and way.last >= GROWN * way.first
+        way
+        for way in evidence.ways
+        if way.edits >= MANY and not way.stepped and way.aligned >= ALIGNED and way.last >= GROWN * way.first
     ]
     if not growing or not evidence.is_past("drifting") or evidence.growth is not None:
         return None
@@ -195,7 +200,8 @@ ACCUMULATION = (
         "See whether something is added to the weights again at each edit: an adapter that is merged while it is merged"
         " already, a delta that is kept and applied once more. Check a flag before merging, or unmerge first.",
         "A delta that was applied is applied again, and again, with what is new on top.",
-        "Updates that grow and all point the same way: the distance is four fifths of their sum or more.",
+        "Updates that grow and all point the same way: the distance is four fifths of their sum or more. Not where an"
+        " optimizer steps with the weight, or with an adapter's parts of it: momentum and warm-up look the same.",
         "merge() of an adapter, called for an evaluation after each step.",
     ),
     Rule(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from stabilitylab.probes.accumulated_gradient import (
     END,
     FACTORS,
+    PARTS,
     SCALED_FACTORS,
     STEP,
     AccumulatedGradient,
@@ -112,10 +113,17 @@ class AccumulatedInstrument:
         self._stepped = False
         self._first_scale: Tensor | None = None
         self._version_used: dict[str, int] = {}
+        self._parts: dict[str, frozenset[int]] = {}
+        self._parts_stepped: set[str] = set()
 
     def begin(self) -> None:
         """A new edit."""
         self._weights, self._stepped, self._first_scale = {}, False, None
+        self._parts, self._parts_stepped = {}, set()
+
+    def made_of(self, site: str, parts: Iterable[Tensor]) -> None:
+        """In this edit the site's weight is none of its own, but computed from these."""
+        self._parts[site] = frozenset(map(id, parts))
 
     def adopt(self, site: str, weight: Tensor, orientation: Orientation) -> bool:
         """Whether to tell of what is accumulated in this weight: a leaf that is not watched yet in this edit."""
@@ -154,7 +162,9 @@ class AccumulatedInstrument:
     def optimizer_steps(self, optimizer: torch.optim.Optimizer, first: Mapping[str, FirstPass]) -> None:
         """An optimizer is about to step. first: the first pass of each site that had one."""
         self._stepped = True
-        mine = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        held = [weight for group in optimizer.param_groups for weight in group["params"]]
+        mine, moving = set(map(id, held)), {id(weight) for weight in held if weight.grad is not None}
+        self._parts_stepped |= {site for site, parts in self._parts.items() if parts & moving}
         scaler = next(_scalers_above(sys._getframe()), None)
         self._scaler = self._scaler if scaler is None else weakref.ref(scaler)
         within: Any = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
@@ -199,9 +209,10 @@ class AccumulatedInstrument:
             return None
         # Of the run's first edit the scaler became known as it stepped, after the pass.
         scale = self._first_scale if first.scale is None else first.scale
+        factors = PARTS if site in self._parts_stepped else FACTORS
         if one is None and scale is not None:
-            return self._of([Use(norm_of(first.packed), scale=scale)], FACTORS, None)
-        source = SCALED_FACTORS if first.narrow and scale is None else FACTORS
+            return self._of([Use(norm_of(first.packed), scale=scale)], factors, None)
+        source = SCALED_FACTORS if first.narrow and scale is None else factors
         return self._of([] if one is None else one.looks, source, None)
 
     def _is_used(self, one: _Weight) -> bool:

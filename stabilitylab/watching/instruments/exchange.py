@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.weight_pass import on_cpu
+from stabilitylab.record.note_kinds import EXCHANGE_OFF
 from stabilitylab.watching.instruments.bench import Bench
+from stabilitylab.watching.rendezvous import AT_THE_END, MUST_COME, Rendezvous
 from stabilitylab.watching.spread import Spread
 
 How = Literal["norm", "sum", "least", "most", "first"]
@@ -26,6 +30,9 @@ _COMBINED: Final[dict[How, Callable[[Tensor], Tensor]]] = {
 }
 NOTHING: Final[dict[How, float]] = {"norm": 0.0, "sum": 0.0, "least": torch.inf, "most": -torch.inf, "first": 0.0}
 """What a process has to say that holds an empty part."""
+
+
+_WHAT: Final = "exchange"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +54,38 @@ class Exchange:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._items: list[_Item] = []
+        self._ranks: set[int] = set()
+        self._over: Spread | None = None
+        self._rendezvous: Rendezvous | None = None
+        self.settled = True
+        """Whether all processes were there the last time, so that they can do something else together."""
+
+    def joins(self, spread: Spread) -> None:
+        """Something that is watched is spread over these processes."""
+        self._ranks.update(spread.ranks)
+        self._over = spread
+
+    def leaves(self) -> None:
+        """No more is exchanged. Waits for nobody."""
+        if self._rendezvous is not None:
+            self._bench.off.setdefault(_WHAT, "it has ended")
+            with contextlib.suppress(Exception):  # nobody may be there to tell
+                self._rendezvous.leaves()
+
+    def stays_away(self) -> None:
+        """The edit has failed here, and maybe not elsewhere: nothing is exchanged this time, by anyone."""
+        self._items, self.settled = [], not self._ranks
+        if self._ranks:
+            self._bench.safely(_WHAT, lambda: self._meeting().stays_away())
+
+    def _meeting(self) -> Rendezvous:
+        import torch.distributed as dist
+
+        if self._rendezvous is None:
+            assert self._over is not None
+            store = dist.distributed_c10d._get_default_store()
+            self._rendezvous = Rendezvous(store, dist.get_rank(), sorted(self._ranks), self._over.timeout)
+        return self._rendezvous
 
     def add(
         self,
@@ -72,11 +111,26 @@ class Exchange:
             part = torch.cat([torch.ones(1, **home), own])
         self._items.append(_Item(what, spread, part, ("least", *how), then))
 
-    def settle(self) -> None:
-        """Combine what was collected: one collective for each dimension that its weights are spread along."""
+    def settle(self, place: str, *, at_the_end: bool = False) -> None:
+        """Combine what was collected: one collective for each dimension that its weights are spread along.
+
+        place: where in the loop all processes must be, as in "the end of edit 5". at_the_end: nothing may follow, so
+        that others may be gone.
+        """
+        if not self._ranks:
+            return
         items, self._items = self._items, []
+        figures = sum(len(item.how) for item in items)
+        kind = "probe-off" if at_the_end else EXCHANGE_OFF
+        patience = AT_THE_END if at_the_end else MUST_COME
+        self.settled = bool(
+            self._bench.safely(_WHAT, lambda: self._meeting().all_at(place, figures, patience), kind=kind)
+        )
+        if not self.settled:
+            return
         for key in dict.fromkeys(item.spread.key for item in items):
-            self._bench.safely("exchange", lambda: self._settle([each for each in items if each.spread.key == key]))  # noqa: B023
+            mine = [each for each in items if each.spread.key == key]
+            self._bench.safely(_WHAT, functools.partial(self._settle, mine), kind=kind)
 
     def _settle(self, items: Sequence[_Item]) -> None:
         whole = _combined(

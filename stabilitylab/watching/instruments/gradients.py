@@ -101,6 +101,8 @@ class GradientInstrument:
         self._sites[site.name] = site
         if type(module) is nn.Linear or type(module).__name__ == "Conv1D":  # a subclass may compute anything
             self._plain.add(site.name)
+        if site.parameter.rpartition(".")[2] not in module._parameters:  # adapters, or a parametrization
+            self._accumulated.made_of(site.name, module.parameters())
 
     def adopts(self, site: str, weight: Tensor) -> bool:
         """Whether to tell of what backwards add to this weight's `.grad`."""

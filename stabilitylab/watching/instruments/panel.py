@@ -87,6 +87,20 @@ class Instruments:
         """Whether any watched weight is spread over processes."""
         return self._weights.is_spread
 
+    @property
+    def lost(self) -> str | None:
+        """The first site where the last edit wrote to the placeholder of a weight that is offloaded."""
+        return self._weights.lost
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes that weights are spread over came to where this one was last."""
+        return self._exchange.settled
+
+    def leave(self) -> None:
+        """This process ends its part: no other waits for it."""
+        self._exchange.leaves()
+
     # -- inside the edit: what hooks call, see `hooks.Watcher` ----------------------------------------------------
 
     def begin(self, edit: int, in_full: bool = True) -> None:
@@ -103,6 +117,9 @@ class Instruments:
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
+                if found is not None and self._weights.has_placeholder(site):
+                    look = functools.partial(self._weights.look_at_placeholder, site, found[0])
+                    capture.before_calls(found[0], look)
                 factors = site.is_layer and self._gradients.needs_factors(site)
                 if found is not None and self._gradients.needs(site):
                     self._gradients.watch(site, found[0])
@@ -183,12 +200,23 @@ class Instruments:
         inside_compiled(model)  # what takes long of it is done only once
         self._editor.after(model, None, {}, sites)
         self._weights.after(model, sites)
+        self._exchange.settle("edit 0")
+        self._weights.settled()
         self._state.before_any_edit(model, sites)
 
     def after(
-        self, model: nn.Module, sites: Sequence[Site], capture: Capture, reports: Mapping[str, EditorReport]
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        capture: Capture,
+        reports: Mapping[str, EditorReport],
+        *,
+        failed: bool = False,
     ) -> None:
-        """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this."""
+        """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this.
+
+        failed: whether it raised, so that other processes may not come to its end.
+        """
         self._outputs.after(sites)
         self._logits.after()
         self._feedback.after(model, sites, capture.model_call, self.references)
@@ -196,7 +224,11 @@ class Instruments:
         self._editor.after(model, capture, reports, sites)
         self._weights.compare(model, sites, self._editor.updates)
         self._weights.after(model, sites)
-        self._exchange.settle()
+        if failed:
+            self._exchange.stays_away()
+        else:
+            self._exchange.settle(f"the end of edit {self._bench.edit}")
+        self._weights.settled()
         self._state.after(model, sites)
 
     def look_everywhere_next(self) -> None:
@@ -204,8 +236,14 @@ class Instruments:
         self._state.look_in_full_next()
 
     def look_at_weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Measure the weights between two edits; what they are now is what the next edit starts from."""
+        """Measure the weights between two edits; what they are now is what the next edit starts from. Of what is spread
+        more is known when the next edit ends, or by `settle_looks`.
+        """
         self._weights.look(model, sites)
+
+    def settle_looks(self) -> None:
+        """Combine now what was looked at of weights that are spread: all processes must."""
+        self._exchange.settle(f"the look after edit {self._bench.edit}", at_the_end=True)
 
     def changed(self, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         """The sites whose weight differs from what the last edit left. Synchronises an accelerator."""
@@ -220,6 +258,11 @@ class Instruments:
         if more_of is not None:
             return replace(more_of, shipments=(*more_of.shipments, *added))
         return Cargo(self._bench.edit, self._bench.due, added)
+
+    def send_looks(self, more_of: Cargo) -> Cargo:
+        """The same of the looks at what is spread, which the exchange has combined by now."""
+        shipment = self._bench.safely("copy to the host", self._weights.looks.send)
+        return more_of if shipment is None else replace(more_of, shipments=(*more_of.shipments, shipment))
 
     def scans(self, cargo: Cargo) -> dict[str, WeightScan]:
         """What it says of each weight, by site, without running any probe; waits for it."""

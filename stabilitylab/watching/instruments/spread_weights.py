@@ -27,6 +27,7 @@ from stabilitylab.probes.weight_pass import (
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange, How
 from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.sites import Site, locate
 from stabilitylab.watching.spread import Spread, is_spread, parameters_at_rest, part_of, spread_of, whole_of
 
@@ -73,6 +74,8 @@ class SpreadWeights:
         self._exchange = exchange
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._last: dict[str, Tensor] = {}
+        self.looks = Stack()
+        """What the exchange made of looks between two edits."""
 
     @property
     def any(self) -> bool:
@@ -83,6 +86,7 @@ class SpreadWeights:
         """Watch a weight that is spread, from now on. Returns this process's part of it."""
         part = part_of(weight)
         self._shapes[site.name] = tuple(part.shape)
+        self._exchange.joins(over(weight))
         return part
 
     def watches(self, site: Site) -> bool:
@@ -106,21 +110,20 @@ class SpreadWeights:
         ]
 
     def look(self, found: Iterable[Found], moved: Callable[[str, float | None], None]) -> None:
-        """Measure by references alone, between two edits; W₋ is what the weights are now. moved: told of ‖W−W₋‖ by
-        site, None where reading it would wait for an accelerator.
+        """Measure by references alone, between two edits; W₋ is what the weights are now. Goes over with what is
+        settled next. moved: told of ‖W−W₋‖ by site, None where reading it would wait for an accelerator.
         """
         for site, weight in found:
 
             def then(packed: Tensor, site: Site = site, dtype: torch.dtype = weight.dtype) -> None:
-                self._bench.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=dtype))
+                self.looks.add(site.name, packed, functools.partial(WeightPass.from_host, dtype=dtype))
                 moved(site.name, float(packed[3]) if on_cpu(packed) else None)
 
             self._exchange_pass(site, weight, then, functools.partial(self._glance, site, weight))
-        self._exchange.settle()
 
     def after(self, found: Sequence[Found], *, comparing: bool, whole: bool) -> list[Weighed]:
-        """Measure what an edit left, and settle all that was added to the exchange. comparing: whether references are
-        kept. whole: whether anyone asks for a weight as a whole. Returns those that references are kept of.
+        """Measure what an edit left, for the exchange. comparing: whether references are kept. whole: whether anyone
+        asks for a weight as a whole. Returns what will hold those that references are kept of, once that is settled.
         """
         weighed: list[Weighed] = []
         for site, weight in found:
@@ -129,7 +132,6 @@ class SpreadWeights:
             elif self._bench.needed(WeightScan, site.name):
                 scan: Any = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
                 self._add("weight pass", site, weight, functools.partial(_scan, weight), _SCAN, scan)
-        self._exchange.settle()
         return weighed
 
     def _compare(self, site: Site, weight: Tensor, whole: bool, weighed: list[Weighed]) -> None:

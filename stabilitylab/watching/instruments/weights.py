@@ -32,6 +32,7 @@ from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
+from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
 from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
 from stabilitylab.watching.spread import is_spread, whole_of
@@ -78,12 +79,16 @@ class WeightInstrument:
         self._missing: set[str] = set()
         self._versions: dict[str, tuple[int, int]] = {}
         self._placeholders: dict[str, tuple[int, int]] = {}
+        self._in_vain: set[str] = set()
         self._said_lost: set[str] = set()
+        self.lost: str | None = None
+        """The first site whose placeholder the last edit wrote to, in vain."""
         self._last: dict[str, Tensor] = {}
         self._followed: dict[str, _Followed] = {}
         self._entries = 0
         self._originals: dict[str, Tensor] = {}
         self._parts: dict[str, Parts] = {}
+        self._weighed: Sequence[Weighed] = ()
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
@@ -102,6 +107,8 @@ class WeightInstrument:
     def begin(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """An edit begins: which tensor each weight is, and how often that was written so far."""
         self._versions.clear()
+        self.lost = None
+        self._in_vain.clear()
         self._placeholders = {
             site.name: mark
             for site in sites
@@ -139,7 +146,7 @@ class WeightInstrument:
             if isinstance(weight, Tensor):
                 named = site.name
                 self._remember_parts(model, site)
-                self._look_at_placeholder(model, site)
+                self._say_lost(model, site)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
                 self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 first = functools.partial(self.references.original, site.name, weight)
@@ -148,14 +155,36 @@ class WeightInstrument:
                 self._missing.add(site.name)
                 self._bench.note("skipped-site", f"{site.name}: {self._why_not(model, site) or weight}")
         asks_whole = self._bench.ever_needed(TopSingular) or any(map(self._bench.needed, _WHOLE))
-        for each in self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole):
+        self._weighed = self._spread.after(spread, comparing=self.keeps_references, whole=asks_whole)
+
+    def settled(self) -> None:
+        """What the processes exchanged is there: measure what needs more than their parts' figures."""
+        weighed, self._weighed = self._weighed, ()
+        for each in weighed:
             self._in_parts(each)
 
-    def _look_at_placeholder(self, model: nn.Module, site: Site) -> None:
+    @property
+    def looks(self) -> Stack:
+        """What the exchange made of looks at weights that are spread."""
+        return self._spread.looks
+
+    def has_placeholder(self, site: Site) -> bool:
+        """Whether a site's weight was offloaded when the edit began."""
+        return site.name in self._placeholders
+
+    def look_at_placeholder(self, site: Site, layer: nn.Module) -> None:
+        """Whether the edit has written to the layer's placeholder so far: the next forward takes a new one."""
+        if written_in_vain(layer, site.parameter.rpartition(".")[2], self._placeholders.get(site.name)):
+            self._in_vain.add(site.name)
+
+    def _say_lost(self, model: nn.Module, site: Site) -> None:
         found, leaf = locate(model, site), site.parameter.rpartition(".")[2]
-        if found is None or site.name in self._said_lost:
+        if found is not None:
+            self.look_at_placeholder(site, found[0])
+        if site.name not in self._in_vain:
             return
-        if written_in_vain(found[0], leaf, self._placeholders.get(site.name)):
+        self.lost = self.lost or site.name
+        if site.name not in self._said_lost:
             self._said_lost.add(site.name)
             self._bench.note(
                 "lost-edit",
@@ -220,7 +249,9 @@ class WeightInstrument:
             self._bench.add(site.name, reduce_absorption(update, weight, previous), AbsorptionPass.from_host)
 
     def look(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Measure sites between two edits, by references alone; W₋ is what they are now."""
+        """Measure sites between two edits, by references alone; W₋ is what they are now. What is spread goes over with
+        what the exchange settles next.
+        """
         for site in sites:
             weight = "" if self._spread.watches(site) else weight_at(model, site)
             if isinstance(weight, Tensor):
