@@ -278,10 +278,10 @@ def _links(findings: Sequence[Finding], plain: dict[str, Any]) -> dict[Finding, 
 def listed_edits(run: Run) -> tuple[list[Any], int]:
     """The edits for the table, at most about `LISTED_EDITS`, and how many were left out.
 
-    Flagged edits and those that did not stay are always there.
+    Flagged edits are always there; those that did not stay as far as there is room.
     """
     undone = {edit.edit for edit in run.edits if edit.outcome in {"restored", "rolled_back"}}
-    places = thinned(run, LISTED_EDITS, flagged_edits(run) | undone)
+    places = thinned(run, LISTED_EDITS, flagged_edits(run), undone)
     return [run.edits[place] for place in places], len(run.edits) - len(places)
 
 

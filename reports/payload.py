@@ -27,7 +27,7 @@ from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Array, Metric
 from stabilitylab.record.run import Run
 from stabilitylab.reports import manifest, verdicts
 from stabilitylab.reports.text import clean, short_names, shorten
-from stabilitylab.reports.thinning import flagged_edits, thinned
+from stabilitylab.reports.thinning import extreme_edits, flagged_edits, thinned
 
 FORMAT: Final = 1
 """Of the layout; a reader should refuse a larger one."""
@@ -159,7 +159,7 @@ def _grid_of(run: Run, metric: Metric) -> str:
 def _grids(run: Run, budget: int) -> dict[str, list[int]]:
     """Places in ``run.edits`` at which the readings of each grid are kept, so that they fit into `budget` bytes."""
     flagged, edits = flagged_edits(run), min(len(run.edits), MOST_EDITS)
-    every = thinned(run, edits, flagged)
+    every = thinned(run, edits, flagged, () if len(run.edits) <= edits else extreme_edits(run))
     spectra = thinned(run, SPECTRA, flagged)
     known = [(metric, run.sites_of(metric.name)) for metric in run.metrics]
     sizes = [(_grid_of(run, metric), _bytes_per_row(run, metric, sites)) for metric, sites in known if sites]

@@ -247,7 +247,7 @@ class Before:
 
         From now on these are the row before.
         """
-        if np.array_equal(places, self._places):
+        if places is self._places or np.array_equal(places, self._places):
             was, read = self._values, np.ones(places.size, dtype=bool)
         else:
             was, read = np.full(places.size, np.nan), np.zeros(places.size, dtype=bool)

@@ -265,6 +265,9 @@ class DriftBank:
         distance = logs - state["middle"][series]
         band = np.maximum(BAND_SPREADS * state["spread"][series], BAND_LOG)
         outside = np.stack((distance > band, distance < -band), axis=1)
+        if not outside.any() and np.isnan(state["since"][series]).all():  # as mostly: all are where they were
+            state["inside"][series] += 1.0
+            return
         since, edits = state["since"][series], np.broadcast_to(edit, series.shape)[:, None]
         inside = np.where(outside, 0.0, state["inside"][series] + 1.0)
         state["since"][series] = np.where(outside & np.isnan(since), edits, np.where(inside >= 2, np.nan, since))
@@ -354,6 +357,8 @@ class DriftBank:
         return claims
 
     def _hits(self, claim: _Claim, edit: int) -> list[Hit]:
+        if not claim.series.size:
+            return []
         state, hits = self._state, []
         for at in np.flatnonzero(self._once.new(claim.rule, state["place"][claim.series])):
             series = claim.series[at : at + 1]

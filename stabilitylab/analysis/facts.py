@@ -22,13 +22,12 @@ here and where they come from:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Before, Columns, First, Flat, Places, kind_of
+from stabilitylab.analysis.columns import Before, Columns, First, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.facts_gradients import RIGHT, GradientFacts
 from stabilitylab.analysis.facts_normaliser import NormaliserFacts
@@ -41,7 +40,7 @@ from stabilitylab.analysis.nonfinite import NonfiniteContext
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.steadiness import Steadiness
 from stabilitylab.analysis.words import number, place_name
-from stabilitylab.record.readings import MODEL_SITE, EditRow
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, EditRow
 
 __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
@@ -54,6 +53,7 @@ GROWING: Final = 5
 STALLED: Final = 10
 
 LOSS: Final = "logits.loss"
+_EDITOR: Final = f"{EDITOR_SITE}."
 
 _MANY: Final = {
     "weight": "weights",
@@ -75,6 +75,14 @@ def _what_is_near(metric: str, site: str) -> str:
     if _before_norm(metric):
         return f"The largest input of the normalisation after {site}"
     return f"The largest {kind_of(metric)} of {site}"
+
+
+Rule = Callable[[EditRow, Flat], Iterable[Hit]]
+
+
+def _of_row(rule: Callable[[Flat], Iterable[Hit]]) -> Rule:
+    """A rule that needs no more than the first value of each reading."""
+    return lambda _, row: rule(row)
 
 
 class FactRules:
@@ -99,6 +107,25 @@ class FactRules:
         self._loss = math.nan
         self._same_loss = 0
         self._same_since = 0
+        self._rules: tuple[tuple[tuple[str, ...], Rule], ...] = (
+            ((), _of_row(self._nonfinite)),
+            ((LOSS,), _of_row(self._labels)),
+            ((), _of_row(self._dead)),
+            ((), _of_row(self._headroom)),
+            (("weight.",), _of_row(self._lone_entry)),
+            ((), _of_row(self._limits.check)),
+            ((_EDITOR,), _of_row(self._editor.check)),
+            ((_EDITOR,), self._normaliser.check),
+            (("update.",), _of_row(self._restoring.check)),
+            (("update.",), _of_row(self._lost)),
+            ((_EDITOR,), _of_row(self._cache)),
+            (("update.",), _of_row(self._stalled)),
+            (("gradient.", "update."), _of_row(self._gradients.check)),
+            ((LOSS,), _of_row(self._frozen_loss)),
+        )
+        """Each with how the names of the metrics begin that it is about; without any, it is about every row."""
+        self._dues = PerSchema(self._may_speak)
+        self._due: frozenset[int] = frozenset()
 
     @property
     def restoring(self) -> Restoring:
@@ -139,23 +166,23 @@ class FactRules:
         """The hits of one row; a claim that was made at a site before is not made again. edit: the same, as it came."""
         self._lookup.look(row)
         self._landings.observe(edit, row)
-        rules = (
-            self._nonfinite,
-            self._labels,
-            self._dead,
-            self._headroom,
-            self._lone_entry,
-            self._limits.check,
-            self._editor.check,
-            partial(self._normaliser.check, edit),
-            self._restoring.check,
-            self._lost,
-            self._cache,
-            self._stalled,
-            self._gradients.check,
-            self._frozen_loss,
+        before, self._due = self._due, self._dues.of(row.schema)
+        # Once more after its readings end: a rule may have to see that they are gone.
+        due = self._due if before is self._due else self._due | before
+        hits: list[Hit] = []
+        for place, (_, rule) in enumerate(self._rules):
+            if place in due:
+                hits += rule(edit, row)
+        return hits
+
+    def _may_speak(self, schema: Schema) -> frozenset[int]:
+        """Which rules find in a row what they are about."""
+        names = {metric for metric, _ in schema.keys}
+        return frozenset(
+            place
+            for place, (begins, _) in enumerate(self._rules)
+            if not begins or any(name.startswith(begins) for name in names)
         )
-        return [hit for rule in rules for hit in rule(row)]
 
     def _unlabelled(self, row: Flat) -> Places:
         """The loss, where it is NaN although all logits of its forward are finite."""

@@ -36,12 +36,13 @@ from typing import Final, Literal
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Flat
+from stabilitylab.analysis.columns import Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.harm import is_still
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.words import number, place_name
+from stabilitylab.record.readings import Array
 
 AGREEMENT: Final = 0.1
 KL_DRIFTING: Final = 1.0
@@ -235,6 +236,35 @@ LIMITS: Final = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class _Bounds:
+    """All limits of one set of readings, to be looked at at once: [pairs of a reading and a limit]. sides: −1 where
+    what is below a limit is out of line.
+    """
+
+    positions: Places
+    numbers: Places
+    sides: Array
+    signed: Array
+
+    def reached(self, values: Array) -> set[int]:
+        """Numbers of the limits that some reading may have passed; most rows have passed none."""
+        return set(self.numbers[values[self.positions] * self.sides >= self.signed].tolist())
+
+
+def _bounds(schema: Schema) -> _Bounds:
+    pairs = [
+        (position, number, side, side * limit.limit)
+        for position, (metric, _) in enumerate(schema.keys)
+        for number, limit in enumerate(LIMITS)
+        for side in (-1.0 if limit.compare in ("<", "<=") else 1.0,)
+        if limit.metric == metric
+    ]
+    positions, numbers, sides, signed = np.array(pairs, dtype=np.float64).reshape(-1, 4).T
+    return _Bounds(positions.astype(np.intp), numbers.astype(np.intp), sides, signed)
+
+
 _COMPARE: Final = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
 
@@ -244,10 +274,14 @@ class LimitFacts:
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
         self._streaks: dict[str, dict[int, tuple[int, int]]] = {limit.rule: {} for limit in LIMITS}
+        self._bounds = PerSchema(_bounds)
 
     def check(self, row: Flat) -> Iterator[Hit]:
         """The hits of one row."""
-        for limit in LIMITS:
+        reached = self._bounds.of(row.schema).reached(row.values)
+        for place, limit in enumerate(LIMITS):
+            if place not in reached and not self._streaks[limit.rule]:
+                continue
             at = self._lookup.at(limit.metric)
             if at.size and (limit.when == "any" or (row.edit == 0) == (limit.when == "start")):
                 yield from self._against(limit, row)

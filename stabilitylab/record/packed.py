@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,3 +67,31 @@ class PackedReadings(Mapping[Key, Array]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Rows that share a frame. numbers: where among all rows. flats: the values of each."""
+
+    frame: Frame
+    numbers: list[int] = field(default_factory=list)
+    flats: list[Array] = field(default_factory=list)
+
+
+def by_frame(rows: Sequence[Mapping[Key, Array]]) -> tuple[Alike, ...]:
+    """All rows, those that share a frame together: a series is then read without asking each row for it."""
+    found: dict[Frame, Alike] = {}
+    for number, row in enumerate(rows):
+        packed = row if isinstance(row, PackedReadings) else _pack(row)
+        alike = found.get(packed.frame)
+        if alike is None:
+            alike = found[packed.frame] = Alike(packed.frame)
+        alike.numbers.append(number)
+        alike.flats.append(packed.flat)
+    return tuple(found.values())
+
+
+def _pack(row: Mapping[Key, Array]) -> PackedReadings:
+    taken = {key: values for key, values in row.items() if values.size}
+    sizes = np.array([values.size for values in taken.values()], dtype=np.intp)
+    return PackedReadings(Frame(tuple(taken), sizes), np.concatenate([np.zeros(0), *taken.values()]))

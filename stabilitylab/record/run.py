@@ -22,7 +22,7 @@ from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
 from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
-from stabilitylab.record.packed import Frame
+from stabilitylab.record.packed import Alike, Frame, by_frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.runfile import connect, find_file
 from stabilitylab.record.store import (
@@ -237,30 +237,40 @@ class Run:
         out when there is only one. Raises UsageError with the nearest valid name.
         """
         place = self._site(metric, site)
-        readings = [edit.row.readings.get((metric, place)) for edit in self.edits]
-        length = max((reading.size for reading in readings if reading is not None), default=1)
-        declared = self.metric(metric).length
-        if len(readings) * declared <= MOST_SHOWN:
+        read = [(alike, at) for alike in self._alike if (at := alike.frame.places.get((metric, place))) is not None]
+        length = max((at.stop - at.start for _, at in read), default=1)
+        declared, edits = self.metric(metric).length, len(self.edits)
+        if edits * declared <= MOST_SHOWN:
             length = max(length, declared)
-        if len(readings) * length > MOST_SERIES:
-            raise RunError(
-                f"metric {metric!r} at {place!r} is {len(readings)} edits of {length} values, which is too much"
-            )
-        series = np.full((len(readings), length), np.nan)
-        for line, reading in zip(series, readings, strict=True):
-            if reading is not None:
-                line[: reading.size] = reading
+        if edits * length > MOST_SERIES:
+            raise RunError(f"metric {metric!r} at {place!r} is {edits} edits of {length} values, which is too much")
+        series = np.full((edits, length), np.nan)
+        for alike, at in read:
+            if at.stop - at.start == 1:
+                series[alike.numbers, 0] = [flat[at.start] for flat in alike.flats]
+            else:
+                series[alike.numbers, : at.stop - at.start] = [flat[at] for flat in alike.flats]
         return series[:, 0] if declared == 1 else series
 
     def present(self, metric: str, site: str | None = None) -> NDArray[np.bool_]:
         """Whether the reading was taken, per edit: bool of shape [edits]."""
         place = self._site(metric, site)
-        return np.array([(metric, place) in edit.row.readings for edit in self.edits], dtype=bool)
+        there = np.zeros(len(self.edits), dtype=bool)
+        for alike in self._alike:
+            if (metric, place) in alike.frame.places:
+                there[alike.numbers] = True
+        return there
 
-    @property
+    @cached_property
+    def _alike(self) -> tuple[Alike, ...]:
+        return by_frame([edit.row.readings for edit in self.edits])
+
+    @cached_property
     def edit_numbers(self) -> Array:
-        """The edits' numbers as float64 of shape [edits]; the x axis of every series."""
-        return np.array([edit.edit for edit in self.edits], dtype=np.float64)
+        """The edits' numbers as float64 of shape [edits], read-only; the x axis of every series."""
+        numbers = np.array([edit.edit for edit in self.edits], dtype=np.float64)
+        numbers.flags.writeable = False
+        return numbers
 
     def _time_share(self, of: str) -> float | None:
         rows = [edit.row for edit in self.edits if edit.edit > 0]

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stabilitylab.analysis import Analyzer, Diagnosis
+from stabilitylab.analysis import Analyzer, Diagnosis, limits
+from stabilitylab.analysis.facts import FactRules
 from stabilitylab.record.readings import EditRow
 from stabilitylab.record.run import load
 from stabilitylab.record.store import RunWriter
@@ -73,3 +74,12 @@ def test_the_alarm_edit_is_the_first_edit_that_said_so(rows: list[EditRow]) -> N
     first = next((at for at, diagnosis in enumerate(said) if diagnosis.verdict not in {"stable", "drifting"}), None)
     assert said[-1].alarm_edit == (None if first is None else rows[first].edit)
     assert {diagnosis.alarm_edit for diagnosis in said} <= {None, said[-1].alarm_edit}
+
+
+def test_rules_that_find_nothing_to_look_at_in_a_row_are_skipped_and_nothing_else_changes(
+    rows: list[EditRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = online(rows)  # in these rows readings begin late, and have gaps
+    monkeypatch.setattr(FactRules, "_may_speak", lambda self, schema: frozenset(range(100)))
+    monkeypatch.setattr(limits._Bounds, "reached", lambda self, values: set(range(100)))
+    assert [plain(diagnosis) for diagnosis in online(rows)] == [plain(diagnosis) for diagnosis in said]

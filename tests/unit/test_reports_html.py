@@ -18,7 +18,7 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.readings import EDITOR_SITE, EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
-from stabilitylab.reports import headline, html, payload, pictures
+from stabilitylab.reports import headline, html, payload, pictures, thinning
 from stabilitylab.reports.events import event_words, short_places
 from stabilitylab.reports.text import number, with_short_names
 from tests.synthetic import HOSTILE, make_run
@@ -425,3 +425,29 @@ def test_the_payload_needs_no_library_that_draws() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_fails_or_is_put_back_at_each_edit_lists_as_few_edits(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {}, [])
+    for edit in range(3_001):
+        writer.append(EditRow(edit, "", "failed" if edit % 2 else "applied", 0.0, 1.0, 0.0, 0.0))
+        writer.outcome(edit, "restored")
+    writer.close()
+    run = load(tmp_path / "run")
+    assert len(thinning.flagged_edits(run)) < 600
+    listed, _ = html.listed_edits(run)
+    assert len(listed) < 600
+
+
+def test_what_is_furthest_out_is_never_thinned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stabilitylab.reports.payload.MOST_EDITS", 50)
+    metric = Metric("mine.size", "1", "linear", "after", "Something of my own.", "x", "—")
+    writer = RunWriter(tmp_path / "run", {}, [metric])
+    sizes = dict.fromkeys(range(400), 1.0) | {77: 1.5, 123: 0.5, 201: math.nan, 202: math.inf, 203: -math.inf}
+    for edit, size in sizes.items():
+        readings = {("mine.size", "layer"): np.array([size])}
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    plain = payload.payload(load(tmp_path / "run"))
+    assert {77, 123, 201, 203} <= set(plain["grids"]["all"])
+    assert len(plain["grids"]["all"]) < 60
