@@ -3,8 +3,10 @@
 
 /** Draws Vega-Lite charts by name, and changes what they show. */
 class Charts {
-  constructor(specs) {
+  /** named: whether a single line is told by its name too. */
+  constructor(specs, { named = false } = {}) {
     this.specs = specs;
+    this.named = named;
     this.drawn = new Map();
     this.queue = Promise.resolve();
   }
@@ -62,8 +64,12 @@ class Charts {
     if (height) spec.height = height;
     spec.datasets = Object.fromEntries(Object.entries(sets).map(([key, rows]) => [key, rows.map((row) => ({ ...row }))]));
     for (const param of spec.params ?? []) if (param.name in settings) param.value = settings[param.name];
-    if (new Set(sets.points?.map((row) => row.site)).size === 1) {
-      for (const layer of spec.layer) if (layer.encoding.color?.legend) layer.encoding.color.legend = null;
+    const told = [...new Set(sets.points?.map((row) => row.site))];
+    for (const layer of told.length ? spec.layer : []) {
+      for (const channel of [layer.encoding.color, layer.encoding.strokeDash]) {
+        if (channel?.legend && told.length === 1 && !this.named) channel.legend = null;
+        else if (channel?.legend && this.named) channel.legend.values = told;
+      }
     }
     const made = await (await Charts.vega())(page.at(id), spec, {
       ast: true, // the page's policy forbids eval
@@ -76,6 +82,31 @@ class Charts {
       tooltip: false,
     });
     this.drawn.set(id, { name, sets, signals, view: made.view });
+  }
+
+  /** Pixels that the widest of these takes, as charts write them. */
+  static widest(words) {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    return Math.max(0, ...words.map((each) => context.measureText(each).width));
+  }
+
+  /** What to write over the lines of flagged edits, so that no name lies on another. marks: (edit, name); first, last: the ends of the axis; width: of the frame, in pixels. */
+  static names(marks, { first, last }, width) {
+    const at = new Map();
+    for (const { edit, name } of marks) at.set(edit, [...(at.get(edit) ?? []), name]);
+    const ends = [];
+    return [...at].sort((one, other) => one[0] - other[0]).map(([edit, names]) => {
+      const words = `${names.join(" · ")} ${edit}`;
+      const size = Charts.widest([words]);
+      const place = ((edit - first) / (last - first)) * width;
+      const align = place < size / 2 ? "left" : place > width - size / 2 ? "right" : "center";
+      const start = place - { left: 0, center: size / 2, right: size }[align];
+      const free = ends.findIndex((end) => end <= start);
+      const row = free < 0 ? ends.length : free;
+      ends[row] = start + size + 8;
+      return { edit, name: names.at(-1), words, align, row };
+    });
   }
 
   /** Change data sets and signals of every chart that has them. */

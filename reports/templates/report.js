@@ -218,7 +218,7 @@
         first: Math.max(every.first, Math.min(...around) - room),
         last: Math.min(every.last, Math.max(...around) + room),
       };
-      charts.change({}, state.range);
+      charts.change({ names: names() }, state.range);
     }
 
     /** The edges of a heatmap's columns: halfway between the edits that were kept. */
@@ -341,7 +341,13 @@
       page.at("kept").textContent = kept < edits.edit.length ? `${kept} edits are kept for this metric: a cell reaches halfway to the next.` : "";
       const order = sitesOf(state.metric).map((site) => ({ site: report.sites[site].short }));
       shown.heatmap = name;
-      charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks() }, frame());
+      charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks(), names: names() }, frame());
+    }
+
+    /** Names above the map's marks: what its labels leave of the width is the frame's. */
+    function names() {
+      const labels = Charts.widest(sitesOf(state.metric).map((site) => report.sites[site].short));
+      return Charts.names(marks(), state.range, page.at("heatmap").clientWidth - Math.min(190, labels) - 12);
     }
 
     /** Metrics at the chosen site that say something: the chosen one apart, those that moved, the best known first. */
