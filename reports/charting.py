@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.record.readings import Array
 from stabilitylab.reports.text import number
-from stabilitylab.reports.verdicts import collapse
+from stabilitylab.reports.verdicts import end
 
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"
@@ -224,8 +224,7 @@ def flagged(diagnosis: Diagnosis) -> list[Mark]:
 
 def story(diagnosis: Diagnosis) -> list[Mark]:
     """Onset, alarm and the end: the first NaN or infinity, or the collapse, if the run came to one."""
-    end = (diagnosis.first_nonfinite_edit, "NaN or ∞")
-    return _marks(diagnosis, end if end[0] is not None else (collapse(diagnosis), "collapse"))
+    return _marks(diagnosis, end(diagnosis))
 
 
 def _marks(diagnosis: Diagnosis, last: tuple[int | None, str]) -> list[Mark]:

@@ -222,7 +222,10 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         sentence=headline.sentence(diagnosis, places),
         anchors=anchors,
         why=verdicts.why_apart(diagnosis),
-        causes=[(link, _anchor(link, anchors)) for link in diagnosis.causes],
+        causes=[
+            (*told, _anchor(link, anchors), link.cause == diagnosis.cause)
+            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=True)
+        ],
         curve=telling_curve(run),
         lead=headline.lead(diagnosis),
         confidence=headline.CONFIDENCE[diagnosis.confidence],

@@ -8,6 +8,7 @@ class Charts {
     this.specs = specs;
     this.named = named;
     this.drawn = new Map();
+    this.folded = new Map(); // to be drawn when they are unfolded: until then they have no width
     this.queue = Promise.resolve();
   }
 
@@ -41,9 +42,22 @@ class Charts {
   /** Put `sets` (rows by name of data set) and `signals` on the chart in the element `id`; draws it where need be.
       Among the signals, width (of one facet) and height are pixels. */
   draw(id, name, sets, signals = {}) {
+    const fold = page.at(id).closest("details:not([open])");
+    if (fold) {
+      const before = this.folded.get(id) ?? this.drawn.get(id);
+      this.folded.set(id, { name, sets: before?.name === name ? { ...before.sets, ...sets } : sets, signals });
+      fold.addEventListener("toggle", () => this.#unfold(), { once: true });
+      return this.queue;
+    }
+    this.folded.delete(id);
     this.queue = this.queue.then(() => this.#draw(id, name, sets, signals)).catch((error) => {
       console.error(`chart ${name}: ${error.message}`);
     });
+    return this.queue;
+  }
+
+  #unfold() {
+    for (const [id, chart] of [...this.folded]) this.draw(id, chart.name, chart.sets, chart.signals);
     return this.queue;
   }
 
@@ -111,7 +125,7 @@ class Charts {
 
   /** Change data sets and signals of every chart that has them. */
   async change(sets, signals = {}) {
-    for (const [id, chart] of this.drawn) {
+    for (const [id, chart] of new Map([...this.drawn, ...this.folded])) {
       const own = Object.fromEntries(Object.entries(sets).filter(([key]) => key in chart.sets));
       const known = "first" in chart.signals ? signals : {};
       const frame = { ...chart.signals, ...known };
