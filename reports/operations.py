@@ -39,7 +39,9 @@ def facts(operation: Operation) -> list[tuple[str, str]]:
 def _line(place: Place) -> str:
     if not place.file:
         return ""
-    return clean(f"{PurePath(place.file).name}:{place.line}, in {place.function} ({place.file})", 300)
+    # Of an installed package, where it is installed says nothing.
+    file = manifest.homeless(place.file.rpartition("/site-packages/")[2])
+    return clean(f"{PurePath(place.file).name}:{place.line}, in {place.function} ({file})", 300)
 
 
 def _shape(values: Values) -> str:
