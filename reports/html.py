@@ -231,7 +231,7 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         confidence=headline.CONFIDENCE[diagnosis.confidence],
         strip=verdicts.strip(run),
         links=_links(diagnosis.findings, plain),
-        operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
+        operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation, places),
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
         known=known_before(run, diagnosis),

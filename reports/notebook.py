@@ -121,7 +121,7 @@ def _page(
             with_short_names(clean(diagnosis.advice, 900), places),
             curve,
             causes(diagnosis, places),
-            [] if diagnosis.operation is None else operations.facts(diagnosis.operation),
+            [] if diagnosis.operation is None else operations.facts(diagnosis.operation, places),
             rows,
             [(event.edit, event.verdict, event_words(event, places)) for event in events],
             len(grouped(diagnosis.findings)) - len(events),

@@ -88,7 +88,8 @@ def _of_file(path: Path) -> str:
 def _small(png: bytes) -> bytes:
     out = io.BytesIO()
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    # By coverage: signs and badges are few pixels, and their colours mean something.
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
@@ -103,7 +104,7 @@ def _said(run: Run) -> dict[str, Any]:
         "causes": verdicts.causes(diagnosis, places),
         "facts": verdicts.facts(diagnosis, 0, places),
         "grounds": [diagnosis.baseline, diagnosis.thresholds, list(diagnosis.unwatched)],
-        "operation": [] if diagnosis.operation is None else operations.facts(diagnosis.operation),
+        "operation": [] if diagnosis.operation is None else operations.facts(diagnosis.operation, places),
         "events": [events.event_words(event, places) for event in events.telling(diagnosis, html.TELLING)],
     }
 

@@ -176,7 +176,7 @@ def _diagnosis(diagnosis: Diagnosis, places: Mapping[str, str]) -> dict[str, Any
         "cause_says": told(verdicts.why_apart(diagnosis)),
         "confidence": headline.CONFIDENCE[diagnosis.confidence],
         "advice": told(diagnosis.advice),
-        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation),
+        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation, places),
         "causes": [list(link) for link in verdicts.causes(diagnosis, places)],
         "landed": verdicts.landed_words(diagnosis),
         "unwatched": clean("; ".join(diagnosis.unwatched), SAYS),
