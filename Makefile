@@ -27,7 +27,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive lint format wheel checkpoints compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive lint format wheel checkpoints docs-assets docs-runs compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -105,6 +105,12 @@ compat-own: ## Install the wheel beside torch and the transformers that EasyEdit
 wheel: $(FULL) ## Build the wheel into dist/
 	rm -rf build
 	$(BIN)/python -m build --wheel --outdir dist .
+
+docs-assets: $(FULL) ## Make the documentation's pictures and samples of output anew, from the runs that are kept for it
+	$(BIN)/python -m benchmarks.docs_assets
+
+docs-runs: $(FULL) ## The same, after these runs were made anew: two minutes more
+	$(BIN)/python -m benchmarks.docs_assets --runs
 
 checkpoints: $(CORE) ## Train the demo's model, and MEND and MALMEN for it, anew from nothing
 	$(BIN)/python -m stabilitylab.testbed.train

@@ -34,7 +34,7 @@ from stabilitylab.reports.chart_parts import (
     unfold,
 )
 from stabilitylab.reports.drawing import Line
-from stabilitylab.reports.interactive import ALARM, BAD
+from stabilitylab.reports.spec_parts import ALARM, BAD
 from stabilitylab.reports.text import clean, number
 
 NEAREST: Final = 4_000

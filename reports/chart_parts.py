@@ -19,8 +19,8 @@ from stabilitylab.record.readings import Array
 from stabilitylab.record.run import Run
 from stabilitylab.reports import charting
 from stabilitylab.reports.drawing import Line
-from stabilitylab.reports.interactive import ALARM, BAD, ONSET
 from stabilitylab.reports.payload import as_script
+from stabilitylab.reports.spec_parts import ALARM, BAD, ONSET
 from stabilitylab.reports.text import clean, number
 
 WIDTH: Final = 600

@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.record.readings import Array
 from stabilitylab.reports.text import number
-from stabilitylab.reports.verdicts import collapse
+from stabilitylab.reports.verdicts import end
 
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"
@@ -224,8 +224,7 @@ def flagged(diagnosis: Diagnosis) -> list[Mark]:
 
 def story(diagnosis: Diagnosis) -> list[Mark]:
     """Onset, alarm and the end: the first NaN or infinity, or the collapse, if the run came to one."""
-    end = (diagnosis.first_nonfinite_edit, "NaN or ∞")
-    return _marks(diagnosis, end if end[0] is not None else (collapse(diagnosis), "collapse"))
+    return _marks(diagnosis, end(diagnosis))
 
 
 def _marks(diagnosis: Diagnosis, last: tuple[int | None, str]) -> list[Mark]:
@@ -269,7 +268,10 @@ def lane(axis: Axes, share: float, words: str, *, top: bool = True) -> None:
     bottom = 1.0 - share if top else 0.0
     shade, ink = (GRID, MUTED) if words == "0" else (LANE, BAD)
     axis.add_patch(Rectangle((0, bottom), 1, share, transform=axis.transAxes, color=shade, zorder=0.5, linewidth=0))
-    axis.text(0.008, bottom + share / 2, words, transform=axis.transAxes, fontsize=7, color=ink, va="center", zorder=5)
+    axis.text(
+        0.008, bottom + share / 2, words, transform=axis.transAxes, fontsize=7, color=ink, va="center", zorder=5,
+        bbox={"facecolor": shade, "edgecolor": "none", "pad": 0.6},
+    )  # fmt: skip  # on ground of its own: a flagged edit's line may pass behind it
 
 
 def finite_of(series: Sequence[Array]) -> Array:

@@ -3,27 +3,30 @@
 The page's data (also saved beside it as JSON) is one object: ``runs``, a list of what each diagnosis says with its
 ``stretches`` (verdict, first, last: the edits over which it held) and ``series``; values are written as in
 `stabilitylab.reports.payload`. ``series`` holds, by metric, ``edit`` and ``value``: of several layers the one that is
-furthest along, see ``furthest``.
+furthest along, see ``furthest``. ``survival`` holds a curve each of the runs that are ``not diverging`` and of those
+that are ``of use``, as `stabilitylab.analysis.survival` has it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
 
-from stabilitylab.analysis.findings import VERDICTS, json_safe, severity
+from stabilitylab.analysis.findings import VERDICTS, Verdict, json_safe, severity
 from stabilitylab.analysis.grouping import Group
 from stabilitylab.analysis.ledger import FURTHEST
+from stabilitylab.analysis.survival import Survival, survival
 from stabilitylab.record.readings import Array
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, verdicts
+from stabilitylab.reports.comparison_charts import RUNS, comparison_charts
 from stabilitylab.reports.html import data_script, fill, write_pages
-from stabilitylab.reports.interactive import comparison_charts
 from stabilitylab.reports.payload import as_script, distinct, readable, shown
 from stabilitylab.reports.text import clean
 from stabilitylab.reports.thinning import flagged_edits, thinned
@@ -31,6 +34,10 @@ from stabilitylab.reports.thinning import flagged_edits, thinned
 FORMAT: Final = 1
 EVENTS: Final = 4
 """What was found that is told of each run."""
+LASTING: Final[Mapping[str, Verdict]] = {"not diverging": "diverging", "of use": "collapsed"}
+"""What a run may keep, and the first verdict that says that it has lost it."""
+COLUMNS: Final = 6
+"""Steps of edits for which the numbers of a survival curve are told."""
 MOST_POINTS: Final = 400
 """Edits per run and metric; flagged ones are there in any case."""
 METRICS: Final = (
@@ -92,8 +99,38 @@ def compared(runs: Sequence[Run]) -> dict[str, Any]:
             for name in METRICS
             if name in known
         ],
+        "survival": {name: _plain(curve) for name, curve in survivals(runs).items()},
         "runs": [_one(run, name) for run, name in zip(runs, names, strict=True)],
     }
+
+
+def _plain(curve: Survival) -> dict[str, list[float]]:
+    return {name: list(values) for name, values in asdict(curve).items()}
+
+
+def survivals(runs: Sequence[Run]) -> dict[str, Survival]:
+    """How long runs keep what each of `LASTING` names; a run that ended before it lost it is censored."""
+    cut = [parts for run in runs if (parts := stretches(run))]
+    curves = {}
+    for name, lost in LASTING.items():
+        first = [_first(parts, severity(lost)) for parts in cut]
+        last = [parts[-1]["last"] if at is None else at for at, parts in zip(first, cut, strict=True)]
+        curves[name] = survival(last, [at is not None for at in first])
+    return curves
+
+
+def _first(parts: Sequence[Mapping[str, Any]], level: int) -> int | None:
+    """The edit at which a verdict of this severity began."""
+    return next((part["first"] for part in parts if severity(part["verdict"]) >= level), None)
+
+
+def _counted(plain: Mapping[str, Any]) -> tuple[list[int], list[tuple[str, list[tuple[int, float]]]]]:
+    """Round edits, and by curve how many runs were at risk at each and the share that held: the numbers below it."""
+    curves = {name: Survival(**curve) for name, curve in plain["survival"].items()}
+    end = max((curve.edits[-1] for curve in curves.values() if curve.edits), default=0)
+    step = next(whole for size in range(12) for unit in (1, 2, 5) if (whole := unit * 10**size) * COLUMNS >= end)
+    edits = list(range(0, end + 1, step))
+    return edits, [(name, [curve.at(edit) for edit in edits]) for name, curve in curves.items() if curve.edits]
 
 
 def _one(run: Run, name: str) -> dict[str, Any]:
@@ -144,5 +181,7 @@ def _page(runs: Sequence[Run], plain: dict[str, Any]) -> str:
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},
         span=last + 1,
+        counted=_counted(plain),
+        looks_of_runs=RUNS,
         thinned=any(told["edits_kept"] < len(run.edits) for told, run in zip(plain["runs"], runs, strict=True)),
     )

@@ -152,8 +152,8 @@ def _operation(operation: Operation, places: Mapping[str, str]) -> RenderableTyp
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, words in operation_facts(operation):
-        table.add_row(Text(name), Text(with_short_names(words, places)))
+    for name, words in operation_facts(operation, places):
+        table.add_row(Text(name), Text(words))
     return Padding(table, (0, 0, 0, 2))
 
 

@@ -93,12 +93,12 @@ def lead(diagnosis: Diagnosis) -> str | None:
     return f"{ahead} edit{'s' if ahead != 1 else ''} before the {name}"
 
 
-def telling(run: Run) -> tuple[str, str] | None:
+def telling(run: Run, diagnosis: Diagnosis) -> tuple[str, str] | None:
     """(metric, site) of the reading that tells the run: the headline's if it moves, else the first known one that does.
 
     None where nothing moves.
     """
-    findings = run.diagnosis().findings[:1]
+    findings = diagnosis.findings[:1]
     site = findings[0].site if findings else MODEL_SITE
     tries = [(finding.metric, finding.site) for finding in findings]
     for metric in _TELLING:

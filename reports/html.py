@@ -224,13 +224,16 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         sentence=headline.sentence(diagnosis, places),
         anchors=anchors,
         why=verdicts.why_apart(diagnosis),
-        causes=[(link, _anchor(link, anchors)) for link in diagnosis.causes],
+        causes=[
+            (*told, _anchor(link, anchors), link.cause == diagnosis.cause)
+            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=True)
+        ],
         curve=telling_curve(run),
         lead=headline.lead(diagnosis),
         confidence=headline.CONFIDENCE[diagnosis.confidence],
         strip=verdicts.strip(run),
         links=_links(diagnosis.findings, plain),
-        operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation),
+        operation=[] if diagnosis.operation is None else operations.facts(diagnosis.operation, places),
         untraced=operations.untraced(run, diagnosis),
         landed=verdicts.landed_words(diagnosis),
         known=known_before(run, diagnosis),

@@ -40,13 +40,16 @@ _MONTHS: Final = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip  # not as the machine's own language has them
+_ACRONYMS: Final = frozenset({"mend", "malmen", "grace", "rome", "memit", "wise", "ft"})
+"""Methods that the field writes in capitals, whatever their classes are called."""
 _HEAD: Final = re.compile(r"(?<=\w)(For[A-Z]\w+|(LMHead|DoubleHeads)?Model)$")
 """What a model's class says of its task."""
 
 
 def title(manifest: Mapping[str, Any], edits: int) -> str:
-    """``Mend on Blip2, float16: 31 edits, 28 November 2026``, as far as it is known."""
+    """``MEND on Blip2, float16: 31 edits, 28 November 2026``, as far as it is known."""
     model, editor = _class(manifest.get("model_class")), _class(manifest.get("editor_class"))
+    editor = editor.upper() if editor.lower() in _ACRONYMS else editor
     who = f"{editor} on {_HEAD.sub('', model)}" if editor and model else _HEAD.sub("", model) or "A run"
     dtype = _dtype(manifest)
     day = _day(manifest.get("created"))

@@ -5,20 +5,25 @@ Everything that comes from the run is text: cleaned, cut to a readable length, e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache, singledispatch
 from importlib.resources import files
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
 
-from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict
+from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Verdict
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.run import Run
+from stabilitylab.reports import manifest, operations
 from stabilitylab.reports.events import event_words, short_places, telling
+from stabilitylab.reports.headline import CONFIDENCE, headline
 from stabilitylab.reports.pacing import time_in_probes
-from stabilitylab.reports.text import clean, limit, number, percent, shorten
-from stabilitylab.reports.verdicts import LOOKS, chain, facts, why
+from stabilitylab.reports.text import clean, limit, number, percent, sentence, shorten, with_short_names
+from stabilitylab.reports.verdicts import LOOKS, causes, facts, why_apart
+
+if TYPE_CHECKING:
+    from stabilitylab.reports.pictures import Chart
 
 FINDINGS_SHOWN: Final = 12
 
@@ -49,10 +54,12 @@ def html(shown: Any) -> str:
 
 @html.register
 def _(shown: Run) -> str:
-    diagnosis = shown.diagnosis()
+    from stabilitylab.reports.pictures import telling_curve  # matplotlib, which nothing else here needs
+
+    diagnosis, places = shown.diagnosis(), short_places(shown.sites)
     failed = sum(edit.status == "failed" for edit in shown.edits)
     rows = [
-        *_facts(diagnosis, failed),
+        *_facts(diagnosis, places, failed),
         (
             "watched",
             f"{len(shown.sites)} sites, {sum(bool(shown.sites_of(each.name)) for each in shown.metrics)} metrics",
@@ -62,12 +69,15 @@ def _(shown: Run) -> str:
         ("time in the tracer", percent(shown.trace_time_share)),
     ]
     goes_on = "" if shown.closed else " (not closed: it goes on, or it ended without a word)"
-    return _page(f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, rows, shown.sites)
+    title = manifest.title(shown.manifest, diagnosis.edits)
+    curve = telling_curve(shown, dark=False)
+    return _page(title, f"{shorten(str(shown.path), 300)}{goes_on}", diagnosis, places, rows, curve)
 
 
 @html.register
 def _(shown: Diagnosis) -> str:
-    return _page("", shown, _facts(shown), [finding.site for finding in shown.findings])
+    places = short_places(finding.site for finding in shown.findings)
+    return _page("", "", shown, places, _facts(shown, places), None)
 
 
 @html.register
@@ -89,23 +99,40 @@ def _(shown: tuple) -> str:  # type: ignore[type-arg]
     return str(_macros().catalogue(shown))
 
 
-def _page(caption: str, diagnosis: Diagnosis, rows: list[tuple[str, str]], sites: Iterable[str]) -> str:
-    events, places = telling(diagnosis, FINDINGS_SHOWN), short_places(sites)
-    found = [(event.edit, event.verdict, event_words(event, places)) for event in events]
-    left = len(grouped(diagnosis.findings)) - len(events)
-    advice = clean(diagnosis.advice, 900)
-    links = [(role, clean(says, 500)) for role, says in chain(diagnosis)]
-    says = clean(diagnosis.says, 700)
+def _page(
+    title: str,
+    caption: str,
+    diagnosis: Diagnosis,
+    places: Mapping[str, str],
+    rows: list[tuple[str, str]],
+    curve: Chart | None,
+) -> str:
+    """As on the page: who and what, the sentence, why, what to do, the curve that tells it; then what it rests on."""
+    events = telling(diagnosis, FINDINGS_SHOWN)
+    why = with_short_names(clean(why_apart(diagnosis), 700), places)
+    known = diagnosis.cause != UNKNOWN_CAUSE
     return str(
         _macros().diagnosis(
-            caption, diagnosis.verdict, says, clean(why(diagnosis), 700), links, advice, rows, found, left
+            title,
+            caption,
+            diagnosis.verdict,
+            with_short_names(headline(diagnosis, places), places),
+            f"Why: {clean(diagnosis.cause, 60)}" if known else "Why",
+            f"{sentence(why)} Confidence {CONFIDENCE[diagnosis.confidence]}." if known else sentence(why),
+            with_short_names(clean(diagnosis.advice, 900), places),
+            curve,
+            causes(diagnosis, places),
+            [] if diagnosis.operation is None else operations.facts(diagnosis.operation, places),
+            rows,
+            [(event.edit, event.verdict, event_words(event, places)) for event in events],
+            len(grouped(diagnosis.findings)) - len(events),
         )
     )
 
 
-def _facts(diagnosis: Diagnosis, failed: int = 0) -> list[tuple[str, str]]:
+def _facts(diagnosis: Diagnosis, places: Mapping[str, str], failed: int = 0) -> list[tuple[str, str]]:
     return [
-        *facts(diagnosis, failed, {}),
+        *facts(diagnosis, failed, places),
         ("baseline", clean(diagnosis.baseline, 200)),
         ("limits", clean(diagnosis.thresholds, 300).removeprefix("limits ")),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Final
 
@@ -10,14 +11,14 @@ from stabilitylab.analysis.operation import reached, replayed
 from stabilitylab.record.operations import Operation, Place, Step, Values
 from stabilitylab.record.run import Run
 from stabilitylab.reports import manifest
-from stabilitylab.reports.text import clean, number, shorten
+from stabilitylab.reports.text import clean, number, shorten, with_short_names
 
 VARIABLE: Final = "STABILITYLAB_TRACE"
 _CODE: Final = 160
 
 
-def facts(operation: Operation) -> list[tuple[str, str]]:
-    """What is known of it, named, one per line."""
+def facts(operation: Operation, places: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What is known of it, named, one per line. places: the short name of each site."""
     node = f", a part of {clean(operation.node, 60)}" if operation.node else ""
     way = "backward, by the line of its forward" if operation.direction == "backward" else "forward"
     rows = [
@@ -25,8 +26,11 @@ def facts(operation: Operation) -> list[tuple[str, str]]:
         ("direction", way),
         ("line", _line(operation.place)),
         ("code", clean(operation.place.source, _CODE)),
-        ("layer", shorten(operation.module, 80)),
-        *((f"in: {shorten(values.name, 48)}", _values(values)) for values in operation.operands),
+        ("layer", shorten(with_short_names(operation.module, places), 80)),
+        *(
+            (f"in: {shorten(with_short_names(values.name, places), 48)}", _values(values))
+            for values in operation.operands
+        ),
         ("settings", ", ".join(f"{clean(k, 30)} {clean(v, 30)}" for k, v in (operation.settings or {}).items())),
         ("out", _result(operation)),
         ("passed on by", " → ".join(_step(step) for step in operation.chain)),
@@ -39,7 +43,9 @@ def facts(operation: Operation) -> list[tuple[str, str]]:
 def _line(place: Place) -> str:
     if not place.file:
         return ""
-    return clean(f"{PurePath(place.file).name}:{place.line}, in {place.function} ({place.file})", 300)
+    # Of an installed package, where it is installed says nothing.
+    file = manifest.homeless(place.file.rpartition("/site-packages/")[2])
+    return clean(f"{PurePath(place.file).name}:{place.line}, in {place.function} ({file})", 300)
 
 
 def _shape(values: Values) -> str:

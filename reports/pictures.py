@@ -113,9 +113,9 @@ def pictures(run: Run, budget: int = BUDGET) -> Pictures:
     return Pictures(heatmaps, _chapters(drawn[len(maps) :]), left_out)
 
 
-def telling_curve(run: Run) -> Chart | None:
-    """The reading that tells the run, with onset, alarm and end; None where nothing moves."""
-    told = headline.telling(run)
+def telling_curve(run: Run, *, dark: bool = True) -> Chart | None:
+    """The reading that tells the run, with onset, alarm and end; None where nothing moves. dark: as in `to_svg`."""
+    told = headline.telling(run, run.diagnosis())
     if told is None:
         return None
     metric, site = told
@@ -123,7 +123,7 @@ def telling_curve(run: Run) -> Chart | None:
     marked = ", ".join(f"{name} at edit {edit}" for edit, name, *_ in charting.story(run.diagnosis()))
     alt = f"Line chart of {metric} at {shorten(site, 60)} over edits {_span(run)}. {marked or 'No edit is flagged'}."
     about, draw = run.metric(metric).meaning, partial(figures.telling, run, metric, site)
-    return _chart(Planned("", True, 1, f"{metric} at {place}", about, alt, draw))
+    return _chart(Planned("", True, 1, f"{metric} at {place}", about, alt, draw), dark=dark)
 
 
 def printed(drawn: Pictures) -> tuple[Chart, ...]:
@@ -132,9 +132,9 @@ def printed(drawn: Pictures) -> tuple[Chart, ...]:
     return (*drawn.heatmaps[:1], *[chart for each in chapters for chart in each.shown[:1]][:PRINTED])
 
 
-def _chart(planned: Planned) -> Chart:
+def _chart(planned: Planned, *, dark: bool = True) -> Chart:
     with np.errstate(over="ignore"):  # ticks beyond the largest float, where readings come near it
-        uri = data_uri(to_svg(planned.draw()))
+        uri = data_uri(to_svg(planned.draw(), dark=dark))
     return Chart(clean(planned.title, 90), clean(planned.caption, 400), clean(planned.alt, 400), uri)
 
 

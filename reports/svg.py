@@ -29,8 +29,10 @@ _DARK: Final = {
 }
 
 
-def to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure, *, dark: bool = True) -> str:
     """The figure as compact SVG text: the same for the same figure, dark where the reader prefers that.
+
+    dark: whether it follows the reader; where the ground is always light it must not.
 
     Coordinates keep a tenth of a point, names of parts are short, and markers of one line share one style: a third of
     what matplotlib writes, with no difference that could be seen.
@@ -49,7 +51,7 @@ def to_svg(figure: Figure) -> str:
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     short = {name: f"i{place}" for place, name in enumerate(sorted(used))}
     body = re.sub(r'((?: id="|href="#|url\(#))([^")]+)', lambda found: found[1] + short[found[2]], body)
-    return f"{head.strip()}<style>{_dark_sheet(body)}</style>{body}"
+    return f"{head.strip()}<style>{_dark_sheet(body)}</style>{body}" if dark else f"{head.strip()}{body}"
 
 
 def _tight_path(found: re.Match[str]) -> str:

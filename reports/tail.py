@@ -23,8 +23,9 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.following import Follower, Seen
 from stabilitylab.record.runfile import find_file, find_runs
 from stabilitylab.reports.console import verdict_text
+from stabilitylab.reports.events import short_places
 from stabilitylab.reports.sparkline import sparkline
-from stabilitylab.reports.text import clean, number, sentence, shorten
+from stabilitylab.reports.text import clean, number, sentence, shorten, with_short_names
 from stabilitylab.reports.verdicts import chain, landed_words, why
 
 SERIES: Final = {
@@ -66,6 +67,10 @@ class Tail:
     def _said(self) -> Diagnosis:
         return self._follower.diagnosis() if self._last is None else self._last.diagnosis
 
+    def _words(self, says: str, limit: int) -> str:
+        """What is said, with short names for layers."""
+        return with_short_names(clean(says, limit), short_places(self._follower.sites))
+
     def page(self, now: float) -> RenderableType:
         """The run at a glance. now: seconds since the epoch."""
         follower, said = self._follower, self._said()
@@ -78,10 +83,10 @@ class Tail:
             counts.append(f"{number(follower.failed)} failed")
         if follower.edits_per_minute is not None:
             counts.append(f"{number(follower.edits_per_minute, 2)} a minute")
-        parts: list[RenderableType] = [head, Text(clean(said.says, 500))]
+        parts: list[RenderableType] = [head, Text(self._words(said.says, 500))]
         if why(said):
-            parts.append(Text(f"Why: {clean(why(said), 300)}"))
-        parts += [Text(f"{sentence(role)}: {clean(says, 300)}") for role, says in chain(said)]
+            parts.append(Text(f"Why: {self._words(why(said), 300)}"))
+        parts += [Text(f"{sentence(role)}: {self._words(says, 300)}") for role, says in chain(said)]
         if said.landed in ("some", "none"):
             counts.append(f"took effect: {landed_words(said)}")
         parts.append(Text(" · ".join(counts), style="dim"))
@@ -97,7 +102,7 @@ class Tail:
         if series.rows:
             parts += [Text(), series]
         if said.forecast:
-            parts += [Text(), Text(f"forecast: {clean(said.forecast.says, 300)}")]
+            parts += [Text(), Text(f"forecast: {self._words(said.forecast.says, 300)}")]
         if follower.alarms:
             parts += [Text(), Text("Last alarms", style="bold"), self._alarms()]
         return Group(*parts)
@@ -118,7 +123,7 @@ class Tail:
         for alarm in self._follower.alarms[-ALARMS:]:
             known = alarm.verdict in ("drifting", "diverging", "collapsed", "non-finite", "stable")
             sign = verdict_text(alarm.verdict) if known else Text(clean(alarm.verdict, 20))
-            table.add_row(Text(f"edit {alarm.edit}"), sign, Text(clean(alarm.says, 240)))
+            table.add_row(Text(f"edit {alarm.edit}"), sign, Text(self._words(alarm.says, 240)))
         return table
 
     def line(self, seen: Seen) -> Text:
@@ -135,7 +140,7 @@ class Tail:
 
     def closing(self) -> Text:
         """The last line of a run that was closed."""
-        return Text(f"closed after {number(self._follower.edits)} edits: {clean(self._said().says, 700)}")
+        return Text(f"closed after {number(self._follower.edits)} edits: {self._words(self._said().says, 700)}")
 
     def plain(self) -> dict[str, Any]:
         """The state as plain JSON values."""

@@ -78,8 +78,20 @@ def _number_in(parts: Sequence[str]) -> int | None:
 
 
 def with_short_names(words: str, places: Mapping[str, str]) -> str:
-    """`words` with each site's name as its short one in `places`; a name without a dot may be a word, and stays."""
-    return re.sub(r"\w+(?:\.\w+)+", lambda found: places.get(found[0], found[0]), words)
+    """`words` with each site's name as its short one in `places`, also where that of a part of it goes on.
+
+    A name without a dot may be a word, and stays.
+    """
+
+    def short(found: re.Match[str]) -> str:
+        site = found[0]
+        while "." in site:
+            if site in places:
+                return places[site] + found[0][len(site) :]
+            site = site.rpartition(".")[0]
+        return found[0]
+
+    return re.sub(r"\w+(?:\.\w+)+", short, words)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -12,7 +12,7 @@ from stabilitylab.analysis.ledger import DRIFT_RULES
 from stabilitylab.analysis.operation import says as operation_says
 from stabilitylab.analysis.operation import where as operation_where
 from stabilitylab.record.run import Run
-from stabilitylab.reports.text import clean, number, shorten
+from stabilitylab.reports.text import clean, number, sentence, shorten, with_short_names
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,13 @@ def collapse(diagnosis: Diagnosis) -> int | None:
     return min((each.start for each in diagnosis.findings if each.verdict == "collapsed"), default=None)
 
 
+def end(diagnosis: Diagnosis) -> tuple[int | None, str]:
+    """The edit at which the run came to its end, and what that is: the first NaN or infinity, or the collapse."""
+    if diagnosis.first_nonfinite_edit is not None:
+        return diagnosis.first_nonfinite_edit, "NaN or ∞"
+    return collapse(diagnosis), "collapse"
+
+
 def why(diagnosis: Diagnosis) -> str:
     """What the cause says; empty where the verdict's sentence has said it."""
     says = diagnosis.cause_says
@@ -116,6 +123,23 @@ def why_apart(diagnosis: Diagnosis) -> str:
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     """(role, what it says) of each cause but the one that is named first."""
     return [(link.role, link.says) for link in diagnosis.causes if link.cause != diagnosis.cause]
+
+
+def causes(diagnosis: Diagnosis, places: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The chain of causes: (role and edit, its name, what it says). places: the short name of each site.
+
+    Of the one to act on first, what it says stands above already.
+    """
+    return [
+        (
+            clean(link.role, 20) + ("" if link.edit is None else f", edit {link.edit}"),
+            clean(link.cause, 60),
+            "Told above; what to act on first."
+            if link.cause == diagnosis.cause
+            else sentence(with_short_names(clean(link.says, 500), places)),
+        )
+        for link in diagnosis.causes
+    ]
 
 
 def cause_words(diagnosis: Diagnosis) -> str:

@@ -3,9 +3,12 @@
 
 /** Draws Vega-Lite charts by name, and changes what they show. */
 class Charts {
-  constructor(specs) {
+  /** named: whether a single line is told by its name too. */
+  constructor(specs, { named = false } = {}) {
     this.specs = specs;
+    this.named = named;
     this.drawn = new Map();
+    this.folded = new Map(); // to be drawn when they are unfolded: until then they have no width
     this.queue = Promise.resolve();
   }
 
@@ -39,9 +42,22 @@ class Charts {
   /** Put `sets` (rows by name of data set) and `signals` on the chart in the element `id`; draws it where need be.
       Among the signals, width (of one facet) and height are pixels. */
   draw(id, name, sets, signals = {}) {
+    const fold = page.at(id).closest("details:not([open])");
+    if (fold) {
+      const before = this.folded.get(id) ?? this.drawn.get(id);
+      this.folded.set(id, { name, sets: before?.name === name ? { ...before.sets, ...sets } : sets, signals });
+      fold.addEventListener("toggle", () => this.#unfold(), { once: true });
+      return this.queue;
+    }
+    this.folded.delete(id);
     this.queue = this.queue.then(() => this.#draw(id, name, sets, signals)).catch((error) => {
       console.error(`chart ${name}: ${error.message}`);
     });
+    return this.queue;
+  }
+
+  #unfold() {
+    for (const [id, chart] of [...this.folded]) this.draw(id, chart.name, chart.sets, chart.signals);
     return this.queue;
   }
 
@@ -62,8 +78,12 @@ class Charts {
     if (height) spec.height = height;
     spec.datasets = Object.fromEntries(Object.entries(sets).map(([key, rows]) => [key, rows.map((row) => ({ ...row }))]));
     for (const param of spec.params ?? []) if (param.name in settings) param.value = settings[param.name];
-    if (new Set(sets.points?.map((row) => row.site)).size === 1) {
-      for (const layer of spec.layer) if (layer.encoding.color?.legend) layer.encoding.color.legend = null;
+    const told = [...new Set(sets.points?.map((row) => row.site))];
+    for (const layer of told.length ? spec.layer : []) {
+      for (const channel of [layer.encoding.color, layer.encoding.strokeDash]) {
+        if (channel?.legend && told.length === 1 && !this.named) channel.legend = null;
+        else if (channel?.legend && this.named) channel.legend.values = told;
+      }
     }
     const made = await (await Charts.vega())(page.at(id), spec, {
       ast: true, // the page's policy forbids eval
@@ -78,9 +98,34 @@ class Charts {
     this.drawn.set(id, { name, sets, signals, view: made.view });
   }
 
+  /** Pixels that the widest of these takes, as charts write them. */
+  static widest(words) {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    return Math.max(0, ...words.map((each) => context.measureText(each).width));
+  }
+
+  /** What to write over the lines of flagged edits, so that no name lies on another. marks: (edit, name); first, last: the ends of the axis; width: of the frame, in pixels. */
+  static names(marks, { first, last }, width) {
+    const at = new Map();
+    for (const { edit, name } of marks) at.set(edit, [...(at.get(edit) ?? []), name]);
+    const ends = [];
+    return [...at].sort((one, other) => one[0] - other[0]).map(([edit, names]) => {
+      const words = `${names.join(" · ")} ${edit}`;
+      const size = Charts.widest([words]);
+      const place = ((edit - first) / (last - first)) * width;
+      const align = place < size / 2 ? "left" : place > width - size / 2 ? "right" : "center";
+      const start = place - { left: 0, center: size / 2, right: size }[align];
+      const free = ends.findIndex((end) => end <= start);
+      const row = free < 0 ? ends.length : free;
+      ends[row] = start + size + 8;
+      return { edit, name: names.at(-1), words, align, row };
+    });
+  }
+
   /** Change data sets and signals of every chart that has them. */
   async change(sets, signals = {}) {
-    for (const [id, chart] of this.drawn) {
+    for (const [id, chart] of new Map([...this.drawn, ...this.folded])) {
       const own = Object.fromEntries(Object.entries(sets).filter(([key]) => key in chart.sets));
       const known = "first" in chart.signals ? signals : {};
       const frame = { ...chart.signals, ...known };

@@ -16,6 +16,7 @@
   const charts = new Charts(page.json("report-charts"));
   setUpFindings();
   setUpCopy();
+  setUpFolds();
   unfold();
   addEventListener("hashchange", unfold);
   if (typeof DecompressionStream === "undefined") {
@@ -63,6 +64,7 @@
 
   async function setUpExplorer() {
     const shown = {}; // what the charts show now
+    const short = new Map(report.sites.map((site) => [site.name, site.short]));
     const state = { edit: 0, site: 0, metric: "", range: every };
     const mapped = report.metrics.filter((metric) => metric.length === 1 && sitesOf(metric.name).some((site) => site !== model));
     const single = report.metrics.filter((metric) => metric.length === 1 && !mapped.includes(metric));
@@ -218,7 +220,7 @@
         first: Math.max(every.first, Math.min(...around) - room),
         last: Math.min(every.last, Math.max(...around) + room),
       };
-      charts.change({}, state.range);
+      charts.change({ names: names() }, state.range);
     }
 
     /** The edges of a heatmap's columns: halfway between the edits that were kept. */
@@ -341,7 +343,13 @@
       page.at("kept").textContent = kept < edits.edit.length ? `${kept} edits are kept for this metric: a cell reaches halfway to the next.` : "";
       const order = sitesOf(state.metric).map((site) => ({ site: report.sites[site].short }));
       shown.heatmap = name;
-      charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks() }, frame());
+      charts.draw("heatmap", name, { cells: cells(state.metric), order, outline: outline(), marks: marks(), names: names() }, frame());
+    }
+
+    /** Names above the map's marks: what its labels leave of the width is the frame's. */
+    function names() {
+      const labels = Charts.widest(sitesOf(state.metric).map((site) => report.sites[site].short));
+      return Charts.names(marks(), state.range, page.at("heatmap").clientWidth - Math.min(190, labels) - 12);
     }
 
     /** Metrics at the chosen site that say something: the chosen one apart, those that moved, the best known first. */
@@ -351,7 +359,7 @@
     }
 
     function drawLayer() {
-      page.at("layer-title").textContent = report.sites[state.site].name;
+      page.at("layer-title").replaceChildren(...breakable(report.sites[state.site].name));
       const listed = [state.metric, ...metricsHere()];
       for (let slot = 0; slot <= MULTIPLES; slot += 1) {
         const metric = listed[slot];
@@ -436,6 +444,11 @@
       charts.draw("ridges", "ridges", { ridge: rows }, { width });
     }
 
+    /** What is said, with short names for layers. */
+    function briefly(says) {
+      return says.replace(/[\w]+(?:\.[\w]+)+/g, (name) => short.get(name) ?? name);
+    }
+
     function describeMetric() {
       const about = metrics.get(state.metric);
       page.at("metric-name").textContent = state.metric;
@@ -467,7 +480,7 @@
         return row;
       }));
       const said = diagnosis.findings.filter((each) => each.edit === state.edit || each.since === state.edit);
-      const told = said.slice(0, SAID).map((each) => page.make("li", each.says));
+      const told = said.slice(0, SAID).map((each) => page.make("li", briefly(each.says)));
       if (said.length > SAID) told.push(page.make("li", `${said.length - SAID} more in the table of findings.`));
       page.at("edit-findings").replaceChildren(...told);
       page.at("readings-title").textContent = `Readings at ${report.sites[state.site].short}`;
@@ -483,7 +496,7 @@
           : page.number(value);
         const row = document.createElement("tr");
         const name = page.make("th", "", "mono");
-        name.append(...metric.name.split(/(?<=[._])/).flatMap((part) => [part, document.createElement("wbr")]));
+        name.append(...breakable(metric.name));
         name.scope = "row";
         name.title = metric.meaning;
         const bad = page.isBad(value) || (Array.isArray(value) && value.some(page.isBad));
@@ -528,11 +541,24 @@
     page.sortable(table);
   }
 
+  /** A name that may go on in a new line after each of its parts. */
+  function breakable(name) {
+    return name.split(/(?<=[._])/).flatMap((part) => [part, document.createElement("wbr")]);
+  }
+
   /** What an address leads to may stand in a fold. */
   function unfold() {
     const target = page.at(decodeURIComponent(location.hash.slice(1)));
     for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
     if (target && target.closest("details")) target.scrollIntoView();
+  }
+
+  /** On a narrow page, what is many charts long is folded, and drawn when it is unfolded. */
+  function setUpFolds() {
+    const narrow = matchMedia("(max-width: 560px)");
+    const fold = () => document.querySelectorAll("details.fold").forEach((each) => { each.open = !narrow.matches; });
+    fold();
+    narrow.addEventListener("change", fold);
   }
 
   function setUpCopy() {

@@ -18,11 +18,11 @@ from stabilitylab.analysis.findings import Diagnosis, json_safe
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run
-from stabilitylab.reports import events, manifest, verdicts
+from stabilitylab.reports import events, headline, manifest, verdicts
 from stabilitylab.reports.noted import missing
 from stabilitylab.reports.operations import facts as operation_facts
 from stabilitylab.reports.pacing import time_in_probes
-from stabilitylab.reports.text import clean, sentence, short_names, shorten
+from stabilitylab.reports.text import clean, sentence, short_names, shorten, with_short_names
 
 LABEL: Final = 300
 SITE: Final = 200
@@ -93,7 +93,9 @@ def about(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "outcome": [None if edit.outcome is None else clean(edit.outcome, 20) for edit in run.edits],
         "error": [None if edit.row.error is None else clean(edit.row.error, SAYS) for edit in run.edits],
         "seconds": json_safe([edit.row.seconds for edit in run.edits]),
-        "diagnosis": _diagnosis(diagnosis),
+        "title": manifest.title(run.manifest, diagnosis.edits),
+        "diagnosis": _diagnosis(diagnosis, short),
+        "curve": _curve(run, diagnosis, numbers, places),
         "marks": [
             {"edit": getattr(diagnosis, field), "name": name}
             for field, name in _MARKS
@@ -149,17 +151,34 @@ def _metric(metric: Metric, sites: Sequence[str], places: Mapping[str, int]) -> 
     }
 
 
-def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
+def _curve(
+    run: Run, diagnosis: Diagnosis, metrics: Mapping[str, int], sites: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """The reading that tells the run, by the numbers of its metric and site, and the edits to mark on it."""
+    told = headline.telling(run, diagnosis)
+    if told is None:
+        return None
+    story = [(diagnosis.onset_edit, "onset"), (diagnosis.alarm_edit, "alarm"), verdicts.end(diagnosis)]
+    marks = [{"edit": edit, "name": name} for edit, name in story if edit is not None]
+    return {"metric": metrics[told[0]], "site": sites[told[1]], "marks": marks}
+
+
+def _diagnosis(diagnosis: Diagnosis, places: Mapping[str, str]) -> dict[str, Any]:
+    """places: the short name of each site."""
     look = verdicts.LOOKS[diagnosis.verdict]
+
+    def told(words: str) -> str:
+        return sentence(with_short_names(clean(words, SAYS), places))
+
     return {
-        "says": clean(diagnosis.says, SAYS),
+        "says": with_short_names(clean(headline.headline(diagnosis, places), SAYS), places),
         "means": look.means,
         "cause": clean(diagnosis.cause, 80),
-        "cause_says": sentence(clean(diagnosis.cause_says, SAYS)),
-        "confidence": diagnosis.confidence,
-        "advice": sentence(clean(diagnosis.advice, SAYS)),
-        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation),
-        "chain": [[sentence(role), clean(says, SAYS)] for role, says in verdicts.chain(diagnosis)],
+        "cause_says": told(verdicts.why_apart(diagnosis)),
+        "confidence": headline.CONFIDENCE[diagnosis.confidence],
+        "advice": told(diagnosis.advice),
+        "operation": [] if diagnosis.operation is None else operation_facts(diagnosis.operation, places),
+        "causes": [list(link) for link in verdicts.causes(diagnosis, places)],
         "landed": verdicts.landed_words(diagnosis),
         "unwatched": clean("; ".join(diagnosis.unwatched), SAYS),
         "onset_edit": diagnosis.onset_edit,

@@ -15,7 +15,7 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
-from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, keys_of, thresholds_of
+from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, in_order, keys_of, thresholds_of
 from stabilitylab.record.runfile import connect, find_file
 from stabilitylab.record.store import (
     Unpacker,
@@ -88,6 +88,11 @@ class Follower:
     def closed(self) -> bool:
         """Whether the monitor had closed the run at the last look."""
         return bool(self.manifest.get("closed", False))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that has a reading so far, as `Run.sites`."""
+        return in_order(keys_of(self._unpack.frames), self.manifest)
 
     @property
     def last_started(self) -> float | None:

@@ -159,6 +159,12 @@ def keys_of(frames: Iterable[Frame]) -> tuple[Key, ...]:
     return tuple(dict.fromkeys(key for frame in frames for key in frame.keys))
 
 
+def in_order(keys: Iterable[Key], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sites among (metric, site) pairs, each once, in dataflow order where the manifest says it."""
+    order = {site: place for place, site in enumerate(manifest.get("sites", []))}
+    return tuple(sorted(dict.fromkeys(site for _, site in keys), key=lambda site: order.get(site, -1)))
+
+
 class Run:
     """A run as it stood when it was loaded. Read-only. Made by `load`, and by a `following.Follower` that keeps rows.
 
@@ -193,9 +199,7 @@ class Run:
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """Every site that has a reading, in dataflow order where the run says it."""
-        seen = dict.fromkeys(site for _, site in self._keys)
-        order = {site: place for place, site in enumerate(self.manifest.get("sites", []))}
-        return tuple(sorted(seen, key=lambda site: order.get(site, -1)))
+        return in_order(self._keys, self.manifest)
 
     @cached_property
     def _sites_by_metric(self) -> dict[str, tuple[str, ...]]:

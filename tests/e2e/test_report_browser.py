@@ -160,9 +160,13 @@ class TestExploring:
             assert (chosen(page)["edit"], chosen(page)["site"]) == (str(edit), sites[site]), key
         box = page.locator("#heatmap canvas").bounding_box()
         assert box is not None
-        page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 30)
-        hovered = page.locator("#hovered").text_content() or ""
-        page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + 30)
+        across, down, hovered = box["x"] + box["width"] * 0.6, box["y"], ""
+        while sites[1] not in hovered:  # below the names of the flagged edits, and the first row
+            down += 4
+            assert down < box["y"] + box["height"]
+            page.mouse.move(across, down)
+            hovered = page.locator("#hovered").text_content() or ""
+        page.mouse.click(across, down)
         assert chosen(page)["site"] == sites[1]
         assert 10 < int(chosen(page)["edit"]) < 14
         assert page.locator("#chosen").text_content() == hovered
@@ -306,7 +310,7 @@ def test_several_runs_are_compared(folder: Path, run: Run) -> None:
         verdict = seen.page.locator("#runs-table th", has_text="Verdict")
         for first in ("healthy", "run"):
             verdict.locator("button").click()
-            assert seen.page.locator("#runs-table tbody th").first.text_content() == first
+            assert seen.page.locator("#runs-table tbody th").first.inner_text() == first
         assert not seen.violations()
         seen.keep("comparison-1280")
         assert quiet(seen)

@@ -26,9 +26,11 @@ from stabilitylab.record.following import Follower
 from stabilitylab.record.readings import Alarm, EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import FILE_NAME, RunWriter
+from stabilitylab.reports.events import short_places
 from stabilitylab.reports.side_by_side import facts, largest_reading, last_reading, side_by_side
 from stabilitylab.reports.sparkline import BLOCKS, sparkline
 from stabilitylab.reports.tail import follow
+from stabilitylab.reports.text import with_short_names
 from tests.injections import INJECTIONS, hostile_run
 from tests.synthetic import make_run
 
@@ -187,9 +189,13 @@ def test_once_shows_a_page_and_ends_though_the_run_goes_on(tmp_path: Path) -> No
     assert diagnosis.verdict in page
     assert "20 edits · 1 failed · 60 a minute · took effect: some" in page
     assert len(diagnosis.causes) > 1
-    words = re.sub(r"\s+", " ", page)
+    words, places = re.sub(r"\s+", " ", page), short_places(load(folder).sites)
     for link in diagnosis.causes[1:]:
-        assert f"{link.role.capitalize()}: {link.says}" in words
+        assert f"{link.role.capitalize()}: {with_short_names(link.says, places)}" in words
+    assert diagnosis.first_bad_site is not None
+    assert with_short_names(diagnosis.says, places) in words
+    assert places[diagnosis.first_bad_site] in words
+    assert diagnosis.first_bad_site not in page
     assert re.search(r"largest update\.norm +[▁-█]+∞×+ +NaN", page)
     assert "Last alarms" in page
     assert "ago" in page

@@ -199,15 +199,21 @@ def test_the_advice_is_about_that_line_and_what_went_into_it() -> None:
 
 
 def test_its_facts_for_a_page() -> None:
-    told = dict(facts(OVERFLOW))
-    assert told["line"] == "edit.py:12, in apply (/home/me/edit.py)"
+    told = dict(facts(OVERFLOW, {}))
+    assert told["line"] == "edit.py:12, in apply (~/edit.py)"
     assert told["in: mat1"] == "float16 [4, 8], −300 to 400"
     assert told["out"] == "float16 [4, 8], −100 to 65,000, 2 not finite: ∞, the first at [0, 3]"
     assert (told["passed on by"], told["settings"], told["reached"]) == ("mul", "beta 1", "fc2.weight")
-    unread = dict(facts(replace(OVERFLOW, operands=(Values("x", (2,), "bfloat16"),), result=None, index=None)))
+    unread = dict(facts(replace(OVERFLOW, operands=(Values("x", (2,), "bfloat16"),), result=None, index=None), {}))
     assert (unread["in: x"], unread["out"]) == ("bfloat16 [2], range not known", "∞")
     again = replace(OVERFLOW, precisions=(Precision("float32", True, 3.1e5),))
-    assert dict(facts(again))["once more"].startswith("Made once more: finite in float32, largest 3.1e5")
+    assert dict(facts(again, {}))["once more"].startswith("Made once more: finite in float32, largest 3.1e5")
     assert "once more" not in told
-    assert dict(facts(replace(OVERFLOW, operands=(replace(HALF, greatest=-300.0),))))["in: mat1"].endswith(", −300")
-    assert dict(facts(DIVISION))["operation"] == "aten.div.Tensor, a part of SqrtBackward0"
+    assert dict(facts(replace(OVERFLOW, operands=(replace(HALF, greatest=-300.0),)), {}))["in: mat1"].endswith(", −300")
+    assert dict(facts(DIVISION, {}))["operation"] == "aten.div.Tensor, a part of SqrtBackward0"
+
+    installed = replace(OVERFLOW, place=replace(OVERFLOW.place, file="/opt/env/lib/python3.11/site-packages/a/b.py"))
+    assert dict(facts(installed, {}))["line"] == "b.py:12, in apply (a/b.py)"
+    named = replace(OVERFLOW, module="m.h.1.fc", operands=(replace(HALF, name="mat1 (m.h.1.fc.weight)"),))
+    short = dict(facts(named, {"m.h.1.fc": "1.fc"}))
+    assert (short["layer"], short["in: mat1 (1.fc.weight)"]) == ("1.fc", "float16 [4, 8], −300 to 400")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from stabilitylab.analysis import severity
 from stabilitylab.commands.cli import app
 from stabilitylab.record.run import Run, load
-from stabilitylab.reports import comparison, interactive
+from stabilitylab.reports import comparison, comparison_charts, html, spec_parts
 from stabilitylab.reports.events import event_words, short_places, telling
 from stabilitylab.reports.payload import shown
 from tests.synthetic import HOSTILE, make_run
@@ -72,7 +72,7 @@ def test_a_comparison_is_one_command(runs: list[Run], tmp_path: Path) -> None:
     text = out.read_text()
     data = json.loads(out.with_suffix(".json").read_text())
     assert data == {"written_by": "stabilitylab", **comparison.compared(runs)}
-    assert text.count('<tr><th scope="row"') == len(runs)
+    assert text.count('<tr><th scope="row" class="site"') == len(runs)
     dying = runs[1].diagnosis()
     assert len(dying.causes) > 1
     said = unescape(text)
@@ -95,22 +95,49 @@ def test_hostile_runs_are_compared_as_text(tmp_path: Path) -> None:
     assert len(re.findall(r"<script", text)) == len(re.findall(r"</script>", text)) == 6
 
 
-def test_runs_have_colours_of_their_own_which_are_no_verdicts() -> None:
-    charts = interactive.comparison_charts()
-    ranges = {
-        name: [layer["encoding"]["color"]["scale"]["range"] for layer in _layers(charts[name]) if _coloured(layer)]
+def test_runs_have_colours_of_their_own_which_are_far_from_those_of_verdicts() -> None:
+    charts = comparison_charts.comparison_charts()
+    looks = [
+        (layer["encoding"]["color"]["scale"]["range"], layer["encoding"].get("strokeDash", {}).get("scale"))
         for name in ("trade", "lines.log", "lines.linear")
-    }
-    assert all(each == [*interactive.RUNS] for found in ranges.values() for each in found)
-    assert all(ranges.values())
-    (of_verdicts,) = (layer["encoding"]["color"]["scale"]["range"] for layer in _layers(charts["lanes"]))
-    assert not {*interactive.RUNS} & {*of_verdicts}
+        for layer in charts[name].get("layer", [charts[name]])
+        if layer["encoding"].get("color", {}).get("field") in {"run", "site"}
+    ]
+    colours, dashes = [[each[at] for each in comparison_charts.RUNS] for at in (0, 1)]
+    assert len(looks) == 9  # the path; and line, lone points, what lies above and below, on either axis
+    assert all(found == colours for found, _ in looks)
+    assert [each["range"] for _, each in looks if each] == [[[*dash] for dash in dashes]] * 3
+    assert len(set(comparison_charts.RUNS)) == len(comparison_charts.RUNS)
+    sheet = html.source("report.css")
+    verdicts = {*re.findall(r"--(?:green|yellow|orange|purple|red): (#\w{6})", sheet), *spec_parts.VERDICT_COLOURS}
+    assert len(verdicts) == 15
+    nearest = min(np.linalg.norm(lab(run) - lab(verdict)) for run in colours for verdict in verdicts)
+    assert nearest > 25  # of a scale on which 2 is just seen
 
 
-def _layers(chart: dict[str, Any]) -> list[dict[str, Any]]:
-    layers: list[dict[str, Any]] = chart.get("layer", [chart])
-    return layers
+def lab(colour: str) -> np.ndarray[Any, Any]:
+    """CIE L*a*b* of an sRGB colour, under D65."""
+    linear = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    rows = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.array(rows) @ linear / [0.9505, 1.0, 1.089])  # all of ours are bright enough for the root
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def _coloured(layer: dict[str, Any]) -> bool:
-    return layer["encoding"].get("color", {}).get("field") in {"run", "site"}
+def test_the_numbers_of_the_survival_curve_stand_below_it(runs: list[Run], tmp_path: Path) -> None:
+    text = comparison.write_comparison(runs, tmp_path / "c.html").read_text()
+    table = text[text.index('<table class="counted">') :].partition("</table>")[0]
+    edits = [int(edit) for edit in re.findall(r"<th class=.n.>(\d+)<", table)]
+    cells = [re.findall(r'<td class="n">([^<]*)<', row) for row in table.split("<tr>")[2:]]
+    first = [_first_of(run, "diverging") for run in runs]
+    ends = [run.edits[-1].edit if at is None else at for run, at in zip(runs, first, strict=True)]
+    assert edits[0] == 0
+    assert max(ends) - edits[1] < edits[-1] <= max(ends)
+    at_risk = [sum(end >= edit for end in ends) for edit in edits]
+    assert [cell.partition(" ")[0] for cell in cells[0]] == [str(count) for count in at_risk]
+    assert cells[0][0] == cells[1][0] == "3 · 100 %"
+
+
+def _first_of(run: Run, verdict: str) -> int | None:
+    parts = comparison.stretches(run)
+    return next((part["first"] for part in parts if severity(part["verdict"]) >= severity(verdict)), None)

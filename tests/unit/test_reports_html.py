@@ -71,7 +71,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_verdict_comes_first_with_what_it_rests_on(dying: Run, page: str) -> None:
     diagnosis, said, places = dying.diagnosis(), Page(page).text, short_places(dying.sites)
     screen = said[: said.index("How it went")]
-    assert screen.index("Mend on Blip2, float16: 60 edits, 24 November 2026") < screen.index("Diverging since edit")
+    assert screen.index("MEND on Blip2, float16: 60 edits, 24 November 2026") < screen.index("Diverging since edit")
     assert diagnosis.cause in screen
     for words in (diagnosis.cause_says, diagnosis.advice):
         assert said.count(with_short_names(words, places)[1:]) == 1
@@ -413,7 +413,7 @@ def test_a_sound_runs_headline_is_the_diagnosis_and_its_curve_one_that_moves(tmp
     diagnosis = run.diagnosis()
     assert diagnosis.verdict == "stable"
     assert headline.headline(diagnosis, short_places(run.sites)) == diagnosis.says
-    told = headline.telling(run)
+    told = headline.telling(run, diagnosis)
     assert told is not None
     assert np.unique(run.series(*told)).size > 2
 

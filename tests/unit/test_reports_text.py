@@ -92,11 +92,10 @@ def test_names_lose_the_prefix_that_all_share(sites: tuple[str, ...], short: tup
     assert tuple(short_names(sites).values()) == short
 
 
-def test_a_sentence_has_short_names_for_whole_sites_only() -> None:
+def test_a_sentence_has_short_names_for_sites_and_for_their_parts_only() -> None:
     places = {"m.h.1.fc": "1.fc", "model": "the model"}
-    assert with_short_names("in m.h.1.fc, m.h.1.fc.bias, xm.h.1.fc: the model.", places) == (
-        "in 1.fc, m.h.1.fc.bias, xm.h.1.fc: the model."
-    )
+    told = "in m.h.1.fc, m.h.1.fc.bias, m.h.1.fcx, xm.h.1.fc, model.h: the model."
+    assert with_short_names(told, places) == "in 1.fc, 1.fc.bias, m.h.1.fcx, xm.h.1.fc, model.h: the model."
 
 
 def test_shares_of_time() -> None:

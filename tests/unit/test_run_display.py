@@ -15,8 +15,10 @@ from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import UsageError
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.run import Run, load
-from stabilitylab.reports import frames, notebook
+from stabilitylab.reports import frames, manifest, notebook
 from stabilitylab.reports.events import event_words, short_places
+from stabilitylab.reports.headline import headline
+from stabilitylab.reports.text import with_short_names
 from tests.synthetic import HOSTILE, make_run
 
 
@@ -38,6 +40,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
+        self.sources: list[str] = []
         self.words: list[str] = []
         self._open: list[str] = []
         self.feed(text)
@@ -48,7 +51,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self._open.append(tag)
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        if tag not in {"br", "img"}:
+            self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
@@ -70,17 +75,29 @@ def displays(run: Run) -> dict[str, str]:
 
 def test_a_run_shows_verdict_evidence_and_what_it_was_compared_with(dying: Run) -> None:
     diagnosis, said = dying.diagnosis(), Page(dying._repr_html_()).said
-    for words in (diagnosis.says, diagnosis.advice, diagnosis.cause, diagnosis.first_bad_site, diagnosis.baseline):
-        assert words
-        assert words in said
-    assert diagnosis.thresholds.removeprefix("limits ") in said
     places = short_places(dying.sites)
+    assert diagnosis.first_bad_site is not None
+    in_order = [
+        manifest.title(dying.manifest, diagnosis.edits),
+        headline(diagnosis, places),
+        f"Why: {diagnosis.cause}",
+        "What to do",
+        diagnosis.advice,
+        diagnosis.causes[1].cause,
+        f"first bad edit {diagnosis.first_bad_edit}, {places[diagnosis.first_bad_site]}, {diagnosis.first_bad_metric}",
+        diagnosis.baseline,
+    ]
+    assert all(in_order)
+    found = [said.index(words) for words in in_order]
+    assert found == sorted(found)
+    assert diagnosis.thresholds.removeprefix("limits ") in said
     for verdict in {event.verdict for event in grouped(diagnosis.findings)}:
         first = min((event for event in grouped(diagnosis.findings) if event.verdict == verdict), key=lambda e: e.edit)
         assert event_words(first, places) in said
     assert len(diagnosis.causes) > 1
-    for link in diagnosis.causes:
-        assert link.says in said
+    assert with_short_names(diagnosis.cause_says, places)[1:] in said
+    for link in diagnosis.causes[1:]:
+        assert with_short_names(link.says, places)[1:] in said
     assert "took effect some" in said
     assert f"not watched {diagnosis.unwatched[0]}" in said
     assert f"alarm, as it ran edit {diagnosis.alarm_edit}" in said
@@ -99,7 +116,10 @@ def test_a_run_that_goes_on_shows_its_forecast(tmp_path: Path) -> None:
 
 def test_a_diagnosis_and_its_findings_show_their_evidence(dying: Run) -> None:
     diagnosis = dying.diagnosis()
-    assert diagnosis.says in Page(diagnosis._repr_html_()).said
+    places = short_places(finding.site for finding in diagnosis.findings)
+    said = Page(diagnosis._repr_html_()).said
+    assert headline(diagnosis, places) in said
+    assert said.count(diagnosis.advice) == said.count(f"Why: {diagnosis.cause}") == 1
     finding = diagnosis.findings[0]
     said = Page(finding._repr_html_()).said
     for words in (finding.says, finding.site, finding.metric, finding.rule):
@@ -133,11 +153,30 @@ def test_at_a_prompt_all_of_them_are_short(dying: Run, hostile: Run) -> None:
 
 
 def test_hostile_text_stays_text(hostile: Run) -> None:
-    allowed = {"div", "p", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td", "code", "ul", "li"}
+    allowed = {
+        "br",
+        "img",
+        "ol",
+        "div",
+        "p",
+        "span",
+        "strong",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "code",
+        "ul",
+        "li",
+    }
     for name, shown in displays(hostile).items():
         page = Page(shown)
         assert page.tags <= allowed | {"details", "summary"}, name
-        assert page.attributes <= {"style", "scope", "tabindex", "role", "aria-label"}, name
+        assert page.attributes <= {"style", "scope", "tabindex", "role", "aria-label", "src", "alt"}, name
+        assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources), name
         assert page.said.isprintable(), name
         assert len(shown) < 200_000, name
     assert "<script>" in Page(hostile._repr_html_()).said
@@ -220,8 +259,10 @@ def test_reading_a_run_brings_in_neither_what_draws_nor_what_frames(dying: Run) 
         "repr(run), repr(run.diagnosis()), run.plot\n"
         "heavy = {'altair', 'matplotlib', 'jinja2', 'pandas', 'polars', 'torch', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "run._repr_html_()\n"
+        "run.diagnosis()._repr_html_(), run.metrics._repr_html_()\n"
         "assert not {'altair', 'matplotlib', 'torch'} & set(sys.modules)\n"
+        "run._repr_html_()\n"  # with a picture
+        "assert not {'altair', 'torch'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,9 +23,14 @@ from stabilitylab.analysis.grouping import grouped
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import load
 from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION, RunWriter
+from stabilitylab.reports.events import short_places
+from stabilitylab.reports.headline import headline, telling
+from stabilitylab.reports.manifest import title
 from stabilitylab.reports.tensorboard_plugin import payload, shelf
 from stabilitylab.reports.tensorboard_plugin.loader import StabilityLoader
 from stabilitylab.reports.tensorboard_plugin.plugin import StabilityPlugin
+from stabilitylab.reports.text import with_short_names
+from stabilitylab.reports.verdicts import causes
 from tests.injections import INJECTIONS, hostile_run
 from tests.synthetic import make_run
 
@@ -117,11 +122,17 @@ def test_a_logdir_that_is_a_run_itself(logdir: Path) -> None:
 def test_what_is_said_of_a_run_is_the_analyzers(tab: Tab, logdir: Path) -> None:
     sent, run = tab.json("/run", run="mend/dying"), load(logdir / "mend" / "dying")
     diagnosis = run.diagnosis()
-    assert sent["diagnosis"]["says"] == diagnosis.says
-    assert sent["diagnosis"]["cause_says"].lower() == diagnosis.cause_says.lower()
-    assert sent["diagnosis"]["advice"].lower() == diagnosis.advice.lower()
+    places = short_places(run.sites)
+    assert sent["title"] == title(run.manifest, diagnosis.edits)
+    assert sent["diagnosis"]["says"] == with_short_names(headline(diagnosis, places), places)
+    assert sent["diagnosis"]["cause_says"].lower() == with_short_names(diagnosis.cause_says, places).lower()
+    assert sent["diagnosis"]["advice"].lower() == with_short_names(diagnosis.advice, places).lower()
     assert [finding["says"] for finding in sent["findings"]] == [finding.says for finding in diagnosis.findings]
-    assert [says for _, says in sent["diagnosis"]["chain"]] == [link.says for link in diagnosis.causes[1:]]
+    assert [tuple(link) for link in sent["diagnosis"]["causes"]] == causes(diagnosis, places)
+    metric, site = telling(run, diagnosis) or ("", "")
+    curve = sent["curve"]
+    assert (sent["metrics"][curve["metric"]]["name"], sent["sites"][curve["site"]]) == (metric, site)
+    assert curve["marks"][-1] == {"edit": diagnosis.first_nonfinite_edit, "name": "NaN or ∞"}
     assert len(diagnosis.causes) > 1
     assert sent["diagnosis"]["landed"].startswith(str(diagnosis.landed))
     assert sent["diagnosis"]["unwatched"] == "; ".join(diagnosis.unwatched) != ""

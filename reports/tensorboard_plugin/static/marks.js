@@ -1,6 +1,6 @@
-// The edits that every chart marks: onset dashed, alarm dotted, first bad solid.
+// The edits that every chart marks: onset dashed, alarm dotted, first bad and the end solid.
 
-const LOOKS = { onset: ["onset", [5, 3]], alarm: ["alarm", [1.5, 2.5]], "first bad": ["first-bad", []] };
+const LOOKS = { onset: ["onset", [5, 3]], alarm: ["alarm", [1.5, 2.5]], "first bad": ["first-bad", []], "NaN or ∞": ["first-bad", []], collapse: ["first-bad", []] };
 
 /** One mark an edit, in order, with colour and dash. */
 export function grouped(marks) {

@@ -63,6 +63,7 @@ export class RunView {
     this.drawVerdict();
     this.drawMore();
     this.drawSelect();
+    await this.drawCurve(mine);
     await this.drawMap(mine);
   }
 
@@ -110,26 +111,50 @@ export class RunView {
   drawVerdict() {
     const { about } = this;
     const { diagnosis } = about;
+    const at = (edit) => (edit === null ? "–" : `edit ${edit}`);
     const facts = [
-      ["Took effect", diagnosis.landed],
-      diagnosis.unwatched ? ["Not watched", diagnosis.unwatched, true] : null,
       ["Edits", `${about.edits.toLocaleString("en-US")}${about.complete ? "" : ", not closed"}`],
-      ["Onset", diagnosis.onset_edit === null ? "–" : `edit ${diagnosis.onset_edit}`],
-      ["Alarm", diagnosis.alarm_edit === null ? "–" : `edit ${diagnosis.alarm_edit}`],
-      ["First bad", diagnosis.first_bad_edit === null ? "–" : `edit ${diagnosis.first_bad_edit}`],
+      ["Took effect", diagnosis.landed],
+      ["Onset", at(diagnosis.onset_edit)],
+      ["Alarm", at(diagnosis.alarm_edit)],
+      ["First bad", at(diagnosis.first_bad_edit)],
       diagnosis.first_bad_site ? ["Where", `${diagnosis.first_bad_site} (${diagnosis.first_bad_metric})`, true] : null,
+      about.forecast ? ["Forecast", about.forecast, true] : null,
     ].filter(Boolean);
+    const known = diagnosis.cause !== "unknown";
+    this.curve = el("figure", { class: "curve" });
     this.verdict.className = `card verdict v-${about.verdict}`;
     show(this.verdict,
-      el("p", { class: "badge" }, el("span", { "aria-hidden": "true" }, `${about.sign} `), about.word),
-      el("p", { class: "says", id: "says" }, diagnosis.says),
-      el("p", { class: "muted" }, diagnosis.means),
-      el("div", { class: "three" }, block(diagnosis.confidence === "none" ? "Why" : `Why: ${diagnosis.cause} (${diagnosis.confidence} confidence)`, diagnosis.cause_says, chain(diagnosis.chain)),
-        block("What to do", diagnosis.advice), block("Forecast", about.forecast)),
+      el("h2", { id: "title" }, about.title),
+      el("div", { class: "first" },
+        el("div", {},
+          el("p", { class: "badge", title: diagnosis.means }, el("span", { "aria-hidden": "true" }, `${about.sign} `), about.word),
+          el("p", { class: "says", id: "says" }, diagnosis.says),
+          block(known ? `Why: ${diagnosis.cause}` : "Why", diagnosis.cause_says, known ? el("p", { class: "muted small" }, `Confidence ${diagnosis.confidence}.`) : null),
+          block("What to do", diagnosis.advice),
+          diagnosis.unwatched && !diagnosis.says.endsWith(`${diagnosis.unwatched}.`) ? el("p", { class: "muted small" }, `Not watched: ${diagnosis.unwatched}.`) : null),
+        this.curve),
+      diagnosis.causes.length ? el("ol", { class: "causes", "aria-label": "The chain of causes" }, diagnosis.causes.map(([role, cause, says]) =>
+        el("li", {}, el("p", { class: "muted small" }, role), el("p", { class: "claim" }, cause), el("p", { class: "small" }, says)))) : null,
       diagnosis.operation.length ? el("details", { class: "operation" }, el("summary", {}, "The operation that gave it"), el("dl", {}, diagnosis.operation.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]).flat())) : null,
       el("dl", { class: "facts" }, facts.map(([name, value, long]) => el("div", { class: long ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))));
     this.mapCard.hidden = this.layer.hidden = !about.metrics.length || !about.number.length;
     this.more.hidden = false;
+  }
+
+  /** The reading that tells the run, beside what is said of it. */
+  async drawCurve(mine) {
+    const { about, curve } = this;
+    if (!about.curve) return;
+    const { metric, site, marks } = about.curve;
+    const described = about.metrics[metric];
+    const block = await fetchMetric(about, metric);
+    if (mine !== this.asked || curve !== this.curve) return;
+    const row = described.sites.indexOf(site);
+    const [from, to] = [row * about.number.length, (row + 1) * about.number.length];
+    const line = { name: described.short[row], edits: about.number, values: block.values.subarray(from, to), taken: block.taken.subarray(from, to), colour: "var(--line-1)", faint: false };
+    show(curve, el("figcaption", {}, el("h3", {}, `${described.name} at ${described.short[row]}`), described.meaning),
+      lineChart([line], { log: described.scale === "log", marks, width: Math.max(240, curve.clientWidth), height: 230, label: `${described.name} at ${about.sites[site]}` }));
   }
 
   drawSelect() {
@@ -289,17 +314,13 @@ export class RunView {
   redraw() {
     if (!this.about || this.about.state === "unreadable" || !this.parts || !this.drawn) return;
     this.map.layout();
+    this.chosen(this.drawCurve(this.asked));
     this.chosen(this.drawLayer(this.asked));
   }
 }
 
 function block(heading, words, more = null) {
   return words || more ? el("div", {}, el("h3", {}, heading), words ? el("p", {}, words) : null, more) : null;
-}
-
-/** The causes beside the first: what each does in the chain, and what shows it. */
-function chain(links) {
-  return links.length ? [el("p", {}, "With it:"), el("ul", { class: "chain" }, links.map(([role, says]) => el("li", {}, el("strong", {}, `${role}: `), says)))] : null;
 }
 
 function fold(heading, ...content) {

@@ -1,0 +1,1 @@
+"""What the documentation shows: pictures of pages, and samples of output, all from a few runs that are kept."""
