@@ -27,8 +27,14 @@ _ROOT: Final = Path(__file__).resolve().parents[2]
 
 def _reader(kind: str, run: Path, seconds: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.reliability.concurrent_loops", kind, str(run), str(seconds)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        env=environment,
     )
 
 

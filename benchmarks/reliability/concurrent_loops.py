@@ -1,6 +1,6 @@
 """One writer and its readers, each a process of its own; see `concurrent`. Knows no goal.
 
-    python -m benchmarks.reliability.concurrent_loops report|tail|tab RUN SECONDS
+python -m benchmarks.reliability.concurrent_loops report|tail|tab RUN SECONDS
 """
 
 from __future__ import annotations

@@ -277,5 +277,5 @@ def promise(effort: Effort) -> Iterator[Result]:
             del os.environ[VARIABLE]
         else:
             os.environ[VARIABLE] = before
-    test = f"editors × tiers × dtypes × {{exception, adapter swap, second attach, other hooks}}: {len(cases)} of {len(CASES)} loops"
+    test = f"editors × tiers × dtypes × {{{', '.join(DISTURBANCES)}}}: {len(cases)} of {len(CASES)} loops"
     yield counted(test, "differences", len(cases), breaks)

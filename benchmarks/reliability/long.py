@@ -40,7 +40,7 @@ def promise(effort: Effort) -> Iterator[Result]:
                 what, f"growth under {MOST_GROWTH_MB:.0f} MB", f"{growth:.1f} MB", growth < MOST_GROWTH_MB, edits
             )
             says = f"{slower:.2f} times, {late['seconds'] * 1e3:.2f} CPU ms an edit"
-            yield Result(f"{what}: last tenth to second", "time per edit within 10%", says, slower <= MOST_SLOWER, edits)
+            yield Result(f"{what}: last tenth", "time per edit within 10%", says, slower <= MOST_SLOWER, edits)
             ended = forks.run(f"{LOOPS}:read", {"run": str(run), "out": str(folder / f"{number}.html")})
             if ended.error or ended.by:
                 yield Result(f"{what}, read", "ends", ended.error or f"ended by signal {ended.by}", False, edits)

@@ -85,7 +85,8 @@ def kills(effort: Effort, forks: Forks, truth: Mapping[int, Readings], lines: Ma
     """
     folder, chance, each = effort.folder("kills"), effort.chance("kills"), effort.pick(15, 75)
     plans: dict[str, list[tuple[dict[str, object], float | None]]] = {
-        f"kill -9 at {where}": [] for where in ("attach", "a line of a write", "a point inside SQLite or at a time", "close")
+        f"kill -9 at {where}": []
+        for where in ("attach", "a line of a write", "a point inside SQLite or at a time", "close")
     }
     at_attach, in_writes, inside, at_close = plans.values()
     for number in range(each):
@@ -132,7 +133,7 @@ def damaged_logs(effort: Effort, forks: Forks, truth: Mapping[int, Readings]) ->
         cut += [f"{how} at byte {at}: {said}"] if said else []
         said = _as_it_lies(folder / "torn", _torn(file, folded, log, chance), log, truth, EDITS)
         torn += [f"try {number}: {said}"] if said else []
-    yield counted("log cut, zeroed or overwritten at a random byte", "wrong rows, gaps, or edits before it lost", tries, cut)
+    yield counted("log cut, zeroed or overwritten at a random byte", "wrong rows, gaps or unsaid", tries, cut)
     yield counted("pages torn while the log is folded in", "acknowledged edits lost", tries, torn)
 
 
@@ -234,7 +235,12 @@ def folders_gone(effort: Effort, forks: Forks, truth: Mapping[int, Readings]) ->
             if how == "replaced by a file" and run.read_text() != "mine":
                 said = "the file was written to"
         breaks += [f"{how} before edit {at}: {said}"] if said else []
-    yield counted("folder deleted, moved, replaced at a random edit", "edits lost unsaid, foreign files touched", len(plans), breaks)
+    yield counted(
+        "folder deleted, moved, replaced",
+        "edits lost unsaid, foreign files touched",
+        len(plans),
+        breaks,
+    )
 
 
 def _rows(run: Path) -> int:

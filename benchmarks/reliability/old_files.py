@@ -68,4 +68,4 @@ def promise(effort: Effort) -> Iterator[Result]:
         folder = RUNS / f"schema-{version}"
         said = what_is_wrong(folder, scratch) if folder.is_dir() else "has no run to try"
         breaks += [f"schema {version}: {said}"] if said else []
-    yield counted(f"a run of each schema, 1 to {SCHEMA_VERSION}", "that can't be read as they were", SCHEMA_VERSION, breaks)
+    yield counted(f"a run of each schema, 1 to {SCHEMA_VERSION}", "not read as they were", SCHEMA_VERSION, breaks)

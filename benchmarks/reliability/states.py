@@ -1,4 +1,4 @@
-"""All of a process that an edit loop could see of a monitor, as digests by name: two loops are the same where these are."""
+"""All that an edit loop could see of a monitor, as digests by name: two loops are the same where these are."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def state_of(model: nn.Module, editor: object) -> State:
         [len(each) for name, each in sorted(vars(global_hooks).items()) if name.startswith("_global_") and _sized(each)]
         + [len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks)]
     )
-    found["random"] = " ".join(
-        [bits(torch.get_rng_state()), digest(repr(random.getstate()).encode()), _numpy_state()]
-    )
+    found["random"] = " ".join([bits(torch.get_rng_state()), digest(repr(random.getstate()).encode()), _numpy_state()])
     found["modes"] = f"{torch.is_grad_enabled()} {torch.is_inference_mode_enabled()} {torch.get_default_dtype()}"
     return found
 

@@ -125,7 +125,7 @@ class Bench:
         except KeyboardInterrupt:  # only of this reading: the row is written all the same
             later()
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.off[what] = f"{type(error).__name__}: {error}"
             says = f"{what} switched off: {self.off[what]}"
             logger.warning("stabilitylab: %s (the edit loop goes on)", says)
