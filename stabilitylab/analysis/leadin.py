@@ -133,6 +133,8 @@ class LeadIn:
         self._largest_finite: dict[Key, float] = {}
         self._infinite: set[Key] = set()
         self._frozen = False
+        self._moved_on = False
+        """Whether the readings are of another schema than those that were last looked up: a row may pass unseen."""
         self._steps: deque[Step] = deque(maxlen=STEPS)
         self._kept: dict[str, tuple[Step, ...]] = {}
         self._learning = Learning(0, 0)
@@ -151,9 +153,11 @@ class LeadIn:
         """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
         hard fact, not by drift alone.
         """
+        self._moved_on = self._moved_on or row.fresh
         if self._frozen:
             return
-        if row.fresh:
+        if self._moved_on:
+            self._moved_on = False
             self._look_up(row)
         places = self._where.places
         self._follow_inputs(row)

@@ -80,9 +80,8 @@ class Waiting:
             except Exception as error:
                 if _will_pass(error) and time.monotonic() < until:
                     time.sleep(_PAUSE)
-                elif isinstance(error, OSError | sqlite3.OperationalError):
-                    while self._writes:
-                        self._lose(self._writes.popleft(), str(error))
+                elif self._writes and isinstance(error, OSError | sqlite3.OperationalError):
+                    self._lose(self._writes.popleft(), str(error))  # what comes after it may still be written
 
     def _lose(self, write: _Write, why: str) -> None:
         self._bytes -= write.size

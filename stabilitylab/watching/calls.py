@@ -162,7 +162,7 @@ class CallWatch(TorchFunctionMode):
                     temporarily_clear_interpreter_stack(),
                 ):
                     action(result, args, kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._actions = {}
             logger.warning("stabilitylab: watching calls failed and is off for this edit: %r", error)
         return result

@@ -158,7 +158,7 @@ class Capture:
         """`action` as a hook that falls silent when the edit ends."""
         return Hook(action, self._broke)
 
-    def _broke(self, error: Exception) -> None:
+    def _broke(self, error: BaseException) -> None:
         self.broken.append(f"{type(error).__name__}: {error}")
 
     def _put(self, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False) -> None:

@@ -27,7 +27,7 @@ _Table = OrderedDict[int, Any]
 _silent = threading.local()
 
 
-def _log(error: Exception) -> None:
+def _log(error: BaseException) -> None:
     logger.warning("stabilitylab: a hook failed and is off for this edit: %r", error)
 
 
@@ -38,7 +38,7 @@ class Hook:
     object, so that the copy is watched too, and fall silent with the edit; `leave` takes them off.
     """
 
-    def __init__(self, action: Callable[..., None], broke: Callable[[Exception], None] | None = None) -> None:
+    def __init__(self, action: Callable[..., None], broke: Callable[[BaseException], None] | None = None) -> None:
         """broke: told what `action` raised; else it is logged."""
         self._action: Callable[..., None] | None = action
         self._broke = broke or _log
@@ -57,7 +57,7 @@ class Hook:
             try:
                 with own_work(), _outside_of_transforms():
                     self._action(*args)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.fall_silent()
                 self._broke(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -84,10 +84,8 @@ class Recorder:
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
         note = Note(self.edits if self._about is None else self._about, kind, says)
-        with suppress(Exception):
-            self._waiting.put(lambda: self._record.note(note))
-        with suppress(Exception):
-            self._analyzer.observe_note(note)
+        self.guard("the run file", lambda: self._waiting.put(lambda: self._record.note(note)))
+        self.guard("the analyzer", lambda: self._analyzer.observe_note(note))
 
     def operation(self, operation: Operation) -> None:
         """Record an operation that tracing has named, before the row of its edit."""

@@ -5,6 +5,7 @@ On a CPU a row is written as its edit ends. On an accelerator it is read one edi
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.note_kinds import BROUGHT, MOVED_BESIDES, MOVED_OUTSIDE, NOTHING_MOVED
-from stabilitylab.record.readings import EditRow, OutcomeKind, Status
+from stabilitylab.record.readings import Array, EditRow, Key, OutcomeKind, Status
 from stabilitylab.watching import interrupts, manifest
 from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary, Schedule
@@ -207,7 +208,9 @@ class Rounds:
         taken = Taken("", time.time(), time.perf_counter())
         with self._instruments.probe_time:
             self._instruments.before_any_edit(self.model, self.sites)
-        tracers = self._forward_canary(0, None) if self._instruments.together else ()
+        tracers: tuple[Tracer, ...] = ()
+        if self._instruments.together:
+            tracers = self._guard("the canary", lambda: self._forward_canary(0, None)) or ()
         if self._instruments.canary.failure:
             raise UsageError(f"the canary can't be run: {self._instruments.canary.failure}")
         with self._instruments.probe_time:
@@ -281,7 +284,7 @@ class Rounds:
         due = applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo))
         if due and not interrupts.is_asked_for():
             with interrupts.stoppable():
-                tracers += self._forward_canary(edit, capture.model_call)
+                tracers += self._guard("the canary", lambda: self._forward_canary(edit, capture.model_call)) or ()
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
@@ -352,20 +355,8 @@ class Rounds:
             passes = self._passes = instruments.passes(unread.cargo)
             independent = unread.foreign and unread.edit > 1 and is_independent(passes)
             readings = instruments.read(unread.cargo, from_original=independent)
-            if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
-                instruments.look_everywhere_next()
-            for site, seen in passes.items():
-                instruments.references.edited(site, seen)
-            self._last_moved = any(seen.update != 0 for seen in passes.values())
-            if unread.edit:
-                self._watch_pace(unread.edit, unread.cargo)
-        if (unread.asked or unread.compiled) and unread.status == "applied":
-            note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
-            moved = {site for site, seen in passes.items() if seen.update != 0}
-            unseen = self._unanswered.after(unread.unanswered, moved) if unread.heard else None
-            for kind, says in filter(None, (note, unseen)):
-                self._note(kind, says)
-        found = [self._tracing.read(tracer) for tracer in unread.tracers]
+            self._guard("what an edit's readings lead to", lambda: self._learn(unread, passes, readings))
+        found = [self._guard("the tracer", functools.partial(self._tracing.read, each)) for each in unread.tracers]
         named = [operation for operation in found if operation is not None]
         for operation in named:
             self._recorder.operation(operation)
@@ -395,6 +386,23 @@ class Rounds:
             self._recorder.outcome(unread.edit, "independent")
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
+
+    def _learn(self, unread: _Unread, passes: Mapping[str, WeightPass], readings: Mapping[Key, Array]) -> None:
+        """Where to look at the next edit, and what is to be said of this one besides its readings."""
+        instruments = self._instruments
+        if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
+            instruments.look_everywhere_next()
+        for site, seen in passes.items():
+            instruments.references.edited(site, seen)
+        self._last_moved = any(seen.update != 0 for seen in passes.values())
+        if unread.edit:
+            self._watch_pace(unread.edit, unread.cargo)
+        if (unread.asked or unread.compiled) and unread.status == "applied":
+            note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
+            moved = {site for site, seen in passes.items() if seen.update != 0}
+            unseen = self._unanswered.after(unread.unanswered, moved) if unread.heard else None
+            for kind, says in filter(None, (note, unseen)):
+                self._note(kind, says)
 
     # -- the canary -----------------------------------------------------------------------------------------------
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import stabilitylab as sl
+from stabilitylab.analysis.analyzer import Analyzer
+from stabilitylab.probes import catalogue
+from stabilitylab.record.readings import EditRow
 from tests.loops import CANARY, make_model
 
 LAYER = "0"
@@ -103,3 +107,18 @@ def test_steps_that_dwarf_those_before_them_are_not_undone(tmp_path: Path) -> No
     found = loop(tmp_path / "run", lambda edit: 1e-3 * 1e3**edit, restored=False, edits=5).diagnosis()
     assert found.verdict == "diverging"
     assert found.alarm_edit is not None
+
+
+def test_readings_that_became_fewer_while_the_weights_were_lost_are_looked_up_anew() -> None:
+    analyzer = Analyzer(catalogue())
+
+    def observe(edit: int, **readings: float) -> None:
+        held = {(name.replace("_", ".", 1), LAYER): np.array([value]) for name, value in readings.items()}
+        analyzer.observe(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, None, held))
+
+    for edit in range(6):
+        bad = 3.0 if edit == 5 else 0.0
+        observe(edit, weight_max_abs=1.0, weight_norm=1.0, drift_norm=0.1, update_norm=0.1, weight_nonfinite=bad)
+    observe(6, weight_nonfinite=3.0)
+    observe(7, weight_nonfinite=0.0)
+    assert analyzer.diagnosis().verdict == "drifting"

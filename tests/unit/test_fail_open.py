@@ -13,11 +13,16 @@ import torch
 from torch import nn
 
 import stabilitylab as sl
+from stabilitylab.analysis.analyzer import Analyzer
 from stabilitylab.probes import Update
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import Metric
+from stabilitylab.record.store import RunWriter
+from stabilitylab.watching.instruments.feedback import FeedbackInstrument
+from stabilitylab.watching.instruments.logits import CanaryInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
+from stabilitylab.watching.instruments.state import StateInstrument
 
 EDITS = 3
 
@@ -33,13 +38,14 @@ class Odd(Probe[WeightPass]):
         return type(self).says
 
 
-def loop(run: Path, label: object = "", **arguments: Any) -> sl.Run:
+def loop(run: Path, label: object = "", last: float = 0.01, **arguments: Any) -> sl.Run:
+    """last: what the last edit adds to each weight."""
     model = nn.Sequential(nn.Linear(2, 2))
     with sl.attach(model, "0", run=run, announce=False, trace=False, **arguments) as monitor:
-        for _ in range(EDITS):
+        for number in range(EDITS):
             with monitor.edit(label), torch.no_grad():
                 model(torch.ones(1, 2))
-                model[0].weight.add_(0.01)
+                model[0].weight.add_(last if number == EDITS - 1 else 0.01)
     return sl.load(run)
 
 
@@ -133,3 +139,62 @@ def test_a_hook_that_breaks_is_said_once(
     (said,) = notes_of(run, "hook-off")
     assert "RuntimeError: no such output" in said
     assert caplog.text.count("no such output") == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (StateInstrument, "before_any_edit"),
+        (StateInstrument, "after"),
+        (StateInstrument, "look_in_full_next"),
+        (OutputInstrument, "after"),
+        (FeedbackInstrument, "after"),
+        (CanaryInstrument, "forward"),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(3)])
+def test_an_instrument_that_breaks_between_passes_costs_no_row_and_no_other_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, step: str, error: BaseException
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(owner, step, broken)
+    run = loop(tmp_path / "run", last=float("nan"), canary=torch.ones(1, 2))
+    assert [edit.edit for edit in run.edits] == list(range(EDITS + 1))
+    assert run.present("update.norm", "0").all()
+    assert len([says for says in notes_of(run, "probe-off") if type(error).__name__ in says]) == 1
+
+
+@pytest.mark.parametrize("method", ["compute", "is_due", "is_for"])
+def test_a_probe_that_would_end_the_program_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(Odd, method, leaves)
+    run = loop(tmp_path / "run", probes=[Odd(), Update()])
+    assert run.present("update.norm", "0").all()
+    assert notes_of(run, "probe-off") == ["probe Odd switched off: SystemExit: 3"]
+
+
+def test_a_hook_that_would_end_the_program_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OutputInstrument, "on_output", leaves)
+    run = loop(tmp_path / "run")
+    assert len(run) == EDITS
+    assert len(notes_of(run, "hook-off")) == 1
+
+
+def test_notes_that_can_not_be_written_or_taken_in_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Analyzer, "observe_note", leaves)
+    run = loop(tmp_path / "analyzer")
+    assert notes_of(run, "probe-off") == ["the analyzer failed: SystemExit: 3"]
+
+    def broken(*_: object) -> None:
+        raise ValueError("no room for words")
+
+    monkeypatch.setattr(RunWriter, "note", broken)
+    with caplog.at_level(logging.WARNING):
+        run = loop(tmp_path / "writer")
+    assert len(run) == EDITS
+    assert caplog.text.count("no room for words") == 1

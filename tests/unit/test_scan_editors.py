@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,17 @@ def test_a_live_editor_is_looked_at_as_its_file_is() -> None:
     assert {each.what for each in sl.scan(model, editor=keeps).figures.moments} == {"moments", "projection", "cache"}
 
 
+def named_in_no_alphabet() -> bytes:
+    """An archive one of whose names says that it is UTF-8, and is not."""
+    written = io.BytesIO()
+    np.savez(written, a=np.ones(2))
+    data = bytearray(written.getvalue())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 9] |= 8
+    data[entry + 46] = 0xFF
+    return bytes(data)
+
+
 class Config:
     """An object beside the tensors, as the archives of MEND's authors have."""
 
@@ -258,6 +270,7 @@ class Config:
         (lambda folder: pickled(folder, mend() | {"cfg": Config()}), "holds more than tensors"),
         (lambda folder: put("u_std", lambda _: None)(folder).write_bytes(b"\x80\x02"), "can't be read"),
         (lambda folder: (folder / "x.npz").write_bytes(b"PK\x03\x04 no zip"), "can't be read as .npz"),
+        (lambda folder: (folder / "x.npz").write_bytes(named_in_no_alphabet()), "can't be read as .npz"),
         (lambda folder: (folder / "x.safetensors").write_bytes(b"12345678{"), "can't be read as safetensors"),
         (lambda folder: (folder / "x").write_bytes(b"text"), "can't be read"),
     ],

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import stabilitylab as sl
+from stabilitylab.probes.base import Tier
 from stabilitylab.record import store, waiting
 from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.watching import recording
@@ -22,9 +23,9 @@ from stabilitylab.watching import recording
 class Loop:
     """An edit loop of one small layer."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, probes: Tier = "light") -> None:
         self.model = nn.Sequential(nn.Linear(2, 2))
-        self.monitor = sl.attach(self.model, "0", run=run, probes="light", announce=False, trace=False)
+        self.monitor = sl.attach(self.model, "0", run=run, probes=probes, announce=False, trace=False)
 
     def edit(self, times: int) -> None:
         for _ in range(times):
@@ -112,6 +113,22 @@ def test_a_row_that_can_never_be_written_takes_no_other_with_it(
     assert [edit.edit for edit in run.edits] == [0, 1, 3, 4]
     assert "edit 2 was not recorded: such a row" in [note.says for note in run.notes]
     assert not run.complete
+
+
+def test_a_write_that_fails_to_the_end_takes_no_later_one_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(RunWriter, "outcome", outcome)
+    loop = Loop(tmp_path / "run", probes="default")
+    loop.edit(3)
+    loop.monitor.close()
+    run = sl.load(tmp_path / "run")
+    assert [edit.edit for edit in run.edits] == list(range(4))
+    assert any("disk I/O error" in note.says for note in run.notes)
+    assert run.closed
 
 
 def test_a_folder_that_is_deleted_is_written_again_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def _is_npz(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as opened:
             return any(name.endswith(".npy") for name in opened.namelist())
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # damaged: names that are no text among it
         return file.suffix == ".npz"
 
 
@@ -91,6 +92,6 @@ def _npz(file: Path) -> Archive:
                     tensors[name] = torch.from_numpy(np.array(array))
                 else:
                     about[name] = str(array)[:80]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise UsageError(f"{file} can't be read as .npz: {one_line(error)}") from None
     return Archive(file, tensors, about)

@@ -150,7 +150,7 @@ class Bench:
         except KeyboardInterrupt:  # only of this reading: the row is written all the same
             later()
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.off[what] = f"{type(error).__name__}: {error}"
             self._needed.clear()
             says = f"{what} switched off: {self.off[what]}"

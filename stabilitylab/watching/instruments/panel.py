@@ -7,7 +7,8 @@ measurement, and no formula of either.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,8 +107,13 @@ class Instruments:
     def begin(self, edit: int, in_full: bool = True) -> None:
         """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
         self._bench.begin(edit, in_full)
-        for instrument in (self._gradients, self._outputs, self._logits):
-            instrument.begin()
+        self._step("gradients", self._gradients.begin)
+        self._step("outputs", self._outputs.begin)
+        self._step("logits", self._logits.begin)
+
+    def _step(self, instrument: str, step: Callable[[], object]) -> None:
+        """What an instrument does between two passes of the model. One that breaks is off, and takes no other along."""
+        self._bench.safely(f"what looks at {instrument}", step, as_the_loop=True)
 
     def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
         """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
@@ -133,15 +139,15 @@ class Instruments:
             capture.watch_model(model)
             if self._bench.needed(NormInput):
                 capture.watch_norms(model)
-            self._editor.watch(capture, model)
-            self._attention.enter(capture.stack, model)
+            self._step("the editor", lambda: self._editor.watch(capture, model))
+            self._step("attention", lambda: self._attention.enter(capture.stack, model))
             stack.pop_all()  # every hook is in place: they stay until the edit ends
         return capture
 
     def editor_grew(self, capture: Capture) -> None:
         """The editor has built more of itself inside the edit."""
         with self.probe_time:
-            self._editor.grew(capture)
+            self._step("the editor", lambda: self._editor.grew(capture))
 
     def no_capture(self) -> Capture:
         """A capture without hooks."""
@@ -198,11 +204,11 @@ class Instruments:
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
         inside_compiled(model)  # what takes long of it is done only once
-        self._editor.after(model, None, {}, sites)
-        self._weights.after(model, sites)
-        self._exchange.settle("edit 0")
-        self._weights.settled()
-        self._state.before_any_edit(model, sites)
+        self._step("the editor", lambda: self._editor.after(model, None, {}, sites))
+        self._step("weights", lambda: self._weights.after(model, sites))
+        self._step("other processes", lambda: self._exchange.settle("edit 0"))
+        self._step("weights", self._weights.settled)
+        self._step("the whole state", lambda: self._state.before_any_edit(model, sites))
 
     def after(
         self,
@@ -217,23 +223,23 @@ class Instruments:
 
         failed: whether it raised, so that other processes may not come to its end.
         """
-        self._outputs.after(sites)
-        self._logits.after()
-        self._feedback.after(model, sites, capture.model_call, self.references)
-        self._gradients.after(model, sites, self.references)
-        self._editor.after(model, capture, reports, sites)
-        self._weights.compare(model, sites, self._editor.updates)
-        self._weights.after(model, sites)
+        self._step("outputs", lambda: self._outputs.after(sites))
+        self._step("logits", self._logits.after)
+        self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
+        self._step("gradients", lambda: self._gradients.after(model, sites, self.references))
+        self._step("the editor", lambda: self._editor.after(model, capture, reports, sites))
+        self._step("updates", lambda: self._weights.compare(model, sites, self._editor.updates))
+        self._step("weights", lambda: self._weights.after(model, sites))
         if failed:
             self._exchange.stays_away()
         else:
-            self._exchange.settle(f"the end of edit {self._bench.edit}")
-        self._weights.settled()
-        self._state.after(model, sites)
+            self._step("other processes", lambda: self._exchange.settle(f"the end of edit {self._bench.edit}"))
+        self._step("weights", self._weights.settled)
+        self._step("the whole state", lambda: self._state.after(model, sites))
 
     def look_everywhere_next(self) -> None:
         """Something is wrong: after the next edit look at every entry of the model."""
-        self._state.look_in_full_next()
+        self._step("the whole state", self._state.look_in_full_next)
 
     def look_at_weights(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the weights between two edits; what they are now is what the next edit starts from. Of what is spread

@@ -1,0 +1,1 @@
+"""What is promised of reliability, tried: one module a promise; `python -m benchmarks.reliability`."""
