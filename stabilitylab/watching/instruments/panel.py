@@ -164,8 +164,9 @@ class Instruments:
 
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run."""
-        with self.probe_time:
-            self._outputs.on_norm_input(entering)
+        if self._outputs.awaits_norm:  # all but a few of these calls are for nothing
+            with self.probe_time:
+                self._outputs.on_norm_input(entering)
 
     def model_called(self, kwargs: Mapping[str, Any]) -> None:
         """The model is about to run."""
