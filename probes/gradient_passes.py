@@ -107,9 +107,8 @@ class PassKeeper:
         self._first = packed, rebuild
         self._nonfinite = (packed[NONFINITE] > 0).double()
 
-    @torch.no_grad()
     def later(self, x: Tensor, delta: Tensor) -> None:
-        """One more pass."""
+        """One more pass; its factors are without a graph."""
         self.passes += 1
         self._last = now = Factors.of(x, delta)
         size = _size(now)

@@ -80,6 +80,14 @@ def sweep(
     return Swept(tuple(squares[: len(held)]), low, high, hottest)
 
 
+def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest entry of a contiguous tensor on a CPU; both NaN where it has one."""
+    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
+    if swept is None:
+        return None
+    return (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
+
+
 class Rows(NamedTuple):
     """square: the sum of squares. low, high: NaN both where there is one, and infinite where there is."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.native_scan import sweep
+from stabilitylab.probes.native_scan import scan_extremes, sweep
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
 _DEVICE_CHUNK = 1 << 22  # on an accelerator: fewer kernels, 16 MiB of scratch
@@ -165,11 +165,9 @@ def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU in one read, or by NumPy, piece by piece in the cache: half the time of ``torch.aminmax``.
     """
     tensor = tensor.detach()
-    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
-    if swept is not None:
-        lost = math.isnan(swept.low) or math.isnan(swept.high)
-        low, high = (math.nan, math.nan) if lost else (swept.low, swept.high)
-        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+    found = scan_extremes(tensor)
+    if found is not None:
+        return torch.tensor(found[0], dtype=torch.float64), torch.tensor(found[1], dtype=torch.float64)
     if not on_cpu(tensor) or tensor.dtype not in _SAFE or not tensor.is_contiguous():
         low, high = torch.aminmax(tensor)
         return low.double(), high.double()

@@ -162,11 +162,15 @@ class Instruments:
         with self.probe_time:
             self._gradients.optimizer_steps(optimizer)
 
+    @property
+    def awaits_norm(self) -> bool:
+        """Whether a layer's first output is to be followed to the normalisation after it."""
+        return self._outputs.awaits_norm
+
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run."""
-        if self._outputs.awaits_norm:  # all but a few of these calls are for nothing
-            with self.probe_time:
-                self._outputs.on_norm_input(entering)
+        with self.probe_time:
+            self._outputs.on_norm_input(entering)
 
     def model_called(self, kwargs: Mapping[str, Any]) -> None:
         """The model is about to run."""
