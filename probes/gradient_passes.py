@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSize, reduce_factors, reduce_size
+from stabilitylab.probes.native_scan import sweep
 from stabilitylab.probes.weight_pass import as_matrix, on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -72,6 +74,17 @@ def _norm(factor: Tensor) -> Tensor:
     return safe_norm(factor.detach().reshape(-1).to(wide_dtype(factor)))
 
 
+def _size(now: Factors) -> Tensor | float:
+    """‖X‖ ‖δ‖: a number where reading it waits for nothing, in one look at each."""
+    if not on_cpu(now.delta):
+        return _norm(now.x) * _norm(now.delta)
+    norms = []
+    for factor in (now.x, now.delta):
+        swept = sweep(factor, None, factor.numel()) if factor.numel() else None
+        norms.append(_norm(factor).item() if swept is None else math.sqrt(swept.squares[0]))
+    return norms[0] * norms[1]
+
+
 class PassKeeper:
     """Counts the passes of one site in one edit, and holds on to the factors of the last and of the worst later one.
 
@@ -86,7 +99,7 @@ class PassKeeper:
         self._first: tuple[Tensor, Rebuild[Any]] | None = None
         self._last: Factors | None = None
         self._worst: Factors | None = None
-        self._worst_size: Tensor | None = None
+        self._worst_size: Tensor | float | None = None
 
     def first(self, packed: Tensor, rebuild: Rebuild[Any]) -> None:
         """The first pass, as `reduce_factors` or `reduce_size` reduced it."""
@@ -94,25 +107,29 @@ class PassKeeper:
         self._first = packed, rebuild
         self._nonfinite = (packed[NONFINITE] > 0).double()
 
-    @torch.no_grad()
     def later(self, x: Tensor, delta: Tensor) -> None:
-        """One more pass."""
+        """One more pass; its factors are without a graph."""
         self.passes += 1
-        self._last = Factors.of(x, delta)
-        size = _norm(x) * _norm(delta)
+        self._last = now = Factors.of(x, delta)
+        size = _size(now)
         assert self._nonfinite is not None
-        self._nonfinite = self._nonfinite + torch.isfinite(size).logical_not().double()
-        self._keep_worse(self._last, size)
+        if isinstance(size, Tensor):
+            self._nonfinite = self._nonfinite + torch.isfinite(size).logical_not().double()
+        elif not math.isfinite(size):
+            self._nonfinite = self._nonfinite + 1
+        self._keep_worse(now, size)
 
-    def _keep_worse(self, now: Factors, size: Tensor) -> None:
+    def _keep_worse(self, now: Factors, size: Tensor | float) -> None:
         if self._worst is None or self._worst_size is None:
             self._worst, self._worst_size = now, size
             return
-        worse = torch.isfinite(self._worst_size) & ~(size <= self._worst_size)
-        if on_cpu(size):
-            if bool(worse):
+        if not isinstance(size, Tensor) or not isinstance(self._worst_size, Tensor):
+            worst = float(self._worst_size)
+            if math.isfinite(worst) and not float(size) <= worst:
                 self._worst, self._worst_size = now, size
-        elif self._worst.intact and (now.x.shape, now.delta.shape) == (self._worst.x.shape, self._worst.delta.shape):
+            return
+        worse = torch.isfinite(self._worst_size) & ~(size <= self._worst_size)
+        if self._worst.intact and (now.x.shape, now.delta.shape) == (self._worst.x.shape, self._worst.delta.shape):
             # Which of the two it is must not be waited for: both are read, and one is written.
             x, delta = torch.where(worse, now.x, self._worst.x), torch.where(worse, now.delta, self._worst.delta)
             self._worst, self._worst_size = Factors(x, delta), torch.where(worse, size, self._worst_size)
@@ -131,16 +148,17 @@ class PassKeeper:
         # Of growing gradients the last is the worst.
         worst = last if self._worst is self._last else _reduced(self._worst, with_spectra)
         parts = (self._first, last, worst)
-        sizes = torch.stack([self._first[0][SIZE], self._worst_size])
+        size_of_first = self._first[0][SIZE]
+        sizes = torch.stack([size_of_first, torch.as_tensor(self._worst_size, dtype=size_of_first.dtype)])
         ends = np.cumsum([3, *(packed.numel() for packed, _ in parts)])
 
         def rebuild(values: Host) -> LaterPasses:
             first, last, worst = (
                 make(values[start:stop]) for (_, make), start, stop in zip(parts, ends[:-1], ends[1:], strict=True)
             )
-            size_of_first, size_of_worst = values[1], values[2]
+            first_size, worst_size = values[1], values[2]
             # The worst so far was the first pass: a later one must be worse to take its place.
-            later_is_worse = np.isfinite(size_of_first) and not size_of_worst <= size_of_first
+            later_is_worse = np.isfinite(first_size) and not worst_size <= first_size
             return made(passes, float(values[0]), last, worst if later_is_worse else first)
 
         return torch.cat([head, sizes, *(packed for packed, _ in parts)]), rebuild

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal, NamedTuple
@@ -78,6 +78,28 @@ def sweep(
     *squares, low, high, at, half = built.sweep(address, first, before, place, count, chunk, code, True)
     hottest = None if moved is None else moved[half, : min(chunk, count - at)]
     return Swept(tuple(squares[: len(held)]), low, high, hottest)
+
+
+def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[], object] | None:
+    """The loop alone over a weight and its references, with nothing around it: what benchmarks compare with.
+
+    It reads from addresses: the tensors must outlive it.
+    """
+    built = _for(weight)
+    if built is None or not all(_fits(each, weight.dtype) for each in references):
+        return None
+    first, before = (each.data_ptr() for each in references)
+    count = weight.numel()
+    settings = (weight.data_ptr(), first, before, 0, count, count, _DTYPES[weight.dtype], True)
+    return lambda: built.sweep(*settings)
+
+
+def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest entry of a contiguous tensor on a CPU; both NaN where it has one."""
+    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
+    if swept is None:
+        return None
+    return (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
 
 
 class Rows(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.native_scan import scan_rows
+from stabilitylab.probes.native_scan import scan_extremes, scan_rows
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 
 _SEQUENCE_DIMENSIONS = 3
@@ -72,6 +72,12 @@ class NormInput:
 def largest_magnitude(tensor: Tensor) -> Tensor:
     """max |y| as a float64 scalar; NaN where the tensor has one."""
     return _largest(*extremes(tensor))
+
+
+def largest_magnitude_here(tensor: Tensor) -> float:
+    """The same of a tensor on a CPU as a number."""
+    found = scan_extremes(tensor)
+    return largest_magnitude(tensor).item() if found is None else max(abs(found[0]), abs(found[1]))
 
 
 def _largest(low: Tensor, high: Tensor) -> Tensor:
@@ -141,14 +147,13 @@ class OutputKeeper:
         self._last: Tensor | float | None = None
         self._worst: Tensor | float = 0.0
 
-    @torch.no_grad()
     def add(self, output: Tensor, largest: Tensor | None = None) -> None:
-        """One more output. largest: its largest magnitude, where that is known already."""
+        """One more output, without a graph. largest: its largest magnitude, where that is known already."""
         self.passes += 1
-        now = largest_magnitude(output) if largest is None else largest
-        if on_cpu(now):
-            self._keep(now.item())
+        if on_cpu(output):
+            self._keep(largest_magnitude_here(output) if largest is None else largest.item())
             return
+        now = largest_magnitude(output) if largest is None else largest
         bad = torch.isfinite(now).logical_not().double()
         worst = now if self._last is None else torch.as_tensor(self._worst)
         self._worst = torch.where(torch.isfinite(worst) & ~(now <= worst), now, worst)

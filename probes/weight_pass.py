@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.native_scan import sweep
+from stabilitylab.probes.native_scan import scan_extremes, sweep
 from stabilitylab.probes.triton_scan import sweep_on_device
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
@@ -166,11 +166,9 @@ def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU in one read, or by NumPy, piece by piece in the cache: half the time of ``torch.aminmax``.
     """
     tensor = tensor.detach()
-    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
-    if swept is not None:
-        lost = math.isnan(swept.low) or math.isnan(swept.high)
-        low, high = (math.nan, math.nan) if lost else (swept.low, swept.high)
-        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+    found = scan_extremes(tensor)
+    if found is not None:
+        return torch.tensor(found[0], dtype=torch.float64), torch.tensor(found[1], dtype=torch.float64)
     if not on_cpu(tensor) or tensor.dtype not in _SAFE or not tensor.is_contiguous():
         low, high = torch.aminmax(tensor)
         return low.double(), high.double()
@@ -200,7 +198,11 @@ class Scanned:
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, (_CHUNK if on_cpu(matrix) else _DEVICE_CHUNK) // matrix.shape[1])
+    return _rows_of(matrix.shape[1], _CHUNK if on_cpu(matrix) else _DEVICE_CHUNK)
+
+
+def _rows_of(columns: int, chunk: int) -> int:
+    return max(1, chunk // columns)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -219,29 +221,32 @@ def _pieces(matrix: Tensor, rows: int) -> Iterator[Tensor]:
 
 def _scan_on_cpu(
     weight: Tensor, references: tuple[Tensor, Tensor] | None, want_change: bool = False
-) -> tuple[Host, Tensor | None]:
+) -> tuple[list[float], Tensor | None]:
     """([‖W‖, ‖W−W₀‖ and ‖W−W₋‖ if there are any, low, high, non-finite], the rows of W−W₋ that moved most, if asked).
 
-    The second reference takes W's values.
+    weight: [rows, …]. The second reference takes W's values.
     """
-    chunk = _rows_at_once(weight) * weight.shape[1]
-    swept = sweep(weight, references, chunk, keeps_moved=want_change)
+    # Nothing is made of the tensors before native code has them: with cold caches, each view costs what a tenth of a
+    # small weight does.
+    columns = math.prod(weight.shape[1:]) if weight.dim() > 1 else max(weight.numel(), 1)
+    swept = sweep(weight, references, _rows_of(columns, _CHUNK) * columns, keeps_moved=want_change)
     if swept is None:
-        values, hottest = _scan_in_numpy(weight, references)
-    else:
-        norms, moved = np.sqrt(swept.squares), swept.moved
-        bad = 0.0 if math.isfinite(swept.low) and math.isfinite(swept.high) else _nonfinite_in(weight)
-        low, high = (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
-        values, hottest = np.array([*norms, low, high, bad]), weight.new_empty(0) if moved is None else moved
-    return values, hottest.reshape(-1, weight.shape[1]) if want_change else None
+        values, hottest = _scan_in_numpy(as_matrix(weight), references)
+        return values, hottest.reshape(-1, columns) if want_change else None
+    bad = 0.0 if math.isfinite(swept.low) and math.isfinite(swept.high) else _nonfinite_in(as_matrix(weight))
+    low, high = (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
+    change = None if swept.moved is None else swept.moved.reshape(-1, columns)
+    return [*map(math.sqrt, swept.squares), low, high, bad], change
 
 
 def _nonfinite_in(weight: Tensor) -> float:
     return float(sum((~torch.isfinite(piece)).sum().item() for piece in _pieces(weight, _rows_at_once(weight))))
 
 
-def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> tuple[Host, Tensor]:
+@torch.no_grad()
+def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> tuple[list[float], Tensor]:
     """The same, piece by piece while each is in the cache."""
+    references = None if references is None else (as_matrix(references[0]), as_matrix(references[1]))
     rows, dtype = _rows_at_once(weight), wide_dtype(weight)
     scratch = torch.empty(rows * weight.shape[1], dtype=dtype)
     wide = None if weight.dtype == dtype else torch.empty_like(scratch)
@@ -265,7 +270,7 @@ def _scan_in_numpy(weight: Tensor, references: tuple[Tensor, Tensor] | None) -> 
     table = np.array(parts)
     lows, highs, counts = table[:, -3:].T
     whole = [_combined(part) for part in table[:, :-3].T]
-    return np.array([*whole, lows.min(), highs.max(), counts.sum()]), hottest
+    return [*whole, float(lows.min()), float(highs.max()), float(counts.sum())], hottest
 
 
 def _scan_on_device(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor:
@@ -293,7 +298,6 @@ def _scan_by_operators(weight: Tensor, references: tuple[Tensor, ...]) -> Tensor
     )
 
 
-@torch.no_grad()
 def reduce_weight(
     weight: Tensor, reference: Tensor, previous: Tensor, reference_norm: Tensor, want_change: bool = False
 ) -> Scanned:
@@ -302,21 +306,27 @@ def reduce_weight(
     weight, reference, previous: same shape, any floating dtype; the references contiguous. Differences are formed in
     fp32 (fp64 for fp64 weights), norms accumulated so that they overflow only where ‖·‖ exceeds fp64.
     """
-    live, first, before = as_matrix(weight), as_matrix(reference), as_matrix(previous)
-    if not on_cpu(live):
-        change = live.to(wide_dtype(live)) - before.to(wide_dtype(live)) if want_change else None
-        found = _scan_on_device(live, (first, before))
-        return Scanned(torch.cat([found[:1], reference_norm.reshape(1), found[1:]]), None, change)
-    values, change = _scan_on_cpu(live, (first, before), want_change)
-    packed = torch.from_numpy(np.insert(values, 1, reference_norm.item()))
-    return Scanned(packed, float(values[2]), change)
+    if not on_cpu(weight):
+        live, first, before = as_matrix(weight), as_matrix(reference), as_matrix(previous)
+        return _reduce_on_device(live, first, before, reference_norm, want_change)
+    values, change = _scan_on_cpu(weight, (reference, previous), want_change)
+    packed = torch.tensor([values[0], reference_norm.item(), *values[1:]], dtype=torch.float64)
+    return Scanned(packed, values[2], change)
 
 
 @torch.no_grad()
+def _reduce_on_device(live: Tensor, first: Tensor, before: Tensor, norm: Tensor, want_change: bool) -> Scanned:
+    change = live.to(wide_dtype(live)) - before.to(wide_dtype(live)) if want_change else None
+    found = _scan_on_device(live, (first, before))
+    return Scanned(torch.cat([found[:1], norm.reshape(1), found[1:]]), None, change)
+
+
 def scan_weight(weight: Tensor) -> Tensor:
     """The numbers of `WeightScan` as one float64 tensor of shape [4] on the weight's device. Keeps no copy of it."""
-    live = as_matrix(weight)
-    return torch.from_numpy(_scan_on_cpu(live, None)[0]) if on_cpu(live) else _scan_on_device(live, ())
+    if on_cpu(weight):
+        return torch.tensor(_scan_on_cpu(weight, None)[0], dtype=torch.float64)
+    with torch.no_grad():
+        return _scan_on_device(as_matrix(weight), ())
 
 
 @torch.no_grad()

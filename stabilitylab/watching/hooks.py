@@ -57,6 +57,10 @@ class Watcher(Protocol):
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step."""
 
+    @property
+    def awaits_norm(self) -> bool:
+        """Whether to tell of the next normalisation."""
+
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run on this tensor."""
 
@@ -296,9 +300,16 @@ class Capture:
         self._put(model, self.hook(after_forward))
 
     def watch_norms(self, model: nn.Module) -> None:
-        """Hook each normalisation of the model, known by its class's name: what enters it."""
+        """Hook each normalisation of the model, known by its class's name: what enters it, as long as anyone waits for
+        that. When each layer that was asked has answered, the hooks go: an edit may pass the model 25 times.
+        """
+        until_answered = self._stack.enter_context(contextlib.ExitStack())
 
         def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self._watcher.awaits_norm:
+                if self.asked <= self.answered | self.batched:
+                    until_answered.close()
+                return
             entering = _first_tensor(args)
             values = None if entering is None else plain(entering)
             if values is not None and values.is_floating_point() and values.numel():
@@ -307,7 +318,7 @@ class Capture:
         hook = self.hook(before_forward)
         for module in modules_of(model):
             if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and id(module) not in self._compiled:
-                self._put(module, hook, before=True)
+                put(until_answered, module, hook, before=True)
 
     def watch_editor(self, name: str, module: nn.Module) -> None:
         """Hook one module of the editor: the tensors it is called with."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C import _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from stabilitylab.watching.compiled import uncompiled
@@ -55,8 +56,11 @@ class Hook:
             return
         if self._action is not None and not getattr(_silent, "depth", 0):
             try:
-                with own_work(), _outside_of_transforms():
+                if _is_alone():
                     self._action(*args)
+                else:
+                    with own_work(), _outside_of_transforms():
+                        self._action(*args)
             except (Exception, SystemExit) as error:
                 self.fall_silent()
                 self._broke(error)
@@ -129,6 +133,11 @@ def sweep(model: nn.Module) -> None:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _is_alone() -> bool:
+    """Whether no mode and no transform is entered that would have to be left: then nothing has to be."""
+    return _len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _outside_of_transforms() -> contextlib.AbstractContextManager[Any]:

@@ -57,6 +57,8 @@ class Heard:
     def overwritten(self, site: str) -> None:
         self.lost.append(site)
 
+    awaits_norm = True
+
     def norm_input(self, entering: Tensor) -> None:
         self.norms.append(entering)
 

@@ -65,6 +65,11 @@ class OutputInstrument:
         else:
             seen.keeper.passes += 1
 
+    @property
+    def awaits_norm(self) -> bool:
+        """Whether a layer's first output is to be followed to the normalisation after it."""
+        return bool(self._awaiting_norm)
+
     def on_norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run: the first after a layer is the one that its output reaches."""
         sites, self._awaiting_norm = self._awaiting_norm, []

@@ -185,6 +185,11 @@ class Instruments:
         with self.probe_time:
             self._gradients.optimizer_steps(optimizer)
 
+    @property
+    def awaits_norm(self) -> bool:
+        """Whether a layer's first output is to be followed to the normalisation after it."""
+        return self._outputs.awaits_norm
+
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run."""
         with self.probe_time:
