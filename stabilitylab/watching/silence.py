@@ -68,20 +68,24 @@ class Unanswered:
         """An edit ran the model. unanswered: the sites whose hooks saw nothing that could be read, and whether they
         were called inside ``vmap``. moved: the sites whose weight it changed. Returns the note to take.
         """
-        counts = {site: self._edits.get(site, 0) + 1 for site in unanswered if site in moved}
         said = {site: count for site, count in self._edits.items() if count >= FEWEST}
-        new = [site for site, count in counts.items() if count == FEWEST and site not in said]
+        # Of what runs inside vmap it is known at once why.
+        counts = {
+            site: max(self._edits.get(site, 0) + 1, FEWEST if batched else 0)
+            for site, batched in unanswered.items()
+            if site in moved
+        }
+        new = [site for site, count in counts.items() if count >= FEWEST and site not in said]
         self._edits = counts | said
         if not new:
             return None
-        batched = any(unanswered[site] for site in new)
         why = (
-            "they run inside vmap, where each value is many in one"
-            if batched
-            else "no call of the layers themselves was seen, as where a fused operation takes their weights"
+            ": they run inside vmap, where each value is many in one"
+            if any(unanswered[site] for site in new)
+            else f" in {FEWEST} edits: no call of the layers themselves was seen, as where a fused operation takes"
+            " their weights"
         )
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         return LAYER_SILENT, (
-            f"{new[0]}{more}: their weights are measured, but no activation and no gradient spectrum in {FEWEST} edits:"
-            f" {why}"
+            f"{new[0]}{more}: their weights are measured, but no activation and no gradient spectrum{why}"
         )

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 import stabilitylab as sl
 from stabilitylab.errors import StabilityLabError
@@ -107,6 +108,25 @@ def by_columns(mesh: DeviceMesh, placements: list[Any], weight: Tensor, folder: 
     return [run.series(metric, "0")[2] for metric in ("update.norm", "drift.norm", "weight.norm", "update.moved_share")]
 
 
+def collectives(mesh: DeviceMesh, folder: Path | None, probes: Any, rate: float) -> int:
+    """Of all kinds, in the second edit: what it begins with and what it ends with are those of any."""
+    model, found = sharded(mesh), 0
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    with (
+        contextlib.nullcontext()
+        if folder is None
+        else sl.attach(model, "[02]", folder, probes=probes, announce=False, trace=False) as monitor
+    ):
+        for _ in range(2):
+            edit = contextlib.nullcontext() if monitor is None else monitor.edit()
+            with profile(activities=[ProfilerActivity.CPU]) as seen, edit:
+                optimizer.zero_grad()
+                model(CANARY["input"]).square().mean().backward()
+                optimizer.step()
+            found = sum(event.count for event in seen.key_averages() if event.key.startswith("c10d::"))
+    return found
+
+
 def out_of_step(mesh: DeviceMesh, folder: Path) -> str:
     """The last process skips edit 2 of five, raises in it, or leaves the loop of edits after it. Gives its weights."""
     rank, last = dist.get_rank(), dist.get_rank() == dist.get_world_size() - 1
@@ -156,9 +176,9 @@ def main(folder: Path) -> None:
         before = len(exchanges)
     said["exchanges to close"] = len(exchanges) - before
     dist.all_gather = gather
-    bare = sharded(mesh)
-    train(bare, None, rank, ranks)
-    said["inert"] = digest(model) == digest(bare)
+    unwatched = sharded(mesh)
+    train(unwatched, None, rank, ranks)
+    said["inert"] = digest(model) == digest(unwatched)
     if ranks > 2:
         both = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicated", "parted"))
         model = sharded(both)
@@ -175,6 +195,12 @@ def main(folder: Path) -> None:
     for name, placement in {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}.items():
         said[name] = by_columns(mesh, [placement], weight, folder / name)
 
+    bare = collectives(mesh, None, (), 0.1)
+    said["collectives"] = {
+        "light": collectives(mesh, folder / "light", "light", 0.1) - bare,
+        "default": collectives(mesh, folder / "small", "default", 1e-4) - bare,
+        "default, large updates": collectives(mesh, folder / "large", "default", 0.1) - bare,
+    }
     exchange.MUST_COME = exchange.AT_THE_END = timedelta(seconds=3)
     said["steps"] = [out_of_step(mesh, folder / name) for name in ("bare", "skips", "raises", "leaves")]
 

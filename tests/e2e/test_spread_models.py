@@ -69,6 +69,13 @@ def test_an_edit_costs_one_exchange(ranks: Ranks) -> None:
     assert {told["exchanges to close"] for told in ranks[1]} == {1}
 
 
+def test_an_edit_has_one_collective_more_and_those_that_gather_what_moved_far_for_its_spectral_norm(
+    ranks: Ranks,
+) -> None:
+    for told in ranks[1]:
+        assert told["collectives"] == {"light": 1, "default": 1, "default, large updates": 1 + 2 * 2}
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

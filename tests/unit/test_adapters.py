@@ -279,10 +279,15 @@ def test_adapters_that_can_t_be_merged_are_named_with_the_reason(tmp_path: Path)
         sl.attach(model, "*.down_proj", tmp_path / "run")
 
 
-def test_the_delta_of_a_packed_weight_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
+def test_the_delta_of_a_packed_weight_is_measured(tmp_path: Path, kind: str) -> None:
     bits = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (125 MB): pip install bitsandbytes")
     net = Net()
-    net.mlp["down_proj"] = bits.nn.Linear4bit(INNER, WIDTH, quant_type="nf4").to("cpu")
+    packed = {
+        "4 bits": lambda: bits.nn.Linear4bit(INNER, WIDTH, quant_type="nf4"),
+        "8 bits": lambda: bits.nn.Linear8bitLt(INNER, WIDTH, has_fp16_weights=False),
+    }
+    net.mlp["down_proj"] = packed[kind]().to("cpu")
     model = get_peft_model(net, LoraConfig(r=2, **TARGET))
     run = watched(model, tmp_path / "run")
     delta = model.base_model.model.mlp["down_proj"].get_delta_weight("default")

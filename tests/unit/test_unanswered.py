@@ -26,7 +26,7 @@ def test_of_layers_under_vmap_it_is_said_once_why_nothing_was_seen_inside(tmp_pa
         return out.pow(2).mean()
 
     with sl.attach(model, "[01]", tmp_path / "run") as monitor:
-        for _ in range(5):
+        for _ in range(2):
             with monitor.edit():
                 each = vmap(grad(loss), in_dims=(None, 0))(model[0].weight.detach(), torch.randn(3, 4))
                 model[0].weight.data -= 0.1 * each.mean(0)
