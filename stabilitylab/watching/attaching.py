@@ -27,6 +27,7 @@ from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
+from stabilitylab.watching.redaction import Kept, Redaction
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
 from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
 
@@ -48,6 +49,7 @@ def attach(
     replay: bool = False,
     scan: bool = False,
     resume: bool = False,
+    redact: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -70,6 +72,8 @@ def attach(
     all of the model first, as `stabilitylab.scan` does; the report then says what was known before edit 1. resume: for
     a script that may be started again under the same `run`: where its folder is taken, the run goes on in the next free
     one, ``run-2``, which it says. That is a run of its own: drift counts from the weights as they are this time.
+    redact: keep no text of yours in the run: labels, messages of exceptions and the strings in `config` are hashed, and
+    folders, code lines, arguments of the command and names of user and machine are left out (SECURITY.md).
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
@@ -92,6 +96,7 @@ def attach(
     about = manifest.collect(
         model, found or (), editor, None if watched is None else watched.describe(), dict(config or {}), limits
     )
+    redaction = Redaction() if redact else Kept()
     if together is not None and together.bound:
         together.meet(
             {
@@ -110,6 +115,7 @@ def attach(
             options["scan"] = figures(model, sites, editor=editor, canary=batch).to_json(brief=True)
         except Exception as error:  # what only looks stops no loop
             scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
+    about, options = redaction.manifest(about), redaction.manifest(options)
     writer, writes = _opened(folder, about, options, metrics, together)
     single = means_single_edits(config or {})
     try:
@@ -133,6 +139,7 @@ def attach(
             skipped=skipped,
             trace=trace,
             replay=replay,
+            redaction=redaction,
         )
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()

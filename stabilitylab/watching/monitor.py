@@ -37,6 +37,7 @@ from stabilitylab.watching.interrupts import held_back
 from stabilitylab.watching.one_hook import carries_hooks, logger, sweep
 from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
+from stabilitylab.watching.redaction import Redaction
 from stabilitylab.watching.rounds import Rounds, Taken
 from stabilitylab.watching.sites import Site
 
@@ -63,6 +64,7 @@ class Monitor:
         skipped: Mapping[str, str] | None = None,
         trace: Trace | None = None,
         replay: bool = False,
+        redaction: Redaction | None = None,
     ) -> None:
         self._closed = True  # until it is whole
         self._process = os.getpid()
@@ -71,7 +73,7 @@ class Monitor:
         self._canary = canary
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
-        self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
+        self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks, redaction)
         self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay)
         self._open: Edit | None = None
         self._calibrating = False
