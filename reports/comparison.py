@@ -22,6 +22,7 @@ from stabilitylab.analysis.findings import VERDICTS, Verdict, json_safe, severit
 from stabilitylab.analysis.grouping import Group
 from stabilitylab.analysis.ledger import FURTHEST
 from stabilitylab.analysis.survival import Survival, survival
+from stabilitylab.record.homes import homeless
 from stabilitylab.record.readings import Array
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, verdicts
@@ -147,7 +148,7 @@ def _one(run: Run, name: str) -> dict[str, Any]:
             "value": [shown(float(along[place])) if there[place] else None for place in places],
         }
     found = {key: value for key, value in diagnosis.to_json().items() if key != "findings"}
-    about: dict[str, Any] = readable(json_safe({"path": str(run.path), "complete": run.complete, **found}))
+    about: dict[str, Any] = readable(json_safe({"path": homeless(str(run.path)), "complete": run.complete, **found}))
     return {"name": name, **about, "edits_kept": len(places), "stretches": stretches(run), "series": series}
 
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any, Final
 
+from stabilitylab.record.homes import homeless
 from stabilitylab.reports.text import clean, number
 
 _NAMES: Final = {
@@ -135,11 +136,6 @@ def typed(recorded: Any) -> list[str]:
     if path.suffix == ".py":
         return ["python", *parts]
     return [path.name, *parts[1:]] if path.parent.name == "bin" else parts
-
-
-def homeless(path: str) -> str:
-    """A path with ``~`` for somebody's home."""
-    return re.sub(r"^(/home/[^/]+|/Users/[^/]+|/root)(?=/|$)", "~", path)
 
 
 def quoted(command: Sequence[str]) -> str:

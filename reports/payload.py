@@ -23,6 +23,7 @@ import numpy as np
 
 from stabilitylab.analysis.findings import json_safe
 from stabilitylab.analysis.ledger import DRIFT_RULES
+from stabilitylab.record.homes import homeless
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Array, Metric
 from stabilitylab.record.run import Run
 from stabilitylab.reports import manifest, verdicts
@@ -94,7 +95,7 @@ def payload(run: Run, budget: int = PACKED_BYTES) -> dict[str, Any]:
         "format": FORMAT,
         "run": {
             "name": run.path.name,
-            "path": str(run.path),
+            "path": homeless(str(run.path)),
             "complete": run.complete,
             "edits": len(run),
             "rows": len(run.edits),

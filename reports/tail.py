@@ -25,6 +25,7 @@ from stabilitylab.record.runfile import find_file, find_runs
 from stabilitylab.reports.console import verdict_text
 from stabilitylab.reports.events import short_places
 from stabilitylab.reports.sparkline import sparkline
+from stabilitylab.reports.terminal import Shown, show
 from stabilitylab.reports.text import clean, number, sentence, shorten, with_short_names
 from stabilitylab.reports.verdicts import chain, landed_words, why
 
@@ -205,7 +206,7 @@ def follow(
     if once:
         for each in seen:
             tail.add(each)
-        _write(console, tail.plain()) if as_json else console.print(tail.page(time.time()))
+        _write(console, tail.plain()) if as_json else show(console, tail.page(time.time()))
         return
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
     told = len(seen) - BACKLOG
@@ -216,7 +217,7 @@ def follow(
                 if live is None and place >= told:
                     _write(console, tail.plain() if as_json else tail.line(each))
             if live is not None:
-                live.update(tail.page(time.time()), refresh=True)
+                live.update(Shown(tail.page(time.time())), refresh=True)
             elif follower.closed:
                 _write(console, tail.plain() if as_json else tail.closing())
             if follower.closed:
@@ -228,7 +229,7 @@ def follow(
 def _write(console: Console, what: Text | dict[str, Any]) -> None:
     """One line, however long, at once."""
     line = what if isinstance(what, Text) else Text(json.dumps(what, allow_nan=False))
-    console.print(line, soft_wrap=True)
+    show(console, line, soft_wrap=True)
     console.file.flush()
 
 

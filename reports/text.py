@@ -22,13 +22,18 @@ def clean(text: object, limit: int = 200) -> str:
     spelled out (``\\u202e``): they can neither reorder what is read nor steer a terminal. Not escaped for HTML.
     """
     known = str(text)[: 4 * limit]
-    spelled = "".join(
+    told = spelled(re.sub(r"[ \t\r\n\f\v\u2028\u2029]+", " ", known)).strip()
+    return told if len(told) <= limit and len(str(text)) <= 4 * limit else told[: limit - 1] + "…"
+
+
+def spelled(text: str, keep: str = "") -> str:
+    """`text` with what is not seen, or turns round what is, spelled out. keep: characters that stay."""
+    return "".join(
         char.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(char) in _HIDDEN and char not in _JOINERS
+        if unicodedata.category(char) in _HIDDEN and char not in _JOINERS and char not in keep
         else char
-        for char in re.sub(r"[ \t\r\n\f\v\u2028\u2029]+", " ", known)
-    ).strip()
-    return spelled if len(spelled) <= limit and len(str(text)) <= 4 * limit else spelled[: limit - 1] + "…"
+        for char in text
+    )
 
 
 def sentence(text: str) -> str:

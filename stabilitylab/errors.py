@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+from typing import Final
+
+_MOST_COMPARED: Final = 5_000
+_LONGEST_COMPARED: Final = 300
 
 
 class StabilityLabError(Exception):
@@ -32,7 +37,9 @@ class UsageError(StabilityLabError):
 
 def nearest(wrong: str, valid: Iterable[str], *, n: int = 3) -> list[str]:
     """The up to `n` valid names most like `wrong`, best first; empty when none is alike."""
-    return difflib.get_close_matches(wrong, list(valid), n=n, cutoff=0.4)
+    # What names are compared with may be anyone's: the time it takes grows with the product of their lengths.
+    few = [name for name in itertools.islice(valid, _MOST_COMPARED) if len(name) <= _LONGEST_COMPARED]
+    return difflib.get_close_matches(wrong[:_LONGEST_COMPARED], few, n=n, cutoff=0.4)
 
 
 def did_you_mean(wrong: str, valid: Iterable[str], *, n: int = 3) -> str:

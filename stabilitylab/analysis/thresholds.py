@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +24,13 @@ from typing import Any, Final
 
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
 from stabilitylab.errors import UsageError
+from stabilitylab.record.checked import expect
+from stabilitylab.record.plain_files import read_json
 
 SHIPPED: Final = "thresholds.json"
+_LARGEST: Final = 1e12
+"""Of scales and scores; statistics are of the order of 1."""
+LONGEST_SOURCE: Final = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,18 @@ def from_json(plain: Any, where: str) -> Thresholds:
         UsageError: `plain` holds no thresholds. where: what it is read from, for the message.
     """
     try:
-        scales = {str(name): float(scale) for name, scale in plain["scales"].items()}
-        found = Thresholds(
-            scales,
-            float(plain["score"]),
-            float(plain["least"]),
-            float(plain["alpha"]),
-            int(plain["runs"]),
-            str(plain["source"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        given: Thresholds = expect(Thresholds, Thresholds(**expect(dict, plain, "it")), "what it holds")
+    except (TypeError, ValueError) as error:
         expected = "expected what `stabilitylab calibrate` wrote"
-        raise UsageError(f"{where} holds no thresholds ({error!r}); {expected}") from None
-    wrong = set(scales) != set(DETECTORS) or not LEAST <= found.least < math.inf
-    if wrong or not all(0.0 < value < math.inf for value in (*scales.values(), found.score)):
+        raise UsageError(f"{where} holds no thresholds ({error}); {expected}") from None
+    scales = {name: float(scale) for name, scale in given.scales.items()}
+    found = replace(given, scales=scales, score=float(given.score), least=float(given.least))
+    wrong = set(scales) != set(DETECTORS) or not LEAST <= found.least < _LARGEST
+    if not 0.0 <= found.alpha <= 1.0 or found.runs < 0 or len(found.source) > LONGEST_SOURCE:
+        raise UsageError(
+            f"{where}: expected a share as alpha, a count of runs, and at most {LONGEST_SOURCE:,} characters of source"
+        )
+    if wrong or not all(0.0 < value < _LARGEST for value in (*scales.values(), found.score)):
         raise UsageError(
             f"{where}: expected a scale above 0 for each of {', '.join(DETECTORS)}, "
             f"a score above 0 and a least of {LEAST} or more"
@@ -95,8 +98,8 @@ def from_json(plain: Any, where: str) -> Thresholds:
 def read(path: Path) -> Thresholds:
     """Thresholds from a file. Raises UsageError where it holds none."""
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        plain = read_json(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"can't read thresholds from '{path}': {error}") from None
     return from_json(plain, f"'{path}'")
 

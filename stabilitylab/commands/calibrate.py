@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from stabilitylab.commands.options import say
+
 
 def calibrate(
     runs: Annotated[
@@ -30,4 +32,7 @@ def calibrate(
     thresholds = calibrate_on(runs, alpha=alpha)
     limits = json.dumps(thresholds.to_json(), indent=2, allow_nan=False)
     out.write_text(f"{limits}\n", encoding="utf-8")
-    typer.echo(limits if as_object else f"{out}: {thresholds}")
+    if as_object:
+        typer.echo(limits)
+    else:
+        say(f"{out}: {thresholds}")

@@ -55,9 +55,10 @@ def check(
         typer.echo(json.dumps(plain(found, diagnosis), indent=2, allow_nan=False))
     else:
         from stabilitylab.reports.console import diagnosis_page
+        from stabilitylab.reports.terminal import show
 
         console = Console()
-        console.print(diagnosis_page(found, diagnosis), width=min(console.width, WIDEST_PAGE))
+        show(console, diagnosis_page(found, diagnosis), width=min(console.width, WIDEST_PAGE))
     if severity(diagnosis.verdict) >= severity(fail_on.value) or diagnosis.nothing_lands:
         raise typer.Exit(EXIT_BAD_VERDICT)
     if not any(edit.row.readings for edit in found.edits if edit.edit > 0):

@@ -18,11 +18,10 @@ import typer
 
 import stabilitylab
 from stabilitylab.commands import calibrate, check, compare, demo, lab, probes, report, scan, tail
-from stabilitylab.commands.options import EXIT_INTERNAL, EXIT_USAGE, complain
+from stabilitylab.commands.options import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, complain
 from stabilitylab.errors import StabilityLabError
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Numerical-stability diagnostics for sequential model editing.",
@@ -39,7 +38,7 @@ for verb in (
 ):
     app.command()(verb)
 
-lab_app = typer.Typer(no_args_is_help=True, help="Editing methods on real models, watched and scored.")
+lab_app = typer.Typer(help="Editing methods on real models, watched and scored.")
 lab_app.command("run")(lab.run_one)
 lab_app.command("compare")(lab.compare_several)
 app.add_typer(lab_app, name="lab")
@@ -51,13 +50,27 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_USAGE)
+
+
+@lab_app.callback(invoke_without_command=True)
+def _lab(context: typer.Context) -> None:
+    """Editing methods on real models, watched and scored."""
+    _help(context)
+
+
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Numerical-stability diagnostics for sequential model editing."""
+    _help(context)
 
 
 def main() -> None:
@@ -67,11 +80,20 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show ‖W‖ still gets its verdict
     try:
-        app(prog_name="stabilitylab")
+        # Not by itself: its own words about a wrong argument show that as it came.
+        code = app(prog_name="stabilitylab", standalone_mode=False)
     except (StabilityLabError, OSError) as error:
         complain(error)
         sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except typer.Abort as error:
+        sys.exit(EXIT_INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else EXIT_USAGE)
     except Exception as error:
+        if hasattr(error, "format_message"):  # an argument that is none, of whichever click Typer brings
+            usage = getattr(error, "ctx", None)
+            complain(f"{error.format_message()}{'' if usage is None else f' {usage.get_usage()}; see --help'}")
+            sys.exit(EXIT_USAGE)
         if os.environ.get("STABILITYLAB_DEBUG"):
             raise
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -80,3 +102,4 @@ def main() -> None:
             " with the command, and with what STABILITYLAB_DEBUG=1 shows"
         )
         sys.exit(EXIT_INTERNAL)
+    sys.exit(code if isinstance(code, int) else 0)

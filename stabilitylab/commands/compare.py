@@ -20,10 +20,11 @@ def compare(
 ) -> None:
     """Say what became of several runs, side by side."""
     from stabilitylab.reports.side_by_side import facts, side_by_side
+    from stabilitylab.reports.terminal import show
 
     found = [load(run) for run in runs]
     if as_object:
         typer.echo(json.dumps([facts(run) for run in found], indent=2, allow_nan=False))
     else:
         console = Console()
-        console.print(side_by_side(found, console.width))
+        show(console, side_by_side(found, console.width))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stabilitylab.commands.options import Precision, Tier
+from stabilitylab.commands.options import Precision, Tier, say
 from stabilitylab.errors import UsageError
 
 MOST_SEEDS = 2**32 - 1
@@ -97,6 +97,7 @@ def _lab(
     single: bool = False,
 ) -> None:
     """Open the testbed, make the runs, print the table; the rows so far are written after each run."""
+    from stabilitylab.reports.terminal import show
     from stabilitylab.testbed.beds import open_bed
     from stabilitylab.testbed.compare import compare, expect_names, expect_writable, watched, write_rows
     from stabilitylab.testbed.lab_page import LabProgress, lab_page
@@ -121,6 +122,5 @@ def _lab(
                 write_rows(rows, json_file)
     finally:  # what is done is shown, whatever ended the rest
         if rows:
-            console = Console()
-            console.print(lab_page(rows))
-            console.print(f"runs: {folder}", markup=False, soft_wrap=True)
+            show(Console(), lab_page(rows))
+            say(f"runs: {folder}")

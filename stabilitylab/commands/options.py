@@ -21,6 +21,8 @@ EXIT_INTERNAL: Final = 4
 """An error of ours."""
 EXIT_UNWATCHED: Final = 5
 """Something that was asked for could not be watched, and nothing worse is known."""
+EXIT_INTERRUPTED: Final = 130
+"""Ctrl-C."""
 WIDEST_PAGE: Final = 100
 """Columns: longer lines of prose are hard to read."""
 
@@ -28,6 +30,11 @@ WIDEST_PAGE: Final = 100
 def complain(words: object) -> None:
     """Say one line on stderr. Names of folders and what files hold may be anyone's: nothing in it steers a terminal."""
     print("stabilitylab:", clean(words, 4_000), file=sys.stderr, flush=True)
+
+
+def say(words: object) -> None:
+    """Say one line on stdout, as safely."""
+    typer.echo(clean(words, 100_000))
 
 
 class Precision(str, Enum):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from stabilitylab.commands.options import say
 from stabilitylab.record.run import load
 
 
@@ -34,4 +35,4 @@ def report(
         from stabilitylab.reports.html import write_report
 
         page = write_report(found[0], out or found[0].path / "report.html")
-    typer.echo(json.dumps({"page": str(page), "data": str(page.with_suffix(".json"))}) if as_object else page)
+    say(json.dumps({"page": str(page), "data": str(page.with_suffix(".json"))}) if as_object else page)

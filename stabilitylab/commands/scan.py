@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from stabilitylab.analysis.caution import URGENCIES
-from stabilitylab.commands.options import EXIT_BAD_VERDICT, WIDEST_PAGE
+from stabilitylab.commands.options import EXIT_BAD_VERDICT, WIDEST_PAGE, say
 
 if TYPE_CHECKING:
     from stabilitylab.acting.scanning.scan import Progress
@@ -78,11 +78,12 @@ def scan(
         typer.echo(json.dumps(scanned.to_json(), indent=2, allow_nan=False))
     else:
         from stabilitylab.reports.scan_console import scan_page
+        from stabilitylab.reports.terminal import show
 
         console = Console()
-        console.print(scan_page(scanned.figures, scanned.cautions), width=min(console.width, WIDEST_PAGE))
+        show(console, scan_page(scanned.figures, scanned.cautions), width=min(console.width, WIDEST_PAGE))
         if out is not None:
-            console.print(f"page: {out}", markup=False, soft_wrap=True)
+            say(f"page: {out}")
     if any(URGENCIES.index(caution.urgency) <= URGENCIES.index(fail_on.value) for caution in scanned.cautions):
         raise typer.Exit(EXIT_BAD_VERDICT)
 
@@ -90,7 +91,10 @@ def scan(
 @contextmanager
 def _bar() -> Iterator[Progress]:
     """A bar where a person watches."""
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from stabilitylab.reports.text import clean
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
@@ -98,6 +102,6 @@ def _bar() -> Iterator[Progress]:
         task = bars.add_task("", total=None)
 
         def tell(doing: str, done: int, total: int) -> None:
-            bars.update(task, description=doing, completed=done, total=total)
+            bars.update(task, description=escape(clean(doing, 80)), completed=done, total=total)
 
         yield tell

@@ -13,6 +13,8 @@ from functools import cache
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
+from stabilitylab.record.plain_files import expect_few_parts
+
 LONGEST: Final = 1 << 16
 """Values that one reading may be described to hold."""
 _MOST_NUMBERED: Final = 1 << 53
@@ -35,6 +37,7 @@ def from_json(text: object) -> Any:
     """Plain values. Raises ValueError for what is no JSON, NaN and what is too large for a float included."""
     if not isinstance(text, str):
         raise ValueError(f"expected text, found {_shown(text)}")
+    expect_few_parts(text)
     try:
         return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
     except RecursionError:

@@ -16,7 +16,7 @@ from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, in_order, keys_of, thresholds_of
-from stabilitylab.record.runfile import connect, find_file
+from stabilitylab.record.runfile import connect, damaged, find_file
 from stabilitylab.record.store import (
     Unpacker,
     read_alarms,
@@ -128,7 +128,7 @@ class Follower:
             try:
                 return self._read(db, file, keep)
             except DAMAGE as error:
-                raise RunError(f"'{file}' is damaged: {error}") from error
+                raise damaged(file, error) from error
 
     def _read(self, db: sqlite3.Connection, file: Path, keep: int | None) -> list[Seen]:
         before, self.manifest, metrics = self.manifest, read_manifest(db), read_metrics(db)

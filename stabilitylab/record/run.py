@@ -24,7 +24,7 @@ from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Alike, Frame, by_frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
-from stabilitylab.record.runfile import connect, find_file
+from stabilitylab.record.runfile import connect, damaged, find_file
 from stabilitylab.record.store import (
     Unpacker,
     read_alarms,
@@ -359,4 +359,4 @@ def load(path: str | Path) -> Run:
         try:
             return Run(file.parent, _read(db))
         except DAMAGE as error:
-            raise RunError(f"'{file}' is damaged: {error}") from error
+            raise damaged(file, error) from error

@@ -14,13 +14,14 @@ from typing import Final, Literal
 from stabilitylab.errors import RunError, nearest
 from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION
 
-__all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "find_file", "find_runs"]
+__all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "damaged", "find_file", "find_runs"]
 
 LOCK_SECONDS: Final = 10.0
 """How long a reader waits for a writer that has no write-ahead log; one commit takes milliseconds."""
 
 COPY_TRIES: Final = 5
 
+_LONGEST: Final = 300
 _STEP: Final = 10_000
 STEPS: Final = 10_000
 """How often so many instructions of SQLite's are allowed for, and once more per so many bytes of the file: reading a
@@ -67,7 +68,13 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
     try:
         _expect_tables_alone(db)
     except (sqlite3.DatabaseError, ValueError) as error:
-        raise RunError(f"'{file}' is damaged: {error}") from error
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> RunError:
+    """What is raised where reading a run file fails. Its own words may quote what the file holds, of any length."""
+    words = str(error)
+    return RunError(f"'{file}' is damaged: {words if len(words) <= _LONGEST else f'{words[: _LONGEST - 1]}…'}")
 
 
 def _expect_tables_alone(db: sqlite3.Connection) -> None:

@@ -6,7 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, get_args, get_origin, get_type_hints
+
+from stabilitylab.record.checked import expect
 
 FLOATS: Final[Mapping[str, tuple[float, float, float]]] = {
     "float64": (1.7976931348623157e308, 2.2250738585072014e-308, 2.220446049250313e-16),
@@ -20,6 +23,10 @@ FLOATS: Final[Mapping[str, tuple[float, float, float]]] = {
 
 LISTED: Final = 8
 """Rows, columns or units that are named; beyond them they are only counted."""
+
+
+LONGEST_TEXT: Final = 10_000
+"""Characters of a name or a reason that a scan may hold."""
 
 
 def headroom(largest: float | None, limit: float) -> float | None:
@@ -321,18 +328,28 @@ def _is_default(field: dataclasses.Field[Any], held: Any) -> bool:
 
 def _read(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{name: _read(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        hints, given = _hints(kind), _of(dict, value)  # type: ignore[arg-type]
+        return kind(**{name: _read(hints[name], item) for name, item in given.items()})  # type: ignore[operator]
     inside, home = get_args(kind), get_origin(kind)
     if home is tuple:
-        return tuple(_read(inside[0], item) for item in value)
+        return tuple(_read(inside[0], item) for item in _of(list, value))
     if isinstance(home, type) and issubclass(home, Mapping):
-        return {str(key): _read(inside[1], item) for key, item in value.items()}
+        return {_read(str, key): _read(inside[1], item) for key, item in _of(dict, value).items()}
     if type(None) in inside:
         (inner,) = (each for each in inside if each is not type(None))
         return None if value is None else _read(inner, value)
-    if kind is float:
-        return _SPELLED[value] if isinstance(value, str) else float(value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{value!r} is no {kind.__name__}")
-    return value
+    if kind is float and isinstance(value, str):
+        return _SPELLED[value]
+    found = expect(kind, value, "a value")
+    if kind is str and len(found) > LONGEST_TEXT:
+        raise ValueError(f"a text of {len(found):,} characters")
+    return float(found) if kind is float else found
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _of(kind: type, value: Any) -> Any:
+    return expect(kind, value, f"what should be a {kind.__name__}")

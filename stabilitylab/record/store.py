@@ -323,8 +323,11 @@ class RunWriter:
         self.path = file
         self._open(self._journal)
         (last,) = self._connection.execute("SELECT coalesce(max(edit), 0) FROM edit").fetchone()
-        says = f"'{gone}' was deleted, moved or replaced after edit {last}: the whole run was written again as '{file}'"
-        _log.warning("stabilitylab: %s", says)
+        what = "was deleted, moved or replaced"
+        _log.warning("stabilitylab: '%s' %s after edit %d: all of it was written again as '%s'", gone, what, last, file)
+        # In the run no folder above its own: that may be somebody's home.
+        before, now = (f"{each.parent.name}/{each.name}" for each in (gone, file))
+        says = f"'{before}' {what} after edit {last}: the whole run was written again as '{now}'"
         self.note(Note(last, "run-file-gone", says))
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:

@@ -150,5 +150,6 @@ def _words(entry: Mapping[str, Any], name: str, which: str, known: tuple[str, ..
 def _about_its_subject(fact: Fact, which: str) -> Fact:
     if fact.subject is not None and fact.subject not in fact.prompt:
         where = f"{which}, field 'subject'"
-        raise RecordError(f"{where}: expected it word for word in the prompt {fact.prompt!r}, found {fact.subject!r}")
+        prompt, subject = (repr(text if len(text) <= 200 else f"{text[:199]}…") for text in (fact.prompt, fact.subject))
+        raise RecordError(f"{where}: expected it word for word in the prompt {prompt}, found {subject}")
     return fact

@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from stabilitylab.errors import RecordError, did_you_mean
+from stabilitylab.record.plain_files import read_json
+
+MOST_BYTES: Final = 256 << 20
+LONGEST: Final = 100_000
+"""Characters of one text; what is longer is no request that a model could be asked."""
 
 
 def read_list(path: str | PathLike[str]) -> list[Any]:
@@ -19,18 +24,14 @@ def read_list(path: str | PathLike[str]) -> list[Any]:
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, MOST_BYTES)
     except FileNotFoundError:
         near = did_you_mean(path.name, _neighbours(path))
         raise RecordError(f"{path}: no such file{near}") from None
     except OSError as error:
         raise RecordError(f"{path}: can't be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not JSON (not UTF-8 at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
-    except (RecursionError, ValueError) as error:
-        raise RecordError(f"{path}: not usable JSON ({error})") from None
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}") from None
     if not isinstance(found, list):
         raise RecordError(f"{path}: expected a list of records, found {kind_of(found)}")
     return found
@@ -69,6 +70,8 @@ def expect_string(entry: Mapping[str, Any], name: str, which: str, known: Iterab
     value = expect_field(entry, name, which, known)
     if not isinstance(value, str):
         raise RecordError(f"{which}, field {name!r}: expected a string, found {kind_of(value)}")
+    if len(value) > LONGEST:
+        raise RecordError(f"{which}, field {name!r}: {len(value):,} characters, expected at most {LONGEST:,}")
     return value
 
 

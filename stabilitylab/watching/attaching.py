@@ -29,6 +29,7 @@ from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
+from stabilitylab.watching.redaction import Kept, Redaction
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
 from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
 
@@ -52,6 +53,7 @@ def attach(
     resume: bool = False,
     budget: float | None = DEFAULT_SHARE,
     schedule: str | Path | Run | None = None,
+    redact: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
 
@@ -78,6 +80,8 @@ def attach(
     spectra, σ₁) is measured in the first 8 edits, which shows what it costs, and from then on as often as fits, oftener
     while values move; None to measure everything at each edit. schedule: another run, or its folder, whose edits say
     which ones of this run are measured in full, in place of any budget.
+    redact: keep no text of yours in the run: labels, messages of exceptions and the strings in `config` are hashed, and
+    folders, code lines, arguments of the command and names of user and machine are left out (SECURITY.md).
 
     Nothing about the model changes: weights, logits, gradients, RNG state and modes are bit-identical with and without
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
@@ -100,6 +104,7 @@ def attach(
     about = manifest.collect(
         model, found or (), editor, None if watched is None else watched.describe(), dict(config or {}), limits
     )
+    redaction = Redaction() if redact else Kept()
     if together is not None and together.bound:
         together.meet(
             {
@@ -119,7 +124,7 @@ def attach(
         except Exception as error:  # what only looks stops no loop
             scan_failure = f"the scan before edit 1 failed: {type(error).__name__}: {error}"
     paced = _budget(budget, schedule, spread_over, chosen)
-    options["budget"] = paced.to_json()
+    about, options = redaction.manifest(about), redaction.manifest(options) | {"budget": paced.to_json()}
     writer, writes = _opened(folder, about, options, metrics, together)
     single = means_single_edits(config or {})
     try:
@@ -144,6 +149,7 @@ def attach(
             trace=trace,
             replay=replay,
             budget=paced,
+            redaction=redaction,
         )
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()

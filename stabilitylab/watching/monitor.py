@@ -38,6 +38,7 @@ from stabilitylab.watching.interrupts import held_back
 from stabilitylab.watching.one_hook import carries_hooks, logger, sweep
 from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
+from stabilitylab.watching.redaction import Redaction
 from stabilitylab.watching.rounds import Rounds, Taken
 from stabilitylab.watching.sites import Site
 
@@ -65,6 +66,7 @@ class Monitor:
         trace: Trace | None = None,
         replay: bool = False,
         budget: Budget | None = None,
+        redaction: Redaction | None = None,
     ) -> None:
         self._closed = True  # until it is whole
         self._process = os.getpid()
@@ -73,7 +75,7 @@ class Monitor:
         self._canary = canary
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
-        self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks)
+        self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks, redaction)
         self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay, budget)
         self._open: Edit | None = None
         self._calibrating = False

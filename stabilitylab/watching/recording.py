@@ -17,6 +17,7 @@ from stabilitylab.record.waiting import Waiting, lost_says
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching.guard import Guard
 from stabilitylab.watching.one_hook import logger
+from stabilitylab.watching.redaction import Kept, Redaction
 
 PATIENCE_SECONDS: Final = 5.0
 """How long, at the end, what could not be written yet is tried again while someone reads the file."""
@@ -55,13 +56,17 @@ class Record(Protocol):
 class Recorder:
     """Writes one run. What fails here is said in the run and stops nothing."""
 
-    def __init__(self, record: Record, analyzer: Analyzer, sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self, record: Record, analyzer: Analyzer, sinks: Sequence[Sink], redaction: Redaction | None = None
+    ) -> None:
+        """redaction: what is taken out of all that comes, before anyone is shown it."""
         self.edits = 0
         """How many edits have ended."""
         self.guard = Guard(self.note)
         self._record = record
         self._analyzer = analyzer
         self._sinks = tuple(sinks)
+        self._redaction = redaction or Kept()
         self._waiting = Waiting()
         self._lost_before = 0
         self._about: int | None = None
@@ -83,18 +88,20 @@ class Recorder:
 
     def note(self, kind: str, says: str) -> None:
         """Record something that was not measured, or not as asked."""
-        note = Note(self.edits if self._about is None else self._about, kind, says)
+        note = self._redaction.note(Note(self.edits if self._about is None else self._about, kind, says))
         self.guard("the run file", lambda: self._waiting.put(lambda: self._record.note(note)))
         self.guard("the analyzer", lambda: self._analyzer.observe_note(note))
 
     def operation(self, operation: Operation) -> None:
         """Record an operation that tracing has named, before the row of its edit."""
+        operation = self._redaction.operation(operation)
         self._write(lambda: self._record.operation(operation))
         self.guard("the analyzer", lambda: self._analyzer.observe_operation(operation))
 
     def manifest(self, entries: Mapping[str, Any]) -> None:
         """Write or replace entries of the manifest."""
-        self._write(lambda: self._record.set_manifest(entries))
+        told = self._redaction.manifest(entries)
+        self._write(lambda: self._record.set_manifest(told))
 
     def _write(self, do: Callable[[], object], rows: Sequence[EditRow] = ()) -> bool:
         """Returns whether all was written by now."""
@@ -102,6 +109,7 @@ class Recorder:
 
     def row(self, row: EditRow) -> None:
         """Write an edit's row, then tell the analyzer and the sinks of it."""
+        row = self._redaction.row(row)
         if self._write(lambda: self._record.append(row), [row]):
             self._say_lost()
         self.guard("the analyzer", lambda: self._analyze(row))
@@ -129,6 +137,7 @@ class Recorder:
 
     def dry(self, rows: Sequence[EditRow], seconds: float) -> None:
         """Write the rows of all dry edits, which took so long, and tell the analyzer of them."""
+        rows = [self._redaction.row(row) for row in rows]
         self._write(lambda: self._record.append_dry(rows))
         for row in rows:
             self.guard("the analyzer", functools.partial(self._analyzer.observe_dry, row))

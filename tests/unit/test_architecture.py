@@ -38,6 +38,9 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
             f"record.{name}"
             for name in ("readings", "packed", "serving", "note_kinds", "operations", "scanned", "display")
         ),
+        # The one layer that looks at what others wrote.
+        "record.checked",
+        "record.plain_files",
     ),
     "analysis.calibrating": ("errors", "record.run", "analysis"),
     "probes": ("errors", "record.readings"),
@@ -51,6 +54,7 @@ MAY: Final[Mapping[str, tuple[str, ...]]] = {
     # A scan looks at a model and its editor by the names and hooks that watching has.
     "acting.scanning": (
         "errors",
+        "record.plain_files",
         "record.scanned",
         *(f"probes.{name}" for name in ("canary_places", "logits_pass", "weight_pass", "weight_spectrum")),
         *(f"watching.{name}" for name in ("adapted", "answer", "canary", "editor_parts", "reach", "sites")),

@@ -8,21 +8,31 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from stabilitylab.analysis.thresholds import read
+from stabilitylab.acting.scanning import archives
+from stabilitylab.acting.scanning.archives import open_archive
+from stabilitylab.acting.scanning.editors import scan_archive
+from stabilitylab.acting.scanning.opening import open_folder, read_json
+from stabilitylab.acting.scanning.places import of_hparams
+from stabilitylab.analysis.thresholds import from_json, read, shipped
 from stabilitylab.commands import check, cli
-from stabilitylab.errors import RunError, UsageError
+from stabilitylab.errors import RecordError, RunError, UsageError, nearest
+from stabilitylab.record import plain_files
 from stabilitylab.record.following import Follower
 from stabilitylab.record.run import load
+from stabilitylab.record.scanned import Scan, scan_from_json
 from stabilitylab.record.store import FILE_NAME
 from stabilitylab.reports.comparison import write_comparison
 from stabilitylab.reports.html import write_pages
+from stabilitylab.testbed.records import load_records
 from tests.synthetic import make_run
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -166,3 +176,110 @@ def test_a_report_replaces_its_own_data_and_takes_a_name_that_is_text(tmp_path: 
         data = json.loads((tmp_path / "page.json").read_text())
         assert data == {"written_by": "stabilitylab", "format": number}
     assert write_comparison([load(run)], f"{tmp_path}/several.html") == tmp_path / "several.html"
+
+
+def test_a_pipe_is_not_waited_for_where_settings_or_records_are_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="it is no file"):
+        read(pipe)
+    with pytest.raises(RecordError, match="it is no file"):
+        load_records(pipe)
+    with pytest.raises(UsageError, match="it is no file"):
+        read_json(pipe)
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match="is no file"):
+        open_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scales", []),
+        ("scales", {"level": "1"}),
+        ("score", True),
+        ("score", 1e300),
+        ("least", "Infinity"),
+        ("alpha", 7),
+        ("runs", 1.5),
+        ("runs", -1),
+        ("source", None),
+        ("source", "x" * 100_000),
+        ("more", 1),
+    ],
+)
+def test_limits_of_another_kind_are_refused(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match="here"):
+        from_json(shipped().to_json() | {name: value}, "here")
+
+
+def test_texts_and_lists_that_are_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([{"src": "x" * 100_001}]))
+    with pytest.raises(RecordError, match="record 0, field 'src': 100,001 characters, expected at most 100,000"):
+        load_records(file)
+    monkeypatch.setattr(plain_files, "MOST_PARTS", 1_000)
+    file.write_text("[" + "0," * 1_000 + "0]")
+    with pytest.raises(RecordError, match="more than 1,000 values"):
+        load_records(file)
+    monkeypatch.setattr(plain_files, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="larger than"):
+        plain_files.read_text(file, 100)
+
+
+def test_the_nearest_name_is_not_looked_for_among_names_of_any_length() -> None:
+    assert nearest("ab" * 200_000, ["ba" * 200_000, "ab" * 100]) == ["ab" * 100]  # which would take minutes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a, *a]\ninner_params: [*b, *b]\n",
+        "inner_params: &a [*a]\n",
+        "inner_params: " + "[" * 5_000,
+        "inner_params: [" + "a, " * 3_000 + "]",
+    ],
+)
+def test_hyperparameters_that_name_what_no_one_could_write_out_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mend.yaml").write_text(text)
+    with pytest.raises(UsageError):
+        of_hparams(tmp_path / "mend.yaml")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "moments.npz", **{"mom2.mom2": np.zeros((2_000, 2_000))})
+    assert open_archive(tmp_path / "moments.npz").tensors
+    monkeypatch.setattr(archives, "_MOST_UNPACKED", 1 << 20)
+    with pytest.raises(UsageError, match="unpacks to"):
+        open_archive(tmp_path / "moments.npz")
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '<f8', }} \n", b"\xff\n", b"{'descr': '<f8', 'shape': (\n", b""])
+def test_an_archive_with_a_broken_part_is_one_line(tmp_path: Path, header: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "moments.npz", "w") as held:
+        held.writestr("mom2.mom2.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(UsageError, match=r"can't be read as \.npz|no editor"):
+        scan_archive(open_archive(tmp_path / "moments.npz"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": {"a": 1}},
+        {"tensors": ["a"]},
+        {"sites": "abc"},
+        {"bytes": True},
+        {"seconds": "long"},
+        {"dtypes": {"float32": 2**80}},
+        {"model": "x" * 20_000},
+        {"anything": 1},
+    ],
+)
+def test_a_scan_of_another_kind_is_none(change: dict[str, Any]) -> None:
+    plain = Scan("a model", "folder").to_json()
+    assert scan_from_json(plain) == Scan("a model", "folder")
+    with pytest.raises(ValueError, match="no scan"):
+        scan_from_json(plain | change)

@@ -78,7 +78,7 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
 def test_a_folder_and_binary_are_no_records(tmp_path: Path) -> None:
     assert "can't be read" in message(tmp_path)
     (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00")
-    assert "not JSON" in message(tmp_path / "b.json")
+    assert "not UTF-8 at byte 0" in message(tmp_path / "b.json")
 
 
 def test_records_are_a_round_trip(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError, did_you_mean
+from stabilitylab.record import plain_files
 from stabilitylab.record.scanned import FLOATS
 from stabilitylab.watching.adapted import has_parts
 from stabilitylab.watching.sites import Site, all_sites, locate, orientation_of, why_unmeasurable
@@ -37,6 +37,8 @@ _INPUTS_FIRST: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_tr
 """Types of models whose Conv1D keeps its weight as [inputs, outputs]."""
 _CONV1D: Final = ("c_attn", "c_proj", "c_fc", "q_attn")
 _MATRIX: Final = 2  # dimensions
+_MOST_BYTES: Final = 256 << 20
+"""Of an index: that of a model with a hundred thousand tensors has a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ def _config(file: Path) -> Mapping[str, Any]:
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises UsageError where it can't be read as such."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return plain_files.read_json(file, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} can't be read as JSON: {one_line(error)}") from None
 
 
@@ -208,6 +210,8 @@ def _of_index(index: Path, pickles: bool) -> list[Entry]:
 
 def _of_files(files: Iterable[Path], pickles: bool) -> Iterator[Entry]:
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise UsageError(f"{file} is no file; expected a model's weights")
         if file.suffix == ".safetensors":
             yield from _of_safetensors(file)
         elif pickles:

@@ -11,12 +11,17 @@ from torch import nn
 
 from stabilitylab.acting.scanning.opening import Entry, one_line, read_json
 from stabilitylab.errors import SiteError, UsageError, did_you_mean, nearest
+from stabilitylab.record.plain_files import read_text
 from stabilitylab.watching.sites import Patterns, find_sites, locate
 
 _TEMPLATES: Final = ("rewrite_module_tmp", "rewrite_module_tmps")
 """ROME, MEMIT and their kin: the layer's name, with ``{}`` for each of ``layers``."""
 _NAMES: Final = ("inner_params",)
 """MEND, MALMEN, GRACE, WISE: the parameters by name."""
+_MOST_BYTES: Final = 1 << 20
+"""Of hyperparameters; reading YAML is slow."""
+_MOST_NAMES: Final = 2_000
+_LONGEST_NAME: Final = 500
 
 
 def layer_of(name: str) -> str:
@@ -76,10 +81,10 @@ def of_hparams(file: Path) -> tuple[str, ...]:
     held = read_json(file) if file.suffix == ".json" else _read_yaml(file)
     if not isinstance(held, dict):
         raise UsageError(f"{file} holds no hyperparameters; expected names with values")
-    names = [str(name) for key in _NAMES for name in _listed(held.get(key))]
-    layers = _listed(held.get("layers"))
-    for template in (str(each) for key in _TEMPLATES for each in _listed(held.get(key))):
-        names += [template.replace("{}", str(layer)) for layer in layers] if "{}" in template else [template]
+    names = [name for key in _NAMES for name in _listed(held, key, file)]
+    layers = _listed(held, "layers", file)
+    for template in (each for key in _TEMPLATES for each in _listed(held, key, file)):
+        names += [template.replace("{}", layer) for layer in layers] if "{}" in template else [template]
     if not names:
         expected = ", or ".join(("'inner_params'", "'layers' with 'rewrite_module_tmp'"))
         raise UsageError(f"{file} names no layer that is edited; expected {expected}")
@@ -91,16 +96,22 @@ def _plain(name: str) -> str:
     return name.replace("[", ".").replace("]", "")
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+def _listed(held: Mapping[Any, Any], key: str, file: Path) -> list[str]:
+    """One name or number, or a list of such, as text. Raises UsageError for anything else."""
+    value = held.get(key)
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    # What an alias stands for may be within itself, or so often within others that no one could write it out.
+    if len(listed) > _MOST_NAMES or not all(isinstance(each, str | int | float) for each in listed):
+        raise UsageError(f"{file}: expected a name in {key!r}, or a list of up to {_MOST_NAMES} names")
+    return [str(each)[:_LONGEST_NAME] for each in listed]
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any] | Any:
     import yaml
 
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return yaml.safe_load(read_text(file, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{file} can't be read as YAML: {one_line(error)}") from None
 
 
