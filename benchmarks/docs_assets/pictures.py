@@ -32,7 +32,7 @@ from stabilitylab.reports.text import number
 KNOWN: Final = KEPT / "pictures.json"
 STATIC: Final = Path(payload.__file__).parent / "static"
 PATIENCE: Final = 60_000
-COLOURS: Final = 128
+COLOURS: Final = 256
 FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 Runs = Mapping[str, Run]
@@ -86,10 +86,14 @@ def _of_file(path: Path) -> str:
 
 
 def _small(png: bytes) -> bytes:
+    """In the colours that most of its pixels have: those of a page are flat, but for the edges of letters."""
     out = io.BytesIO()
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    # By coverage: signs and badges are few pixels, and their colours mean something.
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    colours: Any = picture.getcolors(picture.width * picture.height)
+    counted = sorted(colours, reverse=True)[:COLOURS]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([band for _, colour in counted for band in colour])
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
