@@ -31,6 +31,9 @@ from stabilitylab.reports.text import number
 
 KNOWN: Final = KEPT / "pictures.json"
 STATIC: Final = Path(payload.__file__).parent / "static"
+UNSEEN: Final = frozenset({"compare_view.js", "data.js", "host.js"})
+"""Files of the tab that its picture shows nothing of."""
+_RULE: Final = re.compile(r"[^{}\s][^{}]*\{[^{}]*\}")
 PATIENCE: Final = 60_000
 COLOURS: Final = 256
 FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
@@ -121,8 +124,11 @@ def _drawn(run: Run, metric: str) -> dict[str, list[str]]:
     return {**series, "marks": [str(edit) for edit in marks]}
 
 
-def _looks(*files: Path) -> list[str]:
-    return [file.read_text(encoding="utf-8") for file in files]
+def rules_for(sheet: str, template: str) -> list[str]:
+    """The rules of a style sheet that a picture of a template may show: not those for paper, nor for other pages."""
+    screen = sheet.partition("@media print")[0]
+    named = [(rule, re.findall(r"[.#]([A-Za-z][\w-]*)", rule.partition("{")[0])) for rule in _RULE.findall(screen)]
+    return [rule for rule, names in named if not names or any(name in template for name in names)]
 
 
 def _telling(run: Run) -> str:
@@ -133,7 +139,8 @@ def _telling(run: Run) -> str:
 def _report_shows(runs: Runs) -> dict[str, Any]:
     run = runs["demo"]
     template = html.source("report.html.j2").partition('<section id="explore"')[0]
-    return {"said": _said(run), "drawn": _drawn(run, _telling(run)), "looks": [template, html.source("report.css")]}
+    looks = [template, *rules_for(html.source("report.css"), template)]
+    return {"said": _said(run), "drawn": _drawn(run, _telling(run)), "looks": looks}
 
 
 def _report(runs: Runs) -> bytes:
@@ -154,7 +161,8 @@ def _tab_shows(runs: Runs) -> dict[str, Any]:
     listed = {name: payload.summary(run, run.diagnosis())["word"] for name, run in runs.items()}
     said = {key: about[key] for key in ("title", "diagnosis", "marks", "curve", "verdict", "edits", "forecast")}
     drawn = _drawn(runs["demo"], _telling(runs["demo"]))
-    return {"said": [listed, said], "drawn": drawn, "looks": _looks(*sorted(STATIC.iterdir()))}
+    looks = [file.read_text(encoding="utf-8") for file in sorted(STATIC.iterdir()) if file.name not in UNSEEN]
+    return {"said": [listed, said], "drawn": drawn, "looks": looks}
 
 
 def _tab(runs: Runs) -> bytes:
