@@ -269,9 +269,9 @@ def lane(axis: Axes, share: float, words: str, *, top: bool = True) -> None:
     shade, ink = (GRID, MUTED) if words == "0" else (LANE, BAD)
     axis.add_patch(Rectangle((0, bottom), 1, share, transform=axis.transAxes, color=shade, zorder=0.5, linewidth=0))
     axis.text(
-        0.008, bottom + share / 2, words, transform=axis.transAxes, fontsize=7, color=ink, va="center", zorder=5,
+        0.008, bottom + share / 2, words, transform=axis.transAxes, fontsize=7, color=ink, va="center", zorder=1.6,
         bbox={"facecolor": shade, "edgecolor": "none", "pad": 0.6},
-    )  # fmt: skip  # on ground of its own: a flagged edit's line may pass behind it
+    )  # fmt: skip  # on ground of its own: over the line of a flagged edit, below the readings
 
 
 def finite_of(series: Sequence[Array]) -> Array:

@@ -31,8 +31,11 @@ from stabilitylab.reports.text import number
 
 KNOWN: Final = KEPT / "pictures.json"
 STATIC: Final = Path(payload.__file__).parent / "static"
+UNSEEN: Final = frozenset({"compare_view.js", "data.js", "host.js"})
+"""Files of the tab that its picture shows nothing of."""
+_RULE: Final = re.compile(r"[^{}\s][^{}]*\{[^{}]*\}")
 PATIENCE: Final = 60_000
-COLOURS: Final = 128
+COLOURS: Final = 256
 FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 Runs = Mapping[str, Run]
@@ -86,10 +89,14 @@ def _of_file(path: Path) -> str:
 
 
 def _small(png: bytes) -> bytes:
+    """In the colours that most of its pixels have: those of a page are flat, but for the edges of letters."""
     out = io.BytesIO()
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    # By coverage: signs and badges are few pixels, and their colours mean something.
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    colours: Any = picture.getcolors(picture.width * picture.height)
+    counted = sorted(colours, reverse=True)[:COLOURS]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([band for _, colour in counted for band in colour])
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
@@ -117,8 +124,11 @@ def _drawn(run: Run, metric: str) -> dict[str, list[str]]:
     return {**series, "marks": [str(edit) for edit in marks]}
 
 
-def _looks(*files: Path) -> list[str]:
-    return [file.read_text(encoding="utf-8") for file in files]
+def rules_for(sheet: str, template: str) -> list[str]:
+    """The rules of a style sheet that a picture of a template may show: not those for paper, nor for other pages."""
+    screen = sheet.partition("@media print")[0]
+    named = [(rule, re.findall(r"[.#]([A-Za-z][\w-]*)", rule.partition("{")[0])) for rule in _RULE.findall(screen)]
+    return [rule for rule, names in named if not names or any(name in template for name in names)]
 
 
 def _telling(run: Run) -> str:
@@ -129,7 +139,8 @@ def _telling(run: Run) -> str:
 def _report_shows(runs: Runs) -> dict[str, Any]:
     run = runs["demo"]
     template = html.source("report.html.j2").partition('<section id="explore"')[0]
-    return {"said": _said(run), "drawn": _drawn(run, _telling(run)), "looks": [template, html.source("report.css")]}
+    looks = [template, *rules_for(html.source("report.css"), template)]
+    return {"said": _said(run), "drawn": _drawn(run, _telling(run)), "looks": looks}
 
 
 def _report(runs: Runs) -> bytes:
@@ -150,7 +161,8 @@ def _tab_shows(runs: Runs) -> dict[str, Any]:
     listed = {name: payload.summary(run, run.diagnosis())["word"] for name, run in runs.items()}
     said = {key: about[key] for key in ("title", "diagnosis", "marks", "curve", "verdict", "edits", "forecast")}
     drawn = _drawn(runs["demo"], _telling(runs["demo"]))
-    return {"said": [listed, said], "drawn": drawn, "looks": _looks(*sorted(STATIC.iterdir()))}
+    looks = [file.read_text(encoding="utf-8") for file in sorted(STATIC.iterdir()) if file.name not in UNSEEN]
+    return {"said": [listed, said], "drawn": drawn, "looks": looks}
 
 
 def _tab(runs: Runs) -> bytes:

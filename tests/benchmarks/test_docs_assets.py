@@ -69,3 +69,10 @@ def test_what_makes_a_picture_stale_is_what_it_shows(runs: dict[str, Run], monke
     assert {"said", "drawn"} <= set(pictures.stale(other)["report.png"])
     monkeypatch.setattr(pictures.html, "source", lambda name: "another look")
     assert pictures.stale(runs) == {"report.png": ["looks"]}
+
+
+def test_a_rule_for_paper_or_for_another_page_makes_no_picture_stale() -> None:
+    sheet = "a { b: c; }\n.shown, .x { d: e; }\n.other { f: g; }\n@media (x) {\n  .shown { h: i; }\n}\n"
+    rules = pictures.rules_for(sheet, '<p class="shown">')
+    assert [rule.partition("{")[2].strip(" }") for rule in rules] == ["b: c;", "d: e;", "h: i;"]
+    assert pictures.rules_for(f"{sheet}@media print {{ .shown {{ j: k; }} }}", '<p class="shown">') == rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_it_fits_and_is_for_everybody(folder: Path, name: str, width: int, dark:
         if name == "dying":
             seen.keep(f"scan-{width}-{'dark' if dark else 'light'}")
         assert quiet(seen)
+
+
+def test_on_paper_it_is_short_and_says_what_is_left_out(folder: Path) -> None:
+    with visit(folder / "large.html") as seen:
+        assert 1 <= len(re.findall(rb"/Type\s*/Page\b", seen.page.pdf(format="A4"))) <= 4
+        seen.page.emulate_media(media="print")
+        folded = seen.page.locator("details.screen")
+        assert folded.count() == seen.page.locator("p.paper:visible").count()
+        assert not [fold for fold in folded.all() if fold.is_visible()]
 
 
 def test_tables_sort_by_number(folder: Path) -> None:

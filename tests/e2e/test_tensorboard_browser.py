@@ -19,6 +19,9 @@ from playwright.sync_api import FrameLocator, Page, expect
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import FILE_NAME, RunWriter
+from stabilitylab.reports.events import short_places
+from stabilitylab.reports.headline import headline
+from stabilitylab.reports.verdicts import causes
 from tests.browser import Visit, needs_chromium, visit
 from tests.injections import ELSEWHERE, INJECTIONS, OWNED, hostile_run
 from tests.synthetic import make_run
@@ -146,12 +149,21 @@ def test_the_tab_lists_the_runs_and_names_what_cannot_be_read(seen: Visit, tab: 
     expect(tab.locator(".verdict")).to_contain_text("is not a run file")
     choose(tab, "mend/dying", "Non-finite")
     diagnosis = load(logdir / "mend" / "dying").diagnosis()
-    assert tab.locator("#says").inner_text() == diagnosis.says
+    places = short_places(load(logdir / "mend" / "dying").sites)
+    assert tab.locator("#says").inner_text() == headline(diagnosis, places)
     flags = (f"edit {diagnosis.onset_edit}", f"edit {diagnosis.first_bad_edit}")
-    chain = [f"{link.role}: {link.says}" for link in diagnosis.causes[1:]]
-    assert chain
+    chain = [part for link in causes(diagnosis, places) for part in link]
+    assert len(chain) > 3
+    told = tab.locator(".verdict").inner_text().lower()
     for said in (*flags, diagnosis.cause, diagnosis.advice, *chain, "Took effect", *diagnosis.unwatched):
-        assert said.lower() in tab.locator(".verdict").inner_text().lower()
+        assert said.lower() in told
+    in_order = ["mend on blip2", headline(diagnosis, places), "why: ", "what to do", chain[1], "took effect"]
+    found = [told.index(words.lower()) for words in in_order]
+    assert found == sorted(found)
+    curve = tab.locator(".curve svg")
+    expect(curve).to_be_visible()
+    marks = curve.locator(".mark-name").all_inner_texts()
+    assert any(f"NaN or ∞ {diagnosis.first_nonfinite_edit}" in words for words in marks)
     seen.keep("tensorboard-dying")
 
 
