@@ -67,7 +67,8 @@ def extra_mb(make: Callable[[], Subject], folder: Path) -> dict[str, float]:
         subject = make()
 
         def watched(subject: Subject = subject, tier: Tier = tier) -> None:
-            with sl.attach(subject.model, subject.sites, folder / tier, probes=tier, editor=subject.editor) as monitor:
+            options = {"probes": tier, "editor": subject.editor, "budget": None}
+            with sl.attach(subject.model, subject.sites, folder / tier, **options) as monitor:  # type: ignore[arg-type]
                 for _ in range(DEEP_EVERY - 1):
                     with monitor.edit():
                         pass

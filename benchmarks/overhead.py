@@ -11,7 +11,7 @@ the variants is shuffled anew in each round, so none always follows the same one
 The plain edits take turns on as many models as there are variants: one model edited every second time would stay in the
 caches (1.4% on the demo's small one).
 
-A workload is done when the 95% intervals of the medians of ``a_a`` and ``default`` are both narrower than 0.01, or when
+A workload is done when the 95% intervals of the medians of ``a_a`` and ``whole`` are both narrower than 0.01, or when
 its time is over (`Workload.seconds`, times ``--time-factor``), but not before 6 rounds, the fewest that give an
 interval, nor after ``--pairs`` rounds. The rule looks at widths, never at where the medians lie.
 """
@@ -54,7 +54,7 @@ from benchmarks.workloads import TRACED, WORKLOADS, Subject, Workload
 
 LEAST_ROUNDS = 6
 WISHED_WIDTH = 0.01
-DECIDING = ("a_a", "default")
+DECIDING = ("a_a", "whole")
 ADDED = {
     "armed and quiet": ("bare_armed", "bare"),
     "traced, no probes": ("bare_traced", "bare"),
@@ -131,8 +131,12 @@ def measure_pairs(
     limits = {name: min(VARIANTS[name].rounds, pairs) for name in actions}
     started = time.monotonic()
     before = cpu_seconds(next(plains))
+    over = False
     for number in range(max(limits.values())):
-        here = [name for name in actions if number < limits[name]]
+        # When time is over, what is measured by cycles of edits goes on to the end of its first.
+        here = [name for name in actions if number < limits[name] and (not over or number < VARIANTS[name].cycle)]
+        if not here:
+            break
         chance.shuffle(here)
         for name in here:
             watched, after = cpu_seconds(actions[name]), cpu_seconds(next(plains))
@@ -140,13 +144,12 @@ def measure_pairs(
             measured[name].plain.append((before + after) / 2)
             before = after
             tick(min(1.0, (time.monotonic() - started) / seconds))
-        if number + 1 >= LEAST_ROUNDS:
-            if time.monotonic() - started > seconds:
-                return measured, "time"
+        if number + 1 >= LEAST_ROUNDS and not over:
+            over = time.monotonic() - started > seconds
             others_done = all(number + 1 >= limit for name, limit in limits.items() if limit < pairs)
-            if others_done and resolved(measured, deciding):
+            if not over and others_done and resolved(measured, deciding):
                 return measured, "resolved"
-    return measured, "pairs"
+    return measured, "time" if over else "pairs"
 
 
 def prepare(
@@ -181,7 +184,7 @@ def own_account(names: Iterable[str], folder: Path) -> dict[str, Any]:
     """
     shares: dict[str, Any] = {"probe_time_share": {}, "trace_time_share": {}}
     for name in names:
-        if not (folder / name / "run.db").exists() or name not in (*COPIES, *TRACED, "canary"):
+        if not (folder / name / "run.db").exists() or name not in (*COPIES, *TRACED, "whole", "canary"):
             continue
         run = sl.load(folder / name)
         broken = [note.says for note in run.notes if note.kind in ("probe-off", "trace-off")]

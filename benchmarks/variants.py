@@ -18,6 +18,7 @@ from benchmarks.workloads import Subject
 from stabilitylab.acting.schedule import VARIABLE, Trace
 from stabilitylab.probes.base import DEEP_EVERY, Tier
 from stabilitylab.probes.native_scan import sweep
+from stabilitylab.watching.budget import CADENCES, CHEAP, DEFAULT_SHARE, FIRST
 
 Action = Callable[[], object]
 """One edit, watched in some way."""
@@ -54,8 +55,11 @@ def _watched(
     *,
     trace: Trace = "auto",
     ranges: bool = False,
+    budget: float | None = None,
 ) -> Action:
-    """tier: None for a monitor that measures nothing. ranges: the tracer as the environment asks for it, in full."""
+    """tier: None for a monitor that measures nothing. ranges: the tracer as the environment asks for it, in full.
+    budget: as for `attach`; with one, the edits are made first that show what probes cost, and set the cadence.
+    """
     probes: Tier | tuple[()] = () if tier is None else tier
     canary = subject.canary if with_canary else None
     with _environment(VARIABLE, "all") if ranges else contextlib.nullcontext():
@@ -68,6 +72,7 @@ def _watched(
                 editor=subject.editor,
                 canary=canary,
                 trace=trace,
+                budget=budget,
             )
         )
 
@@ -75,6 +80,8 @@ def _watched(
         with monitor.edit():
             subject.edit()
 
+    for _ in range(0 if budget is None else FIRST + CHEAP):
+        edit()
     return edit
 
 
@@ -201,7 +208,15 @@ VARIANTS: dict[str, Variant] = {
     for variant in (
         Variant("a_a", _plain, label="a_a (plain to plain)"),
         Variant("light", partial(_watched, "light", False)),
-        Variant("default", partial(_watched, "default", False)),
+        # Of up to 20 edits one is measured in full.
+        Variant(
+            "default",
+            partial(_watched, "default", False, budget=DEFAULT_SHARE),
+            rounds=6 * CADENCES[-1],
+            cycle=CADENCES[-1],
+            label=f"default ({CADENCES[-1]} edits a pair)",
+        ),
+        Variant("whole", partial(_watched, "default", False), label="default, budget=None"),
         # Its own probes run at each tenth edit: only a whole cycle holds their cost, a median of single edits never.
         Variant(
             "deep",
@@ -215,9 +230,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("bare_armed", partial(_watched, None, False, trace="armed"), label="bare, tracer armed"),
         Variant("bare_traced", partial(_watched, None, False, trace=True), label="bare, traced"),
         Variant("bare_ranges", partial(_watched, None, False, ranges=True), rounds=12, label="bare, traced in full"),
-        Variant("untraced", partial(_watched, "default", False, trace=False), label="default, not traced"),
-        Variant("traced", partial(_watched, "default", False, trace=True), label="default, traced"),
-        Variant("canary", partial(_watched, "default", True), rounds=12, label="default + canary"),
+        Variant("untraced", partial(_watched, "default", False, trace=False), label="default, budget=None, not traced"),
+        Variant("traced", partial(_watched, "default", False, trace=True), label="default, budget=None, traced"),
+        Variant("canary", partial(_watched, "default", True), rounds=12, label="default, budget=None, + canary"),
         Variant("floor", _floor, rounds=12, label="floor (one sweep)"),
         Variant("set_detect_anomaly", _set_detect_anomaly, rounds=12, ours=False),
         # Six pairs are the fewest whose extremes are a 95% interval of the median.

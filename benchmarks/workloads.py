@@ -16,7 +16,7 @@ from stabilitylab.editors.mend import Mend
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.mend_data import shipped
 
-CONTROL = ("a_a", "light", "default")
+CONTROL = ("a_a", "light", "default", "whole")
 TIERS = (*CONTROL, "deep")
 CHEAP = (*TIERS, "canary", "floor", "set_detect_anomaly")
 COSTLY = ("debug_underflow_overflow", "tensorboard_histograms", "svdvals_loop", "wandb_watch", "weightwatcher")
