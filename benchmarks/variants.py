@@ -42,7 +42,7 @@ class Variant:
 
 
 def _plain(subject: Subject, folder: Path, stack: ExitStack) -> Action:
-    return subject.edit
+    return subject.round
 
 
 def _watched(
@@ -74,6 +74,7 @@ def _watched(
     def edit() -> None:
         with monitor.edit():
             subject.edit()
+        subject.evaluate()
 
     return edit
 
@@ -99,7 +100,7 @@ def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     references = [(weight.clone(), weight.clone()) for weight in weights]
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         for weight, pair in zip(weights, references, strict=True):
             if sweep(weight, pair, _CHUNK) is None:
                 torch.linalg.vector_norm(weight - pair[1])
@@ -111,7 +112,7 @@ def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
 def _set_detect_anomaly(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     def edit() -> None:
         with torch.autograd.set_detect_anomaly(True):
-            subject.edit()
+            subject.round()
 
     return edit
 
@@ -125,7 +126,7 @@ def _debug_underflow_overflow(subject: Subject, folder: Path, stack: ExitStack) 
 
     def edit() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            subject.edit()
+            subject.round()
 
     return edit
 
@@ -137,7 +138,7 @@ def _tensorboard_histograms(subject: Subject, folder: Path, stack: ExitStack) ->
     stack.callback(writer.close)
 
     def edit() -> None:
-        gradients = subject.edit()
+        gradients = subject.round()
         for (name, weight), gradient in zip(subject.weights.items(), gradients, strict=True):
             writer.add_histogram(f"{name}.weight", weight)
             writer.add_histogram(f"{name}.gradient", gradient)
@@ -152,7 +153,7 @@ def _svdvals_loop(subject: Subject, folder: Path, stack: ExitStack) -> Action:
 
     def edit() -> None:
         before = [weight.clone() for weight in weights]
-        gradients = subject.edit()
+        gradients = subject.round()
         for weight, last, gradient in zip(weights, before, gradients, strict=True):
             (weight - last).norm().item()
             torch.linalg.svdvals(gradient).max().item()
@@ -171,7 +172,7 @@ def _wandb_watch(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     run.watch(layers, log="all", log_freq=1)
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         run.log({"edited": 1})
 
     return edit
@@ -189,7 +190,7 @@ def _weightwatcher(subject: Subject, folder: Path, stack: ExitStack) -> Action:
         raise LookupError(f"it found {len(layers)} of the {len(subject.sites)} edited layers")
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         with contextlib.redirect_stdout(io.StringIO()):
             watcher.analyze(layers=layers)
 
