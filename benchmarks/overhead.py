@@ -48,6 +48,7 @@ from scipy.stats import quantile_test
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import stabilitylab as sl
+from benchmarks.loops import LOOPS
 from benchmarks.memory import COPIES, extra_mb
 from benchmarks.variants import VARIANTS, Action, Variant
 from benchmarks.workloads import TRACED, WORKLOADS, Subject, Workload
@@ -220,7 +221,7 @@ def measure(
             actions = prepare(names, make, folder, stack, skip)
             if not actions:
                 raise RuntimeError("none of the variants asked for can run here")
-            plains = itertools.cycle([make().edit for _ in actions])
+            plains = itertools.cycle([make().round for _ in actions])
             gc.collect()
             gc.freeze()  # a full collection in the midst would walk through all that was imported
             try:
@@ -324,7 +325,7 @@ def variant_names(text: str) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    known = {workload.name: workload for workload in WORKLOADS}
+    known = {workload.name: workload for workload in (*WORKLOADS, *LOOPS)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workload", action="append", choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument(
@@ -373,6 +374,8 @@ def main() -> int:
                     document["skipped"].setdefault,
                     partial(_tell, progress, task),
                 )
+            except ImportError as error:
+                document["skipped"][workload.name] = f"not installed ({error})"
             except Exception as error:
                 document["failed"][workload.name] = f"{type(error).__name__}: {error}"
                 errors.print(f"{workload.name} failed: {type(error).__name__}: {error}", markup=False)

@@ -43,7 +43,7 @@ class Variant:
 
 
 def _plain(subject: Subject, folder: Path, stack: ExitStack) -> Action:
-    return subject.edit
+    return subject.round
 
 
 def _watched(
@@ -79,6 +79,7 @@ def _watched(
     def edit() -> None:
         with monitor.edit():
             subject.edit()
+        subject.evaluate()
 
     for _ in range(0 if budget is None else FIRST + CHEAP):
         edit()
@@ -106,7 +107,7 @@ def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     references = [(weight.clone(), weight.clone()) for weight in weights]
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         for weight, pair in zip(weights, references, strict=True):
             if sweep(weight, pair, _CHUNK) is None:
                 torch.linalg.vector_norm(weight - pair[1])
@@ -118,7 +119,7 @@ def _floor(subject: Subject, folder: Path, stack: ExitStack) -> Action:
 def _set_detect_anomaly(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     def edit() -> None:
         with torch.autograd.set_detect_anomaly(True):
-            subject.edit()
+            subject.round()
 
     return edit
 
@@ -132,7 +133,7 @@ def _debug_underflow_overflow(subject: Subject, folder: Path, stack: ExitStack) 
 
     def edit() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            subject.edit()
+            subject.round()
 
     return edit
 
@@ -144,7 +145,7 @@ def _tensorboard_histograms(subject: Subject, folder: Path, stack: ExitStack) ->
     stack.callback(writer.close)
 
     def edit() -> None:
-        gradients = subject.edit()
+        gradients = subject.round()
         for (name, weight), gradient in zip(subject.weights.items(), gradients, strict=True):
             writer.add_histogram(f"{name}.weight", weight)
             writer.add_histogram(f"{name}.gradient", gradient)
@@ -159,7 +160,7 @@ def _svdvals_loop(subject: Subject, folder: Path, stack: ExitStack) -> Action:
 
     def edit() -> None:
         before = [weight.clone() for weight in weights]
-        gradients = subject.edit()
+        gradients = subject.round()
         for weight, last, gradient in zip(weights, before, gradients, strict=True):
             (weight - last).norm().item()
             torch.linalg.svdvals(gradient).max().item()
@@ -178,7 +179,7 @@ def _wandb_watch(subject: Subject, folder: Path, stack: ExitStack) -> Action:
     run.watch(layers, log="all", log_freq=1)
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         run.log({"edited": 1})
 
     return edit
@@ -196,7 +197,7 @@ def _weightwatcher(subject: Subject, folder: Path, stack: ExitStack) -> Action:
         raise LookupError(f"it found {len(layers)} of the {len(subject.sites)} edited layers")
 
     def edit() -> None:
-        subject.edit()
+        subject.round()
         with contextlib.redirect_stdout(io.StringIO()):
             watcher.analyze(layers=layers)
 

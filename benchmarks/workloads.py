@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stabilitylab.editors.mend import Mend
 from stabilitylab.testbed import blip2_digits, digits
@@ -28,6 +28,10 @@ _RATE = 1e-4
 _CANARY_SHAPE = (4, 16)  # rows x positions
 
 
+def _nothing() -> None:
+    """After an edit that nobody evaluates."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One model with the edit that moves it. Its edited weights are its own; all others are shared with its twins."""
@@ -39,6 +43,14 @@ class Subject:
     """One edit in place; returns the last gradient of each edited weight (nothing where the editor makes none)."""
     canary: Tensor | Mapping[str, Any]
     editor: object | None = None
+    evaluate: Callable[[], object] = _nothing
+    """What the loop does after each edit, watched or not."""
+
+    def round(self) -> Sequence[Tensor]:
+        """One edit, and what comes after it; returns what the edit does."""
+        gradients = self.edit()
+        self.evaluate()
+        return gradients
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -105,7 +117,12 @@ def language_model(
 
 
 def demo_model(seed: int) -> Callable[[], Subject]:
-    """Twins of the demo's BLIP2-OPT, decoder in float16, edited with the shipped MEND.
+    """Twins of the demo's BLIP2-OPT, see `demo_subject`."""
+    return demo_subject(seed)[0]
+
+
+def demo_subject(seed: int) -> tuple[Callable[[], Subject], PreTrainedTokenizerFast]:
+    """Twins of the demo's BLIP2-OPT, decoder in float16, edited with the shipped MEND; and the model's tokenizer.
 
     Each edit begins by putting the trained weights back: never restored, the model would be NaN after some 30 edits.
     """
@@ -128,7 +145,7 @@ def demo_model(seed: int) -> Callable[[], Subject]:
 
         return Subject(own, sites, edit, canary, mend)
 
-    return make
+    return make, tokenizer
 
 
 def gpt2(
