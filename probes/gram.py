@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from stabilitylab.probes.weight_pass import at_hand
+
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
 _BLOCKS = 4
 
@@ -47,9 +49,9 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
         square, sizes = _inner(*pair)
         narrow = pair[0].dtype == torch.float32
         least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
-        low, high = (end.item() for end in torch.aminmax(sizes))
-        bound = sizes.double().prod(dim=0).sqrt().sum().item() ** 2
-        if (least < low or not narrow) and high < most and square.item() > _TRUSTED[pair[0].dtype] * bound:
+        low, high = map(at_hand, torch.aminmax(sizes))
+        bound = at_hand(sizes.double().prod(dim=0).sqrt().sum()) ** 2
+        if (least < low or not narrow) and high < most and at_hand(square) > _TRUSTED[pair[0].dtype] * bound:
             return square.sqrt()
     return torch.linalg.vector_norm(a.double().T @ b.double())
 

@@ -104,6 +104,11 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
     return found
 
 
+def at_hand(value: Tensor) -> float:
+    """A scalar on a CPU, whose value waits for nothing. Whoever asks knows that it is there."""
+    return float(value.item())
+
+
 def is_within(value: Tensor, least: float, most: float) -> bool:
     """Whether a scalar on a CPU lies between the two; False for NaN."""
     return least < value.item() < most
