@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import nn
 
 from stabilitylab.errors import UsageError
+from stabilitylab.record.note_kinds import EXCHANGE_OFF
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 from stabilitylab.watching.progress import bar
@@ -45,7 +46,7 @@ class DryRecord:
 
     def note(self, note: Note) -> None:
         """Keep what broke; what else is to be said is said by the run's own edits."""
-        if note.kind in {"probe-off", "canary-off"}:
+        if note.kind in {"probe-off", "canary-off", EXCHANGE_OFF}:
             self.broken.append(note.says)
 
     def operation(self, operation: Operation) -> None:

@@ -39,8 +39,9 @@ from stabilitylab.watching.one_hook import carries_hooks, logger, sweep
 from stabilitylab.watching.reach import model_in
 from stabilitylab.watching.recording import Record, Recorder
 from stabilitylab.watching.redaction import Redaction
-from stabilitylab.watching.rounds import Rounds, Taken
+from stabilitylab.watching.rounds import Rounds
 from stabilitylab.watching.sites import Site
+from stabilitylab.watching.underway import Taken
 
 P = ParamSpec("P")
 R = TypeVar("R")

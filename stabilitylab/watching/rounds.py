@@ -10,8 +10,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from dataclasses import replace
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
 from stabilitylab.watching.sites import Site, locate, weight_at
 from stabilitylab.watching.spread import is_spread
+from stabilitylab.watching.underway import Looked, Taken, Times, Unread
 
 _NAMED: Final = 4
 """Sites that a note names."""
@@ -66,70 +67,6 @@ def _watched_at(model: nn.Module, site: Site) -> Tensor | None:
 
 def _unseen(_: int) -> None:
     """In place of a bar."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """An edit as the loop made it. started: seconds since the epoch. clock: when it began, by `time.perf_counter`."""
-
-    label: str
-    started: float
-    clock: float
-    error: str | None = None
-
-
-class _Times(NamedTuple):
-    """Seconds of an edit, in the order of the row."""
-
-    whole: float
-    probes: float
-    canary: float
-    tracer: float
-
-    @property
-    def loop(self) -> float:
-        """The loop's own, and the tracer's, which is in it."""
-        return self.whole - self.probes - self.canary
-
-
-@dataclass(frozen=True)
-class _Looked:
-    """A look at the weights since an edit, which goes over to other processes when the next one ends. adapters: what
-    the model's parts say of it.
-    """
-
-    edit: int
-    cargo: Cargo
-    adapters: OutcomeKind | None
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """An edit whose measurements are on their way to the host. last: the look since the edit before it, likewise, where
-    weights are spread. between: those of the weights after it, likewise, with
-    what the model's parts say of it.
-
-    times: how long it took, and the parts of that which probes and canary took, in seconds; None where reading it still
-    belongs to it. compiled: layers that run as compiled code. asked: whether hooks were on layers; heard: whether the
-    edit ran any of the model. foreign: whether it left a model that was not made from the one that it began with.
-    tracers: that were on, of the edit and of the canary. in_full: whether what is dear was measured too.
-    """
-
-    edit: int
-    taken: Taken
-    status: Status
-    cargo: Cargo
-    last: _Looked | None = None
-    between: Cargo | None = None
-    adapters: OutcomeKind | None = None
-    times: _Times | None = None
-    tracers: tuple[Tracer, ...] = ()
-    compiled: Mapping[str, str] = field(default_factory=dict)
-    asked: bool = False
-    heard: bool = False
-    unanswered: Mapping[str, bool] = field(default_factory=dict)
-    foreign: bool = False
-    in_full: bool = True
 
 
 def _in_short(names: Sequence[str]) -> str:
@@ -179,9 +116,9 @@ class Rounds:
         self._late: tuple[Site, ...] = ()
         """Sites that are watched since the last edit: of what that was like before them nothing is known."""
         self._began = time.perf_counter()
-        self._unread: _Unread | None = None
+        self._unread: Unread | None = None
         self._outcome_due: int | None = None
-        self._looked: _Looked | None = None
+        self._looked: Looked | None = None
         self._passes: Passes = {}
         self._last_moved = False
         if sites is None:
@@ -215,7 +152,7 @@ class Rounds:
             raise UsageError(f"the canary can't be run: {self._instruments.canary.failure}")
         with self._instruments.probe_time:
             cargo = self._instruments.send()
-        self._read(_Unread(0, taken, "start", cargo, tracers=tracers))
+        self._read(Unread(0, taken, "start", cargo, tracers=tracers))
 
     def begin(self, application: Application | None = None) -> Capture:
         """An edit begins: see what became of the last one, and put hooks on the model. application: see `Replays`."""
@@ -288,7 +225,7 @@ class Rounds:
             with instruments.probe_time:
                 cargo = instruments.send(more_of=cargo)
         status: Status = "applied" if applied else "failed"
-        unread = _Unread(
+        unread = Unread(
             edit,
             taken,
             status,
@@ -320,14 +257,14 @@ class Rounds:
                     "hook-off", f"a hook failed in edit {self._recorder.edits}, and is off in such edits: {says}"
                 )
 
-    def _times(self, clock: float) -> _Times:
+    def _times(self, clock: float) -> Times:
         """Seconds since `clock`, and those of them that probes, canary and tracer took; their counts start anew.
 
         To write the row before belongs to both.
         """
         instruments, writing = self._instruments, self._writing
         self._writing = 0.0
-        return _Times(
+        return Times(
             time.perf_counter() - clock + writing,
             instruments.probe_time.take() + writing,
             instruments.canary_time.take(),
@@ -340,12 +277,12 @@ class Rounds:
         if unread is not None:
             self._read(unread)
 
-    def _read(self, unread: _Unread) -> None:
+    def _read(self, unread: Unread) -> None:
         """Wait for an edit's measurements and record them. Notes are of that edit."""
         with self._recorder.about(unread.edit):
             self._guard("the record of an edit", lambda: self._record(unread))
 
-    def _record(self, unread: _Unread) -> None:
+    def _record(self, unread: Unread) -> None:
         instruments, taken, last = self._instruments, unread.taken, unread.last
         if last is not None:
             self._guard(
@@ -387,7 +324,7 @@ class Rounds:
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
-    def _learn(self, unread: _Unread, passes: Mapping[str, WeightPass], readings: Mapping[Key, Array]) -> None:
+    def _learn(self, unread: Unread, passes: Mapping[str, WeightPass], readings: Mapping[Key, Array]) -> None:
         """Where to look at the next edit, and what is to be said of this one besides its readings."""
         instruments = self._instruments
         if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
@@ -425,7 +362,7 @@ class Rounds:
         self._tracing.left(tracer, [self.model])
         return (tracer,)
 
-    def _heard(self, row: EditRow, times: _Times, unread: _Unread) -> None:
+    def _heard(self, row: EditRow, times: Times, unread: Unread) -> None:
         """Tell the schedules of the tracer and of the dear probes what an edit was like, and what it took."""
         reason, applied = gives_reason(row, self._recorder.diagnosis()), row.status == "applied"
         schedule, budget = self._tracing.schedule, self._budget
@@ -500,14 +437,14 @@ class Rounds:
         if due is not None and self._instruments.keeps_references:
             self._looked = self._look(due, self.sites if self._unread is not None else None)
 
-    def _look(self, edit: int, sites: Sequence[Site] | None) -> _Looked:
+    def _look(self, edit: int, sites: Sequence[Site] | None) -> Looked:
         """sites: None for those that changed, which waits for an accelerator."""
         self._adopt_late()
         sites = self._instruments.changed(self.model, self.sites) if sites is None else sites
         self._instruments.look_at_weights(self.model, sites)
-        return _Looked(edit, self._instruments.send(), self._adapters.outcome(self.model))
+        return Looked(edit, self._instruments.send(), self._adapters.outcome(self.model))
 
-    def _looks_settled(self) -> _Looked | None:
+    def _looks_settled(self) -> Looked | None:
         """The look at the last edit, now that the processes have met; None where they have not, or there is none."""
         looked, self._looked = self._looked, None
         if looked is None or not self._instruments.together:

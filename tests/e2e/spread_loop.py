@@ -26,6 +26,7 @@ import stabilitylab as sl
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.watching import company
 from stabilitylab.watching.instruments import exchange
+from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.monitor import Monitor
 
 EDITS, BATCH = 4, 8
@@ -184,9 +185,13 @@ def main(folder: Path) -> None:
         model = sharded(both)
         with sl.attach(model, "[02]*", folder / "hybrid", canary=CANARY, probes="deep", announce=False) as monitor:
             train(model, monitor, rank, ranks)
-    model = sharded(mesh)
-    with sl.attach(model, "[02]", folder / "written", canary=CANARY, announce=False) as monitor:
-        write_in(model, monitor)
+    here: Any = Shipment.is_here
+    for name, is_here in {"written": here, "written-late": property(lambda _: False)}.items():
+        Shipment.is_here = is_here  # type: ignore[method-assign,assignment]
+        model = sharded(mesh)
+        with sl.attach(model, "[02]", folder / name, canary=CANARY, announce=False) as monitor:
+            write_in(model, monitor)
+    Shipment.is_here = here  # type: ignore[method-assign]
     with sl.attach(model := plain(), "[02]*", folder / "early", announce=False) as monitor:
         fully_shard(model, mesh=mesh)
         train(model, monitor, rank, ranks)

@@ -51,10 +51,14 @@ def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Rank
         assert_alike(folder / "hybrid", folder / "plain")
 
 
-def test_weights_written_in_place_beside_gathered_ones_are_read_and_their_outcomes_seen(ranks: Ranks) -> None:
+@pytest.mark.parametrize("name", ["written", "written-late"])
+def test_weights_written_in_place_beside_gathered_ones_are_read_and_their_outcomes_seen(
+    ranks: Ranks, name: str
+) -> None:
+    """Late: each edit is read with the next, as on an accelerator."""
     folder, _ = ranks
-    assert_alike(folder / "written", folder / "plain-written")
-    run, true = sl.load(folder / "written"), sl.load(folder / "plain-written")
+    assert_alike(folder / name, folder / "plain-written")
+    run, true = sl.load(folder / name), sl.load(folder / "plain-written")
     assert [edit.outcome for edit in run.edits] == [edit.outcome for edit in true.edits]
     assert "probe-off" not in {note.kind for note in run.notes}
 
