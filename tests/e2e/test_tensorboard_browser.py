@@ -162,7 +162,7 @@ def test_the_tab_lists_the_runs_and_names_what_cannot_be_read(seen: Visit, tab: 
     assert found == sorted(found)
     curve = tab.locator(".curve svg")
     expect(curve).to_be_visible()
-    marks = curve.locator(".mark-name").all_inner_texts()
+    marks = curve.locator(".mark-name").all_text_contents()
     assert any(f"NaN or ∞ {diagnosis.first_nonfinite_edit}" in words for words in marks)
     seen.keep("tensorboard-dying")
 
