@@ -63,8 +63,7 @@ export class RunView {
     this.drawVerdict();
     this.drawMore();
     this.drawSelect();
-    await this.drawCurve(mine);
-    await this.drawMap(mine);
+    await Promise.all([this.drawCurve(mine), this.drawMap(mine)]);
   }
 
   /** A run that was not shown before: its first bad place is what one wants to see. */
