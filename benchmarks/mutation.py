@@ -136,11 +136,14 @@ def contexts_of(data: Any, copy: Path) -> dict[tuple[str, int], list[str]]:
     return {place: sorted(contexts, key=lambda each: (width[each], each)) for place, contexts in found.items()}
 
 
-def node_of(context: str) -> str:
-    """A test's name as pytest has it, for what coverage calls it: ``tests.unit.test_x.test_y``."""
+def node_of(context: str, copy: Path) -> str:
+    """A test's name as pytest has it, for what coverage calls it: ``test_x.test_y``. Empty for what is none."""
     parts = context.split(".")
-    place = next(number for number, part in enumerate(parts) if part.startswith("test_"))
-    return f"{'/'.join(parts[: place + 1])}.py::{'::'.join(parts[place + 1 :])}"
+    place = next((number for number, part in enumerate(parts) if part.startswith("test_")), len(parts))
+    files = [] if place == len(parts) else sorted((copy / "tests").rglob(f"{parts[place]}.py"))
+    if len(files) != 1 or "<" in context:
+        return ""
+    return f"{files[0].relative_to(copy)}::{'::'.join(parts[place + 1 :])}"
 
 
 def every_mutant(copy: Path) -> list[Any]:
@@ -175,13 +178,16 @@ def try_out(mutant: Any, copy: Path, tests: dict[tuple[str, int], list[str]], mo
     file, line = str(Path(mutant.module_path).relative_to(copy)), mutant.start_pos[0]
     change = f"{mutant.operator_name.rpartition('/')[2]} {mutant.occurrence}"
     lines = range(line, mutant.end_pos[0] + 1)
-    nodes = list(dict.fromkeys(node_of(each) for at in lines for each in tests.get((file, at), [])))[:MOST_TESTS]
+    contexts = dict.fromkeys(each for at in lines for each in tests.get((file, at), []))
+    nodes = [node for each in contexts if (node := node_of(each, copy))][:MOST_TESTS]
     if not nodes:
         return Tried(file, line, change, "not run by any test", "", 0.0)
     command = " ".join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *map(_quoted, nodes)])
     began = time.monotonic()
     result = mutate_and_test([mutant], command, most_seconds)
     seconds = time.monotonic() - began
+    if "ERROR: not found" in str(result.output) or "file or directory not found" in str(result.output):
+        raise RuntimeError(f"the tests of {file}:{line} are not found:\n{result.output}")
     outcome = "" if result.test_outcome is None else result.test_outcome.value
     ended = "timed out" if "timeout" in str(result.output).lower()[:20] else outcome
     return Tried(file, line, change, ended, result.diff or "", seconds)

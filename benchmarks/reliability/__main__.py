@@ -68,8 +68,9 @@ def _tell(progress: Progress, task: TaskID, says: str, share: float) -> None:
     progress.update(task, description=says[:50], completed=share)
 
 
-def run(options: argparse.Namespace, errors: Console) -> tuple[dict[str, list[Result]], dict[str, float]]:
-    """(the results, the seconds that each promise took)."""
+def run(options: argparse.Namespace, errors: Console) -> dict[str, list[Result]]:
+    """The results; what is known is written after each promise."""
+    about = {"machine": machine(), "when": date.today().isoformat(), "seed": options.seed, "long": options.long}
     results: dict[str, list[Result]] = {}
     seconds: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -84,7 +85,9 @@ def run(options: argparse.Namespace, errors: Console) -> tuple[dict[str, list[Re
             results[name] = list(promise_of(name)(effort))
             seconds[name] = time.monotonic() - began
             progress.remove_task(task)
-    return results, seconds
+            if options.json is not None:
+                write(options.json, about | {"promises": table.document(results, seconds)})
+    return results
 
 
 def _command(found: dict[str, Any]) -> str:
@@ -104,13 +107,10 @@ def main() -> int:
     logging.getLogger("stabilitylab").addHandler(logging.NullHandler())
     logging.getLogger("stabilitylab").propagate = False  # what breaks here breaks on purpose
     out, errors = Console(), Console(stderr=True)
-    results, seconds = run(options, errors)
+    results = run(options, errors)
     out.print(table.table(results), highlight=False)
     for said in table.breaks(results):
         out.print(f"  {said}", highlight=False, markup=False)
-    if options.json is not None:
-        about = {"machine": machine(), "when": date.today().isoformat(), "seed": options.seed, "long": options.long}
-        write(options.json, about | {"promises": table.document(results, seconds)})
     return int(any(each.met is False for found in results.values() for each in found))
 
 

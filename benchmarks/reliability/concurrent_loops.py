@@ -40,13 +40,15 @@ def write(say: Say, run: str, seconds: float, wal: bool) -> None:
     from torch import nn
 
     from stabilitylab.probes import Update, WeightRange
+    from stabilitylab.probes.base import Probe
     from stabilitylab.record import store
 
     if not wal:
-        store.wal_works = lambda folder: False
+        setattr(store, "wal_works", lambda folder: False)  # noqa: B010 - imported there, not of it
     model = nn.Sequential(nn.Linear(4, 4))
-    torch.nn.init.constant_(model[0].weight, START)
-    probes = [Update(every=1), WeightRange(every=1)]
+    weight = next(model.parameters())
+    torch.nn.init.constant_(weight, START)
+    probes: list[Probe[Any]] = [Update(every=1), WeightRange(every=1)]
     until, held = time.monotonic() + seconds, []
     with sl.attach(model, "0", run=run, probes=probes, announce=False, trace=False) as monitor:
         number = 0
@@ -55,7 +57,7 @@ def write(say: Say, run: str, seconds: float, wal: bool) -> None:
             queued, began = waited_for_a_core(), time.perf_counter()
             with monitor.edit(f"edit {number}"), torch.no_grad():
                 inside = time.perf_counter()
-                model[0].weight.add_(STEP)
+                weight.add_(STEP)
                 time.sleep(PAUSE_SECONDS)
                 users = time.perf_counter() - inside
             took = time.perf_counter() - began - users

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import torch
 
@@ -74,7 +75,7 @@ def what_is_wrong(fault: Fault, loop: Loop, plain: Ran, folder: Path) -> str:
                 stack.enter_context(fault.put())
                 return monitor
 
-            stack.enter_context(faults.mock.patch.object(sl, "attach", attach))
+            stack.enter_context(mock.patch.object(sl, "attach", attach))
         else:
             stack.enter_context(fault.put())
         try:

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Final
@@ -121,6 +122,9 @@ def outputs(run: Run, folder: Path) -> Mapping[str, Callable[[], list[str]]]:
     def page(file: Path) -> list[str]:
         return of_page(file.read_text(encoding="utf-8"))
 
+    def picture(metric: str) -> list[str]:
+        return of_picture(to_svg(figures.lines(run, metric)))
+
     def tab() -> Any:
         return [payload.about(run, run.diagnosis()), payload.summary(run, run.diagnosis())]
 
@@ -144,7 +148,7 @@ def outputs(run: Run, folder: Path) -> Mapping[str, Callable[[], list[str]]]:
         "printed": lambda: of_terminal(f"{run!r}{run.diagnosis()}"),
         "CSV": lambda: of_frame(run),
     }
-    made |= {f"SVG: {name[:20]}": lambda name=name: of_picture(to_svg(figures.lines(run, name))) for name in drawn}
+    made |= {f"SVG: {name[:20]}": partial(picture, name) for name in drawn}
     return made
 
 

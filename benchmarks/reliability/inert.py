@@ -250,7 +250,7 @@ def sample(cases: int, chance: random.Random) -> list[Case]:
     order = list(CASES)
     chance.shuffle(order)
     seen: dict[str, int] = {}
-    chosen = []
+    chosen: list[Case] = []
     while order and len(chosen) < cases:
         fewest = min(order, key=lambda case: sum(seen.get(part, 0) for part in vars(case).values()))
         order.remove(fewest)

@@ -29,13 +29,14 @@ def edit(say: Say, run: str, sites: int, edits: int) -> None:
     from torch import nn
 
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(sites)))
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("weight")]
     with sl.attach(model, "*", run=run, probes="light", announce=False, trace=False) as monitor, torch.no_grad():
         for part in range(PARTS):
             took = []
             for number in range(edits // PARTS):
                 began = time.process_time()
                 with monitor.edit(f"edit {number}"):
-                    model[number % sites].weight.add_(1e-3 if number % 2 else -1e-3)
+                    weights[number % sites].add_(1e-3 if number % 2 else -1e-3)
                 took.append(time.process_time() - began)
             gc.collect()
             say(json.dumps({"part": part, "seconds": statistics.median(took), "mb": resident_mb()}))

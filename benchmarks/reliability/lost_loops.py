@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ import stabilitylab as sl
 from benchmarks.reliability.forks import Say
 from stabilitylab.errors import StabilityLabError
 from stabilitylab.probes import Update, WeightRange
+from stabilitylab.probes.base import Probe
 from stabilitylab.record import store
 from stabilitylab.watching.monitor import Monitor
 
@@ -37,13 +39,13 @@ def attach(run: str) -> tuple[nn.Sequential, Monitor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
-    probes = [Update(every=1), WeightRange(every=1)]
+    probes: list[Probe[Any]] = [Update(every=1), WeightRange(every=1)]
     return model, sl.attach(model, SITE, run=run, probes=probes, announce=False, trace=False)
 
 
 def edit(model: nn.Sequential, monitor: Monitor, number: int) -> None:
     with monitor.edit(f"edit {number}"), torch.no_grad():
-        model[0].weight.add_(0.01 * number)
+        next(model.parameters()).add_(0.01 * number)
 
 
 def die() -> None:
@@ -82,7 +84,7 @@ def _dies_in_the_database(at: int) -> None:
         db.set_progress_handler(step, _VM_STEP)
         return db
 
-    store.sqlite3.connect = connected  # type: ignore[attr-defined,assignment]
+    store.sqlite3.connect = connected  # type: ignore[attr-defined]
 
 
 def loop(
@@ -92,7 +94,7 @@ def loop(
     "edits" or "close"); where no line is named, their number is told.
     """
     if not wal:
-        store.wal_works = lambda folder: False
+        setattr(store, "wal_works", lambda folder: False)  # noqa: B010 - imported there, not of it
     if instruction is not None:
         _dies_in_the_database(instruction)
     lines = Lines(line)
@@ -107,7 +109,7 @@ def loop(
     model, monitor = at_stage("attach", lambda: attach(run))
     say("attached")
     for number in range(1, EDITS + 1):
-        at_stage("edits", lambda number=number: edit(model, monitor, number))
+        at_stage("edits", functools.partial(edit, model, monitor, number))
         say(str(number))
     at_stage("close", monitor.close)
     say("closed")

@@ -41,7 +41,7 @@ def held(run: Run) -> dict[str, Any]:
 
 
 def what_is_wrong(folder: Path, scratch: Path) -> str:
-    """Empty where a run is read, followed, judged and shown, and holds what it held."""
+    """Empty where a run is read, followed and judged, and holds what it held."""
     expected = json.loads((folder / "holds.json").read_text())
     copy = scratch / folder.name
     shutil.copytree(folder, copy)
@@ -55,9 +55,14 @@ def what_is_wrong(folder: Path, scratch: Path) -> str:
         return "is another one when it is followed"
     if run.diagnosis().verdict != "non-finite":  # its last states are NaN
         return f"is {run.diagnosis().verdict}"
+    return ""
+
+
+def show(folder: Path, scratch: Path) -> None:
+    """Its pages."""
+    run = sl.load(scratch / folder.name)
     write_report(run, scratch / f"{folder.name}.html")
     write_comparison([run, run], scratch / f"{folder.name}-twice.html")
-    return ""
 
 
 def promise(effort: Effort) -> Iterator[Result]:
@@ -68,4 +73,6 @@ def promise(effort: Effort) -> Iterator[Result]:
         folder = RUNS / f"schema-{version}"
         said = what_is_wrong(folder, scratch) if folder.is_dir() else "has no run to try"
         breaks += [f"schema {version}: {said}"] if said else []
+        if not said:
+            show(folder, scratch)
     yield counted(f"a run of each schema, 1 to {SCHEMA_VERSION}", "not read as they were", SCHEMA_VERSION, breaks)

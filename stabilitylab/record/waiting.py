@@ -78,8 +78,12 @@ class Waiting:
             try:
                 self.write()
             except Exception as error:
-                if _will_pass(error) and time.monotonic() < until:
-                    time.sleep(_PAUSE)
+                if _will_pass(error):
+                    if time.monotonic() < until:
+                        time.sleep(_PAUSE)
+                        continue
+                    while self._writes:  # each would be waited for in vain
+                        self._lose(self._writes.popleft(), str(error))
                 elif self._writes and isinstance(error, OSError | sqlite3.OperationalError):
                     self._lose(self._writes.popleft(), str(error))  # what comes after it may still be written
 
