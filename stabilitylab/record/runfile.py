@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 from stabilitylab.errors import RunError, nearest
-from stabilitylab.record.acknowledged import ENDING
 from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION
 
 __all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "damaged", "find_file", "find_runs"]
@@ -93,7 +92,7 @@ def _expect_tables_alone(db: sqlite3.Connection) -> None:
 
 def _expect_files(file: Path) -> None:
     """What is opened beside the run is a file: a pipe would be waited for. Raises RunError."""
-    for ending in ("", "-wal", "-shm", "-journal", ENDING):
+    for ending in ("", "-wal", "-shm", "-journal"):
         beside = file.with_name(file.name + ending)
         try:
             kind = beside.lstat().st_mode
