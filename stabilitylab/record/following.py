@@ -12,10 +12,21 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
+from stabilitylab.record.acknowledged import acknowledged
 from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
-from stabilitylab.record.run import DAMAGE, Contents, Run, analyzer_of, fed, in_order, keys_of, thresholds_of
+from stabilitylab.record.run import (
+    DAMAGE,
+    Contents,
+    Run,
+    analyzer_of,
+    fed,
+    in_order,
+    keys_of,
+    thresholds_of,
+    with_missing,
+)
 from stabilitylab.record.runfile import connect, damaged, find_file
 from stabilitylab.record.store import (
     Unpacker,
@@ -124,13 +135,14 @@ class Follower:
         no use any more.
         """
         file = find_file(self.path)
+        known = acknowledged(file)
         with connect(file) as db:
             try:
-                return self._read(db, file, keep)
+                return self._read(db, file, keep, known)
             except DAMAGE as error:
                 raise damaged(file, error) from error
 
-    def _read(self, db: sqlite3.Connection, file: Path, keep: int | None) -> list[Seen]:
+    def _read(self, db: sqlite3.Connection, file: Path, keep: int | None, known: int) -> list[Seen]:
         before, self.manifest, metrics = self.manifest, read_manifest(db), read_metrics(db)
         (last,) = db.execute("SELECT max(edit) FROM edit").fetchone()
         another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._last)
@@ -145,7 +157,8 @@ class Follower:
         dry = list(read_rows(db, "dry", self._unpack_dry, self._last_dry)) if self._last < 1 else []
         shown = [row.edit for row in rows if row.edit > self._told]
         shown = shown if keep is None else shown[max(0, len(shown) - keep) :]
-        notes, operations = read_notes(db), read_operations(db)
+        self.manifest, notes = with_missing(self.manifest, read_notes(db), -1 if last is None else last, known)
+        operations = read_operations(db)
         seen = []
         for row in fed(self._analyzer, rows, dry, notes[self._noted :], operations[self._named :]):
             if row.edit > 0:

@@ -18,9 +18,10 @@ from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.restoring import means_single_edits
 from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
+from stabilitylab.record.acknowledged import acknowledged, missing_says
 from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
-from stabilitylab.record.note_kinds import LOST_ENTRY
+from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Alike, Frame, by_frame
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
@@ -138,18 +139,29 @@ class Contents:
     operations: tuple[Operation, ...] = ()
 
 
-def _read(db: sqlite3.Connection) -> Contents:
+def with_missing(
+    manifest: dict[str, Any], notes: tuple[Note, ...], last: int, known: int
+) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """Both, with what is to be said where a run ends at edit `last` and edit `known` had been acknowledged."""
+    if known <= last:
+        return manifest, notes
+    lost = int(manifest.get(LOST_ENTRY, 0)) + known - last
+    return manifest | {LOST_ENTRY: lost}, (*notes, Note(known, LOST_ROWS, missing_says(last, known)))
+
+
+def _read(db: sqlite3.Connection, known: int) -> Contents:
     edits, dry = Unpacker(read_layouts(db)), Unpacker(read_layouts(db))
     rows = tuple(read_rows(db, "edit", edits))
+    manifest, notes = with_missing(read_manifest(db), read_notes(db), rows[-1].edit if rows else -1, known)
     return Contents(
-        manifest=read_manifest(db),
+        manifest=manifest,
         metrics=read_metrics(db),
         keys=keys_of(edits.frames),
         rows=rows,
         dry=tuple(read_rows(db, "dry", dry)),
         outcomes=read_outcomes(db),
         alarms=read_alarms(db),
-        notes=read_notes(db),
+        notes=notes,
         operations=read_operations(db),
     )
 
@@ -355,8 +367,9 @@ def load(path: str | Path) -> Run:
     Raises RunError when there is none, when the file is no run, or when a newer stabilitylab wrote it.
     """
     file = find_file(Path(path))
+    known = acknowledged(file)
     with connect(file) as db:
         try:
-            return Run(file.parent, _read(db))
+            return Run(file.parent, _read(db, known))
         except DAMAGE as error:
             raise damaged(file, error) from error

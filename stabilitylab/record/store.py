@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import RunError
+from stabilitylab.record.acknowledged import ENDING, acknowledge, forget
 from stabilitylab.record.checked import LONGEST, entry, expect, from_json
 from stabilitylab.record.making import as_json, free_folder, is_taken, making, wal_works
 from stabilitylab.record.operations import Operation, operation_from_json
@@ -372,6 +373,7 @@ class RunWriter:
         Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
         """
         self._insert("edit", [row])
+        acknowledge(self.path, row.edit)
 
     def append_dry(self, rows: Sequence[EditRow]) -> int:
         """Commit the rows of all dry edits at once; returns how many. Raises as `append` does, with none written."""
@@ -442,7 +444,7 @@ class RunWriter:
         with contextlib.suppress(sqlite3.Error):
             self.close()
         with contextlib.suppress(OSError):
-            for ending in ("-wal", "-shm", "-journal", ""):
+            for ending in ("-wal", "-shm", "-journal", ENDING, ""):
                 self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             self.path.parent.rmdir()
 
@@ -462,4 +464,5 @@ class RunWriter:
         with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.execute("PRAGMA journal_mode=DELETE")
+            forget(self.path)
         db.close()
