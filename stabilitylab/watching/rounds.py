@@ -6,72 +6,45 @@ On a CPU a row is written as its edit ends. On an accelerator it is read one edi
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from stabilitylab.acting.replay import Application
 from stabilitylab.acting.schedule import Trace
 from stabilitylab.acting.tracer import Tracer
 from stabilitylab.acting.tracing import Tracing
-from stabilitylab.analysis.alertness import gives_reason
-from stabilitylab.analysis.pace import Pace
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
-from stabilitylab.record.note_kinds import BROUGHT, MOVED_BESIDES, MOVED_OUTSIDE, NOTHING_MOVED
+from stabilitylab.record.note_kinds import MOVED_OUTSIDE
 from stabilitylab.record.readings import Array, EditRow, Key, OutcomeKind, Status
-from stabilitylab.watching import interrupts, manifest
+from stabilitylab.watching import interrupts
 from stabilitylab.watching.budget import Budget
-from stabilitylab.watching.canary import Canary, Schedule
-from stabilitylab.watching.discovery import Discovery
+from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
 from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.outcomes import Adapters, Passes, is_independent, outcome_of
-from stabilitylab.watching.progress import bar
+from stabilitylab.watching.pacing import Pacing
 from stabilitylab.watching.recording import Recorder
 from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
-from stabilitylab.watching.sites import Site, locate, weight_at
-from stabilitylab.watching.spread import is_spread
+from stabilitylab.watching.sites import Site
 from stabilitylab.watching.underway import Looked, Taken, Times, Unread
+from stabilitylab.watching.watched import Watched
 
-_NAMED: Final = 4
-"""Sites that a note names."""
 _CHANGED: Final = {
     "restore": "after edit {edit} the weights changed to a state that was not seen before",
     MOVED_OUTSIDE: "edit {edit} moved no weight, and the weights moved after it had ended: put what applies it, such as"
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
 """Notes of weights that move between two edits."""
-_MANY_ENTRIES: Final = 1 << 26
-"""Entries of all watched weights from which on a person is shown how far it is."""
-
-
-def _watched_at(model: nn.Module, site: Site) -> Tensor | None:
-    """The weight that counts at a site, in parts where it is spread; None where it can't be read."""
-    found = locate(model, site)
-    if found is not None and is_spread(found[1]):
-        return found[1]
-    weight = weight_at(model, site)
-    return weight if isinstance(weight, Tensor) else None
-
-
-def _unseen(_: int) -> None:
-    """In place of a bar."""
-
-
-def _in_short(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 class Rounds:
@@ -94,38 +67,24 @@ class Rounds:
         budget: None to measure everything at each edit.
         """
         self.model = model
-        self.sites: tuple[Site, ...] = ()
         self._recorder = recorder
         self._guard = recorder.guard
         self._instruments = Instruments(probes, editor, canary, recorder.note)
-        self._schedule = None if canary is None else Schedule(canary)
         self._silence = Silence(canary is not None)
         self._unanswered = Unanswered()
         self._said: set[str] = set()
-        self._pace = Pace()
-        self._paced = 0
-        self._budget = Budget(None) if budget is None else budget
+        self._pacing = Pacing(canary, budget)
         self._in_full = True
         self._writing = 0.0
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
-        self._discovery: Discovery | None = None
         self._adapters = Adapters(model)
-        self._said_brought = False
-        self._looks_on = False
-        self._late: tuple[Site, ...] = ()
-        """Sites that are watched since the last edit: of what that was like before them nothing is known."""
-        self._began = time.perf_counter()
         self._unread: Unread | None = None
         self._outcome_due: int | None = None
         self._looked: Looked | None = None
         self._passes: Passes = {}
         self._last_moved = False
-        if sites is None:
-            self._discovery = Discovery(model)
-            skipped = self._discovery.unreadable(model)
-        else:
-            self._watch(sites, {})
+        self._watched = Watched(model, sites, self._instruments, recorder)
         for name, reason in (skipped or {}).items():
             self._note("skipped-site", f"{name}: {reason}")
         if not self._instruments.keeps_references:
@@ -172,18 +131,21 @@ class Rounds:
 
     def _choose_probes(self) -> None:
         edit = self._recorder.edits + 1
-        self._in_full = self._budget.wants(edit)
+        self._in_full = self._pacing.wants_in_full(edit)
         self._instruments.begin(edit, self._in_full)
 
     def editor_grew(self, capture: Capture) -> None:
         """The editor has built more of itself inside the edit."""
         self._instruments.editor_grew(capture)
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Those that are watched by now."""
+        return self._watched.sites
+
     def look_elsewhere(self) -> None:
         """The sites are a guess: what edits move besides is looked for, and watched from then on."""
-        self._looks_on = True
-        if self._discovery is None:
-            self._discovery = self._guard("what else may move", lambda: Discovery(self.model, but=self.sites))
+        self._watched.look_elsewhere(self.model)
 
     def _trace(self, capture: Capture) -> None:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
@@ -214,7 +176,7 @@ class Rounds:
         self._say_broken(capture)
         with instruments.probe_time:
             self._adapters.edited(self.model)
-            self._guard("finding the moved parameters", self._discover)
+            self._guard("finding the moved parameters", lambda: self._watched.discover(self.model))
             instruments.after(self.model, self.sites, capture, reports, failed=not applied)
             cargo = instruments.send()
             last = self._looks_settled()
@@ -316,7 +278,7 @@ class Rounds:
         clock = time.perf_counter()
         self._recorder.row(row)
         self._writing += time.perf_counter() - clock
-        self._guard("the schedules", lambda: self._heard(row, times, unread))
+        self._guard("the schedules", lambda: self._pacing.heard(row, times, unread, self._tracing, self._recorder))
         between = unread.between
         if independent:
             self._outcome_due = self._looked = None
@@ -332,8 +294,7 @@ class Rounds:
         for site, seen in passes.items():
             instruments.references.edited(site, seen)
         self._last_moved = any(seen.update != 0 for seen in passes.values())
-        if unread.edit:
-            self._watch_pace(unread.edit, unread.cargo)
+        self._pacing.weights_are(unread.edit, instruments.scans(unread.cargo))
         if (unread.asked or unread.compiled) and unread.status == "applied":
             note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
@@ -348,8 +309,7 @@ class Rounds:
         canary, before = self._instruments.canary, self._instruments.canary_time.seconds
         tracer = self._tracing.around_canary(edit, self.model) if canary.wanted else None
         logits = canary.forward(self.model, last_call, None if tracer is None else self._tracing.entered(tracer))
-        if self._schedule is not None:
-            self._schedule.paid(self._instruments.canary_time.seconds - before)
+        self._pacing.paid_for_canary(self._instruments.canary_time.seconds - before)
         # Where a forward needs other processes, none can decide by itself to make one more.
         alone = not self._instruments.is_spread
         if tracer is None and alone and logits is not None and not logits.is_cuda and not bool(logits.isfinite().all()):
@@ -362,41 +322,19 @@ class Rounds:
         self._tracing.left(tracer, [self.model])
         return (tracer,)
 
-    def _heard(self, row: EditRow, times: Times, unread: Unread) -> None:
-        """Tell the schedules of the tracer and of the dear probes what an edit was like, and what it took."""
-        reason, applied = gives_reason(row, self._recorder.diagnosis()), row.status == "applied"
-        schedule, budget = self._tracing.schedule, self._budget
-        schedule.heard(reason)
-        if applied and schedule.timed(times.loop, times.tracer if unread.tracers else None):
-            self._recorder.manifest({"trace": self._tracing.to_json()})
-        budget.heard(self._pace.now, reason)
-        if applied and budget.timed(row.edit, unread.in_full, times.loop - times.tracer, times.probes):
-            self._recorder.manifest({"budget": budget.to_json()})
-
     def _canary_is_due(self, cargo: Cargo) -> bool:
         """Whether to forward the canary after this edit, by what the weights do as far as it is known by now: where
         nothing has to be waited for, up to this edit, else up to the one before.
         """
-        if self._schedule is None or not self._instruments.canary.wanted or not self._instruments.together:
+        if not self._instruments.canary.wanted or not self._instruments.together:
             return False  # a forward that needs other processes, which may not be there
-        if not self._schedule.always and cargo.is_here:
-            self._watch_pace(self._recorder.edits, cargo)
-        now = self._pace.now
-        return self._schedule.is_due(self._recorder.edits, time.perf_counter() - self._began, now.moving, now.leaping)
-
-    def _watch_pace(self, edit: int, cargo: Cargo) -> None:
-        """Once an edit, and only where anything is measured the oftener the more the weights move."""
-        if edit == self._paced or (self._budget.always and (self._schedule is None or self._schedule.always)):
-            return
-        self._paced = edit
-        scans = self._instruments.scans(cargo)
-        updates = {site: seen.update for site, seen in scans.items() if isinstance(seen, WeightPass)}
-        lost = {site: math.nan for site, seen in scans.items() if seen.nonfinite}
-        self._pace.observe(updates | lost)
+        if self._pacing.decides_on_weights and cargo.is_here:
+            self._pacing.weights_are(self._recorder.edits, self._instruments.scans(cargo))
+        return self._pacing.canary_is_due(self._recorder.edits)
 
     def pause(self, seconds: float) -> None:
         """So much of the time was no part of the loop: a canary that has a share of it has none in that."""
-        self._began += seconds
+        self._pacing.pause(seconds)
 
     # -- what became of an edit -----------------------------------------------------------------------------------
 
@@ -426,7 +364,7 @@ class Rounds:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
         due, self._outcome_due = self._outcome_due, None
         if self._unread is not None and due is not None and self._instruments.keeps_references:
-            self._adopt_late()
+            self._watched.adopt_late(self.model)
             self._instruments.look_at_weights(self.model, self.sites)
             adapters = self._adapters.outcome(self.model)
             self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
@@ -439,7 +377,7 @@ class Rounds:
 
     def _look(self, edit: int, sites: Sequence[Site] | None) -> Looked:
         """sites: None for those that changed, which waits for an accelerator."""
-        self._adopt_late()
+        self._watched.adopt_late(self.model)
         sites = self._instruments.changed(self.model, self.sites) if sites is None else sites
         self._instruments.look_at_weights(self.model, sites)
         return Looked(edit, self._instruments.send(), self._adapters.outcome(self.model))
@@ -460,11 +398,6 @@ class Rounds:
         looked = self._looks_settled()
         return None if looked is None else self._judge(edit, looked.cargo, left, looked.adapters)
 
-    def _adopt_late(self) -> None:
-        """What is watched only since the last edit is as it should be now, whether or not that was undone."""
-        late, self._late = self._late, ()
-        self._adopt(late, {})
-
     def _judge(self, edit: int, looks: Cargo, left: Passes, adapters: OutcomeKind | None) -> OutcomeKind | None:
         if not self.sites and adapters is None:
             return None
@@ -479,73 +412,6 @@ class Rounds:
         self._recorder.outcome(edit, outcome or "committed")
         return outcome or "committed"
 
-    # -- which sites ----------------------------------------------------------------------------------------------
-
-    def _watch(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
-        """Begin to watch these sites too. originals: their weights before any edit, where those are no more."""
-        self._adopt(sites, originals)
-        self.sites += tuple(sites)
-        self._recorder.manifest(manifest.of_sites(self.sites))
-
-    def _adopt(self, sites: Sequence[Site], originals: Mapping[str, Tensor]) -> None:
-        size = sum(math.prod(site.shape) for site in sites)
-        with bar("weights before edit 1", len(sites)) if size > _MANY_ENTRIES else nullcontext(_unseen) as done:
-            for number, site in enumerate(sites, start=1):
-                weight = _watched_at(self.model, site)
-                if weight is not None:
-                    self._instruments.adopt(site, originals.get(site.name, weight).to(weight.device))
-                done(number)
-
-    def _discover(self) -> None:
-        """Watch what the first edit moved; keep looking when it moved nothing."""
-        if self._discovery is None:
-            return
-        edit, moved = self._recorder.edits, self._discovery.moved(self.model)
-        self._late = ()
-        if self.sites:
-            self._watch_more(edit, self._discovery, [site for site, _ in moved.values()])
-            return
-        if not moved:
-            fresh = self._discovery.remember(self.model)
-            if not fresh:
-                self._note(NOTHING_MOVED, f"edit {edit} moved no parameter of the model")
-            self._say_brought(edit, fresh)
-            return
-        why, self._discovery = self._discovery.why_not_measured, None
-        originals = {name: original for name, (_, original) in moved.items() if original is not None}
-        self._watch([site for site, _ in moved.values()], originals)
-        if self._looks_on:
-            self._discovery = Discovery(self.model, but=self.sites)
-        self._note("sites-discovered", f"edit {edit} moved {', '.join(moved)}; hooks are on them from the next edit on")
-        if why is not None:
-            self._note(
-                "skipped-site", f"what edit {edit} did to them is not measured, and drift counts from there: {why}"
-            )
-
-    def _watch_more(self, edit: int, discovery: Discovery, moved: Sequence[Site]) -> None:
-        """Watch what an edit moved besides the sites that were guessed, and look at what it brought from now on."""
-        discovery.watches(moved)
-        brought = discovery.remember(self.model)
-        if moved:
-            self._late = tuple(moved)
-            self._watch(moved, {})
-            names = _in_short([site.name for site in moved])
-            self._note(
-                MOVED_BESIDES,
-                f"edit {edit} also moved {names}, which were not named: they are watched from now on; what was done to"
-                " them by then is not measured, and their drift counts from there",
-            )
-        self._say_brought(edit, brought)
-
-    def _say_brought(self, edit: int, brought: int) -> None:
-        if brought and not self._said_brought:
-            self._said_brought = True
-            self._note(
-                BROUGHT,
-                f"edit {edit} brought {brought} new parameters into the model, such as an adapter's: they are watched"
-                " once an edit moves them",
-            )
-
     def leave(self) -> None:
         """Wait for no other process any more, of those that weights are spread over."""
         self._instruments.leave()
@@ -553,6 +419,6 @@ class Rounds:
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
         self.leave()
-        self._discovery = None
+        self._watched.release()
         self.replays.release()
         self.model, self._instruments = nn.Module(), Instruments((), None, None, self._recorder.note)
