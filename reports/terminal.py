@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 
-from stabilitylab.reports.text import spelled
+from stabilitylab.record.spelling import spelled
 
 
 class Shown:

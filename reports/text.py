@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 from stabilitylab.record.readings import EDITOR_SITE
-
-_JOINERS = "\u200c\u200d"
-"""Format characters that words and emoji are spelled with; all others of their kind can only mislead."""
-
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+from stabilitylab.record.spelling import spelled
 
 
 def clean(text: object, limit: int = 200) -> str:
@@ -24,16 +19,6 @@ def clean(text: object, limit: int = 200) -> str:
     known = str(text)[: 4 * limit]
     told = spelled(re.sub(r"[ \t\r\n\f\v\u2028\u2029]+", " ", known)).strip()
     return told if len(told) <= limit and len(str(text)) <= 4 * limit else told[: limit - 1] + "…"
-
-
-def spelled(text: str, keep: str = "") -> str:
-    """`text` with what is not seen, or turns round what is, spelled out. keep: characters that stay."""
-    return "".join(
-        char.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(char) in _HIDDEN and char not in _JOINERS and char not in keep
-        else char
-        for char in text
-    )
 
 
 def sentence(text: str) -> str:

@@ -26,6 +26,7 @@ from stabilitylab.errors import StabilityLabError
 from stabilitylab.record.following import Follower
 from stabilitylab.record.run import Run
 from stabilitylab.record.runfile import FILE_NAME
+from stabilitylab.record.spelling import spell
 from stabilitylab.reports.tensorboard_plugin import payload
 from stabilitylab.reports.text import clean
 
@@ -44,6 +45,7 @@ WATCHED_SECONDS: Final = 60.0
 SAYS: Final = 500
 
 _log = logging.getLogger(__name__)
+_log.addFilter(spell)
 _Stamp = tuple[tuple[int, int, int], ...]
 
 

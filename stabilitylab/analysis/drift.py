@@ -236,7 +236,8 @@ class DriftBank:
         good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
         update, ratio = self._updates.of(row.schema)
         lost = update[(row.values[update] == 0) | ((ratio >= 0) & (row.values[ratio] < ROUNDING))]
-        good &= ~np.isin(taken, lost)
+        if lost.size:
+            good &= ~np.isin(taken, lost)
         taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
         good = (values > 0) | ((values == 0) & self._has_baseline(series))

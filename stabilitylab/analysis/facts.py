@@ -203,7 +203,8 @@ class FactRules:
     def _nonfinite(self, row: Flat) -> Iterator[Hit]:
         look = self._lookup.at
         counts, values, headroom = look("*.nonfinite"), look("value"), look("*.headroom_bits")
-        values = values[~np.isin(values, self._unlabelled(row))]  # which says more
+        unlabelled = self._unlabelled(row)
+        values = values[~np.isin(values, unlabelled)] if unlabelled.size else values  # which says more
         bits = row.values[headroom]
         bad = np.concatenate(
             (

@@ -75,7 +75,8 @@ class HeadingBank:
         """Whether the edit began at the original weights, wherever it moved one."""
         update, drift = row.values[weights].T
         moved = update > 0
-        return bool(moved.any() and (np.abs(drift - update) <= SAME * drift)[moved].all())
+        with np.errstate(invalid="ignore", over="ignore"):  # what is infinite began nowhere
+            return bool(moved.any() and (np.abs(drift - update) <= SAME * drift)[moved].all())
 
 
 def _since(edits: Array, readings: Array) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import os
 import sqlite3
 import time
@@ -29,8 +28,7 @@ from stabilitylab.record.making import as_json, free_folder, is_taken, making, w
 from stabilitylab.record.operations import Operation, operation_from_json
 from stabilitylab.record.packed import Frame, PackedReadings
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind, Status
-
-_log = logging.getLogger("stabilitylab")
+from stabilitylab.record.spelling import logger
 
 FILE_NAME = "run.db"
 APPLICATION_ID = 0x57AB1AB0
@@ -325,7 +323,7 @@ class RunWriter:
         self._open(self._journal)
         (last,) = self._connection.execute("SELECT coalesce(max(edit), 0) FROM edit").fetchone()
         what = "was deleted, moved or replaced"
-        _log.warning("stabilitylab: '%s' %s after edit %d: all of it was written again as '%s'", gone, what, last, file)
+        logger.warning("stabilitylab: '%s' %s after edit %d: it was written again as '%s'", gone, what, last, file)
         # In the run no folder above its own: that may be somebody's home.
         before, now = (f"{each.parent.name}/{each.name}" for each in (gone, file))
         says = f"'{before}' {what} after edit {last}: the whole run was written again as '{now}'"

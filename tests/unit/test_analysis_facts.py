@@ -413,3 +413,13 @@ def test_of_a_loop_that_never_moves_anything_the_whole_is_told() -> None:
     assert diagnosis.says == "None of 60 edits moved any parameter of the model; the model is as it was."
     assert diagnosis.cause_says == "none of 60 edits moved any parameter of the model."
     assert (diagnosis.landed, diagnosis.nothing_lands) == ("none", True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_weight_that_became_infinite_is_no_warning_of_numpys() -> None:
+    analyzer = Analyzer(METRICS)
+    for edit in range(4):
+        size = np.inf if edit > 1 else 1.0
+        readings = {("update.norm", "fc"): size, ("drift.norm", "fc"): size, ("canary.kl", "model"): 0.1}
+        analyzer.observe(row(edit, readings))
+    assert analyzer.diagnosis().verdict == "non-finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import save_file
 
+import stabilitylab
 from stabilitylab.commands import cli
 from stabilitylab.reports.terminal import show
 from tests.injections import INJECTIONS, hostile_run
@@ -122,3 +124,20 @@ def test_no_command_writes_past_the_door() -> None:
         "options.py": ["print("],
         "probes.py": [".print("],
     }
+
+
+def test_what_is_logged_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("stabilitylab")
+    logger.addHandler(handler)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        monitor = stabilitylab.attach(model, sites="0", run=tmp_path / NAME, announce=False)
+        monitor.close()
+        resumed = stabilitylab.attach(model, sites="0", run=tmp_path / NAME, announce=False, resume=True)
+        resumed.close()
+    finally:
+        logger.removeHandler(handler)
+    said = capsys.readouterr().err
+    assert "owned" in said
+    assert not STEERING.search(said), said
