@@ -167,7 +167,9 @@
       const bad = isScalar(diagnosis.first_bad_metric) ? diagnosis.first_bad_metric : null;
       const site = diagnosis.first_bad_place;
       const known = mapped.map((metric) => metric.name);
-      const metric = known.includes(bad) ? bad : FIRST_SHOWN.find((name) => known.includes(name)) ?? known[0] ?? single[0].name;
+      const told = FIRST_SHOWN.filter((name) => known.includes(name));
+      const moves = (name) => sitesOf(name).some((place) => new Set(series[name][place]).size > 2);
+      const metric = known.includes(bad) ? bad : told.find(moves) ?? told[0] ?? known[0] ?? single[0].name;
       return { edit: nearest(edit), metric, site: sitesOf(metric).includes(site) ? site : sitesOf(metric)[0] };
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -139,6 +140,15 @@ def test_on_a_phone_what_is_long_is_folded_and_drawn_when_it_is_unfolded(page_of
         page.set_viewport_size({"width": 1280, "height": 900})
         expect(page.locator("#editor-0 canvas")).to_be_visible(timeout=PATIENCE)
         assert not seen.said
+
+
+def test_a_run_without_findings_opens_on_a_metric_that_moves(page_of: Callable[[str], Path]) -> None:
+    with visit(page_of("healthy")) as seen:
+        page = ready(seen)
+        metric = page.locator("#metric").input_value()
+        run = load(page_of("healthy").parent / "runs" / "grace")
+        assert any(np.unique(run.series(metric, site)).size > 2 for site in run.sites_of(metric))
+        assert all(np.unique(run.series("update.norm", site)).size == 1 for site in run.sites_of("update.norm"))
 
 
 def test_the_map_names_its_lines_and_no_name_lies_on_another(page_of: Callable[[str], Path]) -> None:

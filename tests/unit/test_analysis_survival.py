@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
+from scipy.stats import CensoredData, ecdf
 
 from stabilitylab.analysis.survival import survival
 
@@ -16,6 +18,10 @@ def by_hand(last: list[int], failed: list[bool], edit: int) -> Fraction:
         there = sum(bad and time == at for time, bad in zip(last, failed, strict=True))
         share *= 1 - Fraction(there, sum(time >= at for time in last))
     return share
+
+
+def _of(last: list[int], failed: list[bool], which: bool) -> list[int]:
+    return [time for time, bad in zip(last, failed, strict=True) if bad == which]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,8 @@ def test_the_share_that_holds_is_the_product_of_the_shares_that_did_not_fail(
     curve = survival(last, failed)
     assert curve.edits == tuple(sorted({0, *last}))
     assert curve.share == pytest.approx([float(by_hand(last, failed, edit)) for edit in curve.edits])
+    known = ecdf(CensoredData(uncensored=_of(last, failed, True), right=_of(last, failed, False))).sf
+    assert curve.share == pytest.approx(known.evaluate(np.array(curve.edits, dtype=float)))
     assert curve.at_risk == tuple(sum(time >= edit for time in last) for edit in curve.edits)
     assert sum(curve.failed) == sum(failed)
     assert sum(curve.ended) == len(failed) - sum(failed)
