@@ -39,7 +39,8 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
     cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
     """
     if a.device.type != "cpu":
-        return _inner(a.double(), b.double())[0].clamp_min(0).sqrt()
+        square, _ = _inner(a.double(), b.double())
+        return square.clamp_min(0).sqrt()
     tried = [(a.double(), b.double())]
     if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         tried.insert(0, (a, b))
