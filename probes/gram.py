@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from stabilitylab.probes.weight_pass import number_here, on_cpu
+
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
 _BLOCKS = 4
 
@@ -38,7 +40,7 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
     On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
     cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
     """
-    if a.device.type != "cpu":
+    if not on_cpu(a):
         square, _ = _inner(a.double(), b.double())
         return square.clamp_min(0).sqrt()
     tried = [(a.double(), b.double())]
@@ -48,9 +50,9 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
         square, sizes = _inner(*pair)
         narrow = pair[0].dtype == torch.float32
         least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
-        low, high = (end.item() for end in torch.aminmax(sizes))
-        bound = sizes.double().prod(dim=0).sqrt().sum().item() ** 2
-        if (least < low or not narrow) and high < most and square.item() > _TRUSTED[pair[0].dtype] * bound:
+        low, high = map(number_here, torch.aminmax(sizes))
+        bound = number_here(sizes.double().prod(dim=0).sqrt().sum()) ** 2
+        if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[pair[0].dtype] * bound:
             return square.sqrt()
     return torch.linalg.vector_norm(a.double().T @ b.double())
 

@@ -93,6 +93,15 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def number_here(scalar: Tensor) -> float:
+    """The value of a scalar on a CPU. Elsewhere it would be a wait: raises RuntimeError."""
+    if not on_cpu(scalar):
+        raise RuntimeError(
+            f"the number is on {scalar.device}; expected it on a CPU, where reading it waits for nothing"
+        )
+    return float(scalar.item())
+
+
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """A tensor on a CPU as an array over the same memory, to be read.
 
