@@ -54,7 +54,8 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
         bound = number_here(sizes.double().prod(dim=0).sqrt().sum()) ** 2
         if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[pair[0].dtype] * bound:
             return square.sqrt()
-    return torch.linalg.vector_norm(a.double().T @ b.double())
+    whole: Tensor = torch.linalg.vector_norm(a.double().T @ b.double())
+    return whole
 
 
 def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
