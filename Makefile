@@ -28,7 +28,7 @@ COMPAT_TEST = -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile $(Q
 .DEFAULT_GOAL := help
 # Two installations into one environment must not run side by side under `make -j`.
 .NOTPARALLEL:
-.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive reliability reliability-long mutation coverage lint format wheel checkpoints docs-assets docs-runs compat compat-lowest compat-own clean
+.PHONY: help install demo test test-browser pretrained test-pretrained test-gpu triton test-triton test-processes test-easyedit test-exhaustive reliability reliability-long mutation coverage bench lint format wheel checkpoints docs-assets docs-runs compat compat-lowest compat-own clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -121,6 +121,12 @@ compat-lowest: ## Run the quick tests with the lowest releases that setup.cfg ad
 
 compat-own: ## Install the wheel beside torch and the transformers that EasyEdit pins, and use it there
 	@PYTHON=$(PYTHON) tests/compat/own_environment.sh $(COMPAT_ENV)-own
+
+# Other tools to compare with: what can't be installed is left out, with the reason.
+bench: $(FULL) ## Measure what watching costs, beside other tools: an hour or two; the figures are in overhead.json
+	-@$(PIP) wandb weightwatcher
+	$(BIN)/python -m benchmarks.overhead --json overhead.json
+	$(BIN)/python -m benchmarks.sites
 
 wheel: $(FULL) ## Build the wheel into dist/
 	rm -rf build

@@ -1,8 +1,8 @@
 """More of what is edited in the benchmark: the loops that people run, each round with what they do after the edit.
 
-MEND with its evaluation, ROME, MEMIT, a LoRA step, and a model of 1.4 billion parameters. As in `workloads`, weights are
-random but for the demo's: what an edit does to them is of no meaning here, what it costs is. Statistics that an editor
-gathers beforehand are made up for the same reason: those of ROME and MEMIT would take longer than all edits.
+MEND with its evaluation, ROME, MEMIT, a LoRA step, and a model of 1.4 billion parameters. As in `workloads`, weights
+are random but for the demo's: what an edit does to them is of no meaning here, what it costs is. Statistics that an
+editor gathers beforehand are made up for the same reason: those of ROME and MEMIT would take longer than all edits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _restoring(model: nn.Module, sites: Sequence[str], edit: Callable[[], object
 
 def _gpt2(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+    model: nn.Module = GPT2LMHeadModel(GPT2Config())
+    return model.eval().requires_grad_(False)
 
 
 def _ids(model: nn.Module, shape: tuple[int, int]) -> Tensor:
@@ -73,7 +74,7 @@ def _answers(model: nn.Module, ids: Tensor) -> None:
 
 
 def mend260k(seed: int) -> Callable[[], Subject]:
-    """The demo's loop with what it asks after each edit: five questions, of the edit, rephrased, and of other things."""
+    """The demo's loop with what it asks after each edit: five questions, of the edit and of other things."""
     make, tokenizer = demo_subject(seed)
     record = next(iter(digits.edit_stream(seed, 1)))
     asked = [
@@ -144,7 +145,7 @@ def lora(seed: int) -> Callable[[], Subject]:
     base = _gpt2(seed)
     places = [f"h.{block}.mlp.{layer}" for block in (9, 10, 11) for layer in ("c_fc", "c_proj")]
     settings = LoraConfig(r=8, target_modules=places, lora_dropout=0.0, fan_in_fan_out=True)
-    model = get_peft_model(base, settings).eval()  # type: ignore[arg-type]
+    model = get_peft_model(base, settings).eval()
     ids, canary = _ids(base, (4, 32)), _ids(base, _ROWS)
     sites = tuple(f"transformer.{place}" for place in places)
 
@@ -191,7 +192,7 @@ LOOPS: tuple[Workload, ...] = (
     Workload("mend260k", "the demo's 260k BLIP2-OPT with MEND, five questions after each edit", 30, mend260k, CONTROL),
     Workload(
         "mend_gpt2",
-        "GPT-2-small shape, MEND at both MLP matrices of the last two blocks, 1x32 tokens; four prompts after each edit",
+        "GPT-2-small shape, MEND at the MLPs of the last two blocks, 1x32 tokens; four prompts after each edit",
         100,
         mend_gpt2,
         CONTROL,
@@ -213,8 +214,8 @@ LOOPS: tuple[Workload, ...] = (
     Workload("lora", "GPT-2-small shape, one Adam step of LoRA of rank 8, 4x32 tokens; six layers", 100, lora, CONTROL),
     Workload(
         "llama1b4",
-        "Llama shape of 1.4 billion parameters in bfloat16, 1x8 tokens, one gradient step; up_proj and down_proj of two of"
-        " 26 blocks",
+        "Llama shape of 1.4 billion parameters in bfloat16, 1x8 tokens, one gradient step; up_proj and down_proj of two"
+        " of 26 blocks",
         200,
         partial(language_model, _llama, _LLAMA_SITES, (1, 8), 1),
         CONTROL,

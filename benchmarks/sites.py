@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,7 @@ def measure_edits(shape: tuple[int, int], dtype: torch.dtype, repeats: int, read
     return found
 
 
-def row(name: str, seconds: Sequence[float], beside: dict[str, Sequence[float]]) -> dict[str, object]:
+def row(name: str, seconds: Sequence[float], beside: Mapping[str, Sequence[float]]) -> dict[str, object]:
     """Milliseconds, and the ratios to what was measured in the same rounds."""
     ratios = {
         other: summary([own / theirs for own, theirs in zip(seconds, against, strict=True)])

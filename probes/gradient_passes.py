@@ -13,7 +13,7 @@ from torch import Tensor
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSize, reduce_factors, reduce_size
 from stabilitylab.probes.native_scan import sweep
-from stabilitylab.probes.weight_pass import as_matrix, at_hand, on_cpu, safe_norm, wide_dtype
+from stabilitylab.probes.weight_pass import as_matrix, number_here, on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
 _ROWS_BYTES = 1 << 20
@@ -81,7 +81,7 @@ def _size(now: Factors) -> Tensor | float:
     norms = []
     for factor in (now.x, now.delta):
         swept = sweep(factor, None, factor.numel()) if factor.numel() else None
-        norms.append(at_hand(_norm(factor)) if swept is None else math.sqrt(swept.squares[0]))
+        norms.append(number_here(_norm(factor)) if swept is None else math.sqrt(swept.squares[0]))
     return norms[0] * norms[1]
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabilitylab.probes.weight_pass import at_hand
+from stabilitylab.probes.weight_pass import number_here, on_cpu
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
 _BLOCKS = 4
@@ -40,8 +40,9 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
     On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
     cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
     """
-    if a.device.type != "cpu":
-        return _inner(a.double(), b.double())[0].clamp_min(0).sqrt()
+    if not on_cpu(a):
+        square, _ = _inner(a.double(), b.double())
+        return square.clamp_min(0).sqrt()
     tried = [(a.double(), b.double())]
     if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         tried.insert(0, (a, b))
@@ -49,11 +50,12 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
         square, sizes = _inner(*pair)
         narrow = pair[0].dtype == torch.float32
         least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
-        low, high = map(at_hand, torch.aminmax(sizes))
-        bound = at_hand(sizes.double().prod(dim=0).sqrt().sum()) ** 2
-        if (least < low or not narrow) and high < most and at_hand(square) > _TRUSTED[pair[0].dtype] * bound:
+        low, high = map(number_here, torch.aminmax(sizes))
+        bound = number_here(sizes.double().prod(dim=0).sqrt().sum()) ** 2
+        if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[pair[0].dtype] * bound:
             return square.sqrt()
-    return torch.linalg.vector_norm(a.double().T @ b.double())
+    whole: Tensor = torch.linalg.vector_norm(a.double().T @ b.double())
+    return whole
 
 
 def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

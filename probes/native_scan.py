@@ -81,17 +81,17 @@ def sweep(
 
 
 def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[], object] | None:
-    """The loop alone over a weight and its references, with nothing around it: what benchmarks compare with.
-
-    It reads from addresses: the tensors must outlive it.
-    """
+    """The loop alone over a weight and its references, with nothing around it: what benchmarks compare with."""
     built = _for(weight)
     if built is None or not all(_fits(each, weight.dtype) for each in references):
         return None
-    first, before = (each.data_ptr() for each in references)
-    count = weight.numel()
-    settings = (weight.data_ptr(), first, before, 0, count, count, _DTYPES[weight.dtype], True)
-    return lambda: built.sweep(*settings)
+    held, count = (weight, *references), weight.numel()
+
+    def loop() -> object:
+        addresses = (each.data_ptr() for each in held)
+        return built.sweep(*addresses, 0, count, count, _DTYPES[weight.dtype], True)
+
+    return loop
 
 
 def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:

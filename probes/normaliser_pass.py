@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import as_array, at_hand, on_cpu
+from stabilitylab.probes.weight_pass import as_array, number_here, on_cpu
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides (arXiv 2110.11309, §3.2, and the authors' code)."""
@@ -99,7 +99,7 @@ def reduce_normaliser(
     std, mean = std.detach().double().reshape(-1), mean.detach().double().reshape(-1)
     if all(map(on_cpu, (std, mean, *inputs, *(() if rows is None else (rows,))))):
         entering = [_as_rows(entered, std.numel()) for entered in inputs]
-        count = math.nan if rows is None else at_hand(rows)
+        count = math.nan if rows is None else number_here(rows)
         return torch.from_numpy(_reduce_on_host(as_array(mean), as_array(std), entering, guard, count, learns))
     return _reduce_on_device(mean, std, inputs, guard, rows, learns)
 

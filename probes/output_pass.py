@@ -10,7 +10,15 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.native_scan import scan_extremes, scan_rows
-from stabilitylab.probes.weight_pass import as_array, at_hand, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
+from stabilitylab.probes.weight_pass import (
+    as_array,
+    count_nonfinite,
+    extremes,
+    is_within,
+    number_here,
+    on_cpu,
+    wide_dtype,
+)
 
 _SEQUENCE_DIMENSIONS = 3
 _SAFE_NORM = (1e-12, 1e15)  # a largest norm in here: no square of fp32 has over- or underflowed that would count
@@ -77,7 +85,7 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
 def largest_magnitude_here(tensor: Tensor) -> float:
     """The same of a tensor on a CPU as a number."""
     found = scan_extremes(tensor)
-    return at_hand(largest_magnitude(tensor)) if found is None else max(abs(found[0]), abs(found[1]))
+    return number_here(largest_magnitude(tensor)) if found is None else max(abs(found[0]), abs(found[1]))
 
 
 def _largest(low: Tensor, high: Tensor) -> Tensor:
@@ -151,7 +159,7 @@ class OutputKeeper:
         """One more output, without a graph. largest: its largest magnitude, where that is known already."""
         self.passes += 1
         if on_cpu(output):
-            self._keep(largest_magnitude_here(output) if largest is None else at_hand(largest))
+            self._keep(largest_magnitude_here(output) if largest is None else number_here(largest))
             return
         now = largest_magnitude(output) if largest is None else largest
         bad = torch.isfinite(now).logical_not().double()

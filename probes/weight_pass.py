@@ -94,6 +94,15 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def number_here(scalar: Tensor) -> float:
+    """The value of a scalar on a CPU. Elsewhere it would be a wait: raises RuntimeError."""
+    if not on_cpu(scalar):
+        raise RuntimeError(
+            f"the number is on {scalar.device}; expected it on a CPU, where reading it waits for nothing"
+        )
+    return float(scalar.item())
+
+
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """A tensor on a CPU as an array over the same memory, to be read.
 
@@ -102,11 +111,6 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
     """
     found: NDArray[Any] = np.from_dlpack(tensor.detach())
     return found
-
-
-def at_hand(value: Tensor) -> float:
-    """A scalar on a CPU, whose value waits for nothing. Whoever asks knows that it is there."""
-    return float(value.item())
 
 
 def is_within(value: Tensor, least: float, most: float) -> bool:

@@ -1,0 +1,170 @@
+"""What native code reduces in one call, and what is done without it, against plain float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
+from stabilitylab.probes.native_scan import (
+    ASKED,
+    bare_sweep,
+    count_nonfinite_of,
+    scan_extremes,
+    scan_factor,
+    scan_rows,
+    weight_pass,
+)
+from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
+from stabilitylab.probes.state_pass import SAMPLE, count_bad
+from stabilitylab.probes.weight_pass import extremes, reduce_weight
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LOST = [math.nan, -math.nan, math.inf, -math.inf]
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["native", "numpy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "numpy":
+        monkeypatch.setenv(ASKED, "numpy")
+    elif weight_pass() == "numpy":
+        pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
+    return str(request.param)
+
+
+def some(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)),
+    kind=st.sampled_from(DTYPES),
+    dims=st.integers(1, 3),
+    lost=st.sampled_from([None, None, *LOST]),
+    power=st.sampled_from([-4, 0, 4, 30]),
+)
+def test_an_output(
+    path: str, seed: int, shape: tuple[int, int, int], kind: torch.dtype, dims: int, lost: float | None, power: int
+) -> None:
+    scale = 10.0**power if kind not in (torch.float16,) else 1.0
+    output = some(seed, *shape[-dims:], dtype=kind, scale=scale)
+    if lost is not None:
+        output.view(-1)[seed % output.numel()] = lost
+    seen = OutputPass.from_host(reduce_output(output).numpy(), kind)
+    plain = output.double().numpy()
+    with np.errstate(invalid="ignore"):
+        expected = [np.sqrt(np.mean(plain**2)), np.abs(plain).max()]
+    if np.isnan(plain).any():
+        assert math.isnan(seen.max_abs)
+    elif lost is None:
+        assert [seen.rms, seen.max_abs] == pytest.approx(expected, rel=1e-5)
+        if dims > 2 and shape[1] > 1:
+            later = plain[..., 1:, :]
+            beyond = [np.sqrt(np.mean(later**2)), np.abs(later).max()]
+            assert [seen.rms_beyond_first, seen.max_abs_beyond_first] == pytest.approx(beyond, rel=1e-5)
+    else:
+        assert math.isinf(seen.max_abs)
+    assert (seen.rms_beyond_first is None) == (dims < 3 or shape[1] == 1)
+    assert seen.nonfinite == np.count_nonzero(~np.isfinite(plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_extremes_are_the_same_bits_wherever_they_are(path: str, dtype: torch.dtype) -> None:
+    for lost in (0.0, -0.0, *LOST):
+        for at in (0, 7, 99):
+            tensor = some(at, 100, dtype=dtype)
+            tensor[at] = lost
+            low, high = (end.item() for end in extremes(tensor))
+            plain = tensor.double()
+            expected = (plain.min().item(), plain.max().item())
+            assert (low, high) == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+@quick
+@given(seed=st.integers(0, 10_000), bad=st.lists(st.sampled_from(LOST), max_size=5))
+def test_what_is_not_finite_in_many_tensors(path: str, seed: int, bad: list[float]) -> None:
+    whole = [some(seed + at, 3 + at, 5, dtype=dtype) for at, dtype in enumerate(DTYPES)]
+    sampled = [some(seed + at, 4 * SAMPLE + at, dtype=dtype) for at, dtype in enumerate(DTYPES)]
+    for at, value in enumerate(bad):
+        whole[at % 4].view(-1)[at % 3] = value
+        sampled[at % 4][8 * (at + 1)] = value
+    steps = [tensor.numel() // SAMPLE for tensor in sampled]
+    looked_at = [tensor[::step] for tensor, step in zip(sampled, steps, strict=True)]
+    turned = some(seed, 6, 4).T  # not contiguous
+    for held in (whole, [turned, *whole]):
+        expected = [np.count_nonzero(~np.isfinite(tensor.double().numpy())) for tensor in (*held, *looked_at)]
+        assert count_bad(held, sampled).tolist() == expected
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(1, 20),
+    units=st.integers(1, 40),
+    kind=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int, kind: torch.dtype) -> None:
+    x, delta = some(seed, tokens, units, dtype=kind), some(seed + 1, tokens, 7, dtype=kind)
+    generator = torch.Generator().manual_seed(seed)
+    x[:, torch.rand(units, generator=generator) < 0.3] = -0.0
+    delta[torch.rand(tokens, generator=generator) < 0.3] = 0
+    seen = scan_factor(x)
+    if path == "native" and bool((x != 0).any()):
+        assert seen is not None
+        assert seen.norm == pytest.approx(x.double().norm().item(), rel=1e-12)
+    if seen is not None:
+        assert seen.silent_share == (x == 0).all(dim=0).double().mean().item()
+        assert torch.equal(seen.lives, (x != 0).any(dim=1))
+    for reduce in (reduce_factors, reduce_size):
+        packed, rebuild = reduce(x, delta)
+        found = rebuild(packed.numpy())
+        assert found.norm == pytest.approx((delta.double().T @ x.double()).norm().item(), rel=1e-5, abs=1e-30)
+        assert found.dead_share == pytest.approx((x == 0).all(dim=0).double().mean().item(), abs=1e-12)
+
+
+def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> None:
+    for scale in (1e200, 1e-200):
+        huge = torch.full((3, 4), scale, dtype=torch.float64)
+        assert scan_rows(huge) is None
+        assert scan_factor(huge) is None
+
+
+def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
+    turned, whole, empty = some(1, 4, 6).T, torch.arange(12).reshape(3, 4), torch.empty(0, 3)
+    for tensor in (turned, whole, empty):
+        assert scan_rows(tensor) is None
+        assert scan_extremes(tensor) is None
+        assert count_nonfinite_of([(tensor, 1)]) is None
+    assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
+    assert bare_sweep(turned, (turned, turned)) is None
+    assert scan_rows(some(1, 5)) is None
+
+
+def test_the_bare_loop_does_what_the_weight_pass_does() -> None:
+    if weight_pass() == "numpy":
+        pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
+    weight, first, before = (some(seed, 30, 40) for seed in range(3))
+    loop = bare_sweep(weight, (first, before.clone()))
+    assert loop is not None
+    squares = loop()
+    packed = reduce_weight(weight, first, before, first.double().norm()).packed
+    assert [math.sqrt(square) for square in squares[:3]] == pytest.approx(packed[[0, 2, 3]].tolist(), rel=1e-12)  # type: ignore[index]
+
+
+def test_the_worst_output_in_numbers() -> None:
+    keeper = OutputKeeper()
+    for value in (3.0, -5.0, math.inf, 1e30, math.nan, 2.0):
+        keeper.add(torch.tensor([[1.0, value]]))
+    found = keeper.reduce()
+    assert found is not None
+    assert found.tolist() == [6, 2, 2.0, math.inf]
