@@ -34,6 +34,11 @@ def waited_for_a_core() -> float:
         return 0.0
 
 
+def awake(say: Say) -> None:
+    """For who waits until processes can be forked."""
+    say("awake")
+
+
 def write(say: Say, run: str, seconds: float, wal: bool) -> None:
     """Edit for so long; tells of each edit for how long the monitor held it, in seconds."""
     import torch
@@ -134,12 +139,14 @@ READERS: Final[dict[str, Callable[[Path], Callable[[], int]]]] = {"report": _rep
 
 
 def read(kind: str, run: Path, seconds: float) -> dict[str, Any]:
-    """Look again and again; what went wrong, and how often it was looked."""
-    until, looks, most = time.monotonic() + seconds, 0, 0
+    """Once told to, look again and again; what went wrong, and how often it was looked."""
+    look, looks, most = READERS[kind](run), 0, 0
     breaks: list[str] = []
+    print("ready", flush=True)
+    sys.stdin.readline()
+    until = time.monotonic() + seconds
     while not (run / "run.db").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    look = READERS[kind](run)
     while time.monotonic() < until:
         try:
             rows = look()
