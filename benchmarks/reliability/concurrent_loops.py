@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import stabilitylab as sl
-from benchmarks.reliability.forks import Say
+from benchmarks.reliability.forks import Say, waited_for_a_core
 from stabilitylab.errors import RunError
 from stabilitylab.record.readings import EditRow
 from stabilitylab.record.run import Run
@@ -23,15 +23,6 @@ START, STEP = 0.5, 1.0 / 128.0
 PAUSE_SECONDS: Final = 0.01
 """What the user's part of an edit takes, at least."""
 LOOK_SECONDS: Final = 0.2
-_WAITED: Final = Path("/proc/self/schedstat")
-
-
-def waited_for_a_core() -> float:
-    """Seconds for which this process could have run and others did; 0 where the system does not say."""
-    try:
-        return int(_WAITED.read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
 
 
 def awake(say: Say) -> None:
