@@ -164,7 +164,7 @@ def every_mutant(copy: Path) -> list[Any]:
 
 
 def has_effect(mutant: Any) -> bool:
-    """Whether anything but annotations is changed."""
+    """Whether it is Python, and more than annotations is changed."""
     import cosmic_ray.plugins
     from cosmic_ray.mutating import mutate_code
 
@@ -173,7 +173,7 @@ def has_effect(mutant: Any) -> bool:
     changed = mutate_code(code, operator, mutant.occurrence)
     with contextlib.suppress(SyntaxError):
         return changed is not None and _effect(changed) != _effect(code)
-    return True
+    return False
 
 
 def try_out(mutant: Any, copy: Path, tests: dict[tuple[str, int], list[str]], most_seconds: float) -> Tried:
