@@ -91,7 +91,11 @@ def run(options: argparse.Namespace, errors: Console) -> dict[str, list[Result]]
 
 
 def _command(found: dict[str, Any]) -> str:
-    return "make reliability-long" if found["long"] else "make reliability"
+    """What made such a document."""
+    if len(found["promises"]) == len(PROMISES):
+        return "make reliability-long" if found["long"] else "make reliability"
+    words = ["--long"] if found["long"] else []
+    return " ".join(["python -m benchmarks.reliability", *words, *(f"--only {name}" for name in found["promises"])])
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ def _reader(kind: str, run: Path, seconds: float) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,6 +43,13 @@ def together(forks: Forks, run: Path, seconds: float, wal: bool) -> tuple[dict[s
     """(what the writer says, what each reader says)."""
     readers = [_reader(kind, run, seconds) for kind in READERS]
     try:
+        for reader in readers:  # whose imports are no part of the time
+            assert reader.stdout is not None
+            reader.stdout.readline()
+        for reader in readers:
+            assert reader.stdin is not None
+            reader.stdin.write("go\n")
+            reader.stdin.flush()
         task = "benchmarks.reliability.concurrent_loops:write"
         ended = forks.run(task, {"run": str(run), "seconds": seconds, "wal": wal}, most_silent=60.0)
         said = [reader.communicate(timeout=60) for reader in readers]
@@ -59,6 +67,7 @@ def promise(effort: Effort) -> Iterator[Result]:
     """Goal: no torn row, no failed look, no edit held for longer than `MOST_HELD`."""
     folder, seconds = effort.folder("concurrent"), float(effort.pick(8, 300))
     with Forks() as forks:
+        forks.run("benchmarks.reliability.concurrent_loops:awake", {})
         for wal in (True, False):
             how = "with a log (WAL)" if wal else "without a log"
             effort.tell(f"1 writer, 8 readers, {how}", 0.0 if wal else 0.5)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import stabilitylab as sl
-from benchmarks.reliability.forks import Say
+from benchmarks.reliability.forks import Say, waited_for_a_core
 from stabilitylab.errors import RunError
 from stabilitylab.record.readings import EditRow
 from stabilitylab.record.run import Run
@@ -23,15 +23,11 @@ START, STEP = 0.5, 1.0 / 128.0
 PAUSE_SECONDS: Final = 0.01
 """What the user's part of an edit takes, at least."""
 LOOK_SECONDS: Final = 0.2
-_WAITED: Final = Path("/proc/self/schedstat")
 
 
-def waited_for_a_core() -> float:
-    """Seconds for which this process could have run and others did; 0 where the system does not say."""
-    try:
-        return int(_WAITED.read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+def awake(say: Say) -> None:
+    """For who waits until processes can be forked."""
+    say("awake")
 
 
 def write(say: Say, run: str, seconds: float, wal: bool) -> None:
@@ -134,12 +130,14 @@ READERS: Final[dict[str, Callable[[Path], Callable[[], int]]]] = {"report": _rep
 
 
 def read(kind: str, run: Path, seconds: float) -> dict[str, Any]:
-    """Look again and again; what went wrong, and how often it was looked."""
-    until, looks, most = time.monotonic() + seconds, 0, 0
+    """Once told to, look again and again; what went wrong, and how often it was looked."""
+    look, looks, most = READERS[kind](run), 0, 0
     breaks: list[str] = []
+    print("ready", flush=True)
+    sys.stdin.readline()
+    until = time.monotonic() + seconds
     while not (run / "run.db").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    look = READERS[kind](run)
     while time.monotonic() < until:
         try:
             rows = look()

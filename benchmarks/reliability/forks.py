@@ -34,7 +34,8 @@ _ROOT: Final = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Ended:
     """How a process ended. said: its lines. by: the signal that ended it, or 0. code: its exit code, or what it
-    raised. silent: seconds for which it said nothing when it was ended for that. peak_mb: of its resident memory.
+    raised. silent: seconds for which it said nothing when it was ended for that, but for those in which it waited for a
+    core. peak_mb: of its resident memory.
     """
 
     said: tuple[str, ...]
@@ -97,6 +98,14 @@ class Forks:
         return Ended(**{**plain, "said": tuple(plain["said"])})
 
 
+def waited_for_a_core(process: int | str = "self") -> float:
+    """Seconds for which a process could have run and others did; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def _child(task: str, arguments: Mapping[str, Any], into: int) -> None:
     """Never returns."""
     code = 0
@@ -119,18 +128,21 @@ def _run(job: Mapping[str, Any]) -> Ended:
     os.close(into)
     began = heard = time.monotonic()
     ends = None if job["kill_after"] is None else began + job["kill_after"]
-    told, silent = b"", 0.0
+    told, silent, waited = b"", 0.0, waited_for_a_core(pid)
     while True:
-        until = heard + job["most_silent"] if ends is None else min(ends, heard + job["most_silent"])
+        allowed = heard + job["most_silent"] + waited_for_a_core(pid) - waited
+        until = allowed if ends is None else min(ends, allowed)
         ready, _, _ = select.select([sees], [], [], max(0.0, until - time.monotonic()))
         if ready:
             piece = os.read(sees, 1 << 16)
-            heard = time.monotonic()
+            heard, waited = time.monotonic(), waited_for_a_core(pid)
             told += piece
             if not piece:
                 break
-        if not ready or (ends is not None and time.monotonic() >= ends):
-            silent = 0.0 if ends is not None and time.monotonic() >= ends else time.monotonic() - heard
+        late = ends is not None and time.monotonic() >= ends
+        quiet = time.monotonic() - heard - (waited_for_a_core(pid) - waited)
+        if late or (not ready and quiet >= job["most_silent"]):
+            silent = 0.0 if late else quiet
             os.kill(pid, signal.SIGKILL)
             while piece := os.read(sees, 1 << 16):
                 told += piece

@@ -89,6 +89,14 @@ def _peak_mb(begin: bool) -> float:
         return 0.0
 
 
+def _imported(read: Callable[[Path, random.Random, Path], None], sound: Path, out: Path) -> None:
+    """What the first of its kind imports is no part of a mutant's time and memory."""
+    if read is _read_run:
+        from stabilitylab.reports.html import write_report
+
+        write_report(sl.load(next(sound.iterdir())), out / "report.html")
+
+
 def _contents(folder: Path) -> dict[str, str]:
     return {str(file): digest(file.read_bytes()) for file in sorted(folder.rglob("*")) if file.is_file()}
 
@@ -108,6 +116,7 @@ def try_out(say: Say, kind: str, sound: str, scratch: str, seed: int, first: int
     for folder in (beside, out):
         folder.mkdir(exist_ok=True)
     (beside / "package.json").write_text('{"name": "mine"}')
+    _imported(read, Path(sound), out)
     for number in range(first, last):
         chance = random.Random(f"{seed} {kind} {number}")
         folder = Path(scratch) / "mutant"

@@ -62,8 +62,7 @@ class Schema:
 class Flat:
     """One row as parallel arrays over the readings that were taken.
 
-    values: each reading's first value. finite: whether all of its values are. fresh: whether the schema differs from
-    that of the row before.
+    values: each reading's first value. finite: whether all of its values are.
     """
 
     edit: int
@@ -71,7 +70,6 @@ class Flat:
     schema: Schema
     values: Array
     finite: NDArray[np.bool_]
-    fresh: bool
 
     @property
     def places(self) -> Places:
@@ -123,7 +121,6 @@ class Columns:
 
     def flatten(self, row: EditRow) -> Flat:
         """The row as arrays. A reading without any value counts as not taken."""
-        before = self._schema
         if isinstance(row.readings, PackedReadings):
             flat, starts = row.readings.flat, row.readings.frame.starts
             self._schema = self._of_frame(row.readings.frame)
@@ -132,7 +129,7 @@ class Columns:
         values, finite = np.zeros(0), np.zeros(0, dtype=bool)
         if starts.size:
             values, finite = flat[starts], np.logical_and.reduceat(np.isfinite(flat), starts)
-        return Flat(row.edit, row.status == "applied", self._schema, values, finite, self._schema is not before)
+        return Flat(row.edit, row.status == "applied", self._schema, values, finite)
 
     def _joined(self, row: Mapping[Key, Array]) -> tuple[Array, Places]:
         """(the values of all readings, where each begins)."""

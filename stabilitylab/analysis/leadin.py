@@ -133,8 +133,7 @@ class LeadIn:
         self._largest_finite: dict[Key, float] = {}
         self._infinite: set[Key] = set()
         self._frozen = False
-        self._moved_on = False
-        """Whether the readings are of another schema than those that were last looked up: a row may pass unseen."""
+        self._looked_up: Schema | None = None
         self._steps: deque[Step] = deque(maxlen=STEPS)
         self._kept: dict[str, tuple[Step, ...]] = {}
         self._learning = Learning(0, 0)
@@ -153,11 +152,9 @@ class LeadIn:
         """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
         hard fact, not by drift alone.
         """
-        self._moved_on = self._moved_on or row.fresh
         if self._frozen:
             return
-        if self._moved_on:
-            self._moved_on = False
+        if row.schema is not self._looked_up:  # not every row comes here, so that a change may have gone by unseen
             self._look_up(row)
         places = self._where.places
         self._follow_inputs(row)
@@ -191,7 +188,7 @@ class LeadIn:
         self._frozen, self._fatal, self._infinite = False, None, set()
 
     def _look_up(self, row: Flat) -> None:
-        self._where = self._wheres.of(row.schema)
+        self._looked_up, self._where = row.schema, self._wheres.of(row.schema)
         self._reported = self._reported or any(self._where.places[name].size for name in _TELLS)
         for key, at, bits_at in self._where.extremes:
             largest, bits = float(row.values[at]), float(row.values[bits_at])

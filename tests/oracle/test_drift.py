@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from stabilitylab.analysis import Analyzer
-from stabilitylab.analysis.drift import TRACKED
+from stabilitylab.analysis.drift import PRIOR_WEIGHT, TRACKED, _with_prior
 from stabilitylab.analysis.thresholds import NOMINAL
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EditRow, Key
@@ -123,3 +123,11 @@ def test_the_largest_statistics_are_those_of_a_naive_pass(seed: int, how: str) -
     assert analyzer.peaks["level"] == pytest.approx(max(level for level, _ in naive.values()))
     jumps = [jump for (metric, _), (_, jump) in naive.items() if TRACKED[metric].jumps]
     assert analyzer.peaks["jump"] == pytest.approx(max(jumps))
+
+
+def test_a_spread_of_few_readings_is_between_its_metrics_prior_and_itself() -> None:
+    prior = np.array([3.0])
+    np.testing.assert_array_equal(_with_prior(prior, 1.0, 0), prior)
+    halfway = _with_prior(prior, 1.0, int(PRIOR_WEIGHT))
+    np.testing.assert_allclose(halfway, np.sqrt((9.0 + 1.0) / 2.0))
+    assert 1.0 < _with_prior(prior, 1.0, 10_000)[0] < 1.01

@@ -43,7 +43,6 @@ def test_a_packed_row_is_flattened_like_the_dict_that_it_stands_for(chosen: list
         other = replace(one, readings=unpack(1, *_pack(one.readings, LAYOUT))) if packs else one
         expected, found = plain.flatten(one), mixed.flatten(other)
         assert found.schema.keys == expected.schema.keys == tuple(one.readings)
-        assert found.fresh == expected.fresh
         for name in ("places", "values", "finite"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert plain.keys == mixed.keys
@@ -54,8 +53,8 @@ def test_rows_of_the_same_readings_share_a_schema_though_others_come_between() -
     first, other, again = (columns.flatten(ROWS[at]) for at in (0, 2, 1))
     assert again.schema is first.schema
     assert other.schema is not first.schema
-    assert [first.fresh, other.fresh, again.fresh] == [True, True, True]
-    assert not columns.flatten(ROWS[0]).fresh
+    assert other.schema is not first.schema
+    assert again.schema is first.schema is columns.flatten(ROWS[0]).schema
 
 
 def test_what_follows_from_a_schema_is_worked_out_once_and_forgotten_with_it() -> None:

@@ -270,6 +270,8 @@ def test_a_search_that_ends_on_its_clamp_after_every_step_is_a_note() -> None:
 
     assert rules(run({}, *[search(12)] * 8)) == [("clamp-pinned", A, 8)]
     assert run({}, *[search(12)] * 8).verdict == "stable"
+    (finding,) = run({}, *[search(12)] * 8).findings
+    assert 0.9 * 12 <= finding.threshold <= 12.0 == finding.value
     assert rules(run({}, *[search(12)] * 3, search(9), *[search(12)] * 4)) == [("clamp-pinned", A, 8)]
     assert run({}, *[search(11)] * 19).findings == ()
     assert run({}, *[search(12)] * 7, search(1), *[search(12)] * 7).findings == ()

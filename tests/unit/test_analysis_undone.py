@@ -111,14 +111,25 @@ def test_steps_that_dwarf_those_before_them_are_not_undone(tmp_path: Path) -> No
 
 def test_readings_that_became_fewer_while_the_weights_were_lost_are_looked_up_anew() -> None:
     analyzer = Analyzer(catalogue())
-
-    def observe(edit: int, **readings: float) -> None:
-        held = {(name.replace("_", ".", 1), LAYER): np.array([value]) for name, value in readings.items()}
-        analyzer.observe(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, None, held))
-
     for edit in range(6):
-        bad = 3.0 if edit == 5 else 0.0
-        observe(edit, weight_max_abs=1.0, weight_norm=1.0, drift_norm=0.1, update_norm=0.1, weight_nonfinite=bad)
-    observe(6, weight_nonfinite=3.0)
-    observe(7, weight_nonfinite=0.0)
+        analyzer.observe(read(edit, **MANY, weight_nonfinite=3.0 if edit == 5 else 0.0))
+    analyzer.observe(read(6, weight_nonfinite=3.0))
+    analyzer.observe(read(7, weight_nonfinite=0.0))
     assert analyzer.diagnosis().verdict == "drifting"
+
+
+def test_readings_that_dry_edits_had_first_are_looked_up_too() -> None:
+    analyzer = Analyzer(catalogue())
+    analyzer.observe(read(0, **MANY))
+    analyzer.observe_dry(read(1, weight_nonfinite=0.0))
+    analyzer.observe(read(1, weight_nonfinite=0.0))
+    assert analyzer.diagnosis().verdict == "stable"
+
+
+MANY = {"weight_max_abs": 1.0, "weight_norm": 1.0, "drift_norm": 0.1, "update_norm": 0.1}
+
+
+def read(edit: int, **readings: float) -> EditRow:
+    """A row with these readings of the layer."""
+    held = {(name.replace("_", ".", 1), LAYER): np.array([value]) for name, value in readings.items()}
+    return EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, None, held)

@@ -164,6 +164,10 @@ def test_its_sentence_says_where_what_with_and_how_far() -> None:
     assert "in the canary's forward after edit 3" in traced.says(replace(OVERFLOW, phase="canary"))
     assert "that was there before" in traced.says(replace(OVERFLOW, made="arrived"))
     assert "that it was asked for" in traced.says(replace(OVERFLOW, made="designed"))
+    long = replace(OVERFLOW, place=replace(OVERFLOW.place, source="y = f(" + "x, " * 60 + ")"))
+    assert "(`y = f(x, x" in traced.says(long)
+    assert "…`)" in traced.says(long)
+    assert len(traced.says(long).split("`")[1]) == 100
 
 
 @pytest.mark.parametrize(

@@ -289,3 +289,11 @@ def test_a_pickle_needs_leave_and_an_archive_the_right_model(tmp_path: Path, mod
     other = write(tmp_path / "other", {"layer.weight": torch.rand(7, 9)})
     with pytest.raises(UsageError, match="is of another model"):
         sl.scan(other, editor=pickled(tmp_path, mend()), pickles=True)
+
+
+@pytest.mark.parametrize(("value", "what"), [(0.0, "are 0:"), (-1.0, "are 0 or below:")])
+def test_rates_that_are_lost_are_called_what_they_are(tmp_path: Path, model: Path, value: float, what: str) -> None:
+    put("edit_lrs", at(1, value=value))(tmp_path)
+    scanned = sl.scan(model, editor=next(iter(tmp_path.glob("*"))), pickles=True)
+    (says,) = [caution.says for caution in scanned.cautions if caution.rule == "rate-lost"]
+    assert what in says

@@ -358,3 +358,10 @@ def test_a_file_of_schema_1_has_no_dry_edits(tmp_path: Path) -> None:
     found = load(tmp_path / "run")
     assert found.dry_edits == ()
     assert found.diagnosis().verdict == "stable"
+
+
+def test_a_reading_may_have_more_values_than_a_spectrum(tmp_path: Path) -> None:
+    run = writer(tmp_path / "run")
+    run.append(row(1, {("gradient.spectrum", "a"): range(1_000)}))
+    run.close()
+    np.testing.assert_array_equal(load(tmp_path / "run").series("gradient.spectrum")[0], range(1_000))
