@@ -8,9 +8,9 @@ from typing import Final
 
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.operation import reached, replayed
+from stabilitylab.record.homes import homeless
 from stabilitylab.record.operations import Operation, Place, Step, Values
 from stabilitylab.record.run import Run
-from stabilitylab.reports import manifest
 from stabilitylab.reports.text import clean, number, shorten, with_short_names
 
 VARIABLE: Final = "STABILITYLAB_TRACE"
@@ -44,7 +44,7 @@ def _line(place: Place) -> str:
     if not place.file:
         return ""
     # Of an installed package, where it is installed says nothing.
-    file = manifest.homeless(place.file.rpartition("/site-packages/")[2])
+    file = homeless(place.file.rpartition("/site-packages/")[2])
     return clean(f"{PurePath(place.file).name}:{place.line}, in {place.function} ({file})", 300)
 
 
