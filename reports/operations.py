@@ -11,6 +11,7 @@ from stabilitylab.analysis.operation import reached, replayed
 from stabilitylab.record.homes import homeless
 from stabilitylab.record.operations import Operation, Place, Step, Values
 from stabilitylab.record.run import Run
+from stabilitylab.reports import manifest
 from stabilitylab.reports.text import clean, number, shorten, with_short_names
 
 VARIABLE: Final = "STABILITYLAB_TRACE"
