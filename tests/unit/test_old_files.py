@@ -23,7 +23,7 @@ from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION
 from stabilitylab.reports.html import write_report
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "old_runs"
 SCHEMAS = range(1, SCHEMA_VERSION + 1)
 
 
