@@ -54,7 +54,7 @@ def test_on_paper_it_is_short_and_says_what_is_left_out(folder: Path) -> None:
         assert 1 <= len(re.findall(rb"/Type\s*/Page\b", seen.page.pdf(format="A4"))) <= 4
         seen.page.emulate_media(media="print")
         folded = seen.page.locator("details.screen")
-        assert folded.count() == seen.page.locator("p.paper:visible").count()
+        assert 1 <= folded.count() <= seen.page.locator("p.paper:visible").count()
         assert not [fold for fold in folded.all() if fold.is_visible()]
 
 
