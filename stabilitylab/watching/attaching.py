@@ -27,6 +27,7 @@ from stabilitylab.watching import manifest
 from stabilitylab.watching.budget import DEFAULT_SHARE, Budget, decisions_of, share_of
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
+from stabilitylab.watching.instruments.references import HOMES, Home
 from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.redaction import Kept, Redaction
@@ -53,6 +54,7 @@ def attach(
     resume: bool = False,
     budget: float | None = DEFAULT_SHARE,
     schedule: str | Path | Run | None = None,
+    references: Home = "device",
     redact: bool = False,
 ) -> Monitor:
     """Watch an edit loop over `model`.
@@ -79,7 +81,9 @@ def attach(
     budget: the share of the loop's own time that probes may take, the canary and the tracer apart: what is dear (exact
     spectra, σ₁) is measured in the first 8 edits, which shows what it costs, and from then on as often as fits, oftener
     while values move; None to measure everything at each edit. schedule: another run, or its folder, whose edits say
-    which ones of this run are measured in full, in place of any budget.
+    which ones of this run are measured in full, in place of any budget. references: where the two copies of each weight
+    are kept: ``"device"``, beside it; ``"pinned"`` or ``"host"``, in the host's memory, from where they are sent to the
+    weight's accelerator and back at each edit, one weight after the other.
     redact: keep no text of yours in the run: labels, messages of exceptions and the strings in `config` are hashed, and
     folders, code lines, arguments of the command and names of user and machine are left out (SECURITY.md).
 
@@ -89,7 +93,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    _expect(run, sinks, config)
+    _expect(run, sinks, config, references)
     editor, watched = as_editor(editor), canaries.of(canary)
     chosen = _chosen(probes)
     limits = _limits(thresholds)
@@ -149,6 +153,7 @@ def attach(
             trace=trace,
             replay=replay,
             budget=paced,
+            home=references,
             redaction=redaction,
         )
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
@@ -177,8 +182,10 @@ def _budget(
     return Budget(None if unlimited else allowed, probes)
 
 
-def _expect(run: object, sinks: Sequence[object], config: object) -> None:
-    """Raises UsageError for what can't be a run's path, a sink or a config."""
+def _expect(run: object, sinks: Sequence[object], config: object, references: object) -> None:
+    """Raises UsageError for what can't be a run's path, a sink, a config or a place for the copies."""
+    if references not in HOMES:
+        raise UsageError(f"references={references!r} is unknown; expected one of {', '.join(map(repr, HOMES))}")
     if not isinstance(run, str | Path | None):
         raise UsageError(f"run is a {type(run).__name__}; expected the path of a new folder")
     if not isinstance(config, Mapping | None):

@@ -34,6 +34,7 @@ from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
+from stabilitylab.watching.instruments.references import Home
 from stabilitylab.watching.interrupts import held_back
 from stabilitylab.watching.one_hook import carries_hooks, logger, sweep
 from stabilitylab.watching.reach import model_in
@@ -67,6 +68,7 @@ class Monitor:
         trace: Trace | None = None,
         replay: bool = False,
         budget: Budget | None = None,
+        home: Home = "device",
         redaction: Redaction | None = None,
     ) -> None:
         self._closed = True  # until it is whole
@@ -74,10 +76,13 @@ class Monitor:
         self.path: Path = record.path.parent
         self._editor = editor
         self._canary = canary
+        self._home: Home = home
         self._probes = tuple(probes)
         metrics = tuple(metric for probe in probes for metric in probe.metrics)
         self._recorder = Recorder(record, Analyzer(metrics, thresholds, single_edits=single_edits), sinks, redaction)
-        self._rounds = Rounds(model, sites, self._recorder, probes, editor, canary, skipped, trace, replay, budget)
+        self._rounds = Rounds(
+            model, sites, self._recorder, probes, editor, canary, skipped, trace, replay, budget, home
+        )
         self._open: Edit | None = None
         self._calibrating = False
         self._calibrated = False
@@ -181,7 +186,9 @@ class Monitor:
         canary = None if self._canary is None else replace(self._canary, every=1, budget=None)
         self._calibrating = True
         try:
-            with Monitor(model, self._rounds.sites or None, record, self._probes, self._editor, canary, ()) as dry:
+            with Monitor(
+                model, self._rounds.sites or None, record, self._probes, self._editor, canary, (), home=self._home
+            ) as dry:
                 dry_edits.make(dry, model, self._editor, apply, chosen)
                 found = dry.sites
         finally:

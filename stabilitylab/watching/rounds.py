@@ -28,6 +28,7 @@ from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.editor_report import EditorReport
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.panel import Cargo, Instruments
+from stabilitylab.watching.instruments.references import Home
 from stabilitylab.watching.model_call import ModelCall
 from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.outcomes import Adapters, Passes, is_independent, outcome_of
@@ -62,14 +63,15 @@ class Rounds:
         trace: Trace | None = None,
         replay: bool = False,
         budget: Budget | None = None,
+        home: Home = "device",
     ) -> None:
         """sites: None for what the first edit moves. skipped: sites that can't be measured, each with the reason.
-        budget: None to measure everything at each edit.
+        budget: None to measure everything at each edit. home: where the copies of the weights are kept.
         """
         self.model = model
         self._recorder = recorder
         self._guard = recorder.guard
-        self._instruments = Instruments(probes, editor, canary, recorder.note)
+        self._instruments = Instruments(probes, editor, canary, recorder.note, home)
         self._silence = Silence(canary is not None)
         self._unanswered = Unanswered()
         self._said: set[str] = set()

@@ -34,6 +34,7 @@ from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
 from stabilitylab.watching.instruments.reading import Measured, Reader
+from stabilitylab.watching.instruments.references import Home
 from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
@@ -58,13 +59,19 @@ class Instruments:
     """Runs the measurements that a set of probes needs, and the probes on them. Whatever breaks is switched off."""
 
     def __init__(
-        self, probes: Sequence[Probe[Any]], editor: object | None, canary: Canary | None, note: NoteTaker
+        self,
+        probes: Sequence[Probe[Any]],
+        editor: object | None,
+        canary: Canary | None,
+        note: NoteTaker,
+        home: Home = "device",
     ) -> None:
+        """home: where the copies of the weights are kept."""
         self._bench = bench = Bench(probes, note)
         self.probe_time, self.canary_time = bench.probe_time, bench.canary_time
         self.canary = CanaryInstrument(bench, canary)
         self._exchange = exchange = Exchange(bench)
-        self._weights = WeightInstrument(bench, exchange)
+        self._weights = WeightInstrument(bench, exchange, home)
         self._gradients = GradientInstrument(bench, exchange, find_scaler(editor))
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench, canary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from stabilitylab.probes.weight_pass import (
 )
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.sites import Site
+
+Home = Literal["device", "pinned", "host"]
+"""Where the copies are kept: beside the weight, or in the host's memory, pinned or not, and sent over when needed."""
+HOMES: tuple[Home, ...] = get_args(Home)
 
 Signature = tuple[float, float, float, float]
 """(‖W‖, ‖W−W₀‖, min, max): the same bits give the same signature, and no two states of a run share one by chance."""
@@ -59,17 +64,31 @@ def _mark(weight: Tensor) -> tuple[object, ...]:
 class References:
     """Two copies of each watched weight, in its dtype and on its device: before any edit, and before this edit.
 
-    On a CPU they are one as long as the weight has never moved.
+    On a CPU they are one as long as the weight has never moved. Kept on the host, those of a weight on an accelerator
+    are there for as long as they are compared with it, one weight after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, home: Home = "device") -> None:
+        self._home = home
         self._copies: dict[str, _Copies] = {}
 
     def adopt(self, site: Site, original: Tensor, *, is_part: bool = False) -> None:
         """Take `original` as W₀ and W₋ of a site. is_part: whether it is this process's part of a weight alone."""
         with torch.no_grad():
             first = original.detach().clone(memory_format=torch.contiguous_format)
-            self._copies[site.name] = _Copies(first, first, pass_at_rest(first), _mark(original), is_part)
+            at_rest = pass_at_rest(first)
+            kept = self._sent_home(first) if self._is_away(original) else first
+            self._copies[site.name] = _Copies(kept, kept, at_rest, _mark(original), is_part)
+
+    def _is_away(self, weight: Tensor) -> bool:
+        """Whether the copies of a weight are elsewhere than it is."""
+        return self._home != "device" and not on_cpu(weight)
+
+    def _sent_home(self, tensor: Tensor) -> Tensor:
+        """A copy in the host's memory; nothing waits for it where that is pinned."""
+        pinned = self._home == "pinned"
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return kept.copy_(tensor, non_blocking=pinned)
 
     def at_rest(self, name: str) -> Tensor:
         """What a pass over W₀ finds, packed as `WeightPass` unpacks it: W is W₀."""
@@ -78,7 +97,9 @@ class References:
     def _on(self, name: str, weight: Tensor) -> _Copies:
         """The copies, moved after the weight when the user moved the model."""
         copies = self._copies[name]
-        if copies.original.device != weight.device:
+        if self._is_away(weight):
+            copies.at_rest = copies.at_rest.to(weight.device)
+        elif copies.original.device != weight.device:
             one = copies.previous is copies.original
             copies.original = copies.original.to(weight.device)
             copies.previous = copies.original if one else copies.previous.to(weight.device)
@@ -91,11 +112,14 @@ class References:
 
     def original(self, name: str, weight: Tensor) -> Tensor:
         """W₀, on the device of the weight."""
-        return self._on(name, weight).original
+        return self._beside(weight, self._on(name, weight).original)
+
+    def _beside(self, weight: Tensor, kept: Tensor) -> Tensor:
+        return kept.to(weight.device, non_blocking=True, copy=True) if self._is_away(weight) else kept
 
     def previous(self, name: str, weight: Tensor) -> Tensor:
         """W₋, on the device of the weight."""
-        return self._on(name, weight).previous
+        return self._beside(weight, self._on(name, weight).previous)
 
     def measure(self, name: str, weight: Tensor, want_change: bool = False) -> Scanned:
         """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
@@ -105,10 +129,14 @@ class References:
             if same:
                 copies.mark = _mark(weight)
                 return Scanned(copies.at_rest, float(copies.at_rest[3]))
-            copies.previous = copies.original.clone()
-        seen = reduce_weight(weight, copies.original, copies.previous, copies.at_rest[1], want_change)
+            copies.previous = self._sent_home(copies.original) if self._is_away(weight) else copies.original.clone()
+        first, before = (self._beside(weight, kept) for kept in (copies.original, copies.previous))
+        seen = reduce_weight(weight, first, before, copies.at_rest[1], want_change)
+        if before is not copies.previous:
+            copies.previous.copy_(before, non_blocking=self._home == "pinned")
         if copies.previous.dtype != weight.dtype:  # the user has cast the model
-            copies.previous = weight.detach().clone(memory_format=torch.contiguous_format)
+            live = weight.detach().clone(memory_format=torch.contiguous_format)
+            copies.previous = self._sent_home(live) if self._is_away(weight) else live
         copies.mark, copies.seen = _mark(weight), weakref.ref(weight)
         return seen
 
@@ -124,7 +152,7 @@ class References:
             and weight.is_contiguous()
             and copies.seen() is weight
             and copies.mark == _mark(weight)
-            and same_sample(weight, copies.previous)
+            and same_sample(weight, copies.previous)  # on a CPU they are beside it
         )
 
     def moved(self, name: str, weight: Tensor) -> bool:
@@ -132,7 +160,7 @@ class References:
         if self.untouched(name, weight):
             return False
         copies = self._on(name, weight)
-        return weight.dtype != copies.previous.dtype or not same_bits(weight, copies.previous)
+        return weight.dtype != copies.previous.dtype or not same_bits(weight, self._beside(weight, copies.previous))
 
     def edited(self, name: str, seen: WeightPass) -> None:
         """Remember the state that an edit left behind."""

@@ -30,7 +30,7 @@ from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspac
 from stabilitylab.watching.adapted import Parts, is_adapted
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
-from stabilitylab.watching.instruments.references import References
+from stabilitylab.watching.instruments.references import Home, References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
@@ -71,8 +71,9 @@ class WeightInstrument:
     0. In turn, one such weight an edit is read all the same, for writes that left no sign.
     """
 
-    def __init__(self, bench: Bench, exchange: Exchange) -> None:
-        self.references = References()
+    def __init__(self, bench: Bench, exchange: Exchange, home: Home = "device") -> None:
+        """home: where the copies of the weights are kept."""
+        self.references = References(home)
         self.keeps_references = any(map(bench.ever_needed, _COMPARING))
         self._bench = bench
         self._spread = SpreadWeights(bench, self.references, exchange)
