@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
 from stabilitylab.errors import UsageError
@@ -76,7 +76,9 @@ def from_json(plain: Any, where: str) -> Thresholds:
         UsageError: `plain` holds no thresholds. where: what it is read from, for the message.
     """
     try:
-        given: Thresholds = expect(Thresholds, Thresholds(**expect(dict, plain, "it")), "what it holds")
+        given = Thresholds(**expect(dict, plain, "it"))
+        for name, kind in get_type_hints(Thresholds).items():
+            expect(kind, getattr(given, name), f"its {name}")
     except (TypeError, ValueError) as error:
         expected = "expected what `stabilitylab calibrate` wrote"
         raise UsageError(f"{where} holds no thresholds ({error}); {expected}") from None

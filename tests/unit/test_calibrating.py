@@ -152,7 +152,7 @@ def test_a_run_can_be_judged_by_others(tmp_path: Path) -> None:
         ("other.json", r"holds no thresholds .*expected what `stabilitylab calibrate` wrote"),
         ("infinite.json", r"holds no thresholds .*expected what `stabilitylab calibrate` wrote"),
         (7, r"thresholds is a int; expected a file that `stabilitylab calibrate` wrote"),
-        (replace(STRICT, score=float("nan")), r"thresholds=: expected a scale above 0"),
+        (replace(STRICT, score=float("nan")), r"thresholds= holds no thresholds \(its score is nan\)"),
     ],
 )
 def test_thresholds_that_are_none_are_named_and_nothing_is_written(tmp_path: Path, given: Any, says: str) -> None:
