@@ -245,6 +245,7 @@ class Rounds:
         """Wait for an edit's measurements and record them. Notes are of that edit."""
         with self._recorder.about(unread.edit):
             self._guard("the record of an edit", lambda: self._record(unread))
+        self._instruments.put_away()
 
     def _record(self, unread: Unread) -> None:
         instruments, taken, last = self._instruments, unread.taken, unread.last
@@ -421,6 +422,6 @@ class Rounds:
     def release(self) -> None:
         """Let go of the model, the editor and the copies of the weights."""
         self.leave()
-        self._watched.release()
         self.replays.release()
         self.model, self._instruments = nn.Module(), Instruments((), None, None, self._recorder.note)
+        self._watched.release(self._instruments)

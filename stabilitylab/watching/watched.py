@@ -124,9 +124,9 @@ class Watched:
                 " they are watched once an edit moves them",
             )
 
-    def release(self) -> None:
-        """Look for nothing any more: let go of the copies that takes."""
-        self._discovery = None
+    def release(self, instruments: Instruments) -> None:
+        """Look for nothing any more, and let go of what was measured with: these hold nothing."""
+        self._discovery, self._instruments = None, instruments
 
 
 def _watched_at(model: nn.Module, site: Site) -> Tensor | None:

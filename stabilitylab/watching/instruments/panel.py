@@ -299,6 +299,10 @@ class Instruments:
         self._opened = None
         return self._reader.read(measured, cargo.due, cargo.edit)
 
+    def put_away(self) -> None:
+        """What has arrived was read: hold on to none of it."""
+        self._opened = None
+
     def _arrived(self, cargo: Cargo) -> Measured:
         if self._opened is None or self._opened[0] is not cargo:
             self._opened = cargo, [one for shipment in cargo.shipments for one in self._reader.arrived(shipment)]
