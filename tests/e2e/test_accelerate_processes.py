@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.processes]
 def test_the_first_process_watches_the_steps_of_all(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     loop = Path(__file__).with_name("accelerate_loop.py")
-    subprocess.run([*torchrun, str(loop), str(tmp_path)], check=True, timeout=240, capture_output=True)
+    done = subprocess.run(
+        [*torchrun, str(loop), str(tmp_path)], check=False, timeout=240, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     told = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert [(idle, kind) for idle, kind, _ in told] == [
         (False, "DistributedDataParallel"),
