@@ -15,6 +15,17 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.acknowledged import acknowledged
 from stabilitylab.record.note_kinds import LOST_ENTRY
 from stabilitylab.record.operations import Operation
+from stabilitylab.record.packing import Unpacker
+from stabilitylab.record.reading import (
+    read_alarms,
+    read_layouts,
+    read_manifest,
+    read_metrics,
+    read_notes,
+    read_operations,
+    read_outcomes,
+    read_rows,
+)
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import (
     DAMAGE,
@@ -28,17 +39,6 @@ from stabilitylab.record.run import (
     with_missing,
 )
 from stabilitylab.record.runfile import connect, damaged, find_file
-from stabilitylab.record.store import (
-    Unpacker,
-    read_alarms,
-    read_layouts,
-    read_manifest,
-    read_metrics,
-    read_notes,
-    read_operations,
-    read_outcomes,
-    read_rows,
-)
 
 PACE_EDITS: Final = 20
 """How many edits the pace is taken from."""

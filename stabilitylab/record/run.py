@@ -24,10 +24,8 @@ from stabilitylab.record.display import Library, Plot, frame, html
 from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Alike, Frame, by_frame
-from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
-from stabilitylab.record.runfile import connect, damaged, find_file
-from stabilitylab.record.store import (
-    Unpacker,
+from stabilitylab.record.packing import Unpacker
+from stabilitylab.record.reading import (
     read_alarms,
     read_layouts,
     read_manifest,
@@ -37,6 +35,8 @@ from stabilitylab.record.store import (
     read_outcomes,
     read_rows,
 )
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
+from stabilitylab.record.runfile import connect, damaged, find_file
 
 DAMAGE: Final = (sqlite3.DatabaseError, ValueError, TypeError, KeyError, OverflowError)
 """What reading a file raises that is no run, or none any more."""

@@ -13,21 +13,17 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Final
 
 from stabilitylab.errors import RunError
 from stabilitylab.record.acknowledged import ENDING, acknowledge, forget
-from stabilitylab.record.checked import LONGEST, entry, expect, from_json
 from stabilitylab.record.making import as_json, free_folder, is_taken, making, wal_works
-from stabilitylab.record.operations import Operation, operation_from_json
-from stabilitylab.record.packed import Frame, PackedReadings
-from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind, Status
+from stabilitylab.record.operations import Operation
+from stabilitylab.record.packing import Layout, fits, pack
+from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.spelling import logger
 
 FILE_NAME = "run.db"
@@ -65,9 +61,6 @@ CREATE TABLE operation (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, says TEXT
 CREATE TABLE note (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, kind TEXT NOT NULL, says TEXT NOT NULL);
 """
 
-Layout = tuple[tuple[str, str, int], ...]
-"""(metric, site, length) of each reading, in the order of the row's values."""
-
 
 def _spelled(text: str) -> str:
     """`text` as SQLite can hold it: lone surrogates spelled out."""
@@ -78,160 +71,6 @@ def plain_text(text: str, limit: int = LABEL_LIMIT) -> str:
     """`text` as SQLite can hold it: lone surrogates spelled out, cut to `limit` characters with a mark."""
     safe = _spelled(text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
-
-
-def _pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
-    """(presence mask, values) of one row as bytes; absent values are stored as 0 under a cleared bit."""
-    total = sum(length for _, _, length in layout)
-    values, present, offset = np.zeros(total, dtype="<f8"), np.zeros(total, dtype=bool), 0
-    for metric, site, length in layout:
-        reading = readings.get((metric, site))
-        if reading is not None:
-            values[offset : offset + reading.size] = reading
-            present[offset : offset + reading.size] = True
-        offset += length
-    return np.packbits(present).tobytes(), values.tobytes()
-
-
-class Unpacker:
-    """Reads the rows of one file. Rows with the same readings share what is known of them."""
-
-    def __init__(self, layouts: Mapping[int, Layout]) -> None:
-        """layouts: by the number that rows refer to them by."""
-        self._layouts = dict(layouts)
-        self._known: dict[tuple[int, bytes, int], tuple[Frame, NDArray[np.bool_]]] = {}
-
-    @property
-    def frames(self) -> tuple[Frame, ...]:
-        """Those of the rows so far, in order of their first row."""
-        return tuple(frame for frame, _ in self._known.values())
-
-    def learn(self, layouts: Mapping[int, Layout]) -> None:
-        """Take in layouts that were added since."""
-        self._layouts.update(layouts)
-
-    def __call__(self, number: int, present: bytes, data: bytes) -> PackedReadings:
-        """The readings of one row; those that were not taken are left out."""
-        values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))
-        if kind not in self._known:
-            self._known[kind] = _frame(present, values.size, self._layouts[number])
-        frame, mask = self._known[kind]
-        return PackedReadings(frame, values[mask].astype(np.float64, copy=False))
-
-
-def _frame(present: bytes, size: int, layout: Layout) -> tuple[Frame, NDArray[np.bool_]]:
-    """(which readings a row holds, which of its `size` values are theirs)."""
-    mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=size).astype(bool)
-    ends = np.cumsum([0, *(length for _, _, length in layout)])
-    mask[ends[-1] :] = False
-    counted = np.concatenate(([0], np.cumsum(mask)))[np.clip(ends, 0, size)]
-    sizes = np.diff(counted)
-    keys = tuple((metric, site) for (metric, site, _), taken in zip(layout, sizes, strict=True) if taken)
-    return Frame(keys, sizes[sizes > 0]), mask
-
-
-def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:
-    """The readings of one row; those that were not taken are left out."""
-    return Unpacker({0: layout})(0, present, data)
-
-
-def _fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
-    places = {(metric, site): length for metric, site, length in layout}
-    return all(places.get(key, 0) >= reading.size for key, reading in readings.items())
-
-
-_COLUMNS: Final = {
-    "edit": int,
-    "label": str,
-    "status": Status,
-    "started": float,
-    "seconds": float,
-    "probe_seconds": float,
-    "canary_seconds": float,
-    "trace_seconds": float,
-    "error": str | None,
-}
-"""What a row holds besides its readings."""
-
-
-def read_metrics(db: sqlite3.Connection) -> tuple[Metric, ...]:
-    """The metrics that a run file describes, in the order in which they were added."""
-    columns = "name, unit, scale, phase, meaning, formula, source, length"
-    found = tuple(Metric(*row) for row in db.execute(f"SELECT {columns} FROM metric ORDER BY rowid"))
-    for metric in found:
-        expect(Metric, metric, "a metric's description")
-        if not 1 <= metric.length <= LONGEST:
-            raise ValueError(f"metric {metric.name[:60]!r} is said to hold {metric.length} values")
-    return found
-
-
-def read_manifest(db: sqlite3.Connection) -> dict[str, Any]:
-    """The manifest of a run file."""
-    return dict(entry(key, value) for key, value in db.execute("SELECT key, value FROM manifest"))
-
-
-def read_layouts(db: sqlite3.Connection) -> dict[int, Layout]:
-    """The layouts that the rows of a run file refer to, by number."""
-    return {
-        number: tuple(_place(*each) for each in expect(list, from_json(entries), "a layout"))
-        for number, entries in db.execute("SELECT id, entries FROM layout")
-    }
-
-
-def _place(metric: object, site: object, length: object) -> tuple[str, str, int]:
-    """An entry of a layout."""
-    if not (isinstance(length, int) and 0 < length < 1 << 31):
-        raise ValueError(f"a layout has a reading of {str(length)[:20]} values")
-    return expect(str, metric, "a layout's metric"), expect(str, site, "a layout's site"), length
-
-
-def read_rows(
-    db: sqlite3.Connection, table: Literal["edit", "dry"], unpack: Unpacker, after: int = -1
-) -> Iterator[EditRow]:
-    """The rows of edits with a number above `after`, in order. Of a file without the table `dry`: none."""
-    if table == "dry" and not _has_table(db, table):
-        return  # schema 1
-    cursor = db.execute(f"SELECT * FROM {table} WHERE edit > ? ORDER BY edit", (after,))
-    names = [column[0] for column in cursor.description]
-    for values in cursor:
-        columns = dict(zip(names, values, strict=True))
-        readings = unpack(columns.pop("layout"), columns.pop("present"), columns.pop("data"))
-        for name, kind in _COLUMNS.items():
-            if name in columns:  # older schemata lack some
-                expect(kind, columns[name], f"column {name!r} of a row")
-        yield EditRow(**columns, readings=readings)
-
-
-def _has_table(db: sqlite3.Connection, name: str) -> bool:
-    return bool(db.execute("SELECT count(*) FROM sqlite_master WHERE name = ?", (name,)).fetchone()[0])
-
-
-def read_operations(db: sqlite3.Connection) -> tuple[Operation, ...]:
-    """The operations that tracing has named. Of a file without that table: none."""
-    if not _has_table(db, "operation"):
-        return ()  # schema 2
-    return tuple(
-        expect(Operation, operation_from_json(from_json(says)), "an operation")
-        for (says,) in db.execute("SELECT says FROM operation ORDER BY id")
-    )
-
-
-def read_alarms(db: sqlite3.Connection) -> tuple[Alarm, ...]:
-    """The verdicts as they were raised online."""
-    rows = db.execute("SELECT edit, verdict, metric, site, says FROM alarm ORDER BY id")
-    return tuple(expect(Alarm, Alarm(*row), "an alarm") for row in rows)
-
-
-def read_notes(db: sqlite3.Connection) -> tuple[Note, ...]:
-    """What was not measured, or not as asked."""
-    rows = db.execute("SELECT edit, kind, says FROM note ORDER BY id")
-    return tuple(expect(Note, Note(*row), "a note") for row in rows)
-
-
-def read_outcomes(db: sqlite3.Connection) -> dict[int, OutcomeKind]:
-    """What became of each edit that was looked after, by its number; of several records, the last."""
-    rows = db.execute("SELECT edit, outcome FROM outcome ORDER BY id")
-    return {edit: expect(OutcomeKind, outcome, "an outcome") for edit, outcome in rows}
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
@@ -382,12 +221,12 @@ class RunWriter:
         layout, number = self._layout, self._layout_id
         with self._db as db:
             for row in rows:
-                if number is None or not _fits(row.readings, layout):
+                if number is None or not fits(row.readings, layout):
                     layout = self._grown(row.readings, layout)
                     named = [(_spelled(metric), site, length) for metric, site, length in layout]
                     entries = json.dumps(named, ensure_ascii=True)
                     number = db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
-                present, data = _pack(row.readings, layout)
+                present, data = pack(row.readings, layout)
                 db.execute(
                     f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from stabilitylab.analysis.columns import MOST_SCHEMAS, SCHEMAS, Before, Columns, First, PerSchema, Schema
 from stabilitylab.analysis.trends import medians
+from stabilitylab.record.packing import Unpacker, pack
 from stabilitylab.record.readings import EditRow
-from stabilitylab.record.store import Unpacker, _pack
 
 LAYOUT = (("m", "a", 1), ("s", "a", 3), ("m", "b", 1), ("m", "c", 1))
 
@@ -40,7 +40,7 @@ ROWS = [
 def test_a_packed_row_is_flattened_like_the_dict_that_it_stands_for(chosen: list[tuple[EditRow, bool]]) -> None:
     plain, mixed, unpack = Columns([]), Columns([]), Unpacker({1: LAYOUT})
     for one, packs in chosen:
-        other = replace(one, readings=unpack(1, *_pack(one.readings, LAYOUT))) if packs else one
+        other = replace(one, readings=unpack(1, *pack(one.readings, LAYOUT))) if packs else one
         expected, found = plain.flatten(one), mixed.flatten(other)
         assert found.schema.keys == expected.schema.keys == tuple(one.readings)
         for name in ("places", "values", "finite"):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.packing import Unpacker, pack
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import load
-from stabilitylab.record.store import RunWriter, Unpacker, _pack
+from stabilitylab.record.store import RunWriter
 
 KEYS = (("update.norm", "a"), ("gradient.spectrum", "a"), ("update.norm", "b"))
 PLAIN = {KEYS[0]: np.array([1.0]), KEYS[1]: np.array([3.0, 2.0]), KEYS[2]: np.array([np.inf])}
@@ -74,7 +75,7 @@ def test_rows_with_the_same_readings_share_a_frame_and_no_others_do() -> None:
     def frame(number: int, **readings: list[float]) -> Frame:
         keys = {"a": layout[0][:2], "s": layout[1][:2], "b": layout[2][:2]}
         given = {keys[name]: np.array(values) for name, values in readings.items()}
-        found = unpack(number, *_pack(given, layout if number == 1 else layout[:2]))
+        found = unpack(number, *pack(given, layout if number == 1 else layout[:2]))
         assert found == given
         return found.frame
 
@@ -88,7 +89,7 @@ def test_rows_with_the_same_readings_share_a_frame_and_no_others_do() -> None:
 
 def test_a_row_whose_values_do_not_fit_its_layout_holds_those_that_do() -> None:
     layout = (("m", "a", 1), ("m", "b", 2))
-    present, data = _pack({("m", "a"): np.array([1.0]), ("m", "b"): np.array([2.0, 3.0])}, layout)
+    present, data = pack({("m", "a"): np.array([1.0]), ("m", "b"): np.array([2.0, 3.0])}, layout)
     unpack = Unpacker({1: layout, 2: layout[:1]})
     assert unpack(1, present, data[:16]) == {("m", "a"): np.array([1.0]), ("m", "b"): np.array([2.0])}
     assert unpack(1, present, data) == {("m", "a"): np.array([1.0]), ("m", "b"): np.array([2.0, 3.0])}

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from stabilitylab.errors import RunError
 from stabilitylab.record import runfile, store
+from stabilitylab.record.packing import pack, unpack
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import load
-from stabilitylab.record.store import FILE_NAME, RunWriter, _pack, unpack
+from stabilitylab.record.store import FILE_NAME, RunWriter
 
 NORM = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
 SPECTRUM = Metric("gradient.spectrum", "1", "log", "during", "spectrum", "σ", "—", 4)
@@ -46,7 +47,7 @@ any_float = any_bits | st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 5e-324, -
 def test_values_come_back_bit_for_bit_and_absent_ones_stay_absent(values: dict[str, list[float]]) -> None:
     layout = tuple(("m", site, 4) for site in "abcdef")
     readings = {("m", site): np.array(numbers) for site, numbers in values.items()}
-    found = unpack(*_pack(readings, layout), layout)
+    found = unpack(*pack(readings, layout), layout)
     assert {key: value.tobytes() for key, value in found.items()} == {
         key: value.tobytes() for key, value in readings.items()
     }
