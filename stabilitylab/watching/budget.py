@@ -26,6 +26,8 @@ CHEAP: Final = 3
 """Edits after those that are measured without what is dear, where in full is more than was allowed."""
 WATCHFUL: Final = 8
 """Edits in full from one that was out of the ordinary on."""
+_LEAST_SECONDS: Final = 1e-6
+"""Of an edit: one that does nothing takes none at all, or less, by the clock."""
 _PERCENT: Final = 100
 
 
@@ -124,6 +126,9 @@ class Budget:
         (self._full if in_full else self._cheap).append((loop, probes))
         if edit < FIRST or (in_full and edit > FIRST):
             return False
+        if not self._full:  # each of the first ones failed: nothing is known of what it costs
+            self.every = CADENCES[0]
+            return True
         self.share_in_full = self.share_in_full if self.share_in_full is not None else _share(self._full)
         if self.share_in_full > self.share:
             if len(self._cheap) < CHEAP:
@@ -159,7 +164,7 @@ def _denser(every: int) -> int:
 def _share(times: list[tuple[float, float]]) -> float:
     """What probes took of the loop's own time, each in the median edit: a burst of other work counts little."""
     loop = median(seconds for seconds, _ in times)
-    return median(probes for _, probes in times) / loop if loop > 0 else float("inf")
+    return median(probes for _, probes in times) / max(loop, _LEAST_SECONDS)
 
 
 def decisions_of(run: Run) -> Recorded:

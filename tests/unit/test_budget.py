@@ -71,6 +71,26 @@ def test_a_burst_of_other_work_does_not_set_the_cadence() -> None:
     assert budget.every == 1
 
 
+def test_where_all_the_first_edits_failed_the_others_are_measured_in_full() -> None:
+    budget = Budget(0.03)
+    for edit in range(1, FIRST + 1):
+        assert budget.wants(edit)  # and nothing is timed of an edit that failed
+    assert not budget.wants(FIRST + 1)
+    budget.timed(FIRST + 1, False, LOOP, 0.01)
+    assert budget.always
+
+
+def test_edits_that_do_nothing_take_the_longest_cadence_and_stay_in_the_manifest(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    with sl.attach(model, "*", tmp_path / "run", announce=False, trace=False, budget=0.03) as monitor:
+        for _ in range(14):
+            with monitor.edit():
+                pass
+    run = sl.load(tmp_path / "run")
+    assert run.manifest["budget"]["every"] == CADENCES[-1]
+    assert not [note for note in run.notes if note.kind == "probe-off"]
+
+
 def test_a_leap_is_followed_by_edits_in_full_and_movement_by_a_denser_cadence() -> None:
     quiet = decided(Budget(0.03), 100, full=0.3, otherwise=0.01)
     leapt = decided(Budget(0.03), 100, full=0.3, otherwise=0.01, like={50: LEAPS})
