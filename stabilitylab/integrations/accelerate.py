@@ -5,19 +5,17 @@ accelerate itself is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import nn
+from typing_extensions import Unpack
 
-from stabilitylab.acting.schedule import Trace
-from stabilitylab.analysis.thresholds import Thresholds
-from stabilitylab.probes.base import Probe, Tier
 from stabilitylab.watching.attaching import attach
-from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Edit, Monitor
+from stabilitylab.watching.options import Options, expect_known
 from stabilitylab.watching.sites import Patterns
 from stabilitylab.watching.spread import is_spread
 
@@ -32,14 +30,7 @@ def watch(
     run: str | Path | None = None,
     *,
     sites: Patterns | None = None,
-    canary: Canary | Batch | None = None,
-    probes: Tier | Sequence[Probe[Any]] = "default",
-    tensorboard: bool = False,
-    config: Mapping[str, Any] | None = None,
-    thresholds: str | Path | Thresholds | None = None,
-    announce: bool = True,
-    trace: Trace = "auto",
-    scan: bool = False,
+    **options: Unpack[Options],
 ) -> Watched:
     """Attach to a model that accelerate has prepared; hand the loop's batches through what is returned.
 
@@ -48,13 +39,12 @@ def watch(
     free folder, ``run-2``, which is said. Of several processes the first one watches; where weights are spread over
     them, all do, and one writes.
     """
+    expect_known(options)
     inner = accelerator.unwrap_model(model)
     if not (accelerator.is_main_process or any(map(is_spread, inner.parameters()))):
         return Watched(accelerator, None)
     scaler = getattr(accelerator, "scaler", None)
     editor = None if scaler is None else {"scaler": scaler}
-    options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard, "config": config}
-    options |= {"thresholds": thresholds, "announce": announce, "trace": trace, "scan": scan}
     return Watched(accelerator, attach(inner, sites, run, editor=editor, resume=True, **options))
 
 

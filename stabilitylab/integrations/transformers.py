@@ -5,18 +5,16 @@ transformers itself is not imported: a Trainer calls its callbacks by the names 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
-from stabilitylab.acting.schedule import Trace
-from stabilitylab.analysis.thresholds import Thresholds
-from stabilitylab.probes.base import Probe, Tier
 from stabilitylab.watching.attaching import attach
-from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Edit, Monitor
+from stabilitylab.watching.options import Options, expect_known
 from stabilitylab.watching.sites import Patterns
 from stabilitylab.watching.spread import is_spread
 
@@ -43,23 +41,18 @@ class StabilityCallback:
         run: str | Path | None = None,
         *,
         sites: Patterns | None = None,
-        canary: Canary | Batch | None = None,
-        probes: Tier | Sequence[Probe[Any]] = "default",
-        tensorboard: bool = False,
-        config: Mapping[str, Any] | None = None,
-        thresholds: str | Path | Thresholds | None = None,
-        announce: bool = True,
-        trace: Trace = "auto",
-        scan: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        """The arguments are those of `stabilitylab.attach`; what is wrong with one is raised as training begins."""
+        """The arguments are those of `stabilitylab.attach`; what is wrong with one is raised as training begins.
+
+        Raises UsageError for one that it has not.
+        """
+        expect_known(options)
         self.monitor: Monitor | None = None
         """Of the training that is under way, or of the last one."""
         self._edit: Edit | None = None
         self._run, self._sites = run, sites
-        self._options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
-        self._options |= {"config": config, "thresholds": thresholds, "announce": announce, "trace": trace}
-        self._options |= {"scan": scan}
+        self._options = options
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **held: Any) -> None:
         """Attach to the Trainer's model, and read its loss scaler where it has one."""

@@ -6,19 +6,18 @@ For its editors and for its trainers of hypernetworks. EasyEdit itself is not im
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stabilitylab.acting.schedule import Trace
-from stabilitylab.analysis.thresholds import Thresholds
+from typing_extensions import Unpack
+
 from stabilitylab.errors import UsageError
 from stabilitylab.integrations.easyedit.editors import watch_editor
 from stabilitylab.integrations.easyedit.layers import edited_layers
 from stabilitylab.integrations.easyedit.trainers import is_trainer, watch_trainer
-from stabilitylab.probes.base import Probe, Tier
-from stabilitylab.watching.canary import Batch, Canary
 from stabilitylab.watching.monitor import Monitor
+from stabilitylab.watching.options import Options, expect_known
 from stabilitylab.watching.sites import Patterns
 
 __all__ = ["edited_layers", "watch"]
@@ -30,15 +29,7 @@ def watch(
     run: str | Path | None = None,
     *,
     sites: Patterns | None = None,
-    canary: Canary | Batch | None = None,
-    probes: Tier | Sequence[Probe[Any]] = "default",
-    tensorboard: bool = False,
-    config: Mapping[str, Any] | None = None,
-    thresholds: str | Path | Thresholds | None = None,
-    announce: bool = True,
-    trace: Trace = "auto",
-    replay: bool = False,
-    scan: bool = False,
+    **options: Unpack[Options],
 ) -> Iterator[Monitor]:
     """Record every edit that an EasyEdit editor makes, or every step that a trainer makes, inside the ``with`` block.
 
@@ -51,9 +42,7 @@ def watch(
     `EditorReport`.
     Raises UsageError for an object of another kind, or one that has no model, and what `attach` raises.
     """
-    options: dict[str, Any] = {"canary": canary, "probes": probes, "tensorboard": tensorboard}
-    options |= {"config": config, "thresholds": thresholds, "announce": announce, "trace": trace}
-    options |= {"replay": replay, "scan": scan}
+    expect_known(options)
     if is_trainer(editor):
         host = watch_trainer(editor, sites, run, options)
     elif hasattr(editor, "apply_algo") and hasattr(editor, "model"):
