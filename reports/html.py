@@ -34,7 +34,7 @@ from stabilitylab.reports.interactive import run_charts
 from stabilitylab.reports.known_before import known_before
 from stabilitylab.reports.noted import events as happened
 from stabilitylab.reports.noted import missing
-from stabilitylab.reports.pacing import time_in_probes
+from stabilitylab.reports.pacing import cadence
 from stabilitylab.reports.payload import as_script, packed, payload
 from stabilitylab.reports.pictures import pictures, printed, telling_curve
 from stabilitylab.reports.scan_words import LOOKS as URGENCIES
@@ -170,7 +170,7 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         clean=clean,
         shorten=shorten,
         percent=percent,
-        time_in_probes=time_in_probes,
+        cadence=cadence,
         sentence=sentence,
         limit=limit,
         with_short_names=with_short_names,

@@ -14,6 +14,8 @@ from stabilitylab.analysis.pace import Movement
 from stabilitylab.errors import RunError, UsageError
 from stabilitylab.probes import GradientNorm, SpectralNorm, Spectrum, probes_of
 from stabilitylab.record.store import RunWriter
+from stabilitylab.reports.html import write_report
+from stabilitylab.reports.pacing import time_in_probes
 from stabilitylab.watching.budget import CADENCES, CHEAP, FIRST, WATCHFUL, Budget, Recorded, decisions_of, share_of
 
 STILL = Movement(moving=False, leaping=False)
@@ -220,3 +222,12 @@ def test_a_spike_at_an_edit_that_was_passed_over_is_found_by_the_next_in_full(tm
     assert read_at(run, "weight.spectral_norm")[-1] > 20
     last = read_at(run, "weight.spectral_norm")[-1]
     assert run.series("weight.spectral_norm", "0")[last] == pytest.approx(float(1.2 * sizes[0] + sizes[-1]), rel=0.01)
+
+
+def test_every_surface_says_how_seldom_what_is_dear_was_measured(tmp_path: Path) -> None:
+    tight, whole = loop(tmp_path / "tight", budget=1e-6), loop(tmp_path / "whole", budget=None)
+    assert f"every {CADENCES[-1]} edits" in time_in_probes(tight)
+    assert ";" not in time_in_probes(whole)
+    for run, said in ((tight, True), (whole, False)):
+        page = write_report(run, run.path / "report.html").read_text("utf-8")
+        assert (f"Exact spectra and σ₁ every {CADENCES[-1]} edits" in page) is said
