@@ -17,6 +17,7 @@ from stabilitylab.reports.spec_parts import (
     finished,
     layered,
     legend,
+    line_and_dots,
     value_axis,
 )
 
@@ -83,18 +84,8 @@ def run_lines(scale: str) -> Spec:
     lane: pixels by which a run's crosses and circles stand inside of the edge, so that none hides another's.
     """
     points, height = alt.NamedData("points"), value_axis(scale)
-    line = (
-        alt.Chart(points)
-        .mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-path-domains")
-        .encode(x=edit_axis(), y=height, **_runs("site:N", legend(170)))
-    )
     plain = _runs("site:N", None)["color"]
-    lone = (
-        alt.Chart(points)
-        .transform_filter("datum.lone")
-        .mark_circle(size=22, clip=True)
-        .encode(x=edit_axis(), y=height, color=plain)
-    )
+    line, lone = line_and_dots(points, height, _runs("site:N", legend(170)), plain)
     above = (
         alt.Chart(points)
         .transform_filter("datum.above")

@@ -27,6 +27,7 @@ from stabilitylab.reports.spec_parts import (
     finished,
     layered,
     legend,
+    line_and_dots,
     value_axis,
     value_scale,
 )
@@ -172,18 +173,8 @@ def lines(scale: str) -> Spec:
     points = alt.NamedData("points")
     colour = alt.Color("site:N", sort=None, scale=alt.Scale(range=list(LINES)), legend=legend(170))
     height = value_axis(scale)
-    line = (
-        alt.Chart(points)
-        .mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-path-domains")
-        .encode(x=edit_axis(), y=height, color=colour)
-    )
     plain = alt.Color("site:N", sort=None, scale=alt.Scale(range=list(LINES)), legend=None)
-    lone = (
-        alt.Chart(points)
-        .transform_filter("datum.lone")
-        .mark_circle(size=22, clip=True)
-        .encode(x=edit_axis(), y=height, color=plain)
-    )
+    line, lone = line_and_dots(points, height, {"color": colour}, plain)
     below = (
         alt.Chart(points)
         .transform_filter("datum.below")

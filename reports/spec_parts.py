@@ -5,6 +5,7 @@ Colours that stand on the page's own background are chosen to be seen on a light
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import altair as alt
@@ -73,6 +74,24 @@ def legend(width: int) -> alt.Legend:
     return alt.Legend(
         orient="bottom", title=None, columns=2, labelLimit=width, symbolType="stroke", symbolStrokeWidth=2
     )
+
+
+def line_and_dots(points: alt.NamedData, height: alt.Y, named: Mapping[str, Any], plain: alt.Color) -> list[alt.Chart]:
+    """A line for each name, broken where it is not finite, and a dot where a reading has no neighbour. named: how the
+    lines are told apart, with their legend; plain: their colour without one.
+    """
+    line = (
+        alt.Chart(points)
+        .mark_line(strokeWidth=1.7, clip=True, invalid="break-paths-show-path-domains")
+        .encode(x=edit_axis(), y=height, **named)
+    )
+    lone = (
+        alt.Chart(points)
+        .transform_filter("datum.lone")
+        .mark_circle(size=22, clip=True)
+        .encode(x=edit_axis(), y=height, color=plain)
+    )
+    return [line, lone]
 
 
 def value_axis(scale: str) -> alt.Y:
