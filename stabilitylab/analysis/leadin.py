@@ -6,12 +6,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth, Learning, Step, Way
+from stabilitylab.analysis.causes.evidence import EditorInput, Evidence, FatalRow, Growth
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema, kind_of
 from stabilitylab.analysis.facts_editor import INPUT_DIVERGING, INPUT_DRIFTING
 from stabilitylab.analysis.facts_normaliser import TINY_STD
@@ -19,40 +18,29 @@ from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.steadiness import State, Steadiness
+from stabilitylab.analysis.steps import Steps
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Key
 
 WINDOWS: Final = (12, 30)
 LEAST: Final = 5
 CONFIDENCE: Final = 0.9
-STEPS: Final = 30
-LARGE: Final = 0.5
-"""An update of half of a weight's original norm: one edit replaces what training put there."""
-REACHED: Final = 0.05
-"""Of an edit's first gradient, at most so much is left in its last pass: it has reached what it asked for."""
 FLOAT16_MAX: Final = 65_504.0
 BFLOAT16_BELOW: Final = 3.395e38
 """Between the largest of bfloat16, 3.3895e38, and of float32, 3.4028e38."""
 STRAY: Final = 0.1
 """Of the bad entries of the worst weight: one that has fewer was hit by the way."""
-CHANGES: Final = 0.01
-"""Of a gradient from an edit's first pass to its last: in between the model, or the request, was another."""
-STEPPED: Final = (1.0, 4.0)
-"""Codes of `gradient.source`: an optimizer steps with the weight, or with parts that it is made of."""
-
 _INPUT: Final = f"{EDITOR_SITE}.input"
 _TELLS: Final = tuple(
     f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max", "value_ratio", "clamp_hits")
 )
 _MASKED: Final = "attention.masked_rows"
-_KEYS: Final = f"{EDITOR_SITE}.keys"
-_LAST: Final = "gradient.norm_last"
 _BITS: Final = "weight.headroom_bits"
 _WATCHED: Final = (
     *_TELLS,
-    *("update.norm", "update.ratio", "drift.norm", "drift.ratio", _BITS, "weight.nonfinite"),
+    *("update.norm", _BITS, "weight.nonfinite"),
     *("gradient.nonfinite_passes", "activation.nonfinite_passes", "logits.nonfinite_passes"),
-    *("gradient.nonfinite", "gradient.norm", _LAST, "activation.nonfinite", "logits.nonfinite", _MASKED, _KEYS),
+    *("gradient.nonfinite", "gradient.norm", "activation.nonfinite", "logits.nonfinite", _MASKED),
 )
 
 
@@ -60,16 +48,11 @@ _WATCHED: Final = (
 class _Where:
     """Positions in a row of what is followed.
 
-    places: by metric. weights: of each weight's update, drift and relative drift, where all three are read,
-    [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. rates: of
-    update, drift, gradient and what that was read from, −1 for what isn't read, [layers, 4]. extremes: (kind, site),
-    and where the largest entry and the headroom are. bit_sites: of the weights' headroom.
+    places: by metric. extremes: (kind, site), and where the largest entry and the headroom are. bit_sites: of the
+    weights' headroom.
     """
 
     places: dict[str, Places]
-    weights: Places
-    passes: Places
-    rates: Places
     extremes: tuple[tuple[Key, int, int], ...]
     bit_sites: tuple[str, ...]
 
@@ -88,23 +71,8 @@ def _where(schema: Schema) -> _Where:
     def sites(metric: str) -> tuple[str, ...]:
         return tuple(schema.keys[position][1] for position in chosen[metric])
 
-    def beside(first: str, *others: str) -> Places:
-        lines = [[schema.position.get((metric, site), -1) for metric in (first, *others)] for site in sites(first)]
-        known = np.array(lines, dtype=np.intp).reshape(-1, 1 + len(others))
-        return known[(known >= 0).all(axis=1)]
-
-    def with_gradient(lines: Places) -> Places:
-        found = [
-            [schema.position.get((metric, schema.keys[at][1]), -1) for metric in ("gradient.norm", "gradient.source")]
-            for at in lines[:, 0]
-        ]
-        return np.column_stack((lines, np.array(found, dtype=np.intp).reshape(-1, 2)))
-
     return _Where(
         {name: np.array(positions, dtype=np.intp) for name, positions in chosen.items()},
-        beside("update.norm", "drift.norm", "drift.ratio"),
-        beside(_LAST, "gradient.norm"),
-        with_gradient(beside("update.norm", "drift.norm")),
         tuple(extremes),
         sites(_BITS),
     )
@@ -134,16 +102,9 @@ class LeadIn:
         self._infinite: set[Key] = set()
         self._frozen = False
         self._looked_up: Schema | None = None
-        self._steps: deque[Step] = deque(maxlen=STEPS)
-        self._kept: dict[str, tuple[Step, ...]] = {}
-        self._learning = Learning(0, 0)
-        self._moved = False
-        self._moved_before = False
-        self._codebook = False
+        self._steps = Steps(columns)
         self._reported = False
         self._masked = self._asked = False
-        self._changes_inside = False
-        self._ways: dict[str, Way] = {}
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
         self._stayed: int | None = None
@@ -158,8 +119,7 @@ class LeadIn:
             self._look_up(row)
         places = self._where.places
         self._follow_inputs(row)
-        self._follow_steps(row)
-        self._keep_steps(alarmed, lost)
+        self._steps.observe(row, alarmed=alarmed, lost=lost)
         inputs, updates = row.values[places[f"{_INPUT}_max"]], row.values[places["update.norm"]]
         inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
         if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
@@ -200,45 +160,6 @@ class LeadIn:
     def _site(self, row: Flat, position: np.intp) -> str:
         return self._columns.keys[int(row.places[position])][1]
 
-    def _follow_steps(self, row: Flat) -> None:
-        """How large each applied edit was, whether it began at the original weights, and reached what it asked for."""
-        self._moved_before = self._moved
-        places = self._where.places
-        self._codebook = self._codebook or bool((row.values[places[_KEYS]] > 0).any())
-        self._moved = self._moved or (row.edit > 0 and bool((row.values[places["update.norm"]] != 0).any()))
-        ratios, drifts = places["update.ratio"], places["drift.ratio"]
-        if not row.applied:
-            return
-        self._follow_learning(row)
-        self._follow_gradients(row)
-        self._follow_heading(row)
-        if not ratios.size or not drifts.size:
-            return
-        # A ratio may be NaN or infinite for a weight of zeros; that is no size to go by.
-        sizes = np.where(row.finite[ratios], row.values[ratios], 0.0)
-        ways = np.where(row.finite[drifts], row.values[drifts], 0.0)
-        update, drift = int(sizes.argmax()), int(ways.argmax())
-        before = self._steps[-1] if self._steps else None
-        self._steps.append(
-            Step(
-                row.edit,
-                float(sizes[update]),
-                self._site(row, ratios[update]),
-                float(ways[drift]),
-                self._site(row, drifts[drift]),
-                (before.number if before else 0) + bool(sizes.any()),
-                (before.large if before else 0) + self._is_large(row),
-                max(float(sizes[update]), before.largest if before else 0.0),
-            )
-        )
-
-    def _is_large(self, row: Flat) -> bool:
-        """Whether an edit moved some weight by at least half of the norm that it had originally."""
-        update, drift, share = row.values[self._where.weights].T
-        with np.errstate(invalid="ignore", over="ignore"):
-            large = np.isfinite(drift) & (drift != 0) & (share != 0) & (update * share >= LARGE * drift)
-        return bool(large.any())
-
     @property
     def _weights_dtype(self) -> str | None:
         """The narrowest dtype of a watched weight, by what it can hold; None for 32 bits or more, and unknown."""
@@ -247,53 +168,6 @@ class LeadIn:
         if narrowest < 2.0 * FLOAT16_MAX:
             return "float16"
         return "bfloat16" if narrowest < BFLOAT16_BELOW else None
-
-    def _follow_gradients(self, row: Flat) -> None:
-        """Whether the last edit's gradient changed from pass to pass."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            last, first = row.values[self._where.passes].T
-            self._changes_inside = bool((np.abs(last - first) > CHANGES * np.abs(first)).any())
-
-    def _follow_heading(self, row: Flat) -> None:
-        """Whether updates point one way, and how large they are beside their gradients, at each layer."""
-        rates = self._where.rates
-        update, drift = row.values[rates[:, :2]].T
-        gradient, source = np.where(rates[:, 2:] >= 0, row.values[rates[:, 2:]], 0.0).T  # or nothing asks for it
-        known = np.isfinite(update) & np.isfinite(drift) & np.isfinite(gradient) & (update > 0)
-        stepped = np.isin(source, STEPPED)
-        seen = (column[known].tolist() for column in (update, drift, gradient, stepped))
-        for position, size, way, slope, by_optimizer in zip(rates[known, 0], *seen, strict=True):
-            site, rate = self._site(row, position), size / slope if slope else 0.0
-            before = self._ways.get(site, Way(site, 0, 0.0, 0.0, 0.0, size, size, rate, rate, 0))
-            self._ways[site] = replace(
-                before,
-                edits=before.edits + 1,
-                added=before.added + size,
-                largest=max(before.largest, size),
-                drift=way,
-                last=size,
-                last_rate=rate,
-                stepped=before.stepped + by_optimizer,
-            )
-
-    def _follow_learning(self, row: Flat) -> None:
-        last, first = row.values[self._where.passes].T
-        known = np.isfinite(first) & (first != 0)
-        if known.any():
-            with np.errstate(over="ignore"):
-                left = (last[known] / first[known]).tolist()
-            reached = self._learning.reached + (median(left) <= REACHED)
-            self._learning = Learning(self._learning.tried + 1, reached)
-
-    def _keep_steps(self, alarmed: bool, lost: bool) -> None:
-        """Hold on to the steps up to the alarm, and up to the first hard fact, since either may be the first bad."""
-        for name, holds in (("alarmed", alarmed), ("lost", lost)):
-            if holds and name not in self._kept:
-                self._kept[name] = tuple(self._steps)
-
-    def _steps_to(self, bad: Finding | None) -> tuple[Step, ...]:
-        kept = [steps for steps in self._kept.values() if bad is not None and any(s.edit == bad.start for s in steps)]
-        return kept[0] if kept else ()
 
     def _overflowed_gradient(self, row: Flat) -> str | None:
         for at in self._where.places["gradient.norm"]:
@@ -337,7 +211,7 @@ class LeadIn:
             later_gradients=first_sound and told and later_bad,
             gradient_overflowed=self._overflowed_gradient(row),
             loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
-            moved_before=self._moved_before,
+            moved_before=self._steps.moved_before,
             weight=weight,
             overflowed=largest is not None and math.isinf(largest),
             headroom=None if weight is None else self._bits.get(weight),
@@ -413,21 +287,21 @@ class LeadIn:
             largest_finite=self.largest_finite(first_bad),
             narrow=any(limit < 2.0 * FLOAT16_MAX for limit in self._largest_finite.values()),
             overflowed=self.overflowed(first_bad),
-            steps=self._steps_to(first_bad),
-            latest=self._steps[-1] if self._steps else None,
-            learning=self._learning,
+            steps=self._steps.up_to(first_bad),
+            latest=self._steps.latest,
+            learning=self._steps.learning,
             fatal=self._fatal,
             restored_until=self._restoring.until,
             forgotten=self._restoring.forgotten,
             carried=self._restoring.carried if self.single_edits else 0,
             stayed=self._stayed,
-            moved=self._moved,
-            codebook=self._codebook,
+            moved=self._steps.moved,
+            codebook=self._steps.codebook,
             reported=self._reported,
             landing=landing,
             weights_dtype=self._weights_dtype,
-            changes_inside=self._changes_inside,
-            ways=tuple(self._ways.values()),
+            changes_inside=self._steps.changes_inside,
+            ways=self._steps.ways,
         )
 
 
