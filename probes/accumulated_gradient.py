@@ -6,6 +6,7 @@ weight, a layer that computes with another weight than its own, an all-reduce an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,8 @@ class AccumulatedGradient:
     source: one of the codes above. norms: ‖.grad‖_F at each use, before clipping and without the loss scale; NaN or
     infinite where an entry is; empty where nothing was accumulated. stepped: the same as the optimizer got it, after
     clipping; empty where none stepped. scales: the loss scale that was divided out of each, 1 where none is known.
-    carried: how many backwards added to a gradient that a step had used already.
+    carried: how many backwards added to a gradient that a step had used already. learning_rate: the largest that an
+    optimizer stepped with, NaN where none is known.
     """
 
     source: float
@@ -46,6 +48,7 @@ class AccumulatedGradient:
     stepped: Host
     scales: Host
     carried: float
+    learning_rate: float
 
     @property
     def is_used(self) -> bool:
@@ -91,14 +94,18 @@ def _of(use: Use) -> tuple[Tensor, Tensor, Tensor]:
     return known / scale, stepped, scale
 
 
-def reduce_uses(uses: Sequence[Use], source: float, carried: int = 0) -> tuple[Tensor, Rebuild[AccumulatedGradient]]:
+def reduce_uses(
+    uses: Sequence[Use], source: float, carried: int = 0, learning_rate: float = math.nan
+) -> tuple[Tensor, Rebuild[AccumulatedGradient]]:
     """What `AccumulatedGradient` is made from as one float64 tensor, and how to make it."""
     packed = torch.stack([value for use in uses for value in _of(use)]) if uses else torch.empty(0, dtype=torch.float64)
 
     def rebuild(values: Host) -> AccumulatedGradient:
         norms, stepped, scales = values.reshape(-1, 3).T
         stepped = stepped if source == STEP else np.empty(0)
-        return AccumulatedGradient(source=source, norms=norms, stepped=stepped, scales=scales, carried=carried)
+        return AccumulatedGradient(
+            source=source, norms=norms, stepped=stepped, scales=scales, carried=carried, learning_rate=learning_rate
+        )
 
     return packed, rebuild
 

@@ -191,6 +191,16 @@ class OwnGradient(Probe[AccumulatedGradient]):
             "Pascanu et al. (arXiv 1211.5063)",
         ),
         Metric(
+            "gradient.learning_rate",
+            "1",
+            "log",
+            "during",
+            "The learning rate of the optimizer that stepped with the weight, or with a part that it is made of: the "
+            "largest of the edit's steps. Absent where none did, or where it names none.",
+            "max η over steps",
+            "PyTorch, torch.optim.Optimizer.param_groups",
+        ),
+        Metric(
             "gradient.loss_scale",
             "1",
             "log",
@@ -230,6 +240,8 @@ class OwnGradient(Probe[AccumulatedGradient]):
             readings["gradient.loss_scale"] = float(seen.scales[0])
         if seen.norms.size:
             readings["gradient.nonfinite_steps"] = float(seen.nonfinite)
+        if not np.isnan(seen.learning_rate):
+            readings["gradient.learning_rate"] = seen.learning_rate
         if seen.source == STEP:
             readings["gradient.carried"] = seen.carried
         return readings

@@ -113,6 +113,8 @@ def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
         return says
     if severity(verdict) or not landing.nothing_lands:
         return f"{landing.says}. {says}"
+    if landing.others_moved:
+        return f"{landing.says}. {says}"
     state = "weights were moved by then, and stayed so" if landing.left else "the model is as it was"
     return f"{landing.says}; {state}."
 

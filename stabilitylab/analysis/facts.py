@@ -298,7 +298,8 @@ class FactRules:
                 what = "each raised an exception"
             elif landing.gradients_bad == landing.lost:
                 what = f"gradients are not finite, and {what}"
-            says = f"Edits have no effect since edit {landing.since}{before}: {what}."
+            here = " on what is watched" if landing.others_moved else ""
+            says = f"Edits have no effect{here} since edit {landing.since}{before}: {what}."
             yield Hit("edits-lost", metric, place, value, 0.0, "stable", says, landing.since)
 
     def _cache(self, row: Flat) -> Iterator[Hit]:

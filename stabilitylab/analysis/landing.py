@@ -28,6 +28,8 @@ SAME: Final = 2
 FLOAT16_MAX: Final = 65_504.0
 ALREADY: Final = 0.1
 """A loss of at most so much leaves nothing to do: the answer has nine tenths of the probability."""
+STILL: Final = 1e-4
+"""Nats between two answers of one model, at most: sums in another order give some 1e-7."""
 WORDS: Final = 120
 
 
@@ -43,7 +45,8 @@ class Landing:
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
     model that is watched. gap: edits from each of the last landings to the next, where these are as many: a loop that
-    steps at each n-th. whole: whether the whole model was looked at, for want of a layer that is watched.
+    steps at each n-th. whole: whether the whole model was looked at, for want of a layer that is watched. answers: of
+    edits of which none landed: how far the canary's answers are from the original's all the same, in nats.
     """
 
     tried: int = 0
@@ -62,6 +65,12 @@ class Landing:
     elsewhere: bool = False
     gap: int | None = None
     whole: bool = False
+    answers: float = 0.0
+
+    @property
+    def others_moved(self) -> bool:
+        """Whether something other than what is watched was edited: the model answers in another way than it did."""
+        return self.tried > 0 and not self.landed and self.answers > STILL
 
     @property
     def what(self) -> str:
@@ -116,7 +125,8 @@ class Landing:
             if self.tried == 1:
                 return f"The only edit raised an exception{words}"
             return f"{which} was carried out: each raised an exception{words}"
-        return f"{which} moved {self.what}"
+        others = ", and the model's answers change: others are edited" if self.others_moved else ""
+        return f"{which} moved {self.what}{others}"
 
 
 class Landings:
@@ -170,7 +180,13 @@ class Landings:
             elsewhere=before.elsewhere,
             gap=before.gap,
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
+            answers=self._answers(before, flat),
         )
+
+    def _answers(self, before: Landing, flat: Flat) -> float:
+        """NaN is a fault of its own, and no news of where edits go."""
+        now = self._lookup.value(flat, "canary.kl", MODEL_SITE)
+        return before.answers if now is None or math.isnan(now) else now
 
     def nothing_moved(self, edit: int) -> None:
         """An edit moved no parameter of a model that is watched as a whole."""

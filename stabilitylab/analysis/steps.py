@@ -21,11 +21,14 @@ REACHED: Final = 0.05
 """Of an edit's first gradient, at most so much is left in its last pass: it has reached what it asked for."""
 CHANGES: Final = 0.01
 """Of a gradient from an edit's first pass to its last: in between the model, or the request, was another."""
+FIRST: Final = 8
+"""Edits that say which learning rate is usual, as many as a baseline is made of."""
 STEPPED: Final = (1.0, 4.0)
 """Codes of `gradient.source`: an optimizer steps with the weight, or with parts that it is made of."""
 
 _KEYS: Final = f"{EDITOR_SITE}.keys"
-_ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _KEYS)
+_RATE: Final = "gradient.learning_rate"
+_ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _RATE, _KEYS)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Steps:
         self._steps: deque[Step] = deque(maxlen=STEPS)
         self._kept: dict[str, tuple[Step, ...]] = {}
         self._ways: dict[str, Way] = {}
+        self._first_rates: list[float] = []
+        self._first_updates: list[float] = []
 
     @property
     def latest(self) -> Step | None:
@@ -131,6 +136,7 @@ class Steps:
         ways = np.where(row.finite[drifts], row.values[drifts], 0.0)
         update, drift = int(sizes.argmax()), int(ways.argmax())
         before = self.latest
+        rate, rate_factor, update_factor = self._follow_rate(row, where)
         self._steps.append(
             Step(
                 row.edit,
@@ -141,8 +147,25 @@ class Steps:
                 (before.number if before else 0) + bool(sizes.any()),
                 (before.large if before else 0) + _is_large(row, where),
                 max(float(sizes[update]), before.largest if before else 0.0),
+                rate,
+                rate_factor,
+                update_factor,
             )
         )
+
+    def _follow_rate(self, row: Flat, where: _Where) -> tuple[float | None, float, float]:
+        """See `Step`: rate, rate_factor, update_factor."""
+        rates, updates = (row.values[where.alone[name]] for name in (_RATE, "update.norm"))
+        rates, updates = rates[np.isfinite(rates) & (rates > 0)], updates[np.isfinite(updates) & (updates > 0)]
+        if not rates.size or not updates.size:
+            return None, 1.0, 1.0
+        rate, update = float(rates.max()), float(updates.max())
+        if len(self._first_rates) < FIRST:
+            self._first_rates.append(rate)
+            self._first_updates.append(update)
+        with np.errstate(over="ignore"):
+            factors = np.array([rate, update]) / [median(self._first_rates), median(self._first_updates)]
+        return rate, float(factors[0]), float(factors[1])
 
     def _site(self, row: Flat, position: np.intp) -> str:
         return self._columns.keys[int(row.places[position])][1]

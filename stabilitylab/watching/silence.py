@@ -40,7 +40,10 @@ class Silence:
         self._over = True
         edits = f"in {self._silent} edits"
         if not self._moved:
-            return NEVER_RUN, f"{edits} the watched model was never run and never moved: they are made on another one"
+            return NEVER_RUN, (
+                f"{edits} the watched model was never run, and no watched layer moved: they are made on another model,"
+                " or on other layers by hand"
+            )
         if self._has_canary:  # which watches the function all the same
             return None
         return HOOKS_SILENT, f"{edits} no hook on the watched layers fired: what happens inside the edits is not seen"

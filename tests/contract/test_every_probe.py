@@ -71,8 +71,13 @@ EXAMPLES: dict[type[Any], list[Any]] = {
             stepped=np.array(stepped),
             scales=np.ones(len(norms)),
             carried=0.0,
+            learning_rate=rate,
         )
-        for source, norms, stepped in ((0.0, [], []), (1.0, [3.0, NAN], [1.0, NAN]), (2.0, [0.0], []))
+        for source, norms, stepped, rate in (
+            (0.0, [], [], NAN),
+            (1.0, [3.0, NAN], [1.0, NAN], 0.1),
+            (2.0, [0.0], [], NAN),
+        )
     ],
     LaterPasses: [LaterPasses(1.0, 0.0), LaterPasses(25.0, 1.0, SIZES[0], SIZES[2])],
     LaterSpectra: [LaterSpectra(1.0, 0.0), LaterSpectra(25.0, 1.0, SPECTRA[0], SPECTRA[2])],

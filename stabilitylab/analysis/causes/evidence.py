@@ -60,6 +60,9 @@ class Step:
 
     Of the run up to this edit: number: how many edits moved a weight. large: how many of them moved one by at least
     half of its original norm. largest: the largest `update_ratio`.
+
+    rate: the largest learning rate that an optimizer stepped with, None where none is known. rate_factor,
+    update_factor: that rate and the largest ‖ΔW‖, over their medians in the first edits that had one; 1 in these.
     """
 
     edit: int
@@ -70,6 +73,9 @@ class Step:
     number: int
     large: int
     largest: float
+    rate: float | None = None
+    rate_factor: float = 1.0
+    update_factor: float = 1.0
 
 
 @dataclass(frozen=True)

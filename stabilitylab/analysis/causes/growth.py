@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from stabilitylab.analysis.causes.evidence import Evidence, Place, Way
@@ -9,6 +10,8 @@ from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.words import number
 
 FEEDBACK_FACTOR: Final = 10.0
+RAISED: Final = 3.0
+"""Times the usual, from which on a learning rate, and an update, are others than before."""
 USUALLY: Final = 0.8
 """Share of a run's edits that makes their size its own, not an accident."""
 TRIED: Final = 5
@@ -44,20 +47,42 @@ def _feedback(evidence: Evidence) -> Claim | None:
     )
 
 
+def _too_large(evidence: Evidence) -> Claim | None:
+    return _raised(evidence) or _all_too_large(evidence)
+
+
+def _raised(evidence: Evidence) -> Claim | None:
+    """A learning rate that was raised, or grew, and the updates with it."""
+    here = evidence.step
+    if here is None or here.rate is None or not evidence.is_past("drifting") or evidence.lone_entry:
+        return None
+    if here.rate_factor < RAISED or here.update_factor < RAISED:
+        return None
+    # Where updates grew by much more than the rate, it is gradients that did.
+    if math.log(here.rate_factor) < 0.5 * math.log(here.update_factor):
+        return None
+    return Claim(
+        f"the learning rate was {number(here.rate)} at edit {here.edit}, {number(here.rate_factor)} times that of the"
+        f" first edits, and the largest update {number(here.update_factor)} times theirs.",
+        "high",
+        Place(here.edit, "gradient.learning_rate", here.update_site, here.rate),
+    )
+
+
 def _all_too_large(evidence: Evidence) -> Claim | None:
     here, now, learning = evidence.step, evidence.latest, evidence.learning
     if here is None or now is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.reported:
         return None
     if now.number < TRIED or any(step.large < USUALLY * step.number for step in (here, now)):
         return None
-    # What moves weights as far without getting anywhere has another fault: a wrong sign, a wrong place.
-    if learning.tried < TRIED or learning.reached <= learning.tried / 2:
+    large = f"{now.large} of {now.number} edits up to edit {now.edit} each moved a weight by at least half of its"
+    if learning.tried >= TRIED and learning.reached > learning.tried / 2:
+        reached = f"and most edits reach what they ask for ({learning.reached} of {learning.tried})"
+        return Claim(f"{large} original norm, {reached}.", "medium")
+    # What moves weights as far without getting anywhere may have another fault: a wrong sign, a wrong place.
+    if here.rate is None:
         return None
-    return Claim(
-        f"{now.large} of {now.number} edits up to edit {now.edit} each moved a weight by at least half of its original"
-        f" norm, and most edits reach what they ask for ({learning.reached} of {learning.tried}).",
-        "medium",
-    )
+    return Claim(f"{large} original norm, by an optimizer's steps at a learning rate of {number(here.rate)}.", "low")
 
 
 def _accumulated(evidence: Evidence) -> Claim | None:
@@ -220,15 +245,17 @@ ACCUMULATION = (
         "learning-rate-too-high",
         "growth",
         "trigger",
-        _all_too_large,
+        _too_large,
         "Go back to the original weights. Lower the learning rate or the number of steps (for fine-tuning, a tenth),"
         " constrain the norm of the update to a few per cent of the weight's, and check an update before it is"
         " committed.",
         "An edit that changes a weight by half its norm has replaced what training put there. It mostly succeeds, and"
         " the rest of the model is gone.",
-        "Four in five edits, up to the first bad one and after it, each move a weight by at least half of its original"
-        " norm, and most edits reach what they ask for: their gradient falls to a twentieth within them. Needs five"
-        " edits. A single edit that is out of line has another cause.",
+        "The optimizer's rate at the first bad edit is at least three times that of the first edits, and explains at"
+        " least half of what updates grew by, in logs. Or four in five edits, up to the first bad one and after it,"
+        " each move a weight by at least half of its original norm, and most edits reach what they ask for: their"
+        " gradient falls to a twentieth within them; where they don't, and an optimizer makes them, confidence is low."
+        " Needs five edits. A single edit that is out of line has another cause.",
         "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Why edits do not land: they raise, are skipped, undone, cut to nothing or rounded away. The model is as it was."""
+"""Why edits do not land: they raise, are skipped, undone, cut to nothing, rounded away, or go where nobody looks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from stabilitylab.analysis.causes.dtypes import rounded_away
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.landing import FEWEST, Landing
+from stabilitylab.analysis.words import number
 
 NEARLY_ALL: Final = 0.9
 """Of the edits without effect: as many must show a reason for it."""
@@ -30,13 +31,24 @@ def _failing(evidence: Evidence) -> Claim | None:
     return Claim(f"each of {lost.gone} edits since edit {lost.first} raised an exception{words}.", "high")
 
 
-def _elsewhere(evidence: Evidence) -> Claim | None:
-    lost = _lost(evidence)
-    if lost is None or not lost.elsewhere or lost.landed:
+def _others(evidence: Evidence) -> Claim | None:
+    landing = evidence.landing
+    if landing.lost < FEWEST or not landing.others_moved or landing.failed:
         return None
     return Claim(
-        f"none of {lost.tried} edits ran the watched model or moved it: they are made on another model, or keep what"
-        " they know outside of it.",
+        f"none of {landing.tried} edits moved {landing.what}, and the model's answers on the canary are"
+        f" {number(landing.answers)} nats from the original's all the same: what is edited is not watched.",
+        "high",
+    )
+
+
+def _elsewhere(evidence: Evidence) -> Claim | None:
+    lost = _lost(evidence)
+    if lost is None or not lost.elsewhere or lost.landed or lost.others_moved:
+        return None
+    return Claim(
+        f"none of {lost.tried} edits ran the watched model or moved a watched layer: they are made on another model, or"
+        " keep what they know outside of it.",
         "medium",
     )
 
@@ -93,7 +105,7 @@ def _undone(evidence: Evidence) -> Claim | None:
 
 def _unchanged(evidence: Evidence) -> Claim | None:
     lost = _lost(evidence)
-    why = (_failing, _elsewhere, _skipped, _clipped, _undone, rounded_away)
+    why = (_failing, _others, _elsewhere, _skipped, _clipped, _undone, rounded_away)
     if lost is None or any(claim(evidence) is not None for claim in why):  # which say more
         return None
     if not lost.landed:
@@ -140,6 +152,20 @@ RULES = (
         "A covariance with rows of zeros: each solve raises that its matrix is singular.",
     ),
     Rule(
+        "others-edited",
+        "lost edits",
+        "trigger",
+        _others,
+        "Go back to the original model, and attach without `sites`, to have watched what the first edit is seen to"
+        " move; or name the layers that are edited. A memory that the editor keeps beside the weights can be given as"
+        " attach(editor=...).",
+        "The watched layers are not those that are edited, so that nothing but the canary tells what becomes of the"
+        " model.",
+        "At three edits or more, from the first on, updates of exactly 0 at every watched layer, while the canary's"
+        " answers leave the original's.",
+        "The MLPs of the last blocks are watched, and the edits go into the attention of the first.",
+    ),
+    Rule(
         "another-model",
         "lost edits",
         "trigger",
@@ -150,7 +176,7 @@ RULES = (
         "The editor has a model of its own: a deep copy, or that of another editor in the process. Editing by prompts"
         " (IKE) moves no model at all.",
         "Hooks were on the watched layers, none fired, the model was never called, and no watched weight moved, in"
-        " three edits or more.",
+        " three edits or more; the canary's answers, if there is one, are the original's.",
         "Two MEND editors in one process: their executor edits the first one's model.",
     ),
     Rule(

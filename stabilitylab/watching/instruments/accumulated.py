@@ -6,6 +6,7 @@ an optimizer is about to step. A loss scale is known from the scaler that lets i
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +50,8 @@ class _Weight:
     was last used; just_now: whether the one that is under way has. added: whether it was written to after it was made:
     a sum over backwards, or zeroed in place. last: that gradient, as long as anyone else holds it. carried: how many
     backwards added to a gradient that a step had used already. looks: as each backward since the last step left it.
-    steps: each time that an optimizer used it.
+    steps: each time that an optimizer used it. rate: the largest learning rate that it did that with, NaN where none
+    is known.
     """
 
     weight: Tensor
@@ -61,6 +64,7 @@ class _Weight:
     carried: int = 0
     looks: list[Use] = field(default_factory=list)
     steps: list[Use] = field(default_factory=list)
+    rate: float = math.nan
     matrix: tuple[Tensor, Rebuild[GradientSize]] | None = None
 
     @property
@@ -114,12 +118,12 @@ class AccumulatedInstrument:
         self._first_scale: Tensor | None = None
         self._version_used: dict[str, int] = {}
         self._parts: dict[str, frozenset[int]] = {}
-        self._parts_stepped: set[str] = set()
+        self._parts_stepped: dict[str, float] = {}
 
     def begin(self) -> None:
         """A new edit."""
         self._weights, self._stepped, self._first_scale = {}, False, None
-        self._parts, self._parts_stepped = {}, set()
+        self._parts, self._parts_stepped = {}, {}
 
     def made_of(self, site: str, parts: Iterable[Tensor]) -> None:
         """In this edit the site's weight is none of its own, but computed from these."""
@@ -162,9 +166,13 @@ class AccumulatedInstrument:
     def optimizer_steps(self, optimizer: torch.optim.Optimizer, first: Mapping[str, FirstPass]) -> None:
         """An optimizer is about to step. first: the first pass of each site that had one."""
         self._stepped = True
-        held = [weight for group in optimizer.param_groups for weight in group["params"]]
-        mine, moving = set(map(id, held)), {id(weight) for weight in held if weight.grad is not None}
-        self._parts_stepped |= {site for site, parts in self._parts.items() if parts & moving}
+        groups = [(group["params"], _rate(group)) for group in optimizer.param_groups]
+        mine = {id(weight): rate for held, rate in groups for weight in held}
+        if self._parts:
+            moving = {id(weight) for held, _ in groups for weight in held if weight.grad is not None}
+            for site, parts in self._parts.items():
+                for part in parts & moving:
+                    self._parts_stepped[site] = np.fmax(self._parts_stepped.get(site, math.nan), mine[part]).item()
         scaler = next(_scalers_above(sys._getframe()), None)
         self._scaler = self._scaler if scaler is None else weakref.ref(scaler)
         within: Any = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
@@ -181,6 +189,7 @@ class AccumulatedInstrument:
                 if not one.steps:
                     self._look_closer(site, one, gradient, use, first.get(site))
                 one.steps.append(use)
+                one.rate = np.fmax(one.rate, mine[key]).item()
                 self._version_used[site] = -1 if one.weight.grad is None else one.weight.grad._version
                 one.fresh = False
                 one.looks = []
@@ -199,7 +208,7 @@ class AccumulatedInstrument:
         """What became known of one site; None where it had no gradient at all."""
         one = next((one for one in self._weights.get(site, {}).values() if one.steps or one.looks), None)
         if one is not None and one.steps:
-            return self._of(one.steps, STEP, one)
+            return self._of(one.steps, STEP, one, one.rate)
         if one is not None and self._is_used(one):
             gradient = one.gradient
             if gradient is not None and len(one.looks) == 1:
@@ -210,10 +219,11 @@ class AccumulatedInstrument:
         # Of the run's first edit the scaler became known as it stepped, after the pass.
         scale = self._first_scale if first.scale is None else first.scale
         factors = PARTS if site in self._parts_stepped else FACTORS
+        rate = self._parts_stepped.get(site, math.nan)
         if one is None and scale is not None:
-            return self._of([Use(norm_of(first.packed), scale=scale)], factors, None)
+            return self._of([Use(norm_of(first.packed), scale=scale)], factors, None, rate)
         source = SCALED_FACTORS if first.narrow and scale is None else factors
-        return self._of([] if one is None else one.looks, source, None)
+        return self._of([] if one is None else one.looks, source, None, rate)
 
     def _is_used(self, one: _Weight) -> bool:
         """Whether `.grad` is all that anyone can have used, although no optimizer stepped with it: none stepped at all
@@ -221,9 +231,17 @@ class AccumulatedInstrument:
         """
         return not self._stepped and (not one.added or (len(one.looks) == 1 and not one.stale))
 
-    def _of(self, uses: list[Use], source: float, one: _Weight | None) -> Accumulated:
-        packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried)
+    def _of(self, uses: list[Use], source: float, one: _Weight | None, rate: float = math.nan) -> Accumulated:
+        packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried, rate)
         return Accumulated(packed, rebuild, source, None if one is None else one.matrix)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of an optimizer's group; NaN where it has none, or where reading it would wait for a device."""
+    rate = group.get("lr", math.nan)
+    if isinstance(rate, Tensor):
+        rate = rate.item() if rate.device.type == "cpu" and rate.numel() == 1 else math.nan
+    return float(rate) if isinstance(rate, (int, float)) else math.nan
 
 
 def _weakly(gradient: Tensor | None) -> Callable[[], Tensor | None]:

@@ -1,0 +1,148 @@
+"""The optimizer's learning rate: read from whoever steps, and named as the cause where it was raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabilitylab as sl
+from tests.loops import CANARY, make_model
+from tests.synthetic_runs import diagnose, row
+
+METRIC = "gradient.learning_rate"
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+
+def watched(tmp_path: Path, model: nn.Module, edit: Callable[[int], None], times: int = 3) -> sl.Run:
+    with sl.attach(model, "*", tmp_path / "run", canary=CANARY, announce=False) as monitor:
+        for number in range(1, times + 1):
+            with monitor.edit():
+                edit(number)
+    return sl.load(tmp_path / "run")
+
+
+def test_each_layer_has_the_rate_of_its_group_and_a_schedule_is_followed(tmp_path: Path) -> None:
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[3].parameters(), "lr": 0.01}]
+    optimizer = torch.optim.SGD(groups)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+    def edit(number: int) -> None:
+        step(model, optimizer, number)
+        schedule.step()
+
+    run = watched(tmp_path, model, edit)
+    np.testing.assert_allclose(run.series(METRIC, "0")[1:], [0.1, 0.05, 0.025])
+    np.testing.assert_allclose(run.series(METRIC, "3")[1:], [0.01, 0.005, 0.0025])
+
+
+def test_of_several_steps_the_largest_rate_counts(tmp_path: Path) -> None:
+    model = make_model()
+
+    def edit(_: int) -> None:
+        for rate in (0.01, 0.02, 0.005):
+            step(model, torch.optim.SGD(model.parameters(), lr=rate), 0)
+
+    np.testing.assert_allclose(watched(tmp_path, model, edit).series(METRIC, "0")[1:], [0.02] * 3)
+
+
+def test_a_rate_that_is_kept_in_a_tensor_is_read(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.25), foreach=False)
+    run = watched(tmp_path, model, lambda number: step(model, optimizer, number))
+    np.testing.assert_allclose(run.series(METRIC, "0")[1:], [0.25] * 3)
+
+
+def test_a_loop_without_an_optimizer_has_none(tmp_path: Path) -> None:
+    model = make_model()
+
+    def edit(_: int) -> None:
+        model(torch.randn(2, 5, 8)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+
+    assert METRIC not in {metric for metric, _ in watched(tmp_path, model, edit).edits[-1].row.readings}
+
+
+def paced(rate: float, update: float, lost: bool = False) -> dict[tuple[str, str], float]:
+    readings = {(METRIC, "fc"): rate, ("update.norm", "fc"): update, ("update.ratio", "fc"): update / 100}
+    readings |= {("drift.ratio", "fc"): 0.01, ("canary.kl", "model"): 9.0 if lost else 0.01}
+    return readings
+
+
+def cause_of(*edits: dict[tuple[str, str], float]) -> tuple[str, str]:
+    found = diagnose(row(number, readings) for number, readings in enumerate([{}, *edits]))
+    return found.cause, found.confidence
+
+
+def test_a_rate_that_was_raised_is_the_cause_where_updates_rose_with_it() -> None:
+    calm, lost = [paced(0.01, 1.0)] * 9, [paced(0.5, 50.0, lost=True)] * 3
+    assert cause_of(*calm, *lost) == ("learning-rate-too-high", "high")
+
+
+@pytest.mark.parametrize(
+    ("rate", "update"),
+    [(0.01, 50.0), (0.02, 50.0), (0.05, 500.0), (0.5, 1.5)],
+    ids=["the same rate", "hardly raised", "updates outgrow it by far", "updates don't follow"],
+)
+def test_another_growth_is_not_laid_on_the_rate(rate: float, update: float) -> None:
+    calm, lost = [paced(0.01, 1.0)] * 9, [paced(rate, update, lost=True)] * 3
+    assert cause_of(*calm, *lost)[0] == "unknown"
+
+
+def test_a_schedule_that_ends_well_is_no_fault() -> None:
+    warm = [paced(0.001 * number, 0.1 * number) for number in range(1, 40)]
+    assert cause_of(*warm) == ("unknown", "none")
+
+
+def test_edits_that_are_all_too_large_and_lead_nowhere_may_have_another_fault_too() -> None:
+    def large(edit: int, rate: float | None) -> dict[tuple[str, str], float]:
+        readings = {("update.norm", "fc"): 9.0, ("update.ratio", "fc"): 0.9, ("drift.norm", "fc"): 9.0 * edit}
+        readings |= {("drift.ratio", "fc"): 0.9 * edit, ("canary.kl", "model"): 9.0}
+        return readings if rate is None else readings | {(METRIC, "fc"): rate}
+
+    assert cause_of(*[large(edit, 30.0) for edit in range(1, 8)]) == ("learning-rate-too-high", "low")
+    assert cause_of(*[large(edit, None) for edit in range(1, 8)])[0] == "unknown"
+
+
+def test_a_loop_whose_rate_is_raised_by_mistake(tmp_path: Path) -> None:
+    model = make_model()
+
+    def edit(number: int) -> None:
+        rate = 0.01 if number < 10 else 300.0
+        step(model, torch.optim.SGD(model.parameters(), lr=rate), number)
+
+    found = watched(tmp_path, model, edit, times=14).diagnosis()
+    assert (found.cause, found.confidence, found.first_bad_metric) == ("learning-rate-too-high", "high", METRIC)
+    assert found.first_bad_edit == 10
+
+
+def noise(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        weight: Tensor = model[3].weight
+        return weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_edits_of_a_layer_that_is_not_watched_are_told_by_the_canary(tmp_path: Path) -> None:
+    model = make_model()
+    with sl.attach(model, "0", tmp_path / "run", canary=CANARY, announce=False) as monitor:
+        for _ in range(5):
+            with monitor.edit():
+                noise(model)
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert (found.cause, found.confidence, found.landed) == ("others-edited", "high", "none")
+    assert "the model is as it was" not in found.says
+    assert "others are edited" in found.says
