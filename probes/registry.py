@@ -33,6 +33,7 @@ from stabilitylab.probes.gradients import (
     PassSpectrum,
     Spectrum,
 )
+from stabilitylab.probes.inputs import BadInputs
 from stabilitylab.probes.linear_solve import CovarianceCondition, SystemCondition, SystemResidual
 from stabilitylab.probes.logits import Canary, Logits, LogitsPasses, Loss, Perplexity
 from stabilitylab.probes.null_space import KeyCache, NullSpace
@@ -57,6 +58,7 @@ ALL: tuple[type[Probe[Any]], ...] = (
     Loss,
     ActivationScale,
     ActivationRange,
+    BadInputs,
     MaskedRows,
     AttentionLogits,
     AttentionEntropy,
@@ -121,6 +123,7 @@ __all__ = [
     "ActivationScale",
     "AttentionEntropy",
     "AttentionLogits",
+    "BadInputs",
     "Canary",
     "Codebook",
     "ConditionNumber",

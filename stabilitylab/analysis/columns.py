@@ -28,11 +28,11 @@ _PHASES: Final = {"before": 0, "during": 1, "after": 2}
 _KINDS: Final = {
     kind: rank
     for rank, kind in enumerate(
-        ("activation", "attention", "logits", "gradient", "editor", "state", "weight", "canary", "feedback")
+        ("inputs", "activation", "attention", "logits", "gradient", "editor", "state", "weight", "canary", "feedback")
     )
 }
 _KIND_OF: Final = {"update": "weight", "drift": "weight"}
-_DEFAULT_PHASE: Final = {"activation": 1, "attention": 1, "logits": 1, "gradient": 1, "editor": 1}
+_DEFAULT_PHASE: Final = {"inputs": 1, "activation": 1, "attention": 1, "logits": 1, "gradient": 1, "editor": 1}
 
 
 def kind_of(metric: str) -> str:

@@ -34,13 +34,14 @@ _INPUT: Final = f"{EDITOR_SITE}.input"
 _TELLS: Final = tuple(
     f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max", "value_ratio", "clamp_hits")
 )
+_BAD_INPUTS: Final = "inputs.bad_entries"
 _MASKED: Final = "attention.masked_rows"
 _BITS: Final = "weight.headroom_bits"
 _WATCHED: Final = (
     *_TELLS,
     *("update.norm", _BITS, "weight.nonfinite"),
     *("gradient.nonfinite_passes", "activation.nonfinite_passes", "logits.nonfinite_passes"),
-    *("gradient.nonfinite", "gradient.norm", "activation.nonfinite", "logits.nonfinite", _MASKED),
+    *("gradient.nonfinite", "gradient.norm", "activation.nonfinite", "logits.nonfinite", _MASKED, _BAD_INPUTS),
 )
 
 
@@ -201,6 +202,7 @@ class LeadIn:
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
         return FatalRow(
             edit=row.edit,
+            bad_inputs=float(row.values[places[_BAD_INPUTS]].sum()),
             masked_rows=float(row.values[places[_MASKED]].sum()),
             unmasked_before=not self._masked,
             masks_before=self._asked,
@@ -210,7 +212,7 @@ class LeadIn:
             gradients_unread=norms.size == 0,
             later_gradients=first_sound and told and later_bad,
             gradient_overflowed=self._overflowed_gradient(row),
-            loss_read=self._value(row, "logits.loss", MODEL_SITE) is not None,
+            loss=self._value(row, "logits.loss", MODEL_SITE),
             moved_before=self._steps.moved_before,
             weight=weight,
             overflowed=largest is not None and math.isinf(largest),

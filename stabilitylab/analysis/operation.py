@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
+from stabilitylab.analysis.columns import kind_of
 from stabilitylab.analysis.findings import Finding, Link
 from stabilitylab.analysis.words import number
 from stabilitylab.record.operations import REACHES, Operation, Values
@@ -55,12 +56,19 @@ def _order(operation: Operation) -> tuple[bool, bool, int, bool]:
 
 
 def its_finding(operation: Operation, findings: Sequence[Finding]) -> Finding | None:
-    """The finding about a value that is not finite in the layer that the operation ran in, if that is watched."""
+    """The finding about a value that is not finite in the layer that the operation ran in, if that is watched.
+
+    What the canary shows after the edit is not about an operation inside it, though both may be the whole model's.
+    """
+    in_canary = operation.phase == "canary"
     return next(
         (
             finding
             for finding in findings
-            if finding.site == operation.module and finding.verdict == "non-finite" and finding.start == operation.edit
+            if finding.site == operation.module
+            and finding.verdict == "non-finite"
+            and finding.start == operation.edit
+            and (kind_of(finding.metric) == "canary") == in_canary
         ),
         None,
     )

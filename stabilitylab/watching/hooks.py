@@ -64,7 +64,7 @@ class Watcher(Protocol):
     def norm_input(self, entering: Tensor) -> None:
         """A normalisation is about to run on this tensor."""
 
-    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+    def model_called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The whole model is about to run."""
 
     def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -277,7 +277,7 @@ class Capture:
             self._tokens = _token_shape(args, kwargs)
             if self.model_call is None:
                 self._call = ModelCall.of(args, kwargs)  # before the model may take anything out of a dict
-            self._watcher.model_called(kwargs)
+            self._watcher.model_called(args, kwargs)
 
         self._put(model, self.hook(before_forward), before=True, with_kwargs=True)
 

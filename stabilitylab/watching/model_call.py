@@ -23,14 +23,14 @@ class ModelCall:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """The call, with the versions of its tensors."""
         args, kwargs = tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
-        return cls(args, kwargs, tuple(version_of(tensor) for tensor in _tensors_in(args, kwargs)))
+        return cls(args, kwargs, tuple(version_of(tensor) for tensor in tensors_in(args, kwargs)))
 
     def check(self) -> None:
         """Raises ValueError where doing it again would not be the same, or would change what the user passed in."""
         for value in (*self.args, *self.kwargs.values()):
             if not _may_be_passed_again(value):
                 raise ValueError(f"the edit's call holds a {type(value).__name__}, which calling again might change")
-        if tuple(version_of(tensor) for tensor in _tensors_in(self.args, self.kwargs)) != self.versions:
+        if tuple(version_of(tensor) for tensor in tensors_in(self.args, self.kwargs)) != self.versions:
             raise ValueError("an input of the edit's call was overwritten since")
 
     def again(self, model: nn.Module) -> Any:
@@ -42,7 +42,8 @@ def _copied(value: Any) -> Any:
     return dict(value) if type(value) is dict else value
 
 
-def _tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments, and in dicts that are."""
     given = [*args, *kwargs.values()]
     given += [inner for value in given if type(value) is dict for inner in value.values()]
     return [value for value in given if isinstance(value, Tensor)]

@@ -20,6 +20,7 @@ from stabilitylab.probes.codebook import CodebookHits, CodebookPass
 from stabilitylab.probes.feedback import FeedbackPass, History
 from stabilitylab.probes.gradient_factors import GradientSize, GradientSpectrum
 from stabilitylab.probes.gradient_passes import Alignment, LaterPasses, LaterSpectra
+from stabilitylab.probes.input_pass import InputPass
 from stabilitylab.probes.linear_solve import CovarianceExtremes, SolveResidual, SystemExtremes
 from stabilitylab.probes.logits_pass import CanaryPass, LaterLogits, LogitsPass, LossPass, TextPass
 from stabilitylab.probes.mask_pass import MaskPass
@@ -125,6 +126,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     ],
     StatePass: [StatePass(0.0), StatePass(3.0)],
     BadTensor: [BadTensor(1.0), BadTensor(4096.0)],
+    InputPass: [InputPass(3.0), InputPass(0.0)],
     MaskPass: [MaskPass(3.0, 0.0), MaskPass(0.0, 0.0)],
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import stabilitylab as sl
 from stabilitylab.analysis import operation as traced
+from stabilitylab.analysis.findings import Finding
 from stabilitylab.record.following import Follower
 from stabilitylab.record.operations import Operation, Place, Precision, Step, Values, operation_from_json
 from stabilitylab.reports.operations import facts, untraced
@@ -221,3 +222,16 @@ def test_its_facts_for_a_page() -> None:
     named = replace(OVERFLOW, module="m.h.1.fc", operands=(replace(HALF, name="mat1 (m.h.1.fc.weight)"),))
     short = dict(facts(named, {"m.h.1.fc": "1.fc"}))
     assert (short["layer"], short["in: mat1 (1.fc.weight)"]) == ("1.fc", "float16 [4, 8], −300 to 400")
+
+
+def test_a_finding_of_the_canary_is_not_about_an_operation_inside_the_edit() -> None:
+    """Both may be at ``model``: a loss is computed in the model's own forward."""
+
+    def finding(metric: str) -> Finding:
+        return Finding("nonfinite", metric, "model", 4, 3.0, 0.0, "Bad.", "non-finite")
+
+    inside, outside = finding("logits.nonfinite"), finding("canary.nonfinite")
+    operation = replace(DIVISION, edit=4, module="model", phase="edit")
+    assert traced.its_finding(operation, [outside, inside]) is inside
+    assert traced.its_finding(replace(operation, phase="canary"), [inside, outside]) is outside
+    assert traced.its_finding(operation, [outside]) is None

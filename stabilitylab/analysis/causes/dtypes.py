@@ -24,16 +24,29 @@ def _is_float16(limit: float | None) -> bool:
 
 def _gradient(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
-    if bad is None or fatal is None or bad.edit != fatal.edit or fatal.gradient_overflowed is None:
+    if bad is None or fatal is None or bad.edit != fatal.edit or not fatal.sound_forward:
         return None
-    if not fatal.sound_forward:
-        return None
+    if fatal.gradient_overflowed is None:
+        return _on_its_way(evidence, fatal)
     where = "float16, which ends at 65,504" if evidence.narrow else "its dtype"
     return Claim(
         f"the gradient of {fatal.gradient_overflowed} at edit {fatal.edit} is not finite, while the layer's input and"
         f" the gradient at its output are: their product left the range of {where}.",
         "high",
         Place(fatal.edit, "gradient.norm", fatal.gradient_overflowed),
+    )
+
+
+def _on_its_way(evidence: Evidence, fatal: FatalRow) -> Claim | None:
+    """It was not finite when it came to the layers. A finite loss of finite logits has a finite derivative."""
+    if not fatal.no_gradients or fatal.loss is None or not math.isfinite(fatal.loss):
+        return None
+    if evidence.weights_dtype != "float16":
+        return None
+    return Claim(
+        f"no gradient of edit {fatal.edit} is finite, while the loss ({number(fatal.loss)}), the logits and all outputs"
+        " are, and the layers are kept in float16: on its way back the gradient left its range, which ends at 65,504.",
+        "medium",
     )
 
 
@@ -157,7 +170,8 @@ BEFORE_GROWTH = (
         "A gradient sums over all tokens and is kept in its weight's dtype: in float16 it ends at 65,504, though every"
         " term is far below.",
         "A .grad that is not finite after a backward whose factors, the layer's input and the gradient at its output,"
-        " all are, in the edit with the first value that is not finite.",
+        " all are, in the edit with the first value that is not finite. Or, with weights in float16, no finite gradient"
+        " at any watched layer, while the model's own loss, its logits and all outputs are finite.",
         "A layer in float16 with inputs of 200 and a gradient of 100 at its output: seven tokens add up to 140,000.",
     ),
     Rule(

@@ -120,20 +120,22 @@ class Learning:
 class FatalRow:
     """The row with the first non-finite value.
 
+    bad_inputs: entries that were NaN or +∞ already in what the model was called with.
     masked_rows: query rows without a real token. unmasked_before: whether none had any in the edits before.
     masks_before: whether there was an edit before whose mask was read.
     sound_forward: whether the logits of the first pass were read, and they and its outputs are finite. sound_gradients:
     whether the edit's passes had gradients, all finite, as long as its forward passes were; no_gradients: whether its
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
     were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
-    gradient is not finite although both of its factors are. loss_read: whether the model's own loss was. moved_before:
-    whether any edit before moved a watched weight. weight: the first watched layer whose weight is not finite, at a
-    tenth as many entries as the worst or more; None when all are. For that weight: overflowed: whether its largest
-    entry is infinite, not NaN; headroom: the bits that it had left when last read before; limit: what its dtype can
-    hold; None where nothing says it.
+    gradient is not finite although both of its factors are. loss: the model's own, None where it was not read.
+    moved_before: whether any edit before moved a watched weight.
+    weight: the first watched layer whose weight is not finite, at a tenth as many entries as the worst or more; None
+    when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom: the bits that
+    it had left when last read before; limit: what its dtype can hold; None where nothing says it.
     """
 
     edit: int
+    bad_inputs: float
     masked_rows: float
     unmasked_before: bool
     masks_before: bool
@@ -143,7 +145,7 @@ class FatalRow:
     gradients_unread: bool
     later_gradients: bool
     gradient_overflowed: str | None
-    loss_read: bool
+    loss: float | None
     moved_before: bool
     weight: str | None
     overflowed: bool

@@ -7,9 +7,27 @@ from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.columns import kind_of
 from stabilitylab.analysis.findings import Finding
 from stabilitylab.analysis.words import number
+from stabilitylab.record.readings import MODEL_SITE
 
 TOO_FEW_ROWS = ("no-row", "one-row", "spreadless")
 """The findings that a normaliser's statistics hold no spread, since one row has none."""
+
+INSIDE = frozenset({"inputs", "activation", "attention", "logits", "gradient"})
+"""Kinds of readings of what is computed inside an edit."""
+
+
+def _given(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit or not fatal.bad_inputs:
+        return None
+    if kind_of(bad.metric) not in INSIDE:
+        return None
+    return Claim(
+        f"{number(fatal.bad_inputs)} entries of what the model was called with in edit {fatal.edit} were NaN or +∞"
+        " already: it had nothing to go on from.",
+        "high",
+        Place(fatal.edit, "inputs.bad_entries", MODEL_SITE, fatal.bad_inputs),
+    )
 
 
 def _labels(evidence: Evidence) -> Claim | None:
@@ -25,8 +43,7 @@ def _mask(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
         return None
-    inside = kind_of(bad.metric) in {"activation", "attention", "logits", "gradient"}
-    if not inside or fatal.masked_rows == 0 or not fatal.unmasked_before:
+    if kind_of(bad.metric) not in INSIDE or fatal.masked_rows == 0 or not fatal.unmasked_before:
         return None
     # Padding on the left masks rows in every edit: without one before, there is nothing that tells it from that.
     before = ", as in no edit before" if fatal.masks_before else ""
@@ -41,7 +58,7 @@ def _no_loss(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
         return None
-    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients) or fatal.loss_read:
+    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients) or fatal.loss is not None:
         return None
     narrow = "" if not evidence.narrow else ", or, in float16, a gradient that is too large for it"
     return Claim(
@@ -132,6 +149,19 @@ def _restarted(evidence: Evidence) -> Claim | None:
 
 
 RULES = (
+    Rule(
+        "input-not-finite",
+        "input",
+        "trigger",
+        _given,
+        "Check that request before it is handed over: pixels after normalising (a std of 0, an image that failed to"
+        " load), embeddings that are made outside of the model, a soft prompt that an earlier edit spoilt. Skip it, and"
+        " restore the weights of before that edit.",
+        "A NaN that goes into the first layer is in every output, every gradient and every updated weight.",
+        "NaN or +∞ among the floating point arguments of the model's call, in the edit whose activations, attention,"
+        " logits or gradients first are not finite.",
+        "An image of one colour, normalised by its own standard deviation.",
+    ),
     Rule(
         "labels-ignored",
         "input",

@@ -100,6 +100,10 @@ def _spoilt(evidence: Evidence) -> Claim | None:
     found = next((each for each in evidence.findings if each.metric == "state.nonfinite" and each.edit > 0), None)
     if found is None or (bad is not None and bad.edit < found.edit):
         return None
+    # An edit that was not finite itself spoils whatever it updates: what is watched, and the rest.
+    fatal = evidence.fatal
+    if fatal is not None and fatal.edit == found.edit and (fatal.weight is not None or fatal.bad_inputs):
+        return None
     return Claim(
         f"{number(found.value)} entries of {found.site} are NaN or infinite since edit {found.edit}, and no watched"
         " layer was before it: the fault is there, not in the layers that are edited.",
@@ -131,7 +135,9 @@ RULES = (
         " the tensor back from the unedited model.",
         "A model holds more than the layers that are edited. One batch with a NaN in it makes a running variance NaN"
         " for good, and every later answer with it.",
-        "A parameter or buffer beside the watched weights that is not finite, before or at the first bad reading.",
+        "A parameter or buffer beside the watched weights that is not finite, before or at the first bad reading. Not"
+        " where a watched weight, or what the model was called with, is not finite in the same edit: that edit spoilt"
+        " whatever it updates.",
         "The running variance of a BatchNorm, after an edit on a single row in training mode.",
     ),
     Rule(

@@ -31,6 +31,7 @@ from stabilitylab.watching.instruments.editor import EditorInstrument
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument
+from stabilitylab.watching.instruments.inputs import InputsInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
 from stabilitylab.watching.instruments.reading import Measured, Reader
@@ -76,6 +77,7 @@ class Instruments:
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench, canary)
         self._editor = EditorInstrument(bench, editor)
+        self._inputs = InputsInstrument(bench)
         self._attention = AttentionInstrument(bench)
         self._feedback = FeedbackInstrument(bench)
         self._state = StateInstrument(bench)
@@ -114,6 +116,7 @@ class Instruments:
     def begin(self, edit: int, in_full: bool = True) -> None:
         """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
         self._bench.begin(edit, in_full)
+        self._step("inputs", self._inputs.begin)
         self._step("gradients", self._gradients.begin)
         self._step("outputs", self._outputs.begin)
         self._step("logits", self._logits.begin)
@@ -202,8 +205,10 @@ class Instruments:
         with self.probe_time:
             self._outputs.on_norm_input(entering)
 
-    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+    def model_called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is about to run."""
+        with self.probe_time:
+            self._inputs.model_called(args, kwargs)
         self._attention.model_called(kwargs)
 
     def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -235,6 +240,7 @@ class Instruments:
 
         failed: whether it raised, so that other processes may not come to its end.
         """
+        self._step("inputs", self._inputs.after)
         self._step("outputs", lambda: self._outputs.after(sites))
         self._step("logits", self._logits.after)
         self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
