@@ -31,6 +31,8 @@ _KINDS: Final = {
         ("inputs", "activation", "attention", "logits", "gradient", "editor", "state", "weight", "canary", "feedback")
     )
 }
+_LATER_PASSES: Final = ("_last", "_worst", "_passes")
+"""How the names of what is read in later passes of an edit end."""
 _KIND_OF: Final = {"update": "weight", "drift": "weight"}
 _DEFAULT_PHASE: Final = {"inputs": 1, "activation": 1, "attention": 1, "logits": 1, "gradient": 1, "editor": 1}
 
@@ -111,13 +113,15 @@ class Columns:
     def order(self, place: int) -> tuple[int, int, int, int]:
         """A sort key: what comes earlier within one edit can be the cause of what comes later.
 
-        By phase; within one, activations before logits before gradients before the editor's inputs, and weights before
-        the canary; then by site, forwards, but backwards for gradients, since that is how they flow.
+        By phase; within one, an edit's first pass before its later ones, activations before logits before gradients
+        before the editor's inputs, and weights before the canary; then by site, forwards, but backwards for gradients,
+        since that is how they flow.
         """
         metric, site = self.keys[place]
         kind, rank = kind_of(metric), self._sites[site]
         phase = self._phase.get(metric, _DEFAULT_PHASE.get(kind, 2))
-        return (phase, _KINDS.get(kind, len(_KINDS)), -rank if kind == "gradient" else rank, place)
+        moment = 2 * phase + metric.endswith(_LATER_PASSES)
+        return (moment, _KINDS.get(kind, len(_KINDS)), -rank if kind == "gradient" else rank, place)
 
     def flatten(self, row: EditRow) -> Flat:
         """The row as arrays. A reading without any value counts as not taken."""

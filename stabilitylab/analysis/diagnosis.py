@@ -110,7 +110,7 @@ def _claim(finding: Finding) -> tuple[str, str, str, int]:
 def _in_front(landing: Landing, verdict: Verdict, says: str) -> str:
     """Edits that are lost come first where the model is sound: "stable" is no news then."""
     if not landing.mostly_lost:
-        return says
+        return f"{says} {landing.says_failed}" if landing.failed else says
     if severity(verdict) or not landing.nothing_lands:
         return f"{landing.says}. {says}"
     if landing.others_moved:

@@ -111,6 +111,12 @@ class Landing:
         return self.nothing_lands or (self.tried >= LAST and self.landed < self.tried / 2 and not self.in_turn)
 
     @property
+    def says_failed(self) -> str:
+        """How many raised, in a sentence of its own."""
+        words = f"{':' if self.failed == 1 else ', mostly:'} {self.words}" if self.words else ""
+        return f"{self.failed} of {self.tried} edits raised an exception{words}."
+
+    @property
     def says(self) -> str:
         """In a sentence, without its full stop; empty where edits land."""
         if not self.mostly_lost:

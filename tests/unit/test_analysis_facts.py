@@ -172,6 +172,10 @@ def test_edits_that_raise_are_lost_with_the_words_that_most_of_them_said() -> No
     assert (diagnosis.verdict, diagnosis.landed, diagnosis.nothing_lands) == ("stable", "none", True)
     assert (diagnosis.cause, diagnosis.confidence) == ("edits-failing", "high")
     assert "each raised an exception (LinAlgError: singular)" in diagnosis.says
+    moved = [row(edit, {("update.norm", A): 1.0}) for edit in range(4, 10)]
+    some = diagnose([row(0, {("update.norm", A): 0.0}), *failed, *moved])
+    assert some.landed == "some"
+    assert some.says.endswith("3 of 9 edits raised an exception, mostly: LinAlgError: singular.")
 
 
 M = "model"

@@ -39,7 +39,7 @@ def test_a_finite_loss_has_a_finite_derivative_which_float16_could_not_hold() ->
 
 
 def test_not_in_a_dtype_that_ends_far_off() -> None:
-    assert cause_of(weights(3.4e38), lost(6.5))[0] == "unknown"
+    assert cause_of(weights(3.4e38), lost(6.5)) == ("loss-not-finite", "low")
 
 
 def test_not_where_the_loss_itself_is_not_finite_or_not_known() -> None:
@@ -50,3 +50,11 @@ def test_not_where_the_loss_itself_is_not_finite_or_not_known() -> None:
 
 def test_not_where_the_forward_was_not_finite_already() -> None:
     assert cause_of(weights(65_504.0), lost(6.5) | {("activation.nonfinite", A): 3.0})[0] != "gradient-overflow"
+
+
+def test_what_later_passes_show_comes_after_the_first() -> None:
+    """An edit of two steps: the first spoils the weights, and the second pass's outputs show it."""
+    inside = {("gradient.nonfinite", A): 90.0, ("gradient.norm", A): math.nan, ("activation.nonfinite", A): 0.0}
+    later = {("activation.nonfinite_passes", A): 1.0, ("activation.max_abs_last", A): math.nan}
+    found = diagnose(row(edit, readings) for edit, readings in enumerate([weights(3.4e38), later | inside]))
+    assert found.first_bad_metric == "gradient.nonfinite"

@@ -73,14 +73,15 @@ def _all_too_large(evidence: Evidence) -> Claim | None:
     here, now, learning = evidence.step, evidence.latest, evidence.learning
     if here is None or now is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.reported:
         return None
-    if now.number < TRIED or any(step.large < USUALLY * step.number for step in (here, now)):
+    if now.large < TRIED or here.large < USUALLY * here.number:
         return None
     large = f"{now.large} of {now.number} edits up to edit {now.edit} each moved a weight by at least half of its"
-    if learning.tried >= TRIED and learning.reached > learning.tried / 2:
+    learned = learning.tried >= TRIED and learning.reached > learning.tried / 2
+    if learned and now.large >= USUALLY * now.number:
         reached = f"and most edits reach what they ask for ({learning.reached} of {learning.tried})"
         return Claim(f"{large} original norm, {reached}.", "medium")
     # What moves weights as far without getting anywhere may have another fault: a wrong sign, a wrong place.
-    if here.rate is None:
+    if learned or here.rate is None:
         return None
     return Claim(f"{large} original norm, by an optimizer's steps at a learning rate of {number(here.rate)}.", "low")
 

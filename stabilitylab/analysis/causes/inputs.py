@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stabilitylab.analysis.causes.evidence import Evidence, Place
+import math
+
+from stabilitylab.analysis.causes.evidence import Evidence, FatalRow, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.columns import kind_of
 from stabilitylab.analysis.findings import Finding
@@ -58,14 +60,32 @@ def _no_loss(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
         return None
-    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients) or fatal.loss is not None:
+    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients):
         return None
+    if fatal.loss is not None:
+        return _no_loss_of_its_own(evidence, fatal)
     narrow = "" if not evidence.narrow else ", or, in float16, a gradient that is too large for it"
     return Claim(
         f"the loss of edit {fatal.edit} sends NaN or infinity to the watched layers, while their outputs and the"
         " logits are all finite: it is not finite itself, or has no gradient there (a mean over a mask that leaves no"
         f" token, a log of 0, a root at 0{narrow}).",
         "medium",
+        None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
+    )
+
+
+def _no_loss_of_its_own(evidence: Evidence, fatal: FatalRow) -> Claim | None:
+    """The model's own loss is sound. What was differentiated may be another, which was made of it or beside it."""
+    if fatal.loss is None or not math.isfinite(fatal.loss) or evidence.weights_dtype == "float16":
+        return None
+    if not fatal.no_gradients:
+        return None
+    return Claim(
+        f"no gradient of edit {fatal.edit} is finite, while the outputs, the logits and the model's own loss"
+        f" ({number(fatal.loss)}) are: what was differentiated is not that loss alone, and what is added to it or"
+        " multiplied with it is not finite or has no finite derivative; or an operation between the logits and the"
+        " watched layers has none.",
+        "low",
         None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
     )
 
@@ -198,7 +218,8 @@ RULES = (
         "The model's outputs are sound and the loss made of them isn't, or its derivative: 0/0 in a mean over an empty"
         " mask, log 0, the root's infinite slope at 0 times 0.",
         "In the first pass of an edit no watched layer has a finite gradient, while all their outputs and the logits"
-        " are finite. Only where the loss is not the model's own, which is read.",
+        " are finite. With low confidence where the model's own loss was read and is finite, for another may have been"
+        " differentiated, unless the weights are in float16.",
         "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
     ),
     Rule(
