@@ -28,13 +28,16 @@ _ATTENTION: Final = ("_scaled_dot_product", "_flash_attention", "_efficient_atte
 
 @dataclass(eq=False)
 class Trail:
-    """One operation and what became of its result. kinds: of what is not finite in it."""
+    """One operation and what became of its result. kinds: of what is not finite in it. went_back: whether a backward
+    passed it on.
+    """
 
     operation: Operation
     kinds: int
     chain: list[Call] = field(default_factory=list)
     reach: Reach = "values"
     reached: str = ""
+    went_back: bool = False
 
     @property
     def made(self) -> Made:
@@ -116,6 +119,7 @@ class Origins:
         else:
             trail = min(sources, key=lambda source: (source.made != "producer", source.operation.number))
             trail.kinds |= kinds
+            trail.went_back = trail.went_back or call.backward
             if len(trail.chain) < FOLLOWED:
                 trail.chain.append(call.without_tensors())
         for memory, found in leaving:

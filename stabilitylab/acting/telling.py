@@ -100,6 +100,7 @@ def told(trail: Trail, call: Call, names: Names) -> Operation:
         operands=tuple(names.operand(values, call) for values in trail.operation.operands),
         reach=trail.reach,
         reached=trail.reached,
+        went_back=trail.went_back or call.backward,
         chain=tuple(
             Step(each.operator.full, names.layer(each), each.direction, place_of(each.spot)) for each in trail.chain
         ),

@@ -139,7 +139,11 @@ class Analyzer:
         self._forecaster.observe(flat)
         if self._alarm is not None and self._story.is_due(row.edit, self._alarm):
             evidence = self._lead_in.evidence(
-                self._ledger.worst, self._ledger.findings(), self._ledger.first_bad(), self._facts.landing
+                self._ledger.worst,
+                self._ledger.findings(),
+                self._ledger.first_bad(),
+                self._facts.landing,
+                self._operations,
             )
             self._story.keep(evidence)
 
@@ -162,7 +166,9 @@ class Analyzer:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
             findings = self._ledger.findings()
             landing = self._facts.landing
-            cause, causes = self._story.tell(self._lead_in.evidence(worst, findings, first_bad, landing))
+            cause, causes = self._story.tell(
+                self._lead_in.evidence(worst, findings, first_bad, landing, self._operations)
+            )
             diagnosis = diagnose(
                 self._ledger.worst,
                 rows=self._rows,

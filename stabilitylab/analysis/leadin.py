@@ -20,6 +20,7 @@ from stabilitylab.analysis.restoring import Restoring
 from stabilitylab.analysis.steadiness import State, Steadiness
 from stabilitylab.analysis.steps import Steps
 from stabilitylab.analysis.trends import theil_sen
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, Key
 
 WINDOWS: Final = (12, 30)
@@ -276,7 +277,12 @@ class LeadIn:
         return bad is not None and (kind_of(bad.metric), bad.site) in self._infinite
 
     def evidence(
-        self, verdict: Verdict, findings: Sequence[Finding], first_bad: Finding | None, landing: Landing
+        self,
+        verdict: Verdict,
+        findings: Sequence[Finding],
+        first_bad: Finding | None,
+        landing: Landing,
+        operations: Sequence[Operation] = (),
     ) -> Evidence:
         """All that a cause may be read from, up to now."""
         return Evidence(
@@ -304,6 +310,7 @@ class LeadIn:
             weights_dtype=self._weights_dtype,
             changes_inside=self._steps.changes_inside,
             ways=self._steps.ways,
+            operations=operations,
         )
 
 

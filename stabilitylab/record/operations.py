@@ -78,7 +78,8 @@ class Operation:
     of, such as ``SqrtBackward0``; place and module are then those of the forward operation. number: how many operations
     of the edit came before it. operands: tensors that went in. settings: other arguments, such as ``eps``. result: what
     came out, the part that is not finite. index: of the first bad entry in it. value: what stands there. reach: how far
-    it came. reached: the name of the weight that it reached, or empty. chain: the first few operations after it that
+    it came. reached: the name of the weight that it reached, or empty. went_back: whether a backward made it or passed
+    it on. chain: the first few operations after it that
     passed it on. precisions: of a replay, what other precisions give. deterministic: of a replay, whether it left bit
     for bit what the edit had left.
     """
@@ -92,6 +93,7 @@ class Operation:
     made: Made
     reach: Reach
     reached: str = ""
+    went_back: bool = False
     node: str = ""
     number: int = 0
     operands: tuple[Values, ...] = ()

@@ -76,6 +76,8 @@ def _step(evidence: Evidence) -> Claim | None:
     sound = fatal.sound_gradients or fatal.gradients_unread
     if not sound or not fatal.sound_forward or evidence.reported or evidence.lone_entry or fatal.edit == 0:
         return None
+    if evidence.sent_back:
+        return None
     return Claim(
         f"the weights of {fatal.weight} are NaN after edit {fatal.edit}, whose outputs"
         f"{'' if fatal.gradients_unread else ' and gradients'} are all finite: the step itself made them, as a division"

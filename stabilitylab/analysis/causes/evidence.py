@@ -9,6 +9,7 @@ from stabilitylab.analysis.findings import Finding, Verdict, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.restoring import Forgotten
 from stabilitylab.analysis.steadiness import State
+from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import MODEL_SITE
 
 
@@ -169,7 +170,7 @@ class Evidence:
     reported: whether the editor told of a value that it searches for, a denominator or a solve, or has a normaliser: it
     makes its updates in another way than by descending. landing: whether edits take effect. weights_dtype: the
     narrowest of the watched weights, if that is one of 16 bits. changes_inside: whether the gradient changed from the
-    first to the last pass of that edit. ways: of each layer.
+    first to the last pass of that edit. ways: of each layer. operations: that were traced.
     """
 
     verdict: Verdict
@@ -196,6 +197,7 @@ class Evidence:
     weights_dtype: str | None
     changes_inside: bool
     ways: Sequence[Way]
+    operations: Sequence[Operation] = ()
 
     def of(self, *rules: str) -> Finding | None:
         """The first finding by any of these rules."""
@@ -208,6 +210,18 @@ class Evidence:
     def is_past(self, verdict: Verdict) -> bool:
         """Whether the run is worse than `verdict`."""
         return severity(self.verdict) > severity(verdict)
+
+    @property
+    def sent_back(self) -> tuple[Operation, ...]:
+        """Operations that were traced in the first non-finite edit and sent what is not finite through a backward: then
+        gradients were not finite, whether or not anyone read them.
+        """
+        if self.fatal is None:
+            return ()
+        edit = self.fatal.edit
+        return tuple(
+            each for each in self.operations if each.edit == edit and each.phase != "canary" and each.went_back
+        )
 
     @property
     def begins(self) -> int | None:

@@ -60,7 +60,11 @@ def _no_loss(evidence: Evidence) -> Claim | None:
     bad, fatal = evidence.first_bad, evidence.fatal
     if bad is None or fatal is None or bad.verdict != "non-finite" or bad.edit != fatal.edit:
         return None
-    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients):
+    sent = evidence.sent_back
+    if any(operation.module not in ("", MODEL_SITE) for operation in sent):
+        return None  # a layer's own operation gave it: no loss did
+    traced = fatal.gradients_unread and bool(sent)
+    if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients or traced):
         return None
     if fatal.loss is not None:
         return _no_loss_of_its_own(evidence, fatal)
@@ -78,14 +82,14 @@ def _no_loss_of_its_own(evidence: Evidence, fatal: FatalRow) -> Claim | None:
     """The model's own loss is sound. What was differentiated may be another, which was made of it or beside it."""
     if fatal.loss is None or not math.isfinite(fatal.loss) or evidence.weights_dtype == "float16":
         return None
-    if not fatal.no_gradients:
+    if not (fatal.no_gradients or fatal.gradients_unread):
         return None
     return Claim(
         f"no gradient of edit {fatal.edit} is finite, while the outputs, the logits and the model's own loss"
         f" ({number(fatal.loss)}) are: what was differentiated is not that loss alone, and what is added to it or"
         " multiplied with it is not finite or has no finite derivative; or an operation between the logits and the"
         " watched layers has none.",
-        "low",
+        "medium" if evidence.sent_back else "low",
         None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
     )
 
