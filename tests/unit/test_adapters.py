@@ -160,6 +160,7 @@ def test_an_optimizer_that_leaps_in_one_direction_repeats_no_update(tmp_path: Pa
         found = monitor.diagnosis()
     run = sl.load(tmp_path / "run")
     assert (run.series("gradient.source", SITE)[1:] == 4).all()
+    assert (run.series("gradient.learning_rate", SITE)[1:] == 0.1).all()
     updates = run.series("update.norm", SITE)[1:]
     assert (run.series("drift.norm", SITE)[-1] > 0.8 * updates.sum(), updates[-1] > 2 * updates[0]) == (True, True)
     assert found.verdict in {"diverging", "collapsed"}
