@@ -235,6 +235,10 @@ class First:
         self._values[places] = first
         return first
 
+    def at(self, place: int) -> float:
+        """The first value at a place that was asked for before."""
+        return float(self._values[place])
+
 
 class Before:
     """What was read in the row before."""

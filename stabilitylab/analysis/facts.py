@@ -16,6 +16,8 @@ here and where they come from:
   update's norm is that one entry, to 2% (its old value is 1% of it): all other entries together moved by less than a
   fifth of it. An editor's update is a sum of outer products, which single no entry out; a memory error or a stray index
   does.
+- ``SHRUNK``: a weight's norm is a tenth of what it was when first read: nine tenths of what training put there is gone.
+  Drift, relative to the original, ends at 1 then, and is as large for a weight that has merely turned.
 - A loss that is NaN over logits that are all finite is a mean over nothing: no label was left unmasked.
 """
 
@@ -46,6 +48,7 @@ __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
 HEADROOM_BITS: Final = 2.0
 STILL: Final = 3
+SHRUNK: Final = 0.1
 LEAP: Final = 100.0
 ALONE: Final = 0.02
 FROZEN_LOSS: Final = 5
@@ -98,6 +101,7 @@ class FactRules:
         self._landings = Landings(self._lookup)
         self._context = NonfiniteContext(self._lookup)
         self._first_headroom = First()
+        self._first_norm = First()
         self._largest = Before()
         self._energy = Before()
         self._growing = 0
@@ -113,6 +117,7 @@ class FactRules:
             ((), _of_row(self._dead)),
             ((), _of_row(self._headroom)),
             (("weight.",), _of_row(self._lone_entry)),
+            (("weight.",), _of_row(self._shrunk)),
             ((), _of_row(self._limits.check)),
             ((_EDITOR,), _of_row(self._editor.check)),
             ((_EDITOR,), self._normaliser.check),
@@ -284,6 +289,15 @@ class FactRules:
                     f" {number(largest)}: no editor does that; look for a memory error or a stray index."
                 )
                 yield Hit("one-entry", metric, place, largest, LEAP * was, "diverging", says)
+
+    def _shrunk(self, row: Flat) -> Iterator[Hit]:
+        """A weight that has lost most of what it began with: its drift alone does not tell it from one that turned."""
+        at = self._lookup.at("weight.norm")
+        first = self._first_norm.of(row.places[at], row.values[at])
+        for place, value, metric, site in self._lookup.new("weight-shrunk", row, at[row.values[at] < SHRUNK * first]):
+            left = value / self._first_norm.at(place)
+            says = f"The weight of {site} has shrunk to {left:.2g} of the norm that it had when first read."
+            yield Hit("weight-shrunk", metric, place, value, SHRUNK * value / left, "drifting", says)
 
     def _lost(self, row: Flat) -> Iterator[Hit]:
         """Edits without effect, from three in a row on. That is no harm to the model: a note, see `landing`."""

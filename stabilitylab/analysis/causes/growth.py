@@ -157,6 +157,22 @@ def _repeated(evidence: Evidence) -> Claim | None:
     )
 
 
+def _decayed(evidence: Evidence) -> Claim | None:
+    found = evidence.of("weight-shrunk")
+    way = None if found is None else next((way for way in evidence.ways if way.site == found.site), None)
+    if found is None or way is None or evidence.lone_entry:
+        return None
+    # One edit that sets it to next to nothing is no decay: no step took a quarter of the norm that it had then.
+    if way.edits < MANY or way.largest > SMALL * (found.value + way.drift):
+        return None
+    return Claim(
+        f"{way.edits} edits have worn down the weight of {found.site}, none of them by more than"
+        f" {number(way.largest)}: each takes a share of the weight away, whatever its request was.",
+        "medium",
+        Place(found.edit, found.metric, found.site),
+    )
+
+
 def _codebook(evidence: Evidence) -> Claim | None:
     canary = evidence.of("canary-moved", "canary-lost", "canary-collapsed", "perplexity-lost")
     if canary is None or evidence.moved or not evidence.codebook:
@@ -229,6 +245,20 @@ ACCUMULATION = (
         "Updates that grow and all point the same way: the distance is four fifths of their sum or more. Not where an"
         " optimizer steps with the weight, or with an adapter's parts of it: momentum and warm-up look the same.",
         "merge() of an adapter, called for an evaluation after each step.",
+    ),
+    Rule(
+        "weights-decayed",
+        "growth",
+        "trigger",
+        _decayed,
+        "See whether the optimizer decays the weights that are edited (weight_decay, times the learning rate, is the"
+        " share that each step takes), or a penalty on the weights' norm does; set it to 0 for edits, and penalise the"
+        " distance from the original weights instead. Go back to before the weights had lost half of their norm.",
+        "Weight decay pulls towards zero, and not towards the weights as they were trained. A rate that is harmless"
+        " over one training is run through again at each edit.",
+        "A weight's norm at a tenth of what it was when first read, after ten edits or more of which none moved it by"
+        " more than a quarter of its norm.",
+        "SGD with weight_decay=8 and a learning rate of 0.01: each step takes a twelfth.",
     ),
     Rule(
         "codebook-overreach",
