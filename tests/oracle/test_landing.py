@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -75,7 +76,7 @@ def naive(rows: list[EditRow]) -> Landing:
     for each, did in told:
         run = [] if did else [*run, each]
     landings = [each.edit for each, did in told if did]
-    gaps = [after - before for before, after in zip(landings, landings[1:], strict=False)][-2:]
+    gaps = [after - before for before, after in itertools.pairwise(landings)][-2:]
     spoilt = [
         each for each in lost if any(count > 0 for count in at(each, "gradient.nonfinite", "gradient.nonfinite_steps"))
     ]
