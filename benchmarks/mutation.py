@@ -85,6 +85,8 @@ STEPS: Final = (25, 125)
 """The 25 narrowest tests in one process, the next 100 in another, then the rest: few need their files to be read."""
 ANYWHERE: Final = 0
 MOST_SECONDS_OF_ALL: Final = 1_800.0
+MOST_FAILING: Final = 0.01
+"""Of the tests, as they are, in the copy: some look for what it lacks."""
 _COPIED: Final = ("stabilitylab", "probes", "reports", "tests", "benchmarks", "examples", "docs")
 _FILES: Final = ("setup.cfg", "pyproject.toml", "README.md", "CHANGELOG.md", "Makefile", "SECURITY.md")
 
@@ -165,11 +167,15 @@ def environment(copy: Path) -> dict[str, str]:
 
 
 class _Contexts:
-    """A pytest plugin: `coverage` is told which test runs, its fixtures with it."""
+    """A pytest plugin: `coverage` is told which test runs, its fixtures with it. Which ones fail is written down."""
 
-    def __init__(self, data: Path) -> None:
-        self.data = data
+    def __init__(self, data: Path, failed: Path) -> None:
+        self.data, self.failed = data, failed
         self.coverage: Any = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.write_text(f"{self.failed.read_text()}{report.nodeid}\n")
 
     def pytest_configure(self) -> None:
         from coverage import Coverage
@@ -194,11 +200,16 @@ def covered(copy: Path) -> dict[Place, list[str]]:
     from coverage import CoverageData
 
     files = [str(file.relative_to(copy)) for pattern in TESTS for file in sorted(copy.glob(pattern))]
-    data = copy / "contexts.coverage"
-    ended = forked_tests.run_each(copy, list(dict.fromkeys(files)), _Contexts(data), MOST_SECONDS_OF_ALL)
-    if ended.failed_by is not None:
+    data, failed = copy / "contexts.coverage", copy / "failed.txt"
+    failed.write_text("")
+    ended = forked_tests.run_each(copy, list(dict.fromkeys(files)), _Contexts(data, failed), MOST_SECONDS_OF_ALL)
+    fail = set(failed.read_text().splitlines())
+    if len(fail) > MOST_FAILING * ended.ran or (ended.failed_by is not None and not fail):
         raise RuntimeError(f"the tests fail without any mutant: {ended.failed_by}\n{output_of(copy)}")
-    return contexts_of(CoverageData(str(data)), copy)
+    if fail:
+        print(f"left out, since they fail without any mutant here: {', '.join(sorted(fail))}", file=sys.stderr)
+    found = contexts_of(CoverageData(str(data)), copy)
+    return {place: [test for test in tests if test not in fail] for place, tests in found.items()}
 
 
 def output_of(copy: Path) -> str:
