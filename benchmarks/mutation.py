@@ -48,8 +48,6 @@ TESTS: Final = (
     "tests/unit/test_announcing.py",
     "tests/unit/test_before_the_first_edit.py",
     "tests/unit/test_calibrating.py",
-    "tests/unit/test_cli.py",
-    "tests/unit/test_cli_scan.py",
     "tests/unit/test_foretold.py",
     "tests/unit/test_grouping.py",
     "tests/unit/test_hostile_files.py",
