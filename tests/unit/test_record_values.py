@@ -16,6 +16,7 @@ import pytest
 import stabilitylab.analysis
 import stabilitylab.record
 from stabilitylab.errors import RunError, UsageError
+from stabilitylab.record import scanned
 from stabilitylab.record.acknowledged import ENDING, acknowledge, acknowledged, forget, missing_says
 from stabilitylab.record.checked import entry, expect, from_json
 from stabilitylab.record.making import as_json, free_folder, is_taken, making
@@ -271,3 +272,15 @@ def test_what_stations_hand_over_can_not_be_changed() -> None:
                     assert frozen == (f"{module.name}.{name}" not in MUTABLE), f"{module.name}.{name}"
     assert len(found) > 40
     assert found >= MUTABLE
+
+
+def test_what_a_brief_scan_leaves_out_is_nothing_out_of_the_ordinary() -> None:
+    """Each default says that nothing was seen, is known or was asked for: it is what a reader finds in its place."""
+    left_out = set()
+    for held in vars(scanned).values():
+        if isinstance(held, type) and dataclasses.is_dataclass(held):
+            for field in dataclasses.fields(held):
+                if field.default is not dataclasses.MISSING:
+                    left_out.add(field.name)
+                    assert field.default in (Some(), None, False, 0, 0.0, "", ()), f"{held.__name__}.{field.name}"
+    assert {"is_site", "is_buffer", "inputs_first", "nonfinite", "tokens", "kl_nats"} <= left_out
