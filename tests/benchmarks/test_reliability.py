@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import nn
 
 import stabilitylab as sl
-from benchmarks import mutation
 from benchmarks.reliability import concurrent_loops, faults, hostile_text, inert, lost, mutants, old_files, table
 from benchmarks.reliability.forks import Forks
 from benchmarks.reliability.promise import Result, counted
@@ -129,12 +128,3 @@ def test_the_table_fits_80_columns_and_the_page_says_what_was_not_run() -> None:
     page = table.page([("make reliability", found)], ["lost", "long"])
     assert "| lost | kill -9 \\| at close | 0 edits lost | 1 of 300 | no | `make reliability` |" in page
     assert "| long | | | not run | | |" in page
-
-
-def test_annotations_are_no_mutants_and_tests_are_found_by_name() -> None:
-    code = "from __future__ import annotations\ndef f(x: int | None) -> int | None:\n    y: int | str = x + 1\n"
-    assert mutation._effect(code) == mutation._effect(code.replace("|", "&"))
-    assert mutation._effect(code) != mutation._effect(code.replace("+", "-"))
-    root = Path(__file__).resolve().parents[2]
-    assert mutation.node_of("test_packed.Test.test_x", root) == "tests/unit/test_packed.py::Test::test_x"
-    assert mutation.node_of("somewhere.else", root) == ""

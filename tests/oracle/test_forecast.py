@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from scipy import linalg, stats
 
-from stabilitylab.analysis.forecast import HORIZON, Crossing, crossing, noise
-from stabilitylab.record.readings import Array
+from stabilitylab.analysis.columns import Columns
+from stabilitylab.analysis.forecast import HORIZON, Crossing, Forecaster, _Fits, crossing, noise
+from stabilitylab.record.readings import Array, EditRow, Key
+from tests.synthetic_runs import METRICS, row
 
 
 def falling(seed: int, how: str, points: int = 40, gaps: bool = False) -> tuple[Array, Array]:
@@ -60,32 +64,202 @@ def naive_shapes(now: float, first: float) -> list[tuple[str, float, float, list
     return shapes + [("bent", 1 / 8, 3.0, [lambda edit: 1.0, bend(rate)]) for rate in rates]
 
 
-def naive_crossing(edits: Array, path: Array) -> list[float]:
-    """Edits to 5, 50 and 95 %, infinite when they are not reached; every whole edit is looked at."""
+@dataclass(frozen=True)
+class NaiveFit:
+    """One shape fitted to a path."""
+
+    kind: str
+    factor: float
+    columns: list[object]
+    fit: Array
+    spread: Array
+    squares: float
+    free: int
+
+    def past_limit(self, now: float, edits: int, reading: float, step: float) -> float:
+        """The probability that the path is at or below zero `edits` from now."""
+        here = np.array([column(now + edits) for column in self.columns])  # type: ignore[operator]
+        error = math.sqrt((here @ self.spread @ here + reading + step * edits) * self.squares / self.free)
+        return float(stats.t.cdf(-(here @ self.fit) / (self.factor * error), self.free))
+
+
+def naive_fits(edits: Array, path: Array) -> tuple[list[NaiveFit], Array]:
+    """All shapes, and their weights, which add up to 1."""
     reading, step = naive_noise(edits, path)
     now, first, count = float(edits[-1]), float(edits[0]), len(edits)
     covariance = np.array([[step * min(now - a, now - b) + reading * (a == b) for b in edits] for a in edits])
     precision = linalg.inv(covariance)
-    ahead = range(1, int(HORIZON * (now - first)) + 1)
-    weights, shares = [], []
-    for _, prior, factor, columns in naive_shapes(now, first):
+    fits, weights = [], []
+    for kind, prior, factor, columns in naive_shapes(now, first):
         design = np.array([[column(edit) for column in columns] for edit in edits])  # type: ignore[operator]
         spread = linalg.inv(design.T @ precision @ design)
         fit = spread @ design.T @ precision @ path
         left = path - design @ fit
         squares = max(float(left @ precision @ left), 0.05 * count)
-        free = count - len(columns)
         weights.append(prior * math.exp(-0.5 * (count * math.log(squares / count) + len(columns) * math.log(count))))
-        past = []
-        for edit in ahead:
-            with np.errstate(over="ignore"):
-                here = np.array([column(now + edit) for column in columns])  # type: ignore[operator]
-            error = math.sqrt((here @ spread @ here + reading + step * edit) * squares / free)
-            past.append(float(stats.t.cdf(-(here @ fit) / (factor * error), free)))
+        fits.append(NaiveFit(kind, factor, columns, fit, spread, squares, count - len(columns)))
+    return fits, np.array(weights) / sum(weights)
+
+
+def naive_shares(edits: Array, path: Array, ahead: Sequence[int]) -> Array:
+    """The share of predictions that are past the limit within each of so many edits; once past is past."""
+    reading, step = naive_noise(edits, path)
+    fits, weights = naive_fits(edits, path)
+    kept = [number for number, weight in enumerate(weights) if weight >= 1e-3]
+    shares = []
+    for number in kept:
+        past = [fits[number].past_limit(float(edits[-1]), edit, reading, step) for edit in ahead]
         shares.append(np.maximum.accumulate(past))
-    mixed = np.average(shares, axis=0, weights=weights)
+    return np.asarray(np.average(shares, axis=0, weights=weights[kept]))
+
+
+def naive_crossing(edits: Array, path: Array) -> list[float]:
+    """Edits to 5, 50 and 95 %, infinite when they are not reached; every whole edit is looked at."""
+    ahead = range(1, int(HORIZON * (edits[-1] - edits[0])) + 1)
+    mixed = naive_shares(edits, path, ahead)
     return [next((float(edit) for edit, past in zip(ahead, mixed, strict=True) if past >= level), math.inf)
             for level in (0.05, 0.5, 0.95)]  # fmt: skip
+
+
+def naive_shape(edits: Array, path: Array) -> str:
+    """A line, with a kink or without, is exponential growth; a parabola counts as what it bends towards."""
+    fits, weights = naive_fits(edits, path)
+    down = {fit.kind: fit.fit[2] < 0 for fit in fits if fit.kind == "parabola"}["parabola"]
+    words = {"line": "exponential", "kink": "exponential", "bent": "accelerating", "power": "flattening"}
+    words["parabola"] = "accelerating" if down else "flattening"
+    believed = dict.fromkeys(("exponential", "accelerating", "flattening"), 0.0)
+    for fit, weight in zip(fits, weights, strict=True):
+        believed[words[fit.kind]] += weight
+    return max(believed, key=believed.__getitem__)
+
+
+@pytest.mark.parametrize("how", ["line", "bent", "late"])
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_past_the_limit_are_the_naive_ones(seed: int, how: str) -> None:
+    edits, path = falling(seed, how, gaps=seed % 2 == 1)
+    fits = _Fits.of(edits, path)
+    np.testing.assert_allclose(fits.weights, naive_fits_in_order(edits, path), rtol=1e-6, atol=1e-9)
+    ahead = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]
+    shares = fits.past_limit(np.array(ahead, dtype=np.float64), fits.weights)
+    np.testing.assert_allclose(shares, naive_shares(edits, path, ahead), rtol=1e-6, atol=1e-9)
+    assert fits.shape(fits.weights) == naive_shape(edits, path)
+
+
+def naive_fits_in_order(edits: Array, path: Array) -> Array:
+    """Weights as the module has its shapes: line, parabola, kinks, exponentials, power."""
+    fits, weights = naive_fits(edits, path)
+    order = ["line", "parabola", "kink", "bent", "power"]
+    return weights[sorted(range(len(fits)), key=lambda at: (order.index(fits[at].kind), at))]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_path_is_steady_when_its_line_falls_by_a_bit_and_by_three_errors(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    edits, said = np.arange(1.0, 21.0), set()
+    for fall in np.linspace(0.2, 6.0, 30):
+        path = 12.0 - fall * (edits - 1.0) / 19.0 + rng.uniform(0.01, 0.5) * rng.standard_normal(20)
+        fits, _ = naive_fits(edits, path)
+        line = fits[0]
+        fallen, error = -line.fit[1], math.sqrt(line.spread[1, 1] * line.squares / line.free)
+        steady = bool(fallen >= 1.0 and fallen >= 3.0 * error)
+        assert _Fits.of(edits, path).steady == steady
+        assert (crossing(edits, path) == "still") == (not steady)
+        said.add(steady)
+    assert said == {True, False}
+
+
+@pytest.mark.parametrize("how", ["line", "bent"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ends_of_the_interval_are_where_the_shares_are(seed: int, how: str) -> None:
+    edits, path = falling(seed, how)
+    found, fits = crossing(edits, path), _Fits.of(edits, path)
+    assert isinstance(found, Crossing)
+    for end, share in ((found.low, 0.05), (found.middle, 0.5), (found.high, 0.95)):
+        if math.isfinite(end) and end > 1.0:
+            (there,) = fits.past_limit(np.array([end]), fits.weights)
+            assert there == pytest.approx(share, abs=0.012)
+
+
+@pytest.mark.parametrize(("path", "why"), [(7, "few"), (8, None)])
+def test_eight_readings_are_enough_and_seven_are_few(path: int, why: str | None) -> None:
+    edits = np.arange(1.0, path + 1.0)
+    found = crossing(edits, 12.0 - edits)
+    assert found == "few" if why else isinstance(found, Crossing)
+
+
+@pytest.mark.parametrize(("last", "reached"), [(0.0, True), (-1.0, True), (0.01, False)])
+def test_a_path_at_its_limit_has_reached_it(last: float, reached: bool) -> None:
+    edits = np.arange(1.0, 14.0)
+    assert (crossing(edits, np.linspace(12.0, last, 13)) == "reached") == reached
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tells"), [(1.0, 9.0, True), (1.0, 9.01, False), (5.0, 33.0, True), (5.0, math.inf, False)]
+)
+def test_an_interval_is_said_up_to_six_times_and_three_edits(low: float, high: float, tells: bool) -> None:
+    assert Crossing(low, 6.0, high, "exponential").tells == tells
+
+
+def histories(seed: int) -> tuple[list[EditRow], dict[Key, list[tuple[int, float]]]]:
+    """Rows of six layers that fall towards their limits, some late, some with gaps, some not at all."""
+    rng = np.random.default_rng([3, seed])
+    metrics = ("weight.headroom_bits", "activation.headroom_bits", "activation.norm_headroom_bits")
+    keys = [(metrics[number % 3], f"layer.{number}") for number in range(6)]
+    pace, begins = rng.uniform(0.0, 0.4, 6), rng.integers(1, 25, 6)
+    rows, held = [], {key: [] for key in keys}  # type: ignore[var-annotated]
+    for edit in range(1, int(rng.integers(20, 75))):
+        readings = {}
+        for number, key in enumerate(keys):
+            if edit >= begins[number] and rng.random() < 0.9:
+                readings[key] = float(13.0 - pace[number] * edit + 0.2 * rng.standard_normal())
+                held[key].append((edit, readings[key]))
+        rows.append(row(edit, readings))
+    return rows, held
+
+
+def naive_nearest(held: dict[Key, list[tuple[int, float]]], now: int) -> list[Key]:
+    """Of each metric the one that is nearest at the steeper of two paces; of these the two nearest."""
+    left: dict[Key, float] = {}
+    for key, readings in held.items():
+        window = readings[-48:]
+        if len(readings) < 8 or readings[-1][0] < now - 10:
+            continue
+
+        def mean(part: list[tuple[int, float]]) -> tuple[float, float]:
+            return sum(edit for edit, _ in part) / 3, sum(value for _, value in part) / 3
+
+        last, starts = mean(window[-3:]), [mean(window[:3]), mean(window[-min(len(window), 12) :][:3])]
+        if last[1] <= 0 or max(value for _, value in starts) - last[1] < 1.0:
+            continue
+        left[key] = last[1] / max((value - last[1]) / (last[0] - edit) for edit, value in starts)
+    nearest: dict[str, Key] = {}
+    for key in sorted(left, key=left.__getitem__):
+        nearest.setdefault(key[0], key)
+    return list(nearest.values())[:2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_series_that_are_fitted_are_those_of_a_naive_look_at_all_of_them(seed: int) -> None:
+    rows, held = histories(seed)
+    columns = Columns(METRICS)
+    forecaster = Forecaster(columns)
+    for each in rows:
+        forecaster.observe(columns.flatten(each))
+    found = [columns.keys[int(forecaster._state["place"][series])] for series in forecaster._nearest()]
+    expected = naive_nearest(held, rows[-1].edit)
+    assert found == expected
+    said = forecaster.forecast()
+    if said.edits_left is not None:
+        edits, path = (
+            np.array(each, dtype=np.float64) for each in zip(*held[said.metric, said.site][-48:], strict=True)
+        )
+        crossed = crossing(edits, path)
+        assert isinstance(crossed, Crossing)
+        age = rows[-1].edit - edits[-1]
+        assert said.low == max(math.floor(crossed.low - age), 1)
+        assert said.edits_left == max(round(crossed.middle - age), 1)
+        assert said.high == max(math.ceil(crossed.high - age), 1)
+        assert said.shape == crossed.shape
 
 
 @pytest.mark.parametrize("gaps", [False, True])

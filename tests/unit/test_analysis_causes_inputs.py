@@ -1,0 +1,171 @@
+"""Rules of what went in: labels, masks, a normaliser's statistics, at their limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stabilitylab.analysis.causes.evidence import Place
+from tests.cause_cases import (
+    BAD,
+    BF16,
+    DIVIDED,
+    FATAL,
+    NAN,
+    SPREADLESS,
+    A,
+    B,
+    Case,
+    U,
+    bad,
+    check_limits,
+    check_words,
+    every,
+    finding,
+)
+
+CASES = (
+    Case(
+        "labels-ignored",
+        bad(finding("labels-masked"), verdict="non-finite"),
+        "high",
+        "the loss of edit 5 is NaN while every logit is finite",
+        not_with=[{"first_bad": NAN}, {"first_bad": None}],
+    ),
+    Case(
+        "masked-row",
+        bad(replace(NAN, metric="activation")) | {"fatal": replace(FATAL, masked_rows=3.0)},
+        "medium",
+        "3 rows of edit 5's attention mask see no real token, as in no edit before, and activation",
+        also=[
+            {"first_bad": replace(NAN, metric=kind)} for kind in ("attention.max_abs", "logits.max", "gradient.norm")
+        ],
+        not_with=[
+            {"fatal": FATAL},
+            {"fatal": replace(FATAL, masked_rows=3.0, unmasked_before=False)},
+            {"fatal": replace(FATAL, masked_rows=3.0, edit=4)},
+            {"first_bad": NAN},
+            {"first_bad": replace(NAN, metric="activation", verdict="diverging")},
+            {"fatal": None},
+        ],
+    ),
+    Case(
+        "masked-row",
+        bad(replace(NAN, metric="activation")) | {"fatal": replace(FATAL, masked_rows=3.0, masks_before=False)},
+        "low",
+        "see no real token, and activation",
+    ),
+    Case(
+        "loss-not-finite",
+        bad(NAN) | {"fatal": replace(FATAL, no_gradients=True, limit=BF16, sound_gradients=False)},
+        "medium",
+        "the loss of edit 5 sends NaN or infinity to the watched layers, while their outputs and the logits are all",
+        Place(5, "weight.nonfinite", A),
+        also=[
+            {"fatal": replace(FATAL, later_gradients=True, limit=BF16)},
+            {"fatal": replace(FATAL, no_gradients=True, weight=None)},
+        ],
+        not_with=[
+            {"fatal": replace(FATAL, sound_gradients=False)},
+            {"fatal": replace(FATAL, no_gradients=True, sound_forward=False)},
+            {"fatal": replace(FATAL, no_gradients=True, loss_read=True)},
+            {"fatal": replace(FATAL, no_gradients=True, edit=4)},
+            {"first_bad": replace(NAN, verdict="diverging")},
+            {"fatal": None},
+        ],
+    ),
+    Case(
+        "normaliser-too-few-rows",
+        bad(replace(NAN, metric="editor.nonfinite", site=U), finding("one-row", site=U)),
+        "high",
+        f"the editor's normaliser at {U} was made from one row by edit 5, and a spread needs two: its std is NaN",
+        Place(5, "editor.nonfinite", U),
+        not_with=[
+            {"findings": (NAN, finding("one-row", site=U, edit=4))},
+            {"findings": (NAN, finding("one-row", site=B))},
+            {"first_bad": NAN},
+        ],
+    ),
+    Case(
+        "normaliser-too-few-rows",
+        {"divided": SPREADLESS, "findings": (finding("spreadless", site=U),)},
+        "medium",
+        "its std is 0 at every unit, and a normalised input reached 3.2e5 at edit 5.",
+        Place(5, "editor.input_max", U),
+        not_with=[{"divided": DIVIDED}, {"findings": ()}, {"divided": None}],
+    ),
+    Case(
+        "normaliser-nan",
+        bad(replace(NAN, metric="editor.nonfinite", site=U)),
+        "high",
+        f"9 statistics of the editor's normaliser at {U} are NaN or infinite at edit 5, and were finite until then",
+        also=[{"first_bad": replace(NAN, metric="editor.nonfinite", site=U, edit=edit)} for edit in (0, 1, 2)],
+        not_with=[
+            {"first_bad": NAN},
+            {"first_bad": None},
+            {"findings": (NAN, finding("no-row", site=U))},
+        ],
+    ),
+    Case(
+        "normaliser-nan",
+        bad(replace(NAN, metric="editor.nonfinite", site=U), finding("one-row-update", site=U)),
+        "high",
+        "is NaN at every unit from edit 5 on, while its means are finite",
+    ),
+    Case(
+        "normaliser-nan",
+        bad(replace(NAN, metric="editor.nonfinite", site=U), finding("one-row-update", site=U, edit=4)),
+        "high",
+        "and were finite until then",
+    ),
+    Case(
+        "normaliser-nan",
+        bad(replace(NAN, metric="editor.nonfinite", site=U, edit=0)),
+        "high",
+        "before the first edit: never loaded",
+    ),
+    Case(
+        "normaliser-nan", bad(replace(NAN, metric="editor.nonfinite", site=U, edit=1)), "high", "by the end of edit 1"
+    ),
+    Case(
+        "normaliser-zero-std",
+        {"divided": DIVIDED},
+        "high",
+        f"unit 17 of the editor's frozen normaliser at {U} was divided by a std of 0: its normalised input reached",
+        Place(5, "editor.input_max", U),
+        also=[
+            {"divided": replace(DIVIDED, unit=None, state="")},
+            {"divided": SPREADLESS},
+            {"findings": (finding("one-row", site=U),)},
+        ],
+        not_with=[
+            {"divided": None},
+            {"divided": replace(DIVIDED, std=None)},
+            {"divided": SPREADLESS, "findings": (finding("one-row", site=U),)},
+        ],
+    ),
+    Case(
+        "statistics-restarted",
+        bad(BAD, finding("statistics-restarted", metric="editor.std_min", site=U, value=0.4, threshold=0.2)),
+        "medium",
+        f"began anew at edit 5: at {U} the smallest std was 0.2 and is 0.4, and all the others jumped with it.",
+        Place(5, "editor.std_min", U),
+        not_with=[{"findings": (replace(BAD, edit=4), finding("statistics-restarted"))}, {"findings": (BAD,)}],
+    ),
+    Case(
+        "statistics-restarted",
+        bad(BAD, finding("statistics-restarted", metric="editor.seen_rows", site=U, value=3.0, threshold=90.0)),
+        "medium",
+        "they had seen 90 rows, and have now seen 3.",
+        Place(5, "editor.seen_rows", U),
+    ),
+)
+
+
+@every(CASES)
+def test_it_is_claimed_in_these_words(case: Case) -> None:
+    check_words(case)
+
+
+@every(CASES)
+def test_it_is_claimed_at_its_limits_and_not_beyond_them(case: Case) -> None:
+    check_limits(case)
