@@ -3,7 +3,7 @@
 Hooks live inside one edit only: `Capture` is entered when the edit begins and finds its modules by name then, since the
 last edit may have swapped, wrapped or deep-copied them. Leaving it removes them all, whatever was raised.
 
-A layer's δ is caught by a pre-hook on the autograd node that made its output. A tensor hook on the output itself would
+A layer's δ is caught by a hook on the autograd node that made its output. A tensor hook on the output itself would
 silently never fire where the output is a view that is then changed in place (a biased 3-D Linear before `relu_`).
 """
 
@@ -39,8 +39,11 @@ class Watcher(Protocol):
     def layer_output(self, site: str, fired: int, output: Tensor) -> None:
         """A layer was run. Its output may be overwritten a moment later."""
 
-    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
-        """A backward answered a forward of a layer: its input and the gradient δ at its output, of the same tokens."""
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
+        """A backward answered a forward of a layer: its input and the gradient δ at its output, of the same tokens.
+
+        product: what the backward made of the two by itself, [in, out], where it did: the loop's, and not to be kept.
+        """
 
     def overwritten(self, site: str) -> None:
         """A backward answered a forward whose input was changed in place since: its gradient can't be told."""
@@ -108,6 +111,22 @@ def _node_of(output: Tensor) -> Any:
     base = output._base
     whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
     return base.grad_fn if base is not None and whole else output.grad_fn
+
+
+_PRODUCTS = {"MmBackward0": 1, "AddmmBackward0": 2}
+"""Autograd nodes of a product of tokens with a weight, and where the weight's gradient is among what they give back."""
+
+
+def _product_at(node: Any) -> tuple[Any, int | None]:
+    """(the node that the layer's δ reaches, where it gives back the product of δ and the input); None where it doesn't.
+
+    It does where the weight, or what it was made from, asks for a gradient.
+    """
+    if node.name() == "UnsafeViewBackward0":  # of a Linear without bias, from more dimensions than two
+        inner = node.next_functions[0][0]
+        node = inner if inner is not None and inner.name() in _PRODUCTS else node
+    at = _PRODUCTS.get(node.name())
+    return node, None if at is None or node.next_functions[at][0] is None else at
 
 
 class Capture:
@@ -242,18 +261,32 @@ class Capture:
         if node is None or values is None:
             return
         held, version = values.detach(), version_of(values)
+        reached, place = _product_at(node)
 
-        def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
-            delta = plain(gradients[0]) if gradients and gradients[0] is not None else None
+        def answered(delta: Tensor | None, product: Tensor | None) -> None:
+            delta = None if delta is None else plain(delta)
             if self._left or delta is None:
                 return
             if version is not None and held._version != version:
                 self._watcher.overwritten(site)
             else:
-                self._watcher.layer_pass(site, fired, held, delta.detach())
+                product = None if product is None else plain(product)
+                self._watcher.layer_pass(
+                    site, fired, held, delta.detach(), None if product is None else product.detach()
+                )
+
+        def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
+            answered(gradients[0] if gradients else None, None)
+
+        def after_backward(given: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
+            assert place is not None
+            answered(gradients[0] if gradients else None, given[place])
 
         # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
-        self.own(node.register_prehook(self.hook(before_backward)))
+        if place is None:
+            self.own(reached.register_prehook(self.hook(before_backward)))
+        else:
+            self.own(reached.register_hook(self.hook(after_backward)))
 
     def _as_sequence(self, module: nn.Module, y: Tensor) -> Tensor:
         """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1).
