@@ -275,8 +275,8 @@ def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSp
 def reduce_size(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tuple[Tensor, Rebuild[GradientSize]]:
     """What `GradientSize` is made from, likewise, for a fraction of the work.
 
-    product: Xᵀδ [in, out] as a backward has formed it, if it did. Without one that can be used, beyond rank 256 the norm
-    is an estimate that the leading singular values are a part of: they come along.
+    product: Xᵀδ [in, out] as a backward has formed it, if it did. Without one that can be used the norm is beyond rank
+    256 an estimate that the leading singular values are a part of: they come along.
     """
     read = None if product is None else _size_of_product(x, delta, product)
     if read is not None:

@@ -13,7 +13,7 @@ from stabilitylab.probes.canary_places import CanaryPlaces
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, on_cpu, wide_dtype
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
-_POSITIONED = 3  # dimensions of [batch, positions, vocabulary]
+_ROWS, _POSITIONED = 2, 3  # dimensions of [batch, vocabulary] and [batch, positions, vocabulary]
 _AT_ONCE = 16  # tokens of the canary: their vocabularies in float64 are what takes memory
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
@@ -120,14 +120,14 @@ def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     side; where it is shorter than the logits (image tokens put before the text) it is aligned to their end.
     """
     last = logits.detach()
-    if last.dim() != 2:
+    if last.dim() != _ROWS:
         rows = last.reshape(-1, *last.shape[-2:])
         last = rows[torch.arange(rows.shape[0], device=rows.device), _last_tokens(rows, attention_mask)]
     return last.to(wide_dtype(last))
 
 
 _Sums = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each row of logits z, float64: the largest, the second, t = Σ e^(z − largest), and Σ (z − largest) e^(z − largest)."""
+"""Of each row of logits, float64: the largest; the second; and with d = logits − the largest Σ eᵈ and Σ d eᵈ."""
 
 
 def _sums(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
@@ -144,10 +144,12 @@ def _sums(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
 
 def _sums_by_row(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
     """The same on a CPU, in memory of one row: fresh memory for all of them takes longer than what is done in it."""
-    rows = logits.detach()
-    if rows.dim() != 2:
-        rows = rows.reshape(-1, *rows.shape[-2:])
-        rows = [row[at] for row, at in zip(rows, _last_tokens(rows, attention_mask).tolist(), strict=True)]
+    held = logits.detach()
+    if held.dim() == _ROWS:
+        rows = list(held)
+    else:
+        held = held.reshape(-1, *held.shape[-2:])
+        rows = [row[at] for row, at in zip(held, _last_tokens(held, attention_mask).tolist(), strict=True)]
     below, weights = torch.empty(2, logits.shape[-1], dtype=torch.float64)
     found = []
     for row in rows:

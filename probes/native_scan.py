@@ -164,6 +164,20 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
 
 
+def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
+    """Whether two contiguous tensors [rows, ..] on a CPU hold the same bits in so many entries of each row, which are
+    further right from row to row, and from the left again. One dimension is one row.
+
+    sample: of whole 64-bit words, and no longer than a row.
+    """
+    built = _for(left)
+    if built is None or not _fits(right, left.dtype):
+        return None
+    rows, width = left.shape[0] if left.dim() > 1 else 1, left.element_size()
+    same: bool = built.alike(left.data_ptr(), right.data_ptr(), rows, left.numel() // rows * width, sample * width)
+    return same
+
+
 def _for(tensor: Tensor) -> ModuleType | None:
     """The native code, where it was built and can read this tensor."""
     if _BUILT is None or not _fits(tensor, tensor.dtype) or not tensor.numel() or weight_pass() == "numpy":

@@ -167,8 +167,10 @@ enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
 
 SWEEPS(plain, )
 #if defined(__x86_64__) && defined(__GNUC__)
-SWEEPS(avx2, __attribute__((target("avx2,fma,f16c"))))
-SWEEPS(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c"))))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c")))
+SWEEPS(avx2, AVX2)
+SWEEPS(avx512, AVX512)
 #endif
 
 static const char *isa = "plain";
@@ -220,6 +222,20 @@ ROWS(rows_float16, chunk_float16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
 ROWS(rows_bfloat16, chunk_bfloat16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
 ROWS(rows_float64, chunk_float64, double, INT64_MAX, INT64_MIN, from_ordered_wide)
 
+#define ROWS_OF(SUFFIX, TARGET)                                                                                        \
+    TARGET static void rows_float16_##SUFFIX(Rows *r) { rows_float16(r); }                                             \
+    TARGET static void rows_bfloat16_##SUFFIX(Rows *r) { rows_bfloat16(r); }                                           \
+    TARGET static void rows_float32_##SUFFIX(Rows *r) { rows_float32(r); }                                             \
+    TARGET static void rows_float64_##SUFFIX(Rows *r) { rows_float64(r); }                                             \
+    static void (*const rows_##SUFFIX[DTYPES])(Rows *) = {rows_float16_##SUFFIX, rows_bfloat16_##SUFFIX,               \
+                                                          rows_float32_##SUFFIX, rows_float64_##SUFFIX};
+
+ROWS_OF(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+ROWS_OF(avx2, AVX2)
+ROWS_OF(avx512, AVX512)
+#endif
+
 static PyObject *rows(PyObject *module, PyObject *args) {
     unsigned long long values;
     Rows r = {0};
@@ -232,12 +248,12 @@ static PyObject *rows(PyObject *module, PyObject *args) {
     }
     r.values = (const void *)(uintptr_t)values;
     Py_BEGIN_ALLOW_THREADS;
-    switch (dtype) {
-    case FLOAT16: rows_float16(&r); break;
-    case BFLOAT16: rows_bfloat16(&r); break;
-    case FLOAT32: rows_float32(&r); break;
-    default: rows_float64(&r);
-    }
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sweeps == sweeps_avx512) rows_avx512[dtype](&r);
+    else if (sweeps == sweeps_avx2) rows_avx2[dtype](&r);
+    else
+#endif
+    rows_plain[dtype](&r);
     Py_END_ALLOW_THREADS;
     return Py_BuildValue("dddddd", r.square, r.low, r.high, r.square_beyond, r.low_beyond, r.high_beyond);
 }
@@ -318,7 +334,8 @@ typedef struct {
 FACTOR(factor_float32, float, uint32_t, 0x7fffffffu)
 FACTOR(factor_float64, double, uint64_t, 0x7fffffffffffffffu)
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) static void factor_float32_avx2(Factor *f) { factor_float32(f); }
+AVX2 static void factor_float32_avx2(Factor *f) { factor_float32(f); }
+AVX512 static void factor_float32_avx512(Factor *f) { factor_float32(f); }
 #endif
 
 static PyObject *factor(PyObject *module, PyObject *args) {
@@ -340,7 +357,8 @@ static PyObject *factor(PyObject *module, PyObject *args) {
     Py_ssize_t silent = 0;
     Py_BEGIN_ALLOW_THREADS;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (!wide && sweeps != sweeps_plain) factor_float32_avx2(&f);
+    if (!wide && sweeps == sweeps_avx512) factor_float32_avx512(&f);
+    else if (!wide && sweeps == sweeps_avx2) factor_float32_avx2(&f);
     else
 #endif
     if (wide) factor_float64(&f);
@@ -350,6 +368,34 @@ static PyObject *factor(PyObject *module, PyObject *args) {
     Py_END_ALLOW_THREADS;
     PyMem_Free(f.met);
     return Py_BuildValue("dn", f.square, silent);
+}
+
+/* Whether two matrices agree in so many bytes of each row, as far to the right again from row to row, and from the left
+ * again. Without a branch on what is found, so that many rows are on their way from memory at once. */
+static PyObject *alike(PyObject *module, PyObject *args) {
+    unsigned long long left, right;
+    Py_ssize_t rows, width, sample, at = 0;
+    uint64_t differ = 0;
+    if (!PyArg_ParseTuple(args, "KKnnn", &left, &right, &rows, &width, &sample))
+        return NULL;
+    if (rows <= 0 || sample <= 0 || sample % (Py_ssize_t)sizeof differ || width < sample || !left || !right) {
+        PyErr_SetString(PyExc_ValueError, "alike: expected two matrices, and whole words in each row");
+        return NULL;
+    }
+    const char *a = (const char *)(uintptr_t)left, *b = (const char *)(uintptr_t)right;
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t row = 0; row < rows; row++, a += width, b += width, at += sample) {
+        at = at < width ? at : 0;
+        Py_ssize_t start = at < width - sample ? at : width - sample;
+        for (Py_ssize_t byte = start; byte < start + sample; byte += (Py_ssize_t)sizeof differ) {
+            uint64_t one, other;
+            memcpy(&one, a + byte, sizeof one);
+            memcpy(&other, b + byte, sizeof other);
+            differ |= one ^ other;
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    return PyBool_FromLong(differ == 0);
 }
 
 static PyObject *sweep(PyObject *module, PyObject *args) {
@@ -385,6 +431,8 @@ static PyMethodDef methods[] = {
     {"factor", factor, METH_VARARGS,
      "factor(values, lives, rows, columns, wide) -> (sum of squares, columns that are all 0); lives: a byte a row, "
      "whether any entry of it is not 0"},
+    {"alike", alike, METH_VARARGS,
+     "alike(left, right, rows, width, sample) -> whether two matrices of rows of so many bytes agree in a sample of each"},
     {NULL, NULL, 0, NULL},
 };
 

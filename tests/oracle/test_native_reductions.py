@@ -16,6 +16,7 @@ from stabilitylab.probes.native_scan import (
     ASKED,
     bare_sweep,
     count_nonfinite_of,
+    rows_alike,
     scan_extremes,
     scan_factor,
     scan_rows,
@@ -23,7 +24,7 @@ from stabilitylab.probes.native_scan import (
 )
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.state_pass import SAMPLE, count_bad
-from stabilitylab.probes.weight_pass import extremes, reduce_weight
+from stabilitylab.probes.weight_pass import extremes, reduce_weight, same_sample
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LOST = [math.nan, -math.nan, math.inf, -math.inf]
@@ -132,6 +133,29 @@ def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int
         assert found.dead_share == pytest.approx((x == 0).all(dim=0).double().mean().item(), abs=1e-12)
 
 
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 9),
+    columns=st.integers(16, 70),
+    kind=st.sampled_from(DTYPES),
+    dims=st.integers(1, 3),
+)
+def test_a_sample_of_each_row_is_further_right_from_row_to_row(
+    path: str, seed: int, rows: int, columns: int, kind: torch.dtype, dims: int
+) -> None:
+    rows = 1 if dims == 1 else rows
+    weight = some(seed, rows, columns, dtype=kind)
+    at = seed % weight.numel()
+    other = weight.clone()
+    other.view(-1)[at] += 1
+    row, column = divmod(at, columns)
+    start = min(row % math.ceil(columns / 16) * 16, columns - 16)
+    shape = {1: (columns,), 2: (rows, columns), 3: (rows, columns, 1)}[dims]
+    same = same_sample(weight.view(shape), other.view(shape))
+    assert same == (not start <= column < start + 16)
+
+
 def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> None:
     for scale in (1e200, 1e-200):
         huge = torch.full((3, 4), scale, dtype=torch.float64)
@@ -145,6 +169,7 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
         assert scan_rows(tensor) is None
         assert scan_extremes(tensor) is None
         assert count_nonfinite_of([(tensor, 1)]) is None
+        assert rows_alike(tensor, tensor, 1) is None
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
     assert scan_rows(some(1, 5)) is None
