@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.canary_places import CanaryPlaces
-from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, on_cpu, wide_dtype
+from stabilitylab.probes.native_scan import softmax_sums
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
 _ROWS, _POSITIONED = 2, 3  # dimensions of [batch, vocabulary] and [batch, positions, vocabulary]
@@ -142,25 +143,22 @@ def _sums(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
     return top[:, 0], top[:, -1], total, weights.mul_(below.clamp_min_(_NO_CHANCE)).sum(dim=-1)
 
 
-def _sums_by_row(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
-    """The same on a CPU, in memory of one row: fresh memory for all of them takes longer than what is done in it."""
+def _sums_by_row(logits: Tensor, attention_mask: Tensor | None) -> _Sums | None:
+    """The same by native code, on a CPU: what is done in fresh memory of their size takes less time than to get that.
+
+    None where it has to be done the other way.
+    """
     held = logits.detach()
     if held.dim() == _ROWS:
         rows = list(held)
     else:
         held = held.reshape(-1, *held.shape[-2:])
         rows = [row[at] for row, at in zip(held, _last_tokens(held, attention_mask).tolist(), strict=True)]
-    below, weights = torch.empty(2, logits.shape[-1], dtype=torch.float64)
-    found = []
-    for row in rows:
-        at = int(as_array(below.copy_(row)).argmax())  # of a NaN, where there is one
-        largest = below[at].clone()
-        below[at] = -torch.inf
-        second = below.amax() if below.numel() > 1 else largest
-        below[at] = largest
-        torch.exp(below.sub_(largest), out=weights)
-        found.append(torch.stack([largest, second, weights.sum(), torch.dot(weights, below.clamp_min_(_NO_CHANCE))]))
-    largest, second, total, weighted = torch.stack(found).T
+    found = [softmax_sums(row) for row in rows]
+    there = [sums for sums in found if sums is not None]
+    if not there or len(there) < len(found):
+        return None
+    largest, second, total, weighted = torch.tensor(there, dtype=torch.float64).T
     return largest, second, total, weighted
 
 
@@ -169,7 +167,8 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The numbers of `LogitsPass` as a float64 tensor of shape [7] on the logits' device."""
     wide = logits.detach()
     low, high = extremes(wide)
-    largest, second, total, weighted = (_sums_by_row if on_cpu(wide) else _sums)(logits, attention_mask)
+    by_row = _sums_by_row(logits, attention_mask) if on_cpu(wide) else None
+    largest, second, total, weighted = _sums(logits, attention_mask) if by_row is None else by_row
     return torch.stack(
         [
             low,

@@ -164,6 +164,24 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
 
 
+class SoftmaxSums(NamedTuple):
+    """Of one row of logits: the largest, the second, and with d = logit − largest the sums of eᵈ and of d eᵈ."""
+
+    largest: float
+    second: float
+    total: float
+    weighted: float
+
+
+def softmax_sums(row: Tensor) -> SoftmaxSums | None:
+    """Of a contiguous row on a CPU, with no memory of its size; None where an entry is NaN or the largest infinite."""
+    built = _for(row)
+    if built is None:
+        return None
+    found = SoftmaxSums(*built.softmax(row.data_ptr(), row.numel(), _DTYPES[row.dtype]))
+    return None if math.isnan(found.total) else found
+
+
 def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
     """Whether two contiguous tensors [rows, ..] on a CPU hold the same bits in so many entries of each row, which are
     further right from row to row, and from the left again. One dimension is one row.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
+from stabilitylab.probes.logits_pass import reduce_logits
 from stabilitylab.probes.native_scan import (
     ASKED,
     bare_sweep,
@@ -20,6 +21,7 @@ from stabilitylab.probes.native_scan import (
     scan_extremes,
     scan_factor,
     scan_rows,
+    softmax_sums,
     weight_pass,
 )
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
@@ -136,6 +138,44 @@ def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int
 @quick
 @given(
     seed=st.integers(0, 10_000),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 9, 511, 512, 513, 1500])),
+    kind=st.sampled_from(DTYPES),
+    power=st.sampled_from([-3, 0, 2]),
+    masked=st.booleans(),
+    ties=st.booleans(),
+)
+def test_the_logits_of_each_rows_last_token(
+    path: str, seed: int, shape: tuple[int, int, int], kind: torch.dtype, power: int, masked: bool, ties: bool
+) -> None:
+    logits = some(seed, *shape, dtype=kind, scale=10.0**power)
+    if masked:
+        logits[..., 1::3] = -math.inf
+    if ties:
+        logits[..., -1] = logits.amax(dim=-1)
+    found = reduce_logits(logits, None)
+    last = logits[:, -1].double()
+    weights = torch.softmax(last, dim=-1)
+    entropy = -(weights * weights.clamp_min(1e-300).log()).sum(dim=-1)
+    top = last.sort(dim=-1, descending=True).values
+    margin = top[:, 0] - top[:, min(1, shape[-1] - 1)]
+    expected = [last.logsumexp(dim=-1), entropy, margin, weights.amax(dim=-1)]
+    assert found[2:6].tolist() == pytest.approx([part.mean().item() for part in expected], rel=1e-6, abs=1e-9)
+    assert found[6] == (~torch.isfinite(logits)).sum()
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_logits_that_are_lost(path: str, lost: float) -> None:
+    logits = some(1, 2, 3, 40)
+    logits[0, -1, 7] = lost
+    expected = torch.logsumexp(logits[:, -1].double(), dim=-1).mean().item() if lost < 0 else math.nan
+    found = reduce_logits(logits, None)
+    assert found[2].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    assert found[6] == 1
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
     rows=st.integers(1, 9),
     columns=st.integers(16, 70),
     kind=st.sampled_from(DTYPES),
@@ -170,6 +210,7 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
         assert scan_extremes(tensor) is None
         assert count_nonfinite_of([(tensor, 1)]) is None
         assert rows_alike(tensor, tensor, 1) is None
+        assert softmax_sums(tensor) is None
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
     assert scan_rows(some(1, 5)) is None
