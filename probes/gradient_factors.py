@@ -30,7 +30,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram, norm_of_product
-from stabilitylab.probes.native_scan import scan_factor, sweep
+from stabilitylab.probes.native_scan import scan_factor, scan_whole
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -314,12 +314,12 @@ def _size_of_product(x: Tensor, delta: Tensor, product: Tensor) -> Tensor | None
     seen, other = scan_factor(x), scan_factor(delta)
     if seen is None or other is None or not all(_SAFE[0] < each.norm < _SAFE[1] for each in (seen, other)):
         return None
-    swept, size = sweep(whole, None, whole.numel()), seen.norm * other.norm
-    if swept is None or not _UNCANCELLED * size < math.sqrt(swept.squares[0]) < math.inf:
+    read, size = scan_whole(whole), seen.norm * other.norm
+    norm = math.nan if read is None else math.sqrt(read.square)
+    if not _UNCANCELLED * size < norm < math.inf:
         return None
     zero_share = 1 - (1 - seen.silent_share) * (1 - other.silent_share)
-    numbers = [0.0, 1.0, 1.0, zero_share, seen.silent_share, size, math.sqrt(swept.squares[0])]
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor([0.0, 1.0, 1.0, zero_share, seen.silent_share, size, norm], dtype=torch.float64)
 
 
 _Both = tuple[Tensor, Tensor, Tensor, int]

@@ -10,6 +10,7 @@ silently never fire where the output is a view that is then changed in place (a 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -158,6 +159,8 @@ class Capture:
         self._left = False
         self._backward = -1
         self._stack = contextlib.ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._stack.callback(self._remove)
 
     def __enter__(self) -> Capture:
         return self
@@ -175,7 +178,11 @@ class Capture:
 
     def own(self, handle: RemovableHandle) -> None:
         """Remove this handle when the edit ends."""
-        self._stack.callback(handle.remove)
+        self._handles.append(handle)
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def hook(self, action: Callable[..., None]) -> Hook:
         """`action` as a hook that falls silent when the edit ends."""
@@ -260,33 +267,26 @@ class Capture:
         node, values = _node_of(y), plain(x)
         if node is None or values is None:
             return
-        held, version = values.detach(), version_of(values)
+        held = values.detach()
         reached, place = _product_at(node)
-
-        def answered(delta: Tensor | None, product: Tensor | None) -> None:
-            delta = None if delta is None else plain(delta)
-            if self._left or delta is None:
-                return
-            if version is not None and held._version != version:
-                self._watcher.overwritten(site)
-            else:
-                product = None if product is None else plain(product)
-                self._watcher.layer_pass(
-                    site, fired, held, delta.detach(), None if product is None else product.detach()
-                )
-
-        def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
-            answered(gradients[0] if gradients else None, None)
-
-        def after_backward(given: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
-            assert place is not None
-            answered(gradients[0] if gradients else None, given[place])
-
+        answered = functools.partial(self._answered, site, fired, held, version_of(values), place)
+        register = reached.register_prehook if place is None else reached.register_hook
         # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
-        if place is None:
-            self.own(reached.register_prehook(self.hook(before_backward)))
-        else:
-            self.own(reached.register_hook(self.hook(after_backward)))
+        self.own(register(self.hook(answered)))
+
+    def _answered(
+        self, site: str, fired: int, x: Tensor, version: int | None, place: int | None, *gradients: tuple[Any, ...]
+    ) -> None:
+        """A backward has come to a layer's output, or past it where that gives the product: then what it gave is first."""
+        reached = gradients[-1]
+        delta = plain(reached[0]) if reached and reached[0] is not None else None
+        if self._left or delta is None:
+            return
+        if version is not None and x._version != version:
+            self._watcher.overwritten(site)
+            return
+        given = None if place is None else gradients[0][place]
+        self._watcher.layer_pass(site, fired, x, delta.detach(), None if given is None else plain(given))
 
     def _as_sequence(self, module: nn.Module, y: Tensor) -> Tensor:
         """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1).

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stabilitylab.probes import native_scan
 from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
 from stabilitylab.probes.logits_pass import reduce_logits
 from stabilitylab.probes.native_scan import (
@@ -36,7 +37,7 @@ quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(params=["native", "numpy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
-        monkeypatch.setenv(ASKED, "numpy")
+        monkeypatch.setattr(native_scan, "_BUILT", None)
     elif weight_pass() == "numpy":
         pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
     return str(request.param)
@@ -214,6 +215,11 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
     assert scan_rows(some(1, 5)) is None
+
+
+def test_numpy_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ASKED, "numpy")
+    assert native_scan._load() is None
 
 
 def test_the_bare_loop_does_what_the_weight_pass_does() -> None:

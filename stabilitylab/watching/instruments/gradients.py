@@ -134,7 +134,9 @@ class GradientInstrument:
 
     def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
         """A backward has answered a forward."""
-        seen = self._seen.setdefault(site, _Seen(fired))
+        seen = self._seen.get(site)
+        if seen is None:
+            seen = self._seen[site] = _Seen(fired)
         if seen.fired == fired:
             product = product if site in self._plain else None
             self._bench.safely(f"gradient of {site}", lambda: self._pass(site, seen, x, delta, product))
