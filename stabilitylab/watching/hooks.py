@@ -277,7 +277,7 @@ class Capture:
     def _answered(
         self, site: str, fired: int, x: Tensor, version: int | None, place: int | None, *gradients: tuple[Any, ...]
     ) -> None:
-        """A backward has come to a layer's output; or past it where it gives the product, which is then among the first."""
+        """A backward has come to a layer's output; or past it where that gives the product, as one of the first."""
         reached = gradients[-1]
         delta = plain(reached[0]) if reached and reached[0] is not None else None
         if self._left or delta is None:
