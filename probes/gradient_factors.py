@@ -241,15 +241,26 @@ def _leading(forth: _Product, back: _Product, probes: Tensor) -> tuple[Tensor, T
 
 
 def _packed(
-    head: Tensor, rank: int, exact: Callable[[], Tensor] | None, forth: _Product, back: _Product, like: Tensor
+    head: Tensor,
+    rank: int,
+    exact: Callable[[], Tensor] | None,
+    forth: _Product,
+    back: _Product,
+    like: Tensor,
+    size: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
-    """All singular values from the matrix that `exact` makes, or the leading ones. like: [.., in], of G's dtype."""
+    """All singular values from the matrix that `exact` makes, or the leading ones. like: [.., in], of G's dtype. size:
+    gives what `reduce_size` packs, where that holds the norm and no estimate.
+    """
     if exact is not None:
         core = exact()
         shape = (core.shape[0], core.shape[1])
         return torch.cat([head, core.reshape(-1)]), functools.partial(_unpack, shape=shape, rank=rank, known=None)
     probes = _directions(like.shape[1], _BLOCK + _OUTSIDE, like.device).to(like.dtype)
     triangle, outside = _leading(forth, back, probes)
+    known = size()
+    if known is not None:
+        outside = (known[-1].square() - triangle.double().square().sum()).clamp_min(0).sqrt()
     shape = (triangle.shape[0], triangle.shape[1])
     packed = torch.cat([head, triangle.reshape(-1), outside.reshape(1)])
     return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
@@ -262,13 +273,15 @@ def norm_of(packed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+def reduce_factors(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
     """What `GradientSpectrum` is made from as one float64 tensor on the factors' device, and how to make it.
 
     x: [..., in], the layer's input. delta: [..., out], the loss's gradient at its output. All leading dimensions are
-    tokens and agree in number. Raises ValueError when they do not, or when there is none.
+    tokens and agree in number. Raises ValueError when they do not, or when there is none. product: see `reduce_size`;
+    beyond rank 256 the norm is no estimate then.
     """
-    return _reduced(_both(x, delta))
+    size = functools.partial(_size_of_product, x, delta, product)
+    return _reduced(_both(x, delta), size)
 
 
 @torch.no_grad()
@@ -278,9 +291,9 @@ def reduce_size(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tupl
     product: Xᵀδ [in, out] as a backward has formed it, if it did. Without one that can be used the norm is beyond rank
     256 an estimate that the leading singular values are a part of: they come along.
     """
-    read = None if product is None else _size_of_product(x, delta, product)
-    if read is not None:
-        return read, _unpack_size
+    size = _size_of_product(x, delta, product)
+    if size is not None:
+        return size, _unpack_size
     both = _both(x, delta)
     head, left, right, rank = both
     if min(rank, left.shape[0]) > EXACT_RANK:
@@ -293,11 +306,13 @@ def reduce_size(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tupl
     return torch.cat([head, norm.reshape(1)]), _unpack_size
 
 
-def _size_of_product(x: Tensor, delta: Tensor, product: Tensor) -> Tensor | None:
-    """The same numbers, the norm from one read; None where it is not as good, or takes longer.
+def _size_of_product(x: Tensor, delta: Tensor, product: Tensor | None) -> Tensor | None:
+    """The same numbers, the norm from one read; None where that is not as good, or takes longer.
 
     On an accelerator it would be a wait to find that out.
     """
+    if product is None:
+        return None
     x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
     (tokens, inputs), outputs = x.shape, delta.shape[1]
     whole = product if product.is_contiguous() else product.T
@@ -343,7 +358,7 @@ def _both(x: Tensor, delta: Tensor) -> _Both:
     return head, left, right, rank
 
 
-def _reduced(both: _Both) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+def _reduced(both: _Both, size: Callable[[], Tensor | None] = lambda: None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
     head, left, right, rank = both
     return _packed(
         head,
@@ -352,6 +367,7 @@ def _reduced(both: _Both) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
         lambda directions: left.T @ (right @ directions),
         lambda directions: right.T @ (left @ directions),
         right,
+        size,
     )
 
 

@@ -305,7 +305,7 @@ def test_the_norm_does_not_follow_a_lower_precision_of_products(precision: str) 
 def test_the_norm_of_the_product_that_a_backward_has_formed(
     dtype: torch.dtype, turned: bool, seed: int, tokens: int, silent: int, left: float
 ) -> None:
-    """Also beyond rank 256; where tokens cancel, as without it."""
+    """Also beyond rank 256, and beside its singular values; where tokens cancel, as without it."""
     left = left if tokens <= 128 else 0.0
     x, delta = random(seed, tokens, 300, dtype=dtype), random(seed + 1, tokens, 280, dtype=dtype)
     x[:, :silent], delta[:, :silent] = 0, 0
@@ -315,6 +315,8 @@ def test_the_norm_of_the_product_that_a_backward_has_formed(
     found, rest = rebuild(packed.numpy()), size_of(x, delta)
     exact = np.linalg.norm(naive(x, delta))
     assert found.norm == pytest.approx(exact, rel=2e-5)
+    packed, make = reduce_factors(x, delta, product)
+    assert make(packed.numpy()).norm == pytest.approx(exact, rel=2e-5)
     assert found.zero_share == pytest.approx(rest.zero_share, abs=1e-12)
     assert (found.dead_share, found.nonfinite) == (rest.dead_share, 0)
 

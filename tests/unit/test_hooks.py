@@ -125,6 +125,22 @@ def test_the_product_that_a_backward_forms_is_that_of_its_own_pass(layer: nn.Mod
         torch.testing.assert_close(product, x.reshape(-1, 6).T @ delta.reshape(-1, 5))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), Conv1D(5, 6)], ids=repr)
+def test_the_product_is_handed_on_without_a_copy(layer: nn.Module) -> None:
+    """Autograd copies a gradient that anyone else holds."""
+    layer, places = copy.deepcopy(layer), []
+
+    class Looking(Heard):
+        def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
+            assert product is not None
+            places.append(product.data_ptr())
+
+    with Capture(Looking()) as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        layer(torch.randn(2, 4, 6)).pow(2).sum().backward()
+    assert places == [layer.weight.grad.data_ptr()]
+
+
 def test_there_is_no_product_where_the_backward_forms_none() -> None:
     frozen, x = nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
     frozen.weight.requires_grad_(False)

@@ -159,7 +159,7 @@ class GradientInstrument:
         if self._keeps_first(site):
             seen.first = Factors.of(x, delta)
         with_spectrum = self._any((GradientSpectrum, LaterSpectra), site)
-        seen.reduced = reduce_factors(x, delta) if with_spectrum else reduce_size(x, delta, product)
+        seen.reduced = (reduce_factors if with_spectrum else reduce_size)(x, delta, product)
         packed, rebuild = seen.reduced
         seen.narrow, seen.scale = delta.dtype is torch.float16, self._accumulated.scale
         seen.keeper.first(packed, rebuild)
