@@ -78,6 +78,7 @@ def parts_of(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[st
     before, norm = first.clone(), first.double().norm()
     x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
     delta = 1e-3 * torch.randn(tokens, shape[0], generator=generator).to(dtype)
+    product = x.T @ delta
     output = torch.randn(1, tokens, shape[0], generator=generator).to(dtype)
     wide_x, wide_delta = x.float(), delta.float()
     _, direction = start_direction(weight)
@@ -105,7 +106,10 @@ def parts_of(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[st
         "weight scan (light)": Timed(lambda: scan_weight(weight)),
         "σ₁, followed": Timed(lambda: follow(weight, (direction, change), largest)),
         "output": Timed(lambda: reduce_output(output)),
-        "gradient: norm alone": Timed(lambda: reduce_size(x, delta)),
+        "gradient: norm alone, of the product that the backward has formed": Timed(
+            lambda: reduce_size(x, delta, product)
+        ),
+        "gradient: norm alone, where it forms none": Timed(lambda: reduce_size(x, delta)),
         "– of that the Gram matrices, fp32": Timed(lambda: norm_of_product(wide_delta, wide_x)),
         "gradient: factors of the spectrum": Timed(lambda: reduce_factors(x, delta)),
         "– of that the Gram matrices, fp64": Timed(

@@ -10,8 +10,9 @@ For T tokens the gradient is G = δᵀX, so its rank is at most min(T, in, out).
   of which those are kept that its last block no longer changed; and the norm, exact within that space and estimated
   from 16 random directions outside of it (Hutch++: Meyer et al., arXiv 2010.09649).
 
-- The norm alone needs none of this: ‖δᵀX‖² = ⟨δδᵀ, XXᵀ⟩. Gram matrices in fp32 do, as long as the tokens' gradients
-  don't cancel nearly all of each other and no square leaves fp32; else they are formed in float64 (`reduce_size`).
+- The norm alone needs none of this (`reduce_size`). Where the backward has formed this very product, and in fp32 or
+  above, one read of it does. Else ‖δᵀX‖² = ⟨δδᵀ, XXᵀ⟩: Gram matrices in fp32 do, as long as the tokens' gradients don't
+  cancel nearly all of each other and no square leaves fp32; else they are formed in float64.
 
 `reduce_matrix` does the same for a gradient that is there as a matrix, such as a weight's `.grad`.
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram, norm_of_product
-from stabilitylab.probes.native_scan import scan_factor
+from stabilitylab.probes.native_scan import scan_factor, scan_whole
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -40,6 +41,8 @@ _BLOCK, _STEPS, _OUTSIDE = 8, 4, 16
 _CONVERGED = 1e-5  # relative change by the last block; the error that is left is far below it
 _LEAST_PIVOT = 3e-5  # of a Cholesky factor, against its row's norm: the singular values then keep six digits or more
 _SPARSE = 0.75  # share of tokens with a δ below which dropping the others pays for itself
+_READ = 6  # multiplications of a Gram matrix in the time that one entry of a gradient takes to be read
+_UNCANCELLED = 1e-2  # of ‖X‖ ‖δ‖: a product in fp32 whose norm is larger has it to five digits
 _SAFE = (1e-15, 1e15)  # largest entries of which no power that is formed here leaves the range of fp32 or fp64
 
 
@@ -238,15 +241,26 @@ def _leading(forth: _Product, back: _Product, probes: Tensor) -> tuple[Tensor, T
 
 
 def _packed(
-    head: Tensor, rank: int, exact: Callable[[], Tensor] | None, forth: _Product, back: _Product, like: Tensor
+    head: Tensor,
+    rank: int,
+    exact: Callable[[], Tensor] | None,
+    forth: _Product,
+    back: _Product,
+    like: Tensor,
+    size: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
-    """All singular values from the matrix that `exact` makes, or the leading ones. like: [.., in], of G's dtype."""
+    """All singular values from the matrix that `exact` makes, or the leading ones. like: [.., in], of G's dtype. size:
+    gives what `reduce_size` packs, where that holds the norm and no estimate.
+    """
     if exact is not None:
         core = exact()
         shape = (core.shape[0], core.shape[1])
         return torch.cat([head, core.reshape(-1)]), functools.partial(_unpack, shape=shape, rank=rank, known=None)
     probes = _directions(like.shape[1], _BLOCK + _OUTSIDE, like.device).to(like.dtype)
     triangle, outside = _leading(forth, back, probes)
+    known = size()
+    if known is not None:
+        outside = (known[-1].square() - triangle.double().square().sum()).clamp_min(0).sqrt()
     shape = (triangle.shape[0], triangle.shape[1])
     packed = torch.cat([head, triangle.reshape(-1), outside.reshape(1)])
     return packed, functools.partial(_unpack, shape=shape, rank=rank, known=(_STEPS - 1) * _BLOCK)
@@ -259,21 +273,27 @@ def norm_of(packed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reduce_factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+def reduce_factors(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
     """What `GradientSpectrum` is made from as one float64 tensor on the factors' device, and how to make it.
 
     x: [..., in], the layer's input. delta: [..., out], the loss's gradient at its output. All leading dimensions are
-    tokens and agree in number. Raises ValueError when they do not, or when there is none.
+    tokens and agree in number. Raises ValueError when they do not, or when there is none. product: see `reduce_size`;
+    beyond rank 256 the norm is no estimate then.
     """
-    return _reduced(_both(x, delta))
+    size = functools.partial(_size_of_product, x, delta, product)
+    return _reduced(_both(x, delta), size)
 
 
 @torch.no_grad()
-def reduce_size(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSize]]:
+def reduce_size(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tuple[Tensor, Rebuild[GradientSize]]:
     """What `GradientSize` is made from, likewise, for a fraction of the work.
 
-    Beyond rank 256 the norm is an estimate that the leading singular values are a part of: they come along.
+    product: Xᵀδ [in, out] as a backward has formed it, if it did. Without one that can be used the norm is beyond rank
+    256 an estimate that the leading singular values are a part of: they come along.
     """
+    size = _size_of_product(x, delta, product)
+    if size is not None:
+        return size, _unpack_size
     both = _both(x, delta)
     head, left, right, rank = both
     if min(rank, left.shape[0]) > EXACT_RANK:
@@ -284,6 +304,37 @@ def reduce_size(x: Tensor, delta: Tensor) -> tuple[Tensor, Rebuild[GradientSize]
     else:
         norm = torch.linalg.vector_norm(left.double().T @ right.double())
     return torch.cat([head, norm.reshape(1)]), _unpack_size
+
+
+def _size_of_product(x: Tensor, delta: Tensor, product: Tensor | None) -> Tensor | None:
+    """The same numbers, the norm from one read; None where that is not as good, or takes longer.
+
+    On an accelerator it would be a wait to find that out.
+    """
+    if product is None:
+        return None
+    x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
+    (tokens, inputs), outputs = x.shape, delta.shape[1]
+    whole = product if product.is_contiguous() else product.T
+    is_exact = torch.get_float32_matmul_precision() == "highest" or product.dtype == torch.float64
+    if (
+        delta.shape[0] != tokens
+        or product.shape != (inputs, outputs)
+        or type(product) is not Tensor
+        or product.dtype != wide_dtype(product)
+        or not is_exact
+        or tokens * tokens * (inputs + outputs) < _READ * inputs * outputs
+    ):
+        return None
+    seen, other = scan_factor(x), scan_factor(delta)
+    if seen is None or other is None or not all(_SAFE[0] < each.norm < _SAFE[1] for each in (seen, other)):
+        return None
+    read, size = scan_whole(whole), seen.norm * other.norm
+    norm = math.nan if read is None else math.sqrt(read.square)
+    if not _UNCANCELLED * size < norm < math.inf:
+        return None
+    zero_share = 1 - (1 - seen.silent_share) * (1 - other.silent_share)
+    return torch.tensor([0.0, 1.0, 1.0, zero_share, seen.silent_share, size, norm], dtype=torch.float64)
 
 
 _Both = tuple[Tensor, Tensor, Tensor, int]
@@ -307,7 +358,7 @@ def _both(x: Tensor, delta: Tensor) -> _Both:
     return head, left, right, rank
 
 
-def _reduced(both: _Both) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
+def _reduced(both: _Both, size: Callable[[], Tensor | None] = lambda: None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
     head, left, right, rank = both
     return _packed(
         head,
@@ -316,6 +367,7 @@ def _reduced(both: _Both) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
         lambda directions: left.T @ (right @ directions),
         lambda directions: right.T @ (left @ directions),
         right,
+        size,
     )
 
 

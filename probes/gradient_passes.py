@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gradient_factors import NONFINITE, SIZE, GradientSize, reduce_factors, reduce_size
-from stabilitylab.probes.native_scan import sweep
+from stabilitylab.probes.native_scan import scan_whole
 from stabilitylab.probes.weight_pass import as_matrix, number_here, on_cpu, safe_norm, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -59,8 +59,8 @@ class Factors:
 
     @classmethod
     def of(cls, x: Tensor, delta: Tensor) -> Factors:
-        """With all leading dimensions flattened to tokens."""
-        x, delta = x.detach().reshape(-1, x.shape[-1]), delta.detach().reshape(-1, delta.shape[-1])
+        """With all leading dimensions flattened to tokens. Both are without a graph."""
+        x, delta = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])
         inference = x.is_inference() or delta.is_inference()
         return cls(x, delta, None if inference else (x._version, delta._version))
 
@@ -71,18 +71,17 @@ class Factors:
 
 
 def _norm(factor: Tensor) -> Tensor:
-    return safe_norm(factor.detach().reshape(-1).to(wide_dtype(factor)))
+    return safe_norm(factor.reshape(-1).to(wide_dtype(factor)))
 
 
 def _size(now: Factors) -> Tensor | float:
     """‖X‖ ‖δ‖: a number where reading it waits for nothing, in one look at each."""
     if not on_cpu(now.delta):
         return _norm(now.x) * _norm(now.delta)
-    norms = []
-    for factor in (now.x, now.delta):
-        swept = sweep(factor, None, factor.numel()) if factor.numel() else None
-        norms.append(number_here(_norm(factor)) if swept is None else math.sqrt(swept.squares[0]))
-    return norms[0] * norms[1]
+    x, delta = scan_whole(now.x), scan_whole(now.delta)
+    return (number_here(_norm(now.x)) if x is None else math.sqrt(x.square)) * (
+        number_here(_norm(now.delta)) if delta is None else math.sqrt(delta.square)
+    )
 
 
 class PassKeeper:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.canary_places import CanaryPlaces
-from stabilitylab.probes.weight_pass import count_nonfinite, extremes, wide_dtype
+from stabilitylab.probes.native_scan import softmax_sums
+from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 
 _NO_CHANCE = -1e3  # exp of less is 0 in fp64
-_POSITIONED = 3  # dimensions of [batch, positions, vocabulary]
+_ROWS, _POSITIONED = 2, 3  # dimensions of [batch, vocabulary] and [batch, positions, vocabulary]
 _AT_ONCE = 16  # tokens of the canary: their vocabularies in float64 are what takes memory
 
 Statistics = TypeVar("Statistics", bound="LogitsStatistics")
@@ -100,34 +101,37 @@ class TextPass:
         return cls(float(values[0]), float(values[1]))
 
 
+def _last_tokens(rows: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The position of each row's last real token: int64 [batch], for logits [batch, positions, vocabulary]."""
+    positions = rows.shape[1]
+    at = torch.full((rows.shape[0],), positions - 1, device=rows.device)
+    fits = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[0] == rows.shape[0]
+    if attention_mask is not None and fits and 0 < attention_mask.shape[1] <= positions:
+        mask = attention_mask.to(rows.device) != 0
+        places = torch.arange(mask.shape[1], device=rows.device)
+        real = torch.where(mask, places, torch.full_like(places, -1)).amax(dim=1)
+        at = torch.where(real >= 0, real + positions - mask.shape[1], at)
+    return at
+
+
 def last_token_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The logits of each row's last real token in fp32 or above: [batch, vocabulary].
 
     logits: [batch, positions, vocabulary] or [batch, vocabulary]. attention_mask: [batch, tokens], padding 0 on either
     side; where it is shorter than the logits (image tokens put before the text) it is aligned to their end.
     """
-    wide = logits.detach()
-    if wide.dim() == 2:
-        last = wide
-    else:
-        wide = wide.reshape(-1, *wide.shape[-2:])
-        positions = wide.shape[1]
-        at = torch.full((wide.shape[0],), positions - 1, device=wide.device)
-        fits = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[0] == wide.shape[0]
-        if attention_mask is not None and fits and 0 < attention_mask.shape[1] <= positions:
-            mask = attention_mask.to(wide.device) != 0
-            places = torch.arange(mask.shape[1], device=wide.device)
-            real = torch.where(mask, places, torch.full_like(places, -1)).amax(dim=1)
-            at = torch.where(real >= 0, real + positions - mask.shape[1], at)
-        last = wide[torch.arange(wide.shape[0], device=wide.device), at]
+    last = logits.detach()
+    if last.dim() != _ROWS:
+        rows = last.reshape(-1, *last.shape[-2:])
+        last = rows[torch.arange(rows.shape[0], device=rows.device), _last_tokens(rows, attention_mask)]
     return last.to(wide_dtype(last))
 
 
-@torch.no_grad()
-def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The numbers of `LogitsPass` as a float64 tensor of shape [7] on the logits' device."""
-    wide = logits.detach()
-    low, high = extremes(wide)
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each row of logits, float64: the largest; the second; and with d = logits − the largest Σ eᵈ and Σ d eᵈ."""
+
+
+def _sums(logits: Tensor, attention_mask: Tensor | None) -> _Sums:
     last = last_token_logits(logits, attention_mask)
     top = torch.topk(last, k=min(2, last.shape[-1]), dim=-1).values.double()
     # All from one exponential, taken of what is below the largest; in place from then on, since fresh memory costs as
@@ -136,14 +140,42 @@ def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
     weights = below.exp()
     total = weights.sum(dim=-1)
     # 0 · log 0 is 0: a token with logit −inf is allowed and certain not to come.
-    entropy = total.log() - weights.mul_(below.clamp_min_(_NO_CHANCE)).sum(dim=-1) / total
+    return top[:, 0], top[:, -1], total, weights.mul_(below.clamp_min_(_NO_CHANCE)).sum(dim=-1)
+
+
+def _sums_by_row(logits: Tensor, attention_mask: Tensor | None) -> _Sums | None:
+    """The same by native code, on a CPU: what is done in fresh memory of their size takes less time than to get that.
+
+    None where it has to be done the other way.
+    """
+    held = logits.detach()
+    if held.dim() == _ROWS:
+        rows = list(held)
+    else:
+        held = held.reshape(-1, *held.shape[-2:])
+        rows = [row[at] for row, at in zip(held, _last_tokens(held, attention_mask).tolist(), strict=True)]
+    found = [softmax_sums(row) for row in rows]
+    there = [sums for sums in found if sums is not None]
+    if not there or len(there) < len(found):
+        return None
+    largest, second, total, weighted = torch.tensor(there, dtype=torch.float64).T
+    return largest, second, total, weighted
+
+
+@torch.no_grad()
+def reduce_logits(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The numbers of `LogitsPass` as a float64 tensor of shape [7] on the logits' device."""
+    wide = logits.detach()
+    low, high = extremes(wide)
+    by_row = _sums_by_row(logits, attention_mask) if on_cpu(wide) else None
+    largest, second, total, weighted = _sums(logits, attention_mask) if by_row is None else by_row
     return torch.stack(
         [
             low,
             high,
-            (top[:, 0] + total.log()).mean(),
-            entropy.mean(),
-            (top[:, 0] - top[:, -1]).mean(),
+            (largest + total.log()).mean(),
+            (total.log() - weighted / total).mean(),
+            (largest - second).mean(),
             (1 / total).mean(),
             count_nonfinite(wide, low, high),
         ]

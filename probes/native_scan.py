@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ASKED: Final = "STABILITYLAB_WEIGHT_PASS"
-"""Environment variable: ``numpy`` for the sweep in NumPy although there is native code."""
+"""Environment variable: ``numpy`` as this is imported for the sweep in NumPy although there is native code."""
 _SOURCE: Final = Path(__file__).parent / "native" / "weight_scan.c"
 _DTYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _SAFE_SQUARES: Final = (1e-280, 1e280)
@@ -40,6 +40,8 @@ class Swept(NamedTuple):
 
 
 def _load() -> ModuleType | None:
+    if os.environ.get(ASKED) == "numpy":
+        return None
     try:
         built = importlib.import_module("stabilitylab.probes._weight_scan")
     except ImportError:
@@ -53,7 +55,7 @@ _BUILT: Final = _load()
 
 def weight_pass() -> Literal["native", "numpy"]:
     """Which sweep is used on a CPU; see `triton_scan` for a CUDA device."""
-    return "numpy" if _BUILT is None or os.environ.get(ASKED) == "numpy" else "native"
+    return "numpy" if _BUILT is None else "native"
 
 
 def sweep(
@@ -94,20 +96,30 @@ def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[]
     return loop
 
 
-def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:
-    """The smallest and the largest entry of a contiguous tensor on a CPU; both NaN where it has one."""
-    swept = sweep(tensor, None, tensor.numel()) if tensor.is_cpu and tensor.numel() else None
-    if swept is None:
-        return None
-    return (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
-
-
 class Rows(NamedTuple):
     """square: the sum of squares. low, high: NaN both where there is one, and infinite where there is."""
 
     square: float
     low: float
     high: float
+
+
+def scan_whole(tensor: Tensor) -> Rows | None:
+    """Of all of a contiguous tensor on a CPU, in few calls: of each pass through a layer several are looked at."""
+    built = _for(tensor)
+    if built is None:
+        return None
+    count = tensor.numel()
+    square, _, _, low, high, _, _ = built.sweep(tensor.data_ptr(), 0, 0, 0, count, count, _DTYPES[tensor.dtype], False)
+    if tensor.dtype is torch.float64 and not _is_safe((square,)):
+        return None
+    return _lost_alike(Rows(square, low, high))
+
+
+def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest entry of a contiguous tensor on a CPU; both NaN where it has one."""
+    seen = scan_whole(tensor)
+    return None if seen is None else (seen.low, seen.high)
 
 
 def scan_rows(tensor: Tensor) -> tuple[Rows, Rows] | None:
@@ -164,11 +176,42 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
 
 
+class SoftmaxSums(NamedTuple):
+    """Of one row of logits: the largest, the second, and with d = logit − largest the sums of eᵈ and of d eᵈ."""
+
+    largest: float
+    second: float
+    total: float
+    weighted: float
+
+
+def softmax_sums(row: Tensor) -> SoftmaxSums | None:
+    """Of a contiguous row on a CPU, with no memory of its size; None where an entry is NaN or the largest infinite."""
+    built = _for(row)
+    if built is None:
+        return None
+    found = SoftmaxSums(*built.softmax(row.data_ptr(), row.numel(), _DTYPES[row.dtype]))
+    return None if math.isnan(found.total) else found
+
+
+def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
+    """Whether two contiguous tensors [rows, ..] on a CPU hold the same bits in so many entries of each row, which are
+    further right from row to row, and from the left again. One dimension is one row.
+
+    sample: of whole 64-bit words, and no longer than a row.
+    """
+    built = _for(left)
+    if built is None or not _fits(right, left.dtype):
+        return None
+    rows, width = left.shape[0] if left.dim() > 1 else 1, left.element_size()
+    same: bool = built.alike(left.data_ptr(), right.data_ptr(), rows, left.numel() // rows * width, sample * width)
+    return same
+
+
 def _for(tensor: Tensor) -> ModuleType | None:
     """The native code, where it was built and can read this tensor."""
-    if _BUILT is None or not _fits(tensor, tensor.dtype) or not tensor.numel() or weight_pass() == "numpy":
-        return None
-    return _BUILT
+    readable = tensor.is_cpu and tensor.dtype in _DTYPES and tensor.numel() and tensor.is_contiguous()
+    return _BUILT if readable else None
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -85,7 +85,7 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
 def largest_magnitude_here(tensor: Tensor) -> float:
     """The same of a tensor on a CPU as a number."""
     found = scan_extremes(tensor)
-    return number_here(largest_magnitude(tensor)) if found is None else max(abs(found[0]), abs(found[1]))
+    return number_here(largest_magnitude(tensor)) if found is None else max(-found[0], found[1])
 
 
 def _largest(low: Tensor, high: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.native_scan import scan_extremes, sweep
+from stabilitylab.probes.native_scan import rows_alike, scan_extremes, sweep
 from stabilitylab.probes.triton_scan import sweep_on_device
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
@@ -386,10 +386,14 @@ def same_sample(left: Tensor, right: Tensor) -> bool:
 
     Together they touch each row, and each column of a matrix with a sixteenth as many rows or more.
     """
-    a, b = as_matrix(left), as_matrix(right)
-    rows, columns = a.shape
+    rows = left.shape[0] if left.dim() > 1 else 1
+    columns = left.numel() // max(rows, 1)
     if columns < _SAMPLE:
         return same_bits(left, right)
+    alike = rows_alike(left, right, _SAMPLE)
+    if alike is not None:
+        return alike
+    a, b = as_matrix(left), as_matrix(right)
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     starts = _sample_starts(rows, columns)
     samples = (as_array(m.reshape(-1).view(ints).unfold(0, _SAMPLE, 1))[starts] for m in (a, b))

@@ -13,6 +13,7 @@
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -167,8 +168,10 @@ enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
 
 SWEEPS(plain, )
 #if defined(__x86_64__) && defined(__GNUC__)
-SWEEPS(avx2, __attribute__((target("avx2,fma,f16c"))))
-SWEEPS(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c"))))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c")))
+SWEEPS(avx2, AVX2)
+SWEEPS(avx512, AVX512)
 #endif
 
 static const char *isa = "plain";
@@ -220,6 +223,20 @@ ROWS(rows_float16, chunk_float16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
 ROWS(rows_bfloat16, chunk_bfloat16, uint16_t, INT32_MAX, INT32_MIN, BACK32)
 ROWS(rows_float64, chunk_float64, double, INT64_MAX, INT64_MIN, from_ordered_wide)
 
+#define ROWS_OF(SUFFIX, TARGET)                                                                                        \
+    TARGET static void rows_float16_##SUFFIX(Rows *r) { rows_float16(r); }                                             \
+    TARGET static void rows_bfloat16_##SUFFIX(Rows *r) { rows_bfloat16(r); }                                           \
+    TARGET static void rows_float32_##SUFFIX(Rows *r) { rows_float32(r); }                                             \
+    TARGET static void rows_float64_##SUFFIX(Rows *r) { rows_float64(r); }                                             \
+    static void (*const rows_##SUFFIX[DTYPES])(Rows *) = {rows_float16_##SUFFIX, rows_bfloat16_##SUFFIX,               \
+                                                          rows_float32_##SUFFIX, rows_float64_##SUFFIX};
+
+ROWS_OF(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+ROWS_OF(avx2, AVX2)
+ROWS_OF(avx512, AVX512)
+#endif
+
 static PyObject *rows(PyObject *module, PyObject *args) {
     unsigned long long values;
     Rows r = {0};
@@ -232,12 +249,12 @@ static PyObject *rows(PyObject *module, PyObject *args) {
     }
     r.values = (const void *)(uintptr_t)values;
     Py_BEGIN_ALLOW_THREADS;
-    switch (dtype) {
-    case FLOAT16: rows_float16(&r); break;
-    case BFLOAT16: rows_bfloat16(&r); break;
-    case FLOAT32: rows_float32(&r); break;
-    default: rows_float64(&r);
-    }
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sweeps == sweeps_avx512) rows_avx512[dtype](&r);
+    else if (sweeps == sweeps_avx2) rows_avx2[dtype](&r);
+    else
+#endif
+    rows_plain[dtype](&r);
     Py_END_ALLOW_THREADS;
     return Py_BuildValue("dddddd", r.square, r.low, r.high, r.square_beyond, r.low_beyond, r.high_beyond);
 }
@@ -318,7 +335,8 @@ typedef struct {
 FACTOR(factor_float32, float, uint32_t, 0x7fffffffu)
 FACTOR(factor_float64, double, uint64_t, 0x7fffffffffffffffu)
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) static void factor_float32_avx2(Factor *f) { factor_float32(f); }
+AVX2 static void factor_float32_avx2(Factor *f) { factor_float32(f); }
+AVX512 static void factor_float32_avx512(Factor *f) { factor_float32(f); }
 #endif
 
 static PyObject *factor(PyObject *module, PyObject *args) {
@@ -340,7 +358,8 @@ static PyObject *factor(PyObject *module, PyObject *args) {
     Py_ssize_t silent = 0;
     Py_BEGIN_ALLOW_THREADS;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (!wide && sweeps != sweeps_plain) factor_float32_avx2(&f);
+    if (!wide && sweeps == sweeps_avx512) factor_float32_avx512(&f);
+    else if (!wide && sweeps == sweeps_avx2) factor_float32_avx2(&f);
     else
 #endif
     if (wide) factor_float64(&f);
@@ -350,6 +369,142 @@ static PyObject *factor(PyObject *module, PyObject *args) {
     Py_END_ALLOW_THREADS;
     PyMem_Free(f.met);
     return Py_BuildValue("dn", f.square, silent);
+}
+
+typedef struct {
+    const void *values;
+    Py_ssize_t count;
+    double largest, second, total, weighted;
+} Softmax;
+
+/* e^x for -690 <= x <= 0, to 13 digits. */
+INLINE double exp_of_negative(double x) {
+    int32_t power = (int32_t)(x * 1.4426950408889634 - 0.5);
+    double rest = x - (double)power * 0.6931471805599453, sum = 1.0 / 6227020800.0;
+    sum = sum * rest + 1.0 / 479001600.0;
+    sum = sum * rest + 1.0 / 39916800.0;
+    sum = sum * rest + 1.0 / 3628800.0;
+    sum = sum * rest + 1.0 / 362880.0;
+    sum = sum * rest + 1.0 / 40320.0;
+    sum = sum * rest + 1.0 / 5040.0;
+    sum = sum * rest + 1.0 / 720.0;
+    sum = sum * rest + 1.0 / 120.0;
+    sum = sum * rest + 1.0 / 24.0;
+    sum = sum * rest + 1.0 / 6.0;
+    sum = sum * rest + 0.5;
+    sum = sum * rest + 1.0;
+    sum = sum * rest + 1.0;
+    uint64_t bits = (uint64_t)((int64_t)power + 1023) << 52;
+    double scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return sum * scale;
+}
+
+enum { PIECE = 512 }; /* entries: what is done in one loop over them would not become vector instructions */
+
+/* Of one row: the largest entry, the second, and with d = entry - largest the sums of e^d and of d e^d, where what is
+ * 690 below the largest or more counts as that, and so for nothing. All NaN where an entry is, or the largest infinite. */
+#define SOFTMAX(NAME, CHUNK, STORED, VALUE, ORDER, LOAD, ORDERED, START_LOW, START_HIGH, BACK)                         \
+    INLINE void NAME(Softmax *s) {                                                                                     \
+        const STORED *values = s->values;                                                                              \
+        Sums sums = {0.0, 0.0, 0.0, START_LOW, START_HIGH};                                                            \
+        CHUNK(values, NULL, NULL, s->count, NULL, &sums, 0, 0, 0);                                                     \
+        const ORDER high = (ORDER)sums.high;                                                                           \
+        double largest = BACK(sums.high), total = 0.0, weighted = 0.0;                                                 \
+        s->largest = s->total = s->weighted = s->second = NAN;                                                         \
+        if (!isfinite(largest) || isnan(BACK(sums.low)))                                                               \
+            return;                                                                                                    \
+        ORDER second = START_HIGH, most = 0;                                                                           \
+        for (Py_ssize_t start = 0; start < s->count; start += PIECE) {                                                 \
+            double below[PIECE];                                                                                       \
+            Py_ssize_t count = s->count - start < PIECE ? s->count - start : PIECE;                                    \
+            for (Py_ssize_t at = 0; at < count; at++) {                                                                \
+                VALUE own = LOAD(values[start + at]);                                                                  \
+                ORDER order = ORDERED(own), is_high = -(ORDER)(order == high);                                         \
+                ORDER beside = (order & ~is_high) | (START_HIGH & is_high);                                            \
+                second = beside > second ? beside : second;                                                            \
+                most -= is_high;                                                                                       \
+                double down = (double)own - largest;                                                                   \
+                below[at] = down < -690.0 ? -690.0 : down;                                                             \
+            }                                                                                                          \
+            for (Py_ssize_t at = 0; at < count; at++) {                                                                \
+                double weight = exp_of_negative(below[at]);                                                            \
+                total += weight;                                                                                       \
+                weighted += weight * below[at];                                                                        \
+            }                                                                                                          \
+        }                                                                                                              \
+        s->largest = largest, s->total = total, s->weighted = weighted;                                                \
+        s->second = most > 1 || s->count == 1 ? largest : BACK(second);                                                \
+    }
+
+SOFTMAX(softmax_float32, chunk_float32, float, float, int32_t, same, ordered, INT32_MAX, INT32_MIN, BACK32)
+SOFTMAX(softmax_float16, chunk_float16, uint16_t, float, int32_t, from_float16, ordered, INT32_MAX, INT32_MIN, BACK32)
+SOFTMAX(softmax_bfloat16, chunk_bfloat16, uint16_t, float, int32_t, from_bfloat16, ordered, INT32_MAX, INT32_MIN, BACK32)
+SOFTMAX(softmax_float64, chunk_float64, double, double, int64_t, SAME_WIDE, ordered_wide, INT64_MAX, INT64_MIN,
+        from_ordered_wide)
+
+#define SOFTMAX_OF(SUFFIX, TARGET)                                                                                     \
+    TARGET static void softmax_float16_##SUFFIX(Softmax *s) { softmax_float16(s); }                                    \
+    TARGET static void softmax_bfloat16_##SUFFIX(Softmax *s) { softmax_bfloat16(s); }                                  \
+    TARGET static void softmax_float32_##SUFFIX(Softmax *s) { softmax_float32(s); }                                    \
+    TARGET static void softmax_float64_##SUFFIX(Softmax *s) { softmax_float64(s); }                                    \
+    static void (*const softmax_##SUFFIX[DTYPES])(Softmax *) = {softmax_float16_##SUFFIX, softmax_bfloat16_##SUFFIX,   \
+                                                                softmax_float32_##SUFFIX, softmax_float64_##SUFFIX};
+
+SOFTMAX_OF(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+SOFTMAX_OF(avx2, AVX2)
+SOFTMAX_OF(avx512, AVX512)
+#endif
+
+static PyObject *softmax(PyObject *module, PyObject *args) {
+    unsigned long long values;
+    Softmax s = {0};
+    int dtype;
+    if (!PyArg_ParseTuple(args, "Kni", &values, &s.count, &dtype))
+        return NULL;
+    if (dtype < 0 || dtype >= DTYPES || s.count <= 0 || !values) {
+        PyErr_SetString(PyExc_ValueError, "softmax: expected a row of a known dtype");
+        return NULL;
+    }
+    s.values = (const void *)(uintptr_t)values;
+    Py_BEGIN_ALLOW_THREADS;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sweeps == sweeps_avx512) softmax_avx512[dtype](&s);
+    else if (sweeps == sweeps_avx2) softmax_avx2[dtype](&s);
+    else
+#endif
+    softmax_plain[dtype](&s);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("dddd", s.largest, s.second, s.total, s.weighted);
+}
+
+/* Whether two matrices agree in so many bytes of each row, as far to the right again from row to row, and from the left
+ * again. Without a branch on what is found, so that many rows are on their way from memory at once. */
+static PyObject *alike(PyObject *module, PyObject *args) {
+    unsigned long long left, right;
+    Py_ssize_t rows, width, sample, at = 0;
+    uint64_t differ = 0;
+    if (!PyArg_ParseTuple(args, "KKnnn", &left, &right, &rows, &width, &sample))
+        return NULL;
+    if (rows <= 0 || sample <= 0 || sample % (Py_ssize_t)sizeof differ || width < sample || !left || !right) {
+        PyErr_SetString(PyExc_ValueError, "alike: expected two matrices, and whole words in each row");
+        return NULL;
+    }
+    const char *a = (const char *)(uintptr_t)left, *b = (const char *)(uintptr_t)right;
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t row = 0; row < rows; row++, a += width, b += width, at += sample) {
+        at = at < width ? at : 0;
+        Py_ssize_t start = at < width - sample ? at : width - sample;
+        for (Py_ssize_t byte = start; byte < start + sample; byte += (Py_ssize_t)sizeof differ) {
+            uint64_t one, other;
+            memcpy(&one, a + byte, sizeof one);
+            memcpy(&other, b + byte, sizeof other);
+            differ |= one ^ other;
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    return PyBool_FromLong(differ == 0);
 }
 
 static PyObject *sweep(PyObject *module, PyObject *args) {
@@ -385,6 +540,10 @@ static PyMethodDef methods[] = {
     {"factor", factor, METH_VARARGS,
      "factor(values, lives, rows, columns, wide) -> (sum of squares, columns that are all 0); lives: a byte a row, "
      "whether any entry of it is not 0"},
+    {"softmax", softmax, METH_VARARGS,
+     "softmax(values, count, dtype) -> (largest, second, sum of e^d, sum of d e^d), d = value - largest"},
+    {"alike", alike, METH_VARARGS,
+     "alike(left, right, rows, width, sample) -> whether two matrices of rows of so many bytes agree in a sample of each"},
     {NULL, NULL, 0, NULL},
 };
 

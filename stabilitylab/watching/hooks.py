@@ -3,13 +3,14 @@
 Hooks live inside one edit only: `Capture` is entered when the edit begins and finds its modules by name then, since the
 last edit may have swapped, wrapped or deep-copied them. Leaving it removes them all, whatever was raised.
 
-A layer's δ is caught by a pre-hook on the autograd node that made its output. A tensor hook on the output itself would
+A layer's δ is caught by a hook on the autograd node that made its output. A tensor hook on the output itself would
 silently never fire where the output is a view that is then changed in place (a biased 3-D Linear before `relu_`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -39,8 +40,11 @@ class Watcher(Protocol):
     def layer_output(self, site: str, fired: int, output: Tensor) -> None:
         """A layer was run. Its output may be overwritten a moment later."""
 
-    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
-        """A backward answered a forward of a layer: its input and the gradient δ at its output, of the same tokens."""
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
+        """A backward answered a forward of a layer: its input and the gradient δ at its output, of the same tokens.
+
+        product: what the backward made of the two by itself, [in, out], where it did: the loop's, and not to be kept.
+        """
 
     def overwritten(self, site: str) -> None:
         """A backward answered a forward whose input was changed in place since: its gradient can't be told."""
@@ -110,6 +114,22 @@ def _node_of(output: Tensor) -> Any:
     return base.grad_fn if base is not None and whole else output.grad_fn
 
 
+_PRODUCTS = {"MmBackward0": 1, "AddmmBackward0": 2}
+"""Autograd nodes of a product of tokens with a weight, and where the weight's gradient is among what they give back."""
+
+
+def _product_at(node: Any) -> tuple[Any, int | None]:
+    """(the node that the layer's δ reaches, where it gives back the product of δ and the input); None where it doesn't.
+
+    It does where the weight, or what it was made from, asks for a gradient.
+    """
+    if node.name() == "UnsafeViewBackward0":  # of a Linear without bias, from more dimensions than two
+        inner = node.next_functions[0][0]
+        node = inner if inner is not None and inner.name() in _PRODUCTS else node
+    at = _PRODUCTS.get(node.name())
+    return node, None if at is None or node.next_functions[at][0] is None else at
+
+
 class Capture:
     """The hooks of one edit. A context manager; what it caught stays readable after it is left, until `clear`.
 
@@ -139,6 +159,8 @@ class Capture:
         self._left = False
         self._backward = -1
         self._stack = contextlib.ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._stack.callback(self._remove)
 
     def __enter__(self) -> Capture:
         return self
@@ -156,7 +178,11 @@ class Capture:
 
     def own(self, handle: RemovableHandle) -> None:
         """Remove this handle when the edit ends."""
-        self._stack.callback(handle.remove)
+        self._handles.append(handle)
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def hook(self, action: Callable[..., None]) -> Hook:
         """`action` as a hook that falls silent when the edit ends."""
@@ -241,19 +267,26 @@ class Capture:
         node, values = _node_of(y), plain(x)
         if node is None or values is None:
             return
-        held, version = values.detach(), version_of(values)
-
-        def before_backward(gradients: tuple[Tensor | None, ...]) -> None:
-            delta = plain(gradients[0]) if gradients and gradients[0] is not None else None
-            if self._left or delta is None:
-                return
-            if version is not None and held._version != version:
-                self._watcher.overwritten(site)
-            else:
-                self._watcher.layer_pass(site, fired, held, delta.detach())
-
+        held = values.detach()
+        reached, place = _product_at(node)
+        answered = functools.partial(self._answered, site, fired, held, version_of(values), place)
+        register = reached.register_prehook if place is None else reached.register_hook
         # Not by `hook`, which the stack would hold to the edit's end, and with it the input of every forward.
-        self.own(node.register_prehook(self.hook(before_backward)))
+        self.own(register(self.hook(answered)))
+
+    def _answered(
+        self, site: str, fired: int, x: Tensor, version: int | None, place: int | None, *gradients: tuple[Any, ...]
+    ) -> None:
+        """A backward has come to a layer's output; or past it where that gives the product, as one of the first."""
+        reached = gradients[-1]
+        delta = plain(reached[0]) if reached and reached[0] is not None else None
+        if self._left or delta is None:
+            return
+        if version is not None and x._version != version:
+            self._watcher.overwritten(site)
+            return
+        given = None if place is None else gradients[0][place]
+        self._watcher.layer_pass(site, fired, x, delta.detach(), None if given is None else plain(given))
 
     def _as_sequence(self, module: nn.Module, y: Tensor) -> Tensor:
         """`y` as [batch, positions, features] where the layer got its tokens in one flat dimension (OPT's fc1).

@@ -291,9 +291,51 @@ def test_the_norm_does_not_follow_a_lower_precision_of_products(precision: str) 
     torch.set_float32_matmul_precision(precision)
     try:
         found = size_of(x, delta).norm
+        wrong = torch.zeros(60, 50)  # as such a product is, but by more
+        assert reduce_size(x, delta, wrong)[0].tolist() == reduce_size(x, delta)[0].tolist()
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == pytest.approx(np.linalg.norm(naive(x, delta)), rel=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(seed=seeds, tokens=st.integers(30, 400), silent=st.integers(0, 3), left=st.floats(-7, 0))
+@settings(max_examples=20, deadline=None)
+def test_the_norm_of_the_product_that_a_backward_has_formed(
+    dtype: torch.dtype, turned: bool, seed: int, tokens: int, silent: int, left: float
+) -> None:
+    """Also beyond rank 256, and beside its singular values; where tokens cancel, as without it."""
+    left = left if tokens <= 128 else 0.0
+    x, delta = random(seed, tokens, 300, dtype=dtype), random(seed + 1, tokens, 280, dtype=dtype)
+    x[:, :silent], delta[:, :silent] = 0, 0
+    x, delta = torch.cat([x, x]), torch.cat([delta, -delta * (1 - 10**left)])
+    product = (delta.T @ x).T if turned else x.T @ delta
+    packed, rebuild = reduce_size(x, delta, product)
+    found, rest = rebuild(packed.numpy()), size_of(x, delta)
+    exact = np.linalg.norm(naive(x, delta))
+    assert found.norm == pytest.approx(exact, rel=2e-5)
+    packed, make = reduce_factors(x, delta, product)
+    assert make(packed.numpy()).norm == pytest.approx(exact, rel=2e-5)
+    assert found.zero_share == pytest.approx(rest.zero_share, abs=1e-12)
+    assert (found.dead_share, found.nonfinite) == (rest.dead_share, 0)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(40, torch.float32), (60, torch.bfloat16)], ids=["another shape", "less precise"]
+)
+def test_a_product_that_is_another_or_less_precise_is_not_read(width: int, dtype: torch.dtype) -> None:
+    x, delta = random(1, 100, 60), random(2, 100, 50)
+    packed, _ = reduce_size(x, delta, torch.zeros(width, 50, dtype=dtype))
+    assert packed.tolist() == reduce_size(x, delta)[0].tolist()
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_what_is_not_finite_in_the_factors_of_a_product_is_counted_there(lost: float) -> None:
+    x, delta = random(1, 100, 60), random(2, 100, 50)
+    x[3, 4] = lost
+    packed, rebuild = reduce_size(x, delta, x.T @ delta)
+    assert rebuild(packed.numpy()).nonfinite == 1
 
 
 def test_the_size_of_a_gradient_that_is_there_itself() -> None:

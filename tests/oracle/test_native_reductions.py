@@ -11,19 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stabilitylab.probes import native_scan
 from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
+from stabilitylab.probes.logits_pass import reduce_logits
 from stabilitylab.probes.native_scan import (
     ASKED,
     bare_sweep,
     count_nonfinite_of,
+    rows_alike,
     scan_extremes,
     scan_factor,
     scan_rows,
+    softmax_sums,
     weight_pass,
 )
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.state_pass import SAMPLE, count_bad
-from stabilitylab.probes.weight_pass import extremes, reduce_weight
+from stabilitylab.probes.weight_pass import extremes, reduce_weight, same_sample
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LOST = [math.nan, -math.nan, math.inf, -math.inf]
@@ -33,7 +37,7 @@ quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(params=["native", "numpy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
-        monkeypatch.setenv(ASKED, "numpy")
+        monkeypatch.setattr(native_scan, "_BUILT", None)
     elif weight_pass() == "numpy":
         pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
     return str(request.param)
@@ -132,6 +136,67 @@ def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int
         assert found.dead_share == pytest.approx((x == 0).all(dim=0).double().mean().item(), abs=1e-12)
 
 
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 9, 511, 512, 513, 1500])),
+    kind=st.sampled_from(DTYPES),
+    power=st.sampled_from([-3, 0, 2]),
+    masked=st.booleans(),
+    ties=st.booleans(),
+)
+def test_the_logits_of_each_rows_last_token(
+    path: str, seed: int, shape: tuple[int, int, int], kind: torch.dtype, power: int, masked: bool, ties: bool
+) -> None:
+    logits = some(seed, *shape, dtype=kind, scale=10.0**power)
+    if masked:
+        logits[..., 1::3] = -math.inf
+    if ties:
+        logits[..., -1] = logits.amax(dim=-1)
+    found = reduce_logits(logits, None)
+    last = logits[:, -1].double()
+    weights = torch.softmax(last, dim=-1)
+    entropy = -(weights * weights.clamp_min(1e-300).log()).sum(dim=-1)
+    top = last.sort(dim=-1, descending=True).values
+    margin = top[:, 0] - top[:, min(1, shape[-1] - 1)]
+    expected = [last.logsumexp(dim=-1), entropy, margin, weights.amax(dim=-1)]
+    assert found[2:6].tolist() == pytest.approx([part.mean().item() for part in expected], rel=1e-6, abs=1e-9)
+    assert found[6] == (~torch.isfinite(logits)).sum()
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_logits_that_are_lost(path: str, lost: float) -> None:
+    logits = some(1, 2, 3, 40)
+    logits[0, -1, 7] = lost
+    expected = torch.logsumexp(logits[:, -1].double(), dim=-1).mean().item() if lost < 0 else math.nan
+    found = reduce_logits(logits, None)
+    assert found[2].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    assert found[6] == 1
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 9),
+    columns=st.integers(16, 70),
+    kind=st.sampled_from(DTYPES),
+    dims=st.integers(1, 3),
+)
+def test_a_sample_of_each_row_is_further_right_from_row_to_row(
+    path: str, seed: int, rows: int, columns: int, kind: torch.dtype, dims: int
+) -> None:
+    rows = 1 if dims == 1 else rows
+    weight = some(seed, rows, columns, dtype=kind)
+    at = seed % weight.numel()
+    other = weight.clone()
+    other.view(-1)[at] += 1
+    row, column = divmod(at, columns)
+    start = min(row % math.ceil(columns / 16) * 16, columns - 16)
+    shape = {1: (columns,), 2: (rows, columns), 3: (rows, columns, 1)}[dims]
+    same = same_sample(weight.view(shape), other.view(shape))
+    assert same == (not start <= column < start + 16)
+
+
 def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> None:
     for scale in (1e200, 1e-200):
         huge = torch.full((3, 4), scale, dtype=torch.float64)
@@ -145,9 +210,16 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
         assert scan_rows(tensor) is None
         assert scan_extremes(tensor) is None
         assert count_nonfinite_of([(tensor, 1)]) is None
+        assert rows_alike(tensor, tensor, 1) is None
+        assert softmax_sums(tensor) is None
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
     assert scan_rows(some(1, 5)) is None
+
+
+def test_numpy_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ASKED, "numpy")
+    assert native_scan._load() is None
 
 
 def test_the_bare_loop_does_what_the_weight_pass_does() -> None:

@@ -27,6 +27,7 @@ class Heard:
     def __init__(self) -> None:
         self.outputs: list[tuple[str, torch.Size]] = []
         self.passes: list[tuple[str, int, Tensor, Tensor]] = []
+        self.products: list[Tensor | None] = []
         self.lost: list[str] = []
         self.norms: list[Tensor] = []
         self.adopted: set[int] = set()
@@ -51,8 +52,9 @@ class Heard:
     def layer_output(self, site: str, fired: int, output: Tensor) -> None:
         self.outputs.append((site, output.shape))
 
-    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
         self.passes.append((site, fired, x.clone(), delta.clone()))
+        self.products.append(None if product is None else product.clone())
 
     def overwritten(self, site: str) -> None:
         self.lost.append(site)
@@ -105,6 +107,51 @@ def test_factors_of_each_layer_before_each_activation(layer: nn.Module, after: n
         model(torch.randn(shape)).pow(2).sum().backward()
     assert_spectrum(spectrum(seen), model[0].weight.grad)
     assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), Conv1D(5, 6)], ids=repr)
+@pytest.mark.parametrize("shape", [(7, 6), (2, 4, 6), (2, 3, 4, 6)], ids=str)
+def test_the_product_that_a_backward_forms_is_that_of_its_own_pass(layer: nn.Module, shape: tuple) -> None:
+    """Whatever else is added to the weight's gradient: another pass, another use, what was there before."""
+    layer = copy.deepcopy(layer)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    with capture() as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        both = layer(torch.randn(shape)).pow(2).sum() + layer(torch.randn(shape)).pow(3).sum()
+        (both + layer.weight.pow(2).sum()).backward()
+        checkpoint(layer, torch.randn(shape, requires_grad=True), use_reentrant=False).pow(2).sum().backward()
+    assert len(heard(seen).passes) == len(heard(seen).products) == 3
+    for (_, _, x, delta), product in zip(heard(seen).passes, heard(seen).products, strict=True):
+        torch.testing.assert_close(product, x.reshape(-1, 6).T @ delta.reshape(-1, 5))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), Conv1D(5, 6)], ids=repr)
+def test_the_product_is_handed_on_without_a_copy(layer: nn.Module) -> None:
+    """Autograd copies a gradient that anyone else holds."""
+    layer, places = copy.deepcopy(layer), []
+
+    class Looking(Heard):
+        def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
+            assert product is not None
+            places.append(product.data_ptr())
+
+    with Capture(Looking()) as seen:
+        seen.watch_layer("layer", layer, factors=True)
+        layer(torch.randn(2, 4, 6)).pow(2).sum().backward()
+    assert places == [layer.weight.grad.data_ptr()]
+
+
+def test_there_is_no_product_where_the_backward_forms_none() -> None:
+    frozen, x = nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
+    frozen.weight.requires_grad_(False)
+    asked_for_x = nn.Linear(6, 5)
+    with capture() as seen:
+        seen.watch_layer("frozen", frozen, factors=True)
+        frozen(x).pow(2).sum().backward()
+        seen.watch_layer("asked for x", asked_for_x, factors=True)
+        torch.autograd.grad(asked_for_x(x).pow(2).sum(), x)
+    assert [found[0] for found in heard(seen).passes] == ["frozen", "asked for x"]
+    assert heard(seen).products == [None, None]
 
 
 def test_autograd_grad() -> None:
@@ -317,7 +364,7 @@ def test_a_hook_that_fails_ends_itself_and_not_the_users_forward() -> None:
         def layer_output(self, site: str, fired: int, output: Tensor) -> None:
             raise ArithmeticError("bug of ours")
 
-        def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+        def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
             raise ArithmeticError("bug of ours")
 
     layer = nn.Linear(6, 5)

@@ -306,7 +306,7 @@ def test_the_hooks_of_an_edit(passes: int) -> None:
                 instruments.model_called({"attention_mask": mask})
                 instruments.layer_output("layer", 1, there(2, 5, 6))
                 instruments.norm_input(there(2, 5, 6))
-                instruments.layer_pass("layer", 1, there(2, 5, 8), there(2, 5, 6))
+                instruments.layer_pass("layer", 1, there(2, 5, 8), there(2, 5, 6), there(8, 6))
                 output = {"logits": there(2, 5, 40), "loss": there()}
                 instruments.model_output({"attention_mask": mask}, output)
                 instruments._attention._on_logits("attention", there(2, 2, 5, 5))

@@ -99,7 +99,8 @@ class GradientInstrument:
     def watch(self, site: Site, module: nn.Module) -> None:
         """Gradients of this layer are wanted in this edit."""
         self._sites[site.name] = site
-        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":  # a subclass may compute anything
+        # A subclass may compute anything, and so may a forward of the module's own.
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and "forward" not in vars(module):
             self._plain.add(site.name)
         if site.parameter.rpartition(".")[2] not in module._parameters:  # adapters, or a parametrization
             self._accumulated.made_of(site.name, module.parameters())
@@ -131,11 +132,14 @@ class GradientInstrument:
     def _keeps_first(self, site: str) -> bool:
         return self._bench.needed(Alignment, site) or self._bench.needed_next(Alignment, site)
 
-    def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+    def on_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
         """A backward has answered a forward."""
-        seen = self._seen.setdefault(site, _Seen(fired))
+        seen = self._seen.get(site)
+        if seen is None:
+            seen = self._seen[site] = _Seen(fired)
         if seen.fired == fired:
-            self._bench.safely(f"gradient of {site}", lambda: self._pass(site, seen, x, delta))
+            product = product if site in self._plain else None
+            self._bench.safely(f"gradient of {site}", lambda: self._pass(site, seen, x, delta, product))
 
     def overwritten(self, site: str) -> None:
         """A pass whose gradient can't be told."""
@@ -147,7 +151,7 @@ class GradientInstrument:
             self._said.add(says)
             self._bench.note("capture", says)
 
-    def _pass(self, site: str, seen: _Seen, x: Tensor, delta: Tensor) -> None:
+    def _pass(self, site: str, seen: _Seen, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
         if seen.keeper.passes:
             if self._any(_OF_PASSES, site):
                 seen.keeper.later(x, delta)
@@ -155,7 +159,8 @@ class GradientInstrument:
         if self._keeps_first(site):
             seen.first = Factors.of(x, delta)
         with_spectrum = self._any((GradientSpectrum, LaterSpectra), site)
-        packed, rebuild = seen.reduced = (reduce_factors if with_spectrum else reduce_size)(x, delta)
+        seen.reduced = (reduce_factors if with_spectrum else reduce_size)(x, delta, product)
+        packed, rebuild = seen.reduced
         seen.narrow, seen.scale = delta.dtype is torch.float16, self._accumulated.scale
         seen.keeper.first(packed, rebuild)
 

@@ -47,7 +47,9 @@ class OutputInstrument:
 
     def on_output(self, site: str, fired: int, output: Tensor) -> None:
         """A watched layer has run."""
-        seen = self._seen.setdefault(site, _Seen(fired))
+        seen = self._seen.get(site)
+        if seen is None:
+            seen = self._seen[site] = _Seen(fired)
         if seen.fired == fired and self.wants(site):
             self._bench.safely(f"output of {site}", lambda: self._output(site, seen, output))
 

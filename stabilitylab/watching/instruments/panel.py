@@ -168,10 +168,10 @@ class Instruments:
         with self.probe_time:
             self._outputs.on_output(site, fired, output)
 
-    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor) -> None:
+    def layer_pass(self, site: str, fired: int, x: Tensor, delta: Tensor, product: Tensor | None) -> None:
         """A backward has answered a forward."""
         with self.probe_time:
-            self._gradients.on_pass(site, fired, x, delta)
+            self._gradients.on_pass(site, fired, x, delta, product)
 
     def overwritten(self, site: str) -> None:
         """A pass whose gradient can't be told."""
