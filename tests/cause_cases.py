@@ -38,6 +38,7 @@ BAD = finding("growth")
 STEP = Step(edit=5, update_ratio=0.1, update_site=A, drift_ratio=0.4, drift_site=B, number=10, large=0, largest=0.1)
 FATAL = FatalRow(
     edit=5,
+    bad_inputs=0.0,
     masked_rows=0.0,
     unmasked_before=True,
     masks_before=True,
@@ -47,7 +48,7 @@ FATAL = FatalRow(
     gradients_unread=False,
     later_gradients=False,
     gradient_overflowed=None,
-    loss_read=False,
+    loss=None,
     moved_before=False,
     weight=A,
     overflowed=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Place
@@ -26,6 +27,21 @@ from tests.cause_cases import (
 )
 
 CASES = (
+    Case(
+        "gradient-overflow",
+        bad(NAN) | {"fatal": replace(FATAL, no_gradients=True, loss=2.5), "weights_dtype": "float16"},
+        "medium",
+        "no gradient of edit 5 is finite, while the loss (2.5), the logits and all outputs are",
+        not_with=[
+            {"weights_dtype": "bfloat16"},
+            {"weights_dtype": None},
+            {"fatal": replace(FATAL, no_gradients=False, loss=2.5)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=None)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=math.inf)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=2.5, sound_forward=False)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=2.5, edit=4)},
+        ],
+    ),
     Case(
         "gradient-overflow",
         bad(NAN) | {"fatal": replace(FATAL, gradient_overflowed=B), "narrow": True},

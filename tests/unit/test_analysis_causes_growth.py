@@ -61,6 +61,54 @@ CASES = (
         ],
     ),
     Case(
+        "learning-rate-too-high",
+        bad()
+        | {
+            "steps": (replace(STEP, number=5, large=4, rate=0.3),),
+            "latest": replace(STEP, edit=20, number=20, large=4),
+            "learning": Learning(20, 10),
+        },
+        "low",
+        "4 of 20 edits up to edit 20 each moved a weight by at least half of its original norm, by an optimizer's steps"
+        " at a learning rate of 0.3.",
+        not_with=[
+            {"steps": (replace(STEP, number=5, large=4),)},
+            {"steps": (replace(STEP, number=5, large=3, rate=0.3),)},
+            {"latest": replace(STEP, number=20, large=3)},
+            {"learning": Learning(20, 11)},
+            {"reported": True},
+        ],
+    ),
+    Case(
+        "learning-rate-too-high",
+        bad() | {"steps": (replace(STEP, rate=0.3, rate_factor=3.0, update_factor=9.0),), "latest": STEP},
+        "high",
+        "the learning rate was 0.3 at edit 5, 3 times that of the first edits, and the largest update 9 times theirs.",
+        Place(5, "gradient.learning_rate", A, 0.3),
+        not_with=[
+            {"verdict": "drifting"},
+            {"findings": (BAD, LONE)},
+            {"steps": (replace(STEP, rate=0.3, rate_factor=2.9, update_factor=3.0),)},
+            {"steps": (replace(STEP, rate=0.3, rate_factor=3.0, update_factor=2.9),)},
+            {"steps": (replace(STEP, rate=0.3, rate_factor=3.0, update_factor=9.1),)},
+            {"steps": (replace(STEP, rate=None, rate_factor=3.0, update_factor=9.0),)},
+        ],
+    ),
+    Case(
+        "weights-decayed",
+        noted(finding("weight-shrunk", metric="weight.norm", verdict="drifting"), verdict="drifting")
+        | {"ways": (replace(WAY, largest=20.0, drift=79.0),)},
+        "medium",
+        f"10 edits have worn down the weight of {A}, none of them by more than 20",
+        Place(5, "weight.norm", A),
+        not_with=[
+            {"ways": (replace(WAY, largest=20.1, drift=79.0),)},
+            {"ways": (replace(WAY, edits=9, drift=79.0),)},
+            {"ways": (replace(WAY, site=B, drift=79.0),)},
+            {"findings": ()},
+        ],
+    ),
+    Case(
         "norm-growth",
         bad()
         | {
@@ -183,11 +231,28 @@ CASES = (
         "the only edit raised an exception: KeyError: x.",
     ),
     Case(
+        "others-edited",
+        {"landing": lost(answers=2e-4)},
+        "high",
+        "none of 10 edits moved a watched layer, and the model's answers on the canary are 0.0002 nats from",
+        also=[{"verdict": "collapsed"}, {"landing": lost(lost=3, answers=2e-4)}],
+        not_with=[
+            {"landing": lost(answers=1e-4)},
+            {"landing": lost(landed=1, answers=2e-4)},
+            {"landing": lost(lost=2, answers=2e-4)},
+            {"landing": lost(failed=1, answers=2e-4)},
+        ],
+    ),
+    Case(
         "another-model",
         {"landing": lost(elsewhere=True)},
         "medium",
-        "none of 10 edits ran the watched model or moved it",
-        not_with=[{"landing": lost(elsewhere=True, landed=1)}, {"landing": lost(elsewhere=False)}],
+        "none of 10 edits ran the watched model or moved a watched layer",
+        not_with=[
+            {"landing": lost(elsewhere=True, answers=2e-4)},
+            {"landing": lost(elsewhere=True, landed=1)},
+            {"landing": lost(elsewhere=False)},
+        ],
     ),
     Case(
         "gradients-skipped",

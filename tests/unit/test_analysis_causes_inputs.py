@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Place
@@ -15,6 +16,7 @@ from tests.cause_cases import (
     A,
     B,
     Case,
+    M,
     U,
     bad,
     check_limits,
@@ -67,10 +69,35 @@ CASES = (
         not_with=[
             {"fatal": replace(FATAL, sound_gradients=False)},
             {"fatal": replace(FATAL, no_gradients=True, sound_forward=False)},
-            {"fatal": replace(FATAL, no_gradients=True, loss_read=True)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=math.inf)},
             {"fatal": replace(FATAL, no_gradients=True, edit=4)},
             {"first_bad": replace(NAN, verdict="diverging")},
             {"fatal": None},
+        ],
+    ),
+    Case(
+        "loss-not-finite",
+        bad(NAN) | {"fatal": replace(FATAL, no_gradients=True, loss=2.5), "weights_dtype": None},
+        "low",
+        "no gradient of edit 5 is finite, while the outputs, the logits and the model's own loss (2.5) are",
+        Place(5, "weight.nonfinite", A),
+        not_with=[
+            {"weights_dtype": "float16"},
+            {"fatal": replace(FATAL, later_gradients=True, loss=2.5)},
+            {"fatal": replace(FATAL, no_gradients=True, loss=math.nan)},
+        ],
+    ),
+    Case(
+        "input-not-finite",
+        bad(replace(NAN, metric="activation.nonfinite")) | {"fatal": replace(FATAL, bad_inputs=3.0)},
+        "high",
+        "3 entries of what the model was called with in edit 5 were NaN or +∞ already",
+        Place(5, "inputs.bad_entries", M, 3.0),
+        not_with=[
+            {"fatal": FATAL},
+            {"fatal": replace(FATAL, bad_inputs=3.0, edit=4)},
+            {"first_bad": NAN},
+            {"first_bad": None},
         ],
     ),
     Case(

@@ -73,7 +73,7 @@ def _all_too_large(evidence: Evidence) -> Claim | None:
     here, now, learning = evidence.step, evidence.latest, evidence.learning
     if here is None or now is None or not evidence.is_past("drifting") or evidence.lone_entry or evidence.reported:
         return None
-    if now.large < TRIED or here.large < USUALLY * here.number:
+    if now.number < TRIED or now.large < USUALLY * TRIED or here.large < USUALLY * here.number:
         return None
     large = f"{now.large} of {now.number} edits up to edit {now.edit} each moved a weight by at least half of its"
     learned = learning.tried >= TRIED and learning.reached > learning.tried / 2
