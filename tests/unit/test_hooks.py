@@ -64,7 +64,7 @@ class Heard:
     def norm_input(self, entering: Tensor) -> None:
         self.norms.append(entering)
 
-    def model_called(self, kwargs: Mapping[str, Any]) -> None:
+    def model_called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         pass
 
     def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:

@@ -303,7 +303,7 @@ def test_the_hooks_of_an_edit(passes: int) -> None:
             instruments.begin(edit)
             for _ in range(passes):
                 mask = there(2, 5, dtype=torch.int64)
-                instruments.model_called({"attention_mask": mask})
+                instruments.model_called((there(2, 5),), {"attention_mask": mask})
                 instruments.layer_output("layer", 1, there(2, 5, 6))
                 instruments.norm_input(there(2, 5, 6))
                 instruments.layer_pass("layer", 1, there(2, 5, 8), there(2, 5, 6), there(8, 6))
