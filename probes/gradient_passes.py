@@ -17,6 +17,7 @@ from stabilitylab.probes.weight_pass import as_matrix, number_here, on_cpu, safe
 from stabilitylab.record.readings import Rebuild
 
 _ROWS_BYTES = 1 << 20
+_MATRIX = 2  # dimensions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Factors:
     @classmethod
     def of(cls, x: Tensor, delta: Tensor) -> Factors:
         """With all leading dimensions flattened to tokens. Both are without a graph."""
-        x, delta = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])
+        x = x if x.dim() == _MATRIX else x.reshape(-1, x.shape[-1])
+        delta = delta if delta.dim() == _MATRIX else delta.reshape(-1, delta.shape[-1])
         inference = x.is_inference() or delta.is_inference()
         return cls(x, delta, None if inference else (x._version, delta._version))
 

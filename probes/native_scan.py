@@ -113,7 +113,7 @@ def scan_whole(tensor: Tensor) -> Rows | None:
     square, _, _, low, high, _, _ = built.sweep(tensor.data_ptr(), 0, 0, 0, count, count, _DTYPES[tensor.dtype], False)
     if tensor.dtype is torch.float64 and not _is_safe((square,)):
         return None
-    return _lost_alike(Rows(square, low, high))
+    return Rows(square, math.nan, math.nan) if math.isnan(low) or math.isnan(high) else Rows(square, low, high)
 
 
 def scan_extremes(tensor: Tensor) -> tuple[float, float] | None:

@@ -159,6 +159,8 @@ class Capture:
         self._left = False
         self._backward = -1
         self._stack = contextlib.ExitStack()
+        self._adopted: set[tuple[str, int]] = set()
+        """Whose `.grad` is listened to, by `id`: the watcher holds them to the edit's end."""
         self._handles: list[RemovableHandle] = []
         self._stack.callback(self._remove)
 
@@ -235,8 +237,9 @@ class Capture:
 
     def watch_leaf(self, site: str, weight: Tensor) -> None:
         """Hear when a backward adds to a weight's `.grad`."""
-        if not self._watcher.adopts(site, weight):
+        if (site, id(weight)) in self._adopted or not self._watcher.adopts(site, weight):
             return
+        self._adopted.add((site, id(weight)))
 
         def accumulated(leaf: Tensor) -> None:
             self._watcher.accumulated(site, leaf)

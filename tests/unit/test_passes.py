@@ -335,6 +335,6 @@ def test_the_full_reduction_runs_three_times_at_most(
     calls = []
     for module in (gradients, gradient_passes):
         real = module.reduce_factors
-        monkeypatch.setattr(module, "reduce_factors", lambda x, d, real=real: (calls.append(1), real(x, d))[1])
+        monkeypatch.setattr(module, "reduce_factors", lambda *factors, real=real: (calls.append(1), real(*factors))[1])
     one_edit(tmp_path / "run", lambda model: [step(model, inputs(at), rate=0.0) for at in range(passes)])
     assert len(calls) == reductions

@@ -43,7 +43,8 @@ class OutputInstrument:
 
     def wants(self, site: str) -> bool:
         """Whether a layer's outputs are wanted at this edit."""
-        return any(self._bench.needed(need, site) for need in (OutputPass, LaterOutputs, NormInput))
+        needed = self._bench.needed
+        return needed(LaterOutputs, site) or needed(OutputPass, site) or needed(NormInput, site)
 
     def on_output(self, site: str, fired: int, output: Tensor) -> None:
         """A watched layer has run."""
