@@ -83,6 +83,14 @@ def test_it_speaks_at_the_limit_and_not_short_of_it(limit: Pinned) -> None:
 
 
 @EVERY
+def test_it_speaks_far_beyond_the_limit_and_is_silent_far_from_it(limit: Pinned) -> None:
+    before, apart = [] if limit.start_only else [math.nan], 50.0 * (limit.at - limit.short)
+    assert len(said(limit, run(limit, *before, *[limit.at + apart] * limit.times))) == 1
+    if limit.short != 0:  # what is none can't be less
+        assert said(limit, run(limit, *before, *[limit.short - apart] * limit.times)) == []
+
+
+@EVERY
 def test_it_takes_so_many_readings_in_a_row_and_those_that_are_missing_are_passed_over(limit: Pinned) -> None:
     if limit.times == 1:
         return
