@@ -62,7 +62,7 @@ class NonfiniteContext:
         for family in FAMILIES:
             at = self._lookup.at(f"{family}.nonfinite")
             if family in self._designed:
-                for place, value, metric, _ in self._lookup.new("masked-by-design", row, at[row.values[at] > 0]):
+                for place, value, metric, _ in self._lookup.new("masked-by-design", row, at):
                     says = f"{value:,.0f} {family} values are −∞ from the start, all others finite: masked by design."
                     yield Hit("masked-by-design", metric, place, value, 0.0, "stable", says)
         found = list(self._bad(row)) if self._skipped else []

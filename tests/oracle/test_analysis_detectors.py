@@ -12,6 +12,7 @@ from scipy import stats
 
 from stabilitylab.analysis import Analyzer, detectors
 from stabilitylab.analysis.detectors import DETECTORS, LEAST
+from stabilitylab.analysis.heading import _since
 from stabilitylab.analysis.thresholds import NOMINAL, Thresholds, from_json
 from stabilitylab.analysis.trends import medians, theil_sen
 from stabilitylab.errors import UsageError
@@ -192,3 +193,16 @@ def test_limits_that_are_none_are_refused(wrong: dict[str, object]) -> None:
 def test_limits_at_the_ends_of_their_range_are_taken(right: dict[str, object]) -> None:
     assert from_json(UNIT.to_json() | right, "the file") == replace(UNIT, **right)  # type: ignore[arg-type]
     assert LEAST == 0.5
+
+
+@pytest.mark.parametrize(
+    ("readings", "since"),
+    [
+        ([0.0, 0.1, 0.2, 0.27, 0.28, 0.5], 9),  # a tenth of a nat is as near as it gets: up to e times that
+        ([0.2, 0.5, 0.54, 0.55, 0.6, 0.7], 8),
+        ([0.2, 0.9, 0.3, 0.9, 0.9, 0.9], 8),  # after the last that was near
+        ([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 10),  # all are near one another: the last
+    ],
+)
+def test_a_canary_heads_away_since_it_was_last_near(readings: list[float], since: int) -> None:
+    assert _since(np.arange(5.0, 11.0), np.array(readings)) == since

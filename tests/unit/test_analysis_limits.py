@@ -83,6 +83,14 @@ def test_it_speaks_at_the_limit_and_not_short_of_it(limit: Pinned) -> None:
 
 
 @EVERY
+def test_it_speaks_far_beyond_the_limit_and_is_silent_far_from_it(limit: Pinned) -> None:
+    before, apart = [] if limit.start_only else [math.nan], 50.0 * (limit.at - limit.short)
+    assert len(said(limit, run(limit, *before, *[limit.at + apart] * limit.times))) == 1
+    if limit.short != 0:  # what is none can't be less
+        assert said(limit, run(limit, *before, *[limit.short - apart] * limit.times)) == []
+
+
+@EVERY
 def test_it_takes_so_many_readings_in_a_row_and_those_that_are_missing_are_passed_over(limit: Pinned) -> None:
     if limit.times == 1:
         return
@@ -143,3 +151,13 @@ def test_changed_answers_are_ties_while_the_canarys_predictions_are_where_they_w
     lost = {("canary.agreement", "model"): 0.05, ("canary.kl", "model"): nats}
     rules = [finding.rule for finding in diagnose([row(0, {}), *(row(edit, lost) for edit in (1, 2, 3))]).findings]
     assert ("canary-lost" in rules) == spoken
+
+
+@EVERY
+def test_all_others_speak_whatever_the_canary_says(limit: Pinned) -> None:
+    if limit.metric == "canary.kl":
+        return
+    still, key = {("canary.kl", "model"): 0.0}, (limit.metric, site_of(limit))
+    before = [] if limit.start_only else [row(0, still)]
+    rows = [*before, *(row(edit, still | {key: limit.at}) for edit in range(len(before), len(before) + limit.times))]
+    assert len(said(limit, diagnose(rows))) == (limit.rule != "canary-lost")

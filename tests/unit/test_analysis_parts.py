@@ -195,6 +195,8 @@ class TestSteadiness:
         ("weight.nonfinite", 0.0, False),
         ("weight.headroom_bits", 3.99, True),
         ("weight.headroom_bits", 4.0, False),
+        ("weight.headroom_bits", 17.0, False),
+        ("weight.headroom_bits", -math.inf, True),
         ("activation.rms", math.nan, True),
         ("activation.rms", math.inf, True),
         ("activation.rms", 1e30, False),

@@ -12,6 +12,7 @@ import pytest
 from stabilitylab.errors import RunError
 from stabilitylab.record import plain_files, runfile
 from stabilitylab.record.plain_files import expect_few_parts, read_json, read_text
+from stabilitylab.record.reading import read_layouts, read_metrics, read_notes, read_outcomes
 from stabilitylab.record.runfile import connect, damaged, find_file, find_runs
 from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION, RunWriter
 
@@ -183,3 +184,49 @@ def test_a_killed_writers_journal_is_rolled_back_in_a_copy(tmp_path: Path) -> No
     with connect(torn / FILE_NAME) as db:
         assert db.execute("SELECT says FROM note").fetchall() == [("kept",)]
     assert {each.name: each.read_bytes() for each in torn.iterdir()} == before
+
+
+def of_table(table: str, columns: str, *rows: tuple[object, ...]) -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:")
+    db.execute(f"CREATE TABLE {table} ({columns})")
+    for each in rows:
+        db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(each))})", each)
+    return db
+
+
+@pytest.mark.parametrize(
+    ("length", "read"),
+    [("1", True), (str((1 << 31) - 1), True), (str(1 << 31), False), ("0", False), ("-1", False), ("1.5", False)],
+)
+def test_how_long_a_reading_of_a_layout_may_be(length: str, read: bool) -> None:
+    with closing(of_table("layout", "id, entries", (7, f'[["update.norm", "fc1", {length}]]'))) as db:
+        if read:
+            assert read_layouts(db) == {7: (("update.norm", "fc1", int(length)),)}
+            return
+        with pytest.raises(ValueError, match="a layout has a reading of "):
+            read_layouts(db)
+
+
+@pytest.mark.parametrize(("length", "read"), [(1, True), (1 << 16, True), ((1 << 16) + 1, False), (0, False)])
+def test_how_many_values_a_metric_may_be_said_to_hold(length: int, read: bool) -> None:
+    described = ("m.x", "1", "log", "after", "meaning", "formula", "source", length)
+    columns = "name, unit, scale, phase, meaning, formula, source, length"
+    with closing(of_table("metric", columns, described)) as db:
+        if read:
+            assert [metric.length for metric in read_metrics(db)] == [length]
+            return
+        with pytest.raises(ValueError, match=f"metric 'm.x' is said to hold {length} values"):
+            read_metrics(db)
+
+
+def test_of_several_outcomes_the_last_counts_and_notes_and_alarms_are_in_their_order() -> None:
+    rows = [(2, 1, "restored"), (1, 1, "committed"), (3, 4, "rolled_back")]
+    with closing(of_table("outcome", "id, edit, outcome", *rows)) as db:
+        assert read_outcomes(db) == {1: "restored", 4: "rolled_back"}
+    with (
+        closing(of_table("outcome", "id, edit, outcome", (1, 1, "lost"))) as db,
+        pytest.raises(ValueError, match="outcome"),
+    ):
+        read_outcomes(db)
+    with closing(of_table("note", "id, edit, kind, says", (2, 1, "b", "y"), (1, 9, "a", "x"))) as db:
+        assert [note.kind for note in read_notes(db)] == ["a", "b"]
