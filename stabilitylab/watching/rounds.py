@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from stabilitylab.acting.replay import Application
@@ -21,7 +23,8 @@ from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.note_kinds import MOVED_OUTSIDE
-from stabilitylab.record.readings import Array, EditRow, Key, OutcomeKind, Status
+from stabilitylab.record.packed import Frame, PackedReadings, PerFrame
+from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts
 from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary
@@ -46,6 +49,15 @@ _CHANGED: Final = {
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
 """Notes of weights that move between two edits."""
+
+
+def _counts(frame: Frame) -> NDArray[np.intp]:
+    """Where a row has its counts of values that are not finite."""
+    named = zip(frame.keys, frame.starts.tolist(), strict=True)
+    return np.array([start for (metric, _), start in named if metric.endswith(".nonfinite")], dtype=np.intp)
+
+
+_COUNTS: Final = PerFrame(_counts)
 
 
 class Rounds:
@@ -289,10 +301,10 @@ class Rounds:
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
-    def _learn(self, unread: Unread, passes: Mapping[str, WeightPass], readings: Mapping[Key, Array]) -> None:
+    def _learn(self, unread: Unread, passes: Mapping[str, WeightPass], readings: PackedReadings) -> None:
         """Where to look at the next edit, and what is to be said of this one besides its readings."""
         instruments = self._instruments
-        if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
+        if (readings.flat[_COUNTS.of(readings.frame)] > 0).any():
             instruments.look_everywhere_next()
         for site, seen in passes.items():
             instruments.references.edited(site, seen)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
-from stabilitylab.record.readings import Array, Key
+from stabilitylab.record.packed import PackedReadings
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.compiled import inside_compiled
 from stabilitylab.watching.editor_parts import find_scaler
@@ -290,7 +290,7 @@ class Instruments:
         """The same of those that have references."""
         return {site: seen for site, seen in self.scans(cargo).items() if isinstance(seen, WeightPass)}
 
-    def read(self, cargo: Cargo, *, from_original: bool = False) -> dict[Key, Array]:
+    def read(self, cargo: Cargo, *, from_original: bool = False) -> PackedReadings:
         """Every probe that was due on every measurement; waits for it. from_original: the edit began at W₀, not W₋."""
         measured = self._arrived(cargo)
         if from_original:
