@@ -131,16 +131,27 @@ def _lost_alike(rows: Rows) -> Rows:
     return Rows(rows.square, math.nan, math.nan) if lost else rows
 
 
-def count_nonfinite_of(tensors: Sequence[tuple[Tensor, int]]) -> NDArray[np.int64] | None:
-    """How many entries are NaN or infinite: int64 [tensors], of each as many as its step leaves.
+def table_of(tensors: Sequence[tuple[Tensor, int]]) -> NDArray[np.int64] | None:
+    """What `count_nonfinite_in` is to look at, int64 [tensors, 5]: of each address, count, step, kind, and a place for
+    what is found. It holds as long as the tensors lie where they do.
 
     tensors: contiguous, on a CPU, each with its step: 1 for all entries, n for each n-th.
     """
     if not all(_for(tensor) for tensor, _ in tensors) or _BUILT is None:
         return None
     rows = [(tensor.data_ptr(), tensor.numel(), step, _DTYPES[tensor.dtype], 0) for tensor, step in tensors]
-    table = np.array(rows, dtype=np.int64)
-    _BUILT.nonfinite(table.ctypes.data, len(rows))
+    return np.array(rows, dtype=np.int64)
+
+
+ADDRESS: Final = 0
+STEP: Final = 2
+"""The columns of a table that have the addresses and the steps."""
+
+
+def count_nonfinite_in(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many entries are NaN or infinite, of each tensor of a table as many as its step leaves."""
+    assert _BUILT is not None  # it made the table
+    _BUILT.nonfinite(table.ctypes.data, len(table))
     return table[:, 4]
 
 

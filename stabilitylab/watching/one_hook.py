@@ -128,6 +128,8 @@ def carries_hooks(model: nn.Module) -> bool:
 def sweep(model: nn.Module) -> None:
     """Take the silent hooks of ours off every module of `model`."""
     for module in modules_of(model):
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            continue
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
                 del hooks[key]

@@ -15,10 +15,10 @@ from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
 from stabilitylab.probes.native_scan import (
     ASKED,
     bare_sweep,
-    count_nonfinite_of,
     scan_extremes,
     scan_factor,
     scan_rows,
+    table_of,
     weight_pass,
 )
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
@@ -144,7 +144,7 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
     for tensor in (turned, whole, empty):
         assert scan_rows(tensor) is None
         assert scan_extremes(tensor) is None
-        assert count_nonfinite_of([(tensor, 1)]) is None
+        assert table_of([(tensor, 1)]) is None
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
     assert scan_rows(some(1, 5)) is None

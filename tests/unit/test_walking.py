@@ -31,7 +31,7 @@ def test_everything_comes_in_torchs_order() -> None:
         assert walking.modules_of(model) == list(model.modules())
         assert walking.named_modules_of(model) == list(model.named_modules())
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        found = walking.named_tensors_of(model)
+        found = walking.named_tensors_of(walking.named_modules_of(model))
         assert [name for name, _ in found] == [name for name, _ in tensors]
         assert all(left is right for (_, left), (_, right) in zip(found, tensors, strict=True)) or model is scripted
         parameters = [(name.rpartition(".")[2], tensor.shape) for name, tensor in model.named_parameters()]

@@ -39,6 +39,7 @@ from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import Site, locate
+from stabilitylab.watching.walking import named_modules_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Instruments:
         """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(Capture(self, inside_compiled(model)))
+            named = named_modules_of(model)
+            capture = stack.enter_context(Capture(self, inside_compiled(named)))
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
@@ -145,8 +147,8 @@ class Instruments:
                 capture.watch_optimizers()
             capture.watch_model(model)
             if self._bench.needed(NormInput):
-                capture.watch_norms(model)
-            self._step("the editor", lambda: self._editor.watch(capture, model))
+                capture.watch_norms(named)
+            self._step("the editor", lambda: self._editor.watch(capture, model, named))
             self._step("attention", lambda: self._attention.enter(capture.stack, model))
             stack.pop_all()  # every hook is in place: they stay until the edit ends
         return capture
@@ -215,8 +217,9 @@ class Instruments:
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
-        inside_compiled(model)  # what takes long of it is done only once
-        self._step("the editor", lambda: self._editor.after(model, None, {}, sites))
+        named = named_modules_of(model)
+        inside_compiled(named)  # what takes long of it is done only once
+        self._step("the editor", lambda: self._editor.after(named, None, {}, sites))
         self._step("weights", lambda: self._weights.after(model, sites))
         self._step("other processes", lambda: self._exchange.settle("edit 0"))
         self._step("weights", self._weights.settled)
@@ -235,11 +238,12 @@ class Instruments:
 
         failed: whether it raised, so that other processes may not come to its end.
         """
+        named = named_modules_of(model)
         self._step("outputs", lambda: self._outputs.after(sites))
         self._step("logits", self._logits.after)
         self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
         self._step("gradients", lambda: self._gradients.after(model, sites, self.references))
-        self._step("the editor", lambda: self._editor.after(model, capture, reports, sites))
+        self._step("the editor", lambda: self._editor.after(named, capture, reports, sites))
         self._step("updates", lambda: self._weights.compare(model, sites, self._editor.updates))
         self._step("weights", lambda: self._weights.after(model, sites))
         if failed:
@@ -247,7 +251,7 @@ class Instruments:
         else:
             self._step("other processes", lambda: self._exchange.settle(f"the end of edit {self._bench.edit}"))
         self._step("weights", self._weights.settled)
-        self._step("the whole state", lambda: self._state.after(model, sites))
+        self._step("the whole state", lambda: self._state.after(model, named, sites))
 
     def look_everywhere_next(self) -> None:
         """Something is wrong: after the next edit look at every entry of the model."""
