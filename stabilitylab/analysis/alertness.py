@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.analysis.findings import Finding, severity
 from stabilitylab.record.packed import Frame, PackedReadings, PerFrame, as_packed
 from stabilitylab.record.readings import EDITOR_SITE, EditRow
 
@@ -15,7 +16,7 @@ LEAST_HEADROOM_BITS: Final = 4.0
 _HEADROOM: Final = ".headroom"
 
 
-def gives_reason(row: EditRow, diagnosis: Diagnosis) -> bool:
+def gives_reason(row: EditRow, findings: Sequence[Finding]) -> bool:
     """Whether the edit failed, left or met a value that is not finite, came near its dtype's limit, or was found out of
     line; or something was found of the editor's state.
     """
@@ -23,7 +24,7 @@ def gives_reason(row: EditRow, diagnosis: Diagnosis) -> bool:
         return True
     return any(
         finding.edit == row.edit and (severity(finding.verdict) > 0 or finding.site.startswith(EDITOR_SITE))
-        for finding in diagnosis.findings
+        for finding in findings
     )
 
 
