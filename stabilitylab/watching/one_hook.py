@@ -18,7 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from stabilitylab.watching.compiled import uncompiled
 from stabilitylab.watching.own_work import own_work
 from stabilitylab.watching.spread import left_as_gathered
-from stabilitylab.watching.walking import modules_of
+from stabilitylab.watching.walking import NamedModules, modules_of, named_modules_of
 
 logger = logging.getLogger("stabilitylab")
 
@@ -125,9 +125,10 @@ def carries_hooks(model: nn.Module) -> bool:
     )
 
 
-def sweep(model: nn.Module) -> None:
-    """Take the silent hooks of ours off every module of `model`."""
-    for module in modules_of(model):
+def sweep(model: nn.Module) -> NamedModules:
+    """Take the silent hooks of ours off every module of `model`; returns all of them."""
+    named = named_modules_of(model)
+    for _, module in named:
         if not (module._forward_hooks or module._forward_pre_hooks):
             continue
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -135,6 +136,7 @@ def sweep(model: nn.Module) -> None:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return named
 
 
 def _is_alone() -> bool:

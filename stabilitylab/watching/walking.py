@@ -50,14 +50,14 @@ def holding(named: Iterable[tuple[str, nn.Module]], attribute: str) -> NamedModu
     ]
 
 
-def parameters_of(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Each parameter of a model once, under its last name alone."""
+def parameters_of(named: NamedModules) -> list[tuple[str, Tensor]]:
+    """Each parameter of these modules once, under its last name alone."""
     held: dict[int, tuple[str, Tensor]] = {}
-    for module in modules_of(model):
+    for _, module in named:
         if module._parameters:
-            for named in module._parameters.items():
-                if named[1] is not None:
-                    held.setdefault(id(named[1]), named)
+            for each in module._parameters.items():
+                if each[1] is not None:
+                    held.setdefault(id(each[1]), each)
     return list(held.values())
 
 

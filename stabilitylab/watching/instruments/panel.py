@@ -39,7 +39,7 @@ from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import Site, locate
-from stabilitylab.watching.walking import named_modules_of
+from stabilitylab.watching.walking import NamedModules, named_modules_of
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,12 @@ class Instruments:
         """What an instrument does between two passes of the model. One that breaks is off, and takes no other along."""
         self._bench.safely(f"what looks at {instrument}", step, as_the_loop=True)
 
-    def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
-        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
+    def capture(self, model: nn.Module, named: NamedModules, sites: Sequence[Site]) -> Capture:
+        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none. named: the
+        model's modules.
+        """
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
-            named = named_modules_of(model)
             capture = stack.enter_context(Capture(self, inside_compiled(named)))
             any_gradient = False
             for site in sites:
@@ -228,6 +229,7 @@ class Instruments:
     def after(
         self,
         model: nn.Module,
+        named: NamedModules,
         sites: Sequence[Site],
         capture: Capture,
         reports: Mapping[str, EditorReport],
@@ -236,9 +238,8 @@ class Instruments:
     ) -> None:
         """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this.
 
-        failed: whether it raised, so that other processes may not come to its end.
+        named: the model's modules. failed: whether it raised, so that other processes may not come to its end.
         """
-        named = named_modules_of(model)
         self._step("outputs", lambda: self._outputs.after(sites))
         self._step("logits", self._logits.after)
         self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
