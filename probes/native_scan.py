@@ -175,6 +175,56 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
 
 
+class Spread(NamedTuple):
+    """least: of std, NaN where there is one. zeros, lost, positive, nonfinite: how many of std are 0, NaN, above 0, not
+    finite. centres_zero, centres_lost, centres_nonfinite: how many of mean are.
+    """
+
+    least: float
+    zeros: int
+    lost: int
+    positive: int
+    nonfinite: int
+    centres_zero: int
+    centres_lost: int
+    centres_nonfinite: int
+
+
+class Entering(NamedTuple):
+    """largest: |value − mean| / (std + guard), NaN where one is. unit: where that is."""
+
+    largest: float
+    unit: int
+
+
+def scan_statistics(mean: Tensor, std: Tensor) -> Spread | None:
+    """One look at a mean and a std [units] in fp32 or fp64, contiguous and on a CPU."""
+    built = _for(std)
+    if built is None or std.element_size() < 4 or not _fits(mean, std.dtype) or mean.numel() != std.numel():
+        return None
+    wide = std.dtype == torch.float64
+    return Spread(*built.spread(mean.data_ptr(), std.data_ptr(), std.numel(), wide))
+
+
+def scan_entering(values: Tensor, beside: Tensor | None, mean: Tensor, std: Tensor, guard: float) -> Entering | None:
+    """What enters a normaliser with these statistics, [..., units] in fp32 or fp64: the largest that it becomes.
+
+    Rows that are all 0 don't count, nor those that are so in `beside`, [..., others] of the same rows.
+    """
+    built = _for(values)
+    if built is None or min(values.element_size(), std.element_size()) < 4 or values.shape[-1] != std.numel():
+        return None
+    if not (_fits(mean, std.dtype) and _fits(std, std.dtype)):
+        return None
+    if beside is not None and not (_fits(beside, values.dtype) and beside.shape[:-1] == values.shape[:-1]):
+        return None
+    units, others = std.numel(), 0 if beside is None else beside.shape[-1]
+    kind = 2 * (values.dtype == torch.float64) + (std.dtype == torch.float64)
+    places = (0 if each is None else each.data_ptr() for each in (values, beside, mean, std))
+    largest, unit, lost = built.entering(*places, values.numel() // units, units, others, guard, kind)
+    return Entering(math.nan, lost) if lost < units else Entering(largest, unit)
+
+
 def _for(tensor: Tensor) -> ModuleType | None:
     """The native code, where it was built and can read this tensor."""
     if _BUILT is None or not _fits(tensor, tensor.dtype) or not tensor.numel() or weight_pass() == "numpy":

@@ -167,9 +167,11 @@ class Analyzer:
         """Likewise."""
         return self._alarm
 
-    def findings(self) -> tuple[Finding, ...]:
-        """The findings of `diagnosis`, without what only its sentences and its forecast need."""
-        return self._judgement().findings
+    def found_at(self, edit: int) -> list[Finding]:
+        """The findings of `diagnosis` that are about one edit, in whatever order."""
+        # One that is not in the ledger is made only where a bad reading is the whole model's.
+        listed = self._ledger.findings() if self._ledger.first_bad() is None else self._judgement().findings
+        return [finding for finding in listed if finding.edit == edit]
 
     def _judgement(self) -> Judgement:
         if self._judged is None:

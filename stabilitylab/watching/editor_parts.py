@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,23 +33,7 @@ _RUNNING = ("n", "mean", "var", "std")
 _COUNTS = ("k", "rows")
 """What MEND's statistics are counted with: by the authors, and in this package."""
 _MATRIX = 2  # dimensions
-_PAIR = 2  # tensors of a call: inputs and gradients
 _SHOWN = 40
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a normaliser was called with."""
-
-    tensors: tuple[Tensor, ...]
-
-    @functools.cached_property
-    def both(self) -> Tensor | None:
-        """In which rows both of two tensors have something, [..., 1]; None where they are not two of the same rows."""
-        if len(self.tensors) < _PAIR or self.tensors[0].shape[:-1] != self.tensors[1].shape[:-1]:
-            return None
-        first, second = ((tensor != 0).any(dim=-1, keepdim=True) for tensor in self.tensors[:_PAIR])
-        return first & second
 
 
 @dataclass(frozen=True)
@@ -74,20 +57,18 @@ class Statistics:
     paired: bool = False
     """Whether a row counts only where both tensors of the call have something: MEND leaves the others out."""
 
-    def entered(self, calls: Sequence[Call]) -> list[Tensor]:
-        """Its part, [..., units], of what the module was called with; rows that it leaves out are zero."""
+    def entered(self, calls: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Its part, [..., units], of what the module was called with, and beside it what must have something in a row
+        too, for that to count.
+        """
         found = []
         for call in calls:
-            if len(call.tensors) > self.place:
-                whole = call.tensors[self.place]
-                units = self.std.numel()
-                part = (
-                    whole
-                    if not self.first and whole.shape[-1] == units
-                    else whole[..., self.first : self.first + units]
-                )
-                both = call.both if self.paired else None
-                found.append(part if both is None else torch.where(both, part, part.new_zeros(())))
+            if len(call) > self.place:
+                whole, units = call[self.place], self.std.numel()
+                is_whole = not self.first and whole.shape[-1] == units
+                paired = self.paired and len(call) > 1 and call[0].shape[:-1] == call[1].shape[:-1]
+                part = whole if is_whole else whole[..., self.first : self.first + units]
+                found.append((part, call[1 - self.place] if paired else None))
         return found
 
 

@@ -152,9 +152,9 @@ class Recorder:
         """What the analyzer says after the rows so far."""
         return self._analyzer.diagnosis()
 
-    def findings(self) -> tuple[Finding, ...]:
-        """What it has found, as its diagnosis has it."""
-        return self._analyzer.findings()
+    def found_at(self, edit: int) -> list[Finding]:
+        """What it has found of one edit."""
+        return self._analyzer.found_at(edit)
 
     def close(self) -> None:
         """End the sinks and the record."""

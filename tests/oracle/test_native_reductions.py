@@ -21,6 +21,7 @@ from stabilitylab.probes.native_scan import (
     table_of,
     weight_pass,
 )
+from stabilitylab.probes.normaliser_pass import reduce_normaliser
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.state_pass import SAMPLE, count_bad
 from stabilitylab.probes.weight_pass import extremes, reduce_weight
@@ -130,6 +131,45 @@ def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int
         found = rebuild(packed.numpy())
         assert found.norm == pytest.approx((delta.double().T @ x.double()).norm().item(), rel=1e-5, abs=1e-30)
         assert found.dead_share == pytest.approx((x == 0).all(dim=0).double().mean().item(), abs=1e-12)
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(0, 6),
+    units=st.integers(1, 20),
+    kinds=st.tuples(*[st.sampled_from([torch.float32, torch.float64])] * 2),
+    odd=st.lists(st.sampled_from([*LOST, 0.0, 0.0]), max_size=4),
+    learns=st.booleans(),
+    counted=st.sampled_from([None, 0.0, 3.0, math.nan]),
+)
+def test_a_normaliser_and_what_enters_it(
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    rows: int,
+    units: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    odd: list[float],
+    learns: bool,
+    counted: float | None,
+) -> None:
+    mean, std = some(seed, units, dtype=kinds[0]), some(seed + 1, units, dtype=kinds[0]).abs()
+    entered, beside = some(seed + 2, 2, rows, units, dtype=kinds[1]), some(seed + 3, 2, rows, 3, dtype=kinds[1])
+    generator = torch.Generator().manual_seed(seed)
+    for each in (entered, beside):
+        each[torch.rand(2, rows, generator=generator) < 0.3] = 0
+    for at, value in enumerate(odd):
+        held = (std, mean, entered.view(-1), std)[at]
+        held[seed % max(held.numel(), 1) : seed % max(held.numel(), 1) + 1] = value
+    if seed % 5 == 0:
+        std[:], mean[:] = (0.0, 0.0) if seed % 2 else (math.nan, math.nan)
+    count = None if counted is None else torch.tensor(counted)
+    given = (mean, std, list(entered), 1e-7, count)
+    monkeypatch.delenv(ASKED, raising=False)
+    native = reduce_normaliser(*given, learns=learns, beside=list(beside))
+    monkeypatch.setenv(ASKED, "numpy")
+    plain = reduce_normaliser(*given, learns=learns, beside=list(beside))
+    torch.testing.assert_close(native, plain, rtol=0, atol=0, equal_nan=True)
 
 
 def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> None:

@@ -35,9 +35,9 @@ def test_normalisers_of_mend() -> None:
     assert found["alg.mend.(4, 8)"].module is transform
     u, v = found["alg.mend.(4, 8)"].statistics
     assert (u.kind, u.std, v.kind, v.mean) == ("u", transform.u_std, "v", transform.v_mean)
-    calls = [parts.Call((torch.ones(3, 4), torch.zeros(3, 8))), parts.Call((torch.ones(2, 4),))]
-    assert [entered.shape for entered in u.entered(calls)] == [(3, 4), (2, 4)]
-    assert [entered.shape for entered in v.entered(calls)] == [(3, 8)]
+    calls = [(torch.ones(3, 4), torch.zeros(3, 8)), (torch.ones(2, 4),)]
+    assert [entered.shape for entered, _ in u.entered(calls)] == [(3, 4), (2, 4)]
+    assert [entered.shape for entered, _ in v.entered(calls)] == [(3, 8)]
 
 
 def test_a_normaliser_that_is_switched_off_is_not_one() -> None:
@@ -53,8 +53,8 @@ def test_the_normaliser_of_malmen_is_parted_into_keys_and_gradients() -> None:
     assert (u.kind, u.std.numel(), v.kind, v.std.numel()) == ("u", 4, "v", 8)
     assert u.guard == v.guard == torch.finfo(torch.float32).eps
     entered = torch.arange(24.0).reshape(2, 12)
-    assert torch.equal(u.entered([parts.Call((entered,))])[0], entered[:, :4])
-    assert torch.equal(v.entered([parts.Call((entered,))])[0], entered[:, 4:])
+    assert torch.equal(u.entered([(entered,)])[0][0], entered[:, :4])
+    assert torch.equal(v.entered([(entered,)])[0][0], entered[:, 4:])
 
 
 def test_a_running_normaliser_without_an_owner_is_whole() -> None:

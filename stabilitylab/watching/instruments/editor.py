@@ -135,11 +135,9 @@ class EditorInstrument:
     def _normalisers(self, capture: Capture | None, sites: Sequence[Site]) -> None:
         for name, normaliser in parts.find_normalisers(self._editor).items():
             self._tell_layers(name, normaliser, sites)
-            seen = capture.editors[name].calls if capture is not None and name in capture.editors else []
-            calls = [parts.Call(call) for call in seen]
+            calls = capture.editors[name].calls if capture is not None and name in capture.editors else []
             for kind in normaliser.statistics:
-                held, entered = (kind.mean, kind.std), kind.entered(calls)
-                reduce = functools.partial(reduce_normaliser, *held, entered, kind.guard, kind.rows, learns=kind.learns)
+                reduce = functools.partial(_normalised, kind, kind.entered(calls))
                 self._take(NormaliserPass, _site(name, kind.kind), reduce, NormaliserPass.from_host)
 
     def _tell_layers(self, name: str, normaliser: parts.Normaliser, sites: Sequence[Site]) -> None:
@@ -242,6 +240,11 @@ class EditorInstrument:
         if system is not None and solution is not None and right_side is not None:
             reduce = functools.partial(reduce_residual, system, solution, right_side)
             self._take(SolveResidual, site, reduce, SolveResidual.from_host)
+
+
+def _normalised(kind: parts.Statistics, entered: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    inputs, beside = [values for values, _ in entered], [other for _, other in entered]
+    return reduce_normaliser(kind.mean, kind.std, inputs, kind.guard, kind.rows, learns=kind.learns, beside=beside)
 
 
 def _hits(book: parts.Codebook, entered: Tensor) -> Tensor:
