@@ -29,6 +29,7 @@ class Reader:
         self._known = {id(probe): frozenset(metric.name for metric in probe.metrics) for probe in bench.probes}
         self._due: Sequence[Probe[Any]] = ()
         self._of_kind: dict[type[Any], list[Probe[Any]]] = {}
+        self._reads: dict[tuple[type[Any], str], list[Probe[Any]]] = {}
         self._frames = Frames()
 
     def arrived(self, shipment: Shipment) -> Measured:
@@ -51,16 +52,23 @@ class Reader:
         if due != self._due:
             self._due = due
             self._of_kind.clear()
+            self._reads.clear()
         for site, seen in measured:
-            probes = self._of_kind.get(type(seen))
-            if probes is None:
-                probes = self._of_kind[type(seen)] = [probe for probe in due if issubclass(type(seen), probe.needs)]
-            self._apply(probes, site, seen, readings)
-        if self._followed:
-            for key in [key for key in readings if key[0] in self._followed]:
-                followers = [probe for probe in due if key[0] in probe.follows]
-                self._apply(followers, key[1], self._remember(key, edit, readings[key]), readings)
+            self._apply(self._reading(type(seen), site, due), site, seen, readings)
+        for key in [key for key in readings if key[0] in self._followed] if self._followed else ():
+            followers = [probe for probe in due if key[0] in probe.follows and self._bench.is_for(probe, key[1])]
+            self._apply(followers, key[1], self._remember(key, edit, readings[key]), readings)
         return self._frames.packed(readings)
+
+    def _reading(self, kind: type[Any], site: str, due: Sequence[Probe[Any]]) -> list[Probe[Any]]:
+        """The probes that read such a measurement of a site."""
+        known = self._reads.get((kind, site))
+        if known is None:
+            of_kind = self._of_kind.get(kind)
+            if of_kind is None:
+                of_kind = self._of_kind[kind] = [probe for probe in due if issubclass(kind, probe.needs)]
+            known = self._reads[kind, site] = [probe for probe in of_kind if self._bench.is_for(probe, site)]
+        return known
 
     def _remember(self, key: Key, edit: int, values: float | Array) -> History:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
@@ -68,34 +76,32 @@ class Reader:
         return History(*np.array(recent).T)
 
     def _apply(self, probes: Iterable[Probe[Any]], site: str, seen: Any, readings: dict[Key, float | Array]) -> None:
-        bench = self._bench
-
         def compute(probe: Probe[Any]) -> None:
-            said = _computed(probe, self._known[id(probe)], seen)
-            for metric, value in said.items():
-                readings[(metric, site)] = value
+            said = probe.compute(seen)
+            for metric, value in _checked(said, self._known[id(probe)]).items():
+                readings[metric, site] = value
 
-        bench.each([probe for probe in probes if bench.is_for(probe, site)], bench.name_of, compute)
+        self._bench.each(probes, self._bench.name_of, compute)
 
 
 def _name_of(one: Arrived) -> str:
     return one.name
 
 
-def _computed(probe: Probe[Any], known: frozenset[str], seen: Any) -> Mapping[str, float | Array]:
+def _checked(said: Any, known: frozenset[str]) -> Mapping[str, float | Array]:
     """What a probe says, as a row holds it. Raises TypeError or ValueError for what can't be a reading.
 
     known: the names of its metrics.
     """
-    said = probe.compute(seen)
     if not isinstance(said, Mapping):
         raise TypeError(f"compute gave a {type(said).__name__}; expected values by metric name")
-    readings: dict[str, float | Array] = {}
+    odd: dict[str, Array] = {}
     for name, value in said.items():
         if name not in known:
             raise ValueError(f"{name!r} is none of its metrics; expected one of {', '.join(sorted(known))}")
-        readings[name] = value if isinstance(value, float) else _as_reading(name, np.asarray(value))
-    return readings
+        if not isinstance(value, float):
+            odd[name] = _as_reading(name, np.asarray(value))
+    return {**said, **odd} if odd else said
 
 
 def _as_reading(name: str, values: Any) -> Array:
