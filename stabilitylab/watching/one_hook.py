@@ -65,6 +65,11 @@ class Hook:
                 self.fall_silent()
                 self._broke(error)
 
+    @property
+    def has_home(self) -> bool:
+        """Whether it was put on a module."""
+        return bool(self._homes)
+
     def fall_silent(self) -> None:
         """Do nothing from now on."""
         self._action = None
@@ -101,15 +106,15 @@ def put(
     stack: contextlib.ExitStack, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False
 ) -> None:
     """A hook on a module, before or after its forward, until `stack` is closed."""
+    if not hook.has_home:  # one that is put on many modules leaves all of them at once
+        stack.callback(hook.leave)
     if before:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
         tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     else:
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+        module.register_forward_hook(hook, with_kwargs=with_kwargs)
         tables = (module._forward_hooks, module._forward_hooks_with_kwargs)
-    stack.callback(hook.leave)
-    stack.callback(handle.remove)
-    for table in tables:
+    for table in tables if with_kwargs else tables[:1]:
         hook.lives_in(cast("_Table", table))
 
 

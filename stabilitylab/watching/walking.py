@@ -55,9 +55,9 @@ def parameters_of(named: NamedModules) -> list[tuple[str, Tensor]]:
     held: dict[int, tuple[str, Tensor]] = {}
     for _, module in named:
         if module._parameters:
-            for each in module._parameters.items():
-                if each[1] is not None:
-                    held.setdefault(id(each[1]), each)
+            for leaf, tensor in module._parameters.items():
+                if tensor is not None:
+                    held.setdefault(id(tensor), (leaf, tensor))
     return list(held.values())
 
 

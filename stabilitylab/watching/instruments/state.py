@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Plan:
     watched: set[int]
     names: list[str]
     places: list[int]
-    kinds: list[_Kind | None]
+    kinds: list[_Kind]
     unread: list[int]
     signs: list[_Sign | None]
     table: NDArray[np.int64] | None
@@ -108,7 +108,7 @@ class StateInstrument:
         if not held:
             return
         self._turn = (self._turn + 1) % len(held)
-        signs = list(map(_sign, held))
+        signs = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         whole = [at for at, (was, now) in enumerate(zip(plan.signs, signs, strict=True)) if was != now]
         if plan.table is not None:
             plan.table[whole, ADDRESS] = [signs[at][0] for at in whole]
@@ -157,7 +157,7 @@ class StateInstrument:
             watched,
             names=[name for name, _ in read],
             places=[place[id(tensor)] for tensor in held],
-            kinds=list(map(_kind, held)),
+            kinds=_kinds(held),
             unread=[place[id(tensor)] for _, tensor in asked if not _is_readable(tensor)],
             signs=[before.get(name) for name, _ in read],
             table=table_of([(tensor, step_of(tensor)) for tensor in held]),
@@ -168,19 +168,17 @@ def _fits(plan: _Plan, marks: list[str | None], tensors: Sequence[Tensor | None]
     """Whether the model still is what a look was planned for."""
     if plan.marks != marks or plan.watched != watched or plan.ids != list(map(id, tensors)):
         return False
-    if plan.kinds != [_kind(tensors[place]) for place in plan.places]:
+    if plan.kinds != _kinds(tensors[place] for place in plan.places):
         return False
     unread = (tensors[place] for place in plan.unread)
     return not any(_is_readable(tensor) for tensor in unread if tensor is not None)
 
 
-def _kind(tensor: Tensor | None) -> _Kind | None:
+def _kinds(tensors: Iterable[Tensor | None]) -> list[_Kind]:
     # Of another tensor that took the place of one that is no more, each can be another; and so it can after `.data =`.
-    return None if tensor is None else (type(tensor), tensor.dtype, tensor.numel(), tensor.is_contiguous())
-
-
-def _sign(tensor: Tensor) -> _Sign:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return [
+        (type(tensor), tensor.dtype, tensor.numel(), tensor.is_contiguous()) for tensor in tensors if tensor is not None
+    ]
 
 
 class _ByDevice:
