@@ -21,7 +21,7 @@ from stabilitylab.acting.tracer import Tracer
 from stabilitylab.acting.tracing import Tracing
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
-from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.note_kinds import MOVED_OUTSIDE
 from stabilitylab.record.packed import Frame, PackedReadings, PerFrame
 from stabilitylab.record.readings import EditRow, OutcomeKind, Status
@@ -271,10 +271,11 @@ class Rounds:
                 "observing the outcome", lambda: self._judge(last.edit, last.cargo, self._passes, last.adapters)
             )
         with instruments.probe_time:
-            passes = self._passes = instruments.passes(unread.cargo)
+            scans = instruments.scans(unread.cargo)
+            passes = self._passes = {site: seen for site, seen in scans.items() if isinstance(seen, WeightPass)}
             independent = unread.foreign and unread.edit > 1 and is_independent(passes)
             readings = instruments.read(unread.cargo, from_original=independent)
-            self._guard("what an edit's readings lead to", lambda: self._learn(unread, passes, readings))
+            self._guard("what an edit's readings lead to", lambda: self._learn(unread, scans, passes, readings))
         found = [self._guard("the tracer", functools.partial(self._tracing.read, each)) for each in unread.tracers]
         named = [operation for operation in found if operation is not None]
         for operation in named:
@@ -306,7 +307,7 @@ class Rounds:
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
-    def _learn(self, unread: Unread, passes: Mapping[str, WeightPass], readings: PackedReadings) -> None:
+    def _learn(self, unread: Unread, scans: Mapping[str, WeightScan], passes: Passes, readings: PackedReadings) -> None:
         """Where to look at the next edit, and what is to be said of this one besides its readings."""
         instruments = self._instruments
         if (readings.flat[_COUNTS.of(readings.frame)] > 0).any():
@@ -314,7 +315,7 @@ class Rounds:
         for site, seen in passes.items():
             instruments.references.edited(site, seen)
         self._last_moved = any(seen.update != 0 for seen in passes.values())
-        self._pacing.weights_are(unread.edit, instruments.scans(unread.cargo))
+        self._pacing.weights_are(unread.edit, scans)
         if (unread.asked or unread.compiled) and unread.status == "applied":
             note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
