@@ -90,8 +90,8 @@ def parts_of(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[st
         stack = Stack()
         for at in range(12):
             stack.add(str(at), torch.zeros(7, dtype=torch.float64), lambda values: values)
-        for _, _, make in stack.send().arrived:
-            make()
+        for one in stack.send().arrived:
+            one.make()
 
     def unmoved() -> None:
         before.copy_(first)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Host
 from stabilitylab.probes.gram import lower_gram, norm_of_product
-from stabilitylab.probes.native_scan import scan_factor, scan_whole
+from stabilitylab.probes.native_scan import FactorSeen, scan_factor, scan_whole
 from stabilitylab.probes.weight_pass import as_array, count_nonfinite, extremes, is_within, on_cpu, wide_dtype
 from stabilitylab.record.readings import Rebuild
 
@@ -347,15 +347,34 @@ def _both(x: Tensor, delta: Tensor) -> _Both:
         raise ValueError(f"the factors have {x.shape[0]} and {delta.shape[0]} tokens; expected as many in both")
     if x.shape[0] == 0:
         raise ValueError("the factors have no tokens; expected at least one")
+    right, left = x.to(wide_dtype(x)), delta.to(wide_dtype(delta))
+    a, d = _plain(right), _plain(left)
+    if a is not None and d is not None:  # as they mostly are: then what is said of them are a few numbers
+        zero_share = 1 - (1 - a.silent_share) * (1 - d.silent_share)
+        head = torch.tensor([0.0, 1.0, 1.0, zero_share, a.silent_share, a.norm * d.norm], dtype=torch.float64)
+        lives: Tensor | None = d.lives
+    else:
+        head, right, left, lives = _scaled(right, left)
+    rank = min(left.shape[0], left.shape[1], right.shape[1])
+    if lives is not None:
+        left, right = _with_delta(left, right, lives, always=rank <= EXACT_RANK)
+    return head, left, right, rank
+
+
+def _plain(factor: Tensor) -> FactorSeen | None:
+    """What one native look at a factor says; None where there is none, or its size is none that can be squared."""
+    seen = scan_factor(factor) if on_cpu(factor) else None
+    least, most = _SAFE
+    return seen if seen is not None and least < seen.norm < most else None
+
+
+def _scaled(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(head, X and δ scaled as it says, the tokens that have a δ)."""
     a, d = _prepare(x), _prepare(delta)
     zero_share = 1 - (1 - a.silent_share) * (1 - d.silent_share)
     size = a.norm * d.norm
     head = torch.stack([a.nonfinite + d.nonfinite, a.scale, d.scale, zero_share, a.silent_share, size])
-    left, right = d.values, a.values
-    rank = min(left.shape[0], left.shape[1], right.shape[1])
-    if d.lives is not None:
-        left, right = _with_delta(left, right, d.lives, always=rank <= EXACT_RANK)
-    return head, left, right, rank
+    return head, a.values, d.values, d.lives
 
 
 def _reduced(both: _Both, size: Callable[[], Tensor | None] = lambda: None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:

@@ -61,6 +61,9 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
 def _inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(the inner product, the squares of the rows' norms [2, rows]), by blocks of rows, each with those before it."""
     step = max(-(-a.shape[0] // _BLOCKS), _LEAST_ROWS)
+    if a.shape[0] <= step:
+        first, second = a @ a.T, b @ b.T
+        return (first.double() * second.double()).sum(), torch.stack([first.diagonal(), second.diagonal()])
     total, sizes = a.new_zeros((), dtype=torch.float64), []
     for start in range(0, a.shape[0], step):
         grams = [part[start : start + step] @ part[: start + step].T for part in (a, b)]

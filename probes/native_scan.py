@@ -143,16 +143,27 @@ def _lost_alike(rows: Rows) -> Rows:
     return Rows(rows.square, math.nan, math.nan) if lost else rows
 
 
-def count_nonfinite_of(tensors: Sequence[tuple[Tensor, int]]) -> NDArray[np.int64] | None:
-    """How many entries are NaN or infinite: int64 [tensors], of each as many as its step leaves.
+def table_of(tensors: Sequence[tuple[Tensor, int]]) -> NDArray[np.int64] | None:
+    """What `count_nonfinite_in` is to look at, int64 [tensors, 5]: of each address, count, step, kind, and a place for
+    what is found. It holds as long as the tensors lie where they do.
 
     tensors: contiguous, on a CPU, each with its step: 1 for all entries, n for each n-th.
     """
     if not all(_for(tensor) for tensor, _ in tensors) or _BUILT is None:
         return None
     rows = [(tensor.data_ptr(), tensor.numel(), step, _DTYPES[tensor.dtype], 0) for tensor, step in tensors]
-    table = np.array(rows, dtype=np.int64)
-    _BUILT.nonfinite(table.ctypes.data, len(rows))
+    return np.array(rows, dtype=np.int64)
+
+
+ADDRESS: Final = 0
+STEP: Final = 2
+"""The columns of a table that have the addresses and the steps."""
+
+
+def count_nonfinite_in(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many entries are NaN or infinite, of each tensor of a table as many as its step leaves."""
+    assert _BUILT is not None  # it made the table
+    _BUILT.nonfinite(table.ctypes.data, len(table))
     return table[:, 4]
 
 
@@ -206,6 +217,56 @@ def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
     rows, width = left.shape[0] if left.dim() > 1 else 1, left.element_size()
     same: bool = built.alike(left.data_ptr(), right.data_ptr(), rows, left.numel() // rows * width, sample * width)
     return same
+
+
+class Spread(NamedTuple):
+    """least: of std, NaN where there is one. zeros, lost, positive, nonfinite: how many of std are 0, NaN, above 0, not
+    finite. centres_zero, centres_lost, centres_nonfinite: how many of mean are.
+    """
+
+    least: float
+    zeros: int
+    lost: int
+    positive: int
+    nonfinite: int
+    centres_zero: int
+    centres_lost: int
+    centres_nonfinite: int
+
+
+class Entering(NamedTuple):
+    """largest: |value − mean| / (std + guard), NaN where one is. unit: where that is."""
+
+    largest: float
+    unit: int
+
+
+def scan_statistics(mean: Tensor, std: Tensor) -> Spread | None:
+    """One look at a mean and a std [units] in fp32 or fp64, contiguous and on a CPU."""
+    built = _for(std)
+    if built is None or std.element_size() < 4 or not _fits(mean, std.dtype) or mean.numel() != std.numel():
+        return None
+    wide = std.dtype == torch.float64
+    return Spread(*built.spread(mean.data_ptr(), std.data_ptr(), std.numel(), wide))
+
+
+def scan_entering(values: Tensor, beside: Tensor | None, mean: Tensor, std: Tensor, guard: float) -> Entering | None:
+    """What enters a normaliser with these statistics, [..., units] in fp32 or fp64: the largest that it becomes.
+
+    Rows that are all 0 don't count, nor those that are so in `beside`, [..., others] of the same rows.
+    """
+    built = _for(values)
+    if built is None or min(values.element_size(), std.element_size()) < 4 or values.shape[-1] != std.numel():
+        return None
+    if not (_fits(mean, std.dtype) and _fits(std, std.dtype)):
+        return None
+    if beside is not None and not (_fits(beside, values.dtype) and beside.shape[:-1] == values.shape[:-1]):
+        return None
+    units, others = std.numel(), 0 if beside is None else beside.shape[-1]
+    kind = 2 * (values.dtype == torch.float64) + (std.dtype == torch.float64)
+    places = (0 if each is None else each.data_ptr() for each in (values, beside, mean, std))
+    largest, unit, lost = built.entering(*places, values.numel() // units, units, others, guard, kind)
+    return Entering(math.nan, lost) if lost < units else Entering(largest, unit)
 
 
 def _for(tensor: Tensor) -> ModuleType | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import BySite, Host
-from stabilitylab.probes.native_scan import count_nonfinite_of
+from stabilitylab.probes.native_scan import count_nonfinite_in, table_of
 from stabilitylab.probes.weight_pass import count_nonfinite, extremes, on_cpu, wide_dtype
 from stabilitylab.record.readings import MODEL_SITE
 
@@ -37,10 +37,11 @@ class BadTensor:
 def sample_of(tensor: Tensor) -> Tensor:
     """A view of some entries [n], evenly spread, of a contiguous tensor."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: _step(tensor)]
+    return flat[:: step_of(tensor)]
 
 
-def _step(tensor: Tensor) -> int:
+def step_of(tensor: Tensor) -> int:
+    """Of its sample: each so-manieth entry is in it."""
     return max(1, tensor.numel() // SAMPLE)
 
 
@@ -63,10 +64,9 @@ def count_bad(whole: Sequence[Tensor], sampled: Sequence[Tensor]) -> Tensor:
     them would be a kernel for each, 1 stands for any number of bad ones. All on one device, at least one tensor.
     """
     if all(map(on_cpu, (*whole, *sampled))) and all(tensor.is_contiguous() for tensor in whole):
-        stepped = [(tensor, 1) for tensor in whole] + [(tensor, _step(tensor)) for tensor in sampled]
-        found = count_nonfinite_of(stepped)
-        if found is not None:
-            return torch.from_numpy(found.astype(np.float64))
+        table = table_of([(tensor, 1) for tensor in whole] + [(tensor, step_of(tensor)) for tensor in sampled])
+        if table is not None:
+            return torch.from_numpy(count_nonfinite_in(table).astype(np.float64))
     counts = [_count(tensor).reshape(1) for tensor in whole]
     if sampled:
         views = [sample_of(tensor) for tensor in sampled]

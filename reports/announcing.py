@@ -25,6 +25,9 @@ LEAST: Final = 40
 class AlarmSink:
     """Says on stderr that the run is diverging or worse, once: after the first edit whose diagnosis says so."""
 
+    waits_for_alarm: Final = True
+    """It says nothing before."""
+
     def __init__(self, run: Path) -> None:
         """run: the run's folder, as the user may type it."""
         self._run = run

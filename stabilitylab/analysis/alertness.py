@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.analysis.findings import Finding, severity
+from stabilitylab.record.packed import Frame, PackedReadings, PerFrame, as_packed
 from stabilitylab.record.readings import EDITOR_SITE, EditRow
 
 LEAST_HEADROOM_BITS: Final = 4.0
 _HEADROOM: Final = ".headroom"
 
 
-def gives_reason(row: EditRow, diagnosis: Diagnosis) -> bool:
+def gives_reason(row: EditRow, findings: Sequence[Finding]) -> bool:
     """Whether the edit failed, left or met a value that is not finite, came near its dtype's limit, or was found out of
     line; or something was found of the editor's state.
     """
-    if row.status == "failed" or any(_speaks(metric, values) for (metric, _), values in row.readings.items()):
+    if row.status == "failed" or _speak(as_packed(row.readings)):
         return True
     return any(
         finding.edit == row.edit and (severity(finding.verdict) > 0 or finding.site.startswith(EDITOR_SITE))
-        for finding in diagnosis.findings
+        for finding in findings
     )
 
 
-def _speaks(metric: str, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> bool:
-    if not values.size:
-        return False
-    if metric.endswith(".nonfinite"):
-        return bool(values[0] > 0)
-    if _HEADROOM in metric:
-        return bool(values[0] < LEAST_HEADROOM_BITS)
-    return not bool(np.isfinite(values[0]))
+class _Kinds(NamedTuple):
+    """Where the first values of a row's readings are, by what they are: counts of bad values, headroom, the rest."""
+
+    counts: NDArray[np.intp]
+    headroom: NDArray[np.intp]
+    others: NDArray[np.intp]
+
+
+def _kinds(frame: Frame) -> _Kinds:
+    counts: list[int] = []
+    headroom: list[int] = []
+    others: list[int] = []
+    for (metric, _), start in zip(frame.keys, frame.starts.tolist(), strict=True):
+        (counts if metric.endswith(".nonfinite") else headroom if _HEADROOM in metric else others).append(start)
+    return _Kinds(*(np.array(starts, dtype=np.intp) for starts in (counts, headroom, others)))
+
+
+_KINDS: Final = PerFrame(_kinds)
+
+
+def _speak(readings: PackedReadings) -> bool:
+    flat, kinds = readings.flat, _KINDS.of(readings.frame)
+    return bool(
+        (flat[kinds.counts] > 0).any()
+        or (flat[kinds.headroom] < LEAST_HEADROOM_BITS).any()
+        or not np.isfinite(flat[kinds.others]).all()
+    )

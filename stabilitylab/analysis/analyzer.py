@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Final
 
 from stabilitylab.analysis.columns import Columns, Flat
-from stabilitylab.analysis.diagnosis import diagnose
+from stabilitylab.analysis.diagnosis import Judgement, diagnose, judge
 from stabilitylab.analysis.distance import DistanceBank
 from stabilitylab.analysis.drift import BASELINE, DriftBank
 from stabilitylab.analysis.facts import FactRules
-from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict, severity
 from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
@@ -69,6 +69,7 @@ class Analyzer:
         self._rows = 0
         self._alarm: int | None = None
         self._diagnosis: Diagnosis | None = None
+        self._judged: Judgement | None = None
         self._unwatched: tuple[str, ...] = ()
         self._serving = Serving()
         self._operations: list[Operation] = []
@@ -81,7 +82,7 @@ class Analyzer:
         """
         if self._edits:
             raise ValueError(f"a dry edit after {self._edits} edits; expected all of them before the first edit")
-        self._diagnosis = None
+        self._diagnosis = self._judged = None
         self._dry_edits += 1
         flat = self._columns.flatten(row)
         self._drift.observe_dry(flat)
@@ -108,12 +109,12 @@ class Analyzer:
             self._serving.learn(note.says)
         else:
             return
-        self._diagnosis = None
+        self._diagnosis = self._judged = None
 
     def observe_operation(self, operation: Operation) -> None:
         """Take in what tracing has named, before the row of the same edit."""
         self._operations.append(operation)
-        self._diagnosis = None
+        self._diagnosis = self._judged = None
 
     @property
     def peaks(self) -> Mapping[str, float]:
@@ -122,7 +123,7 @@ class Analyzer:
 
     def observe(self, row: EditRow) -> None:
         """Take in the next edit's row. Costs nothing that grows with the number of edits before it."""
-        self._diagnosis = None
+        self._diagnosis = self._judged = None
         self._rows += 1
         self._edits += row.edit > 0
         flat = self._columns.flatten(row)
@@ -160,28 +161,51 @@ class Analyzer:
         if severity(self._ledger.worst) < severity("diverging"):
             self._alarm = None
 
-    def diagnosis(self) -> Diagnosis:
-        """What is known after the rows so far."""
-        if self._diagnosis is None:
+    @property
+    def verdict(self) -> Verdict:
+        """That of `diagnosis`, at no cost."""
+        return self._ledger.worst
+
+    @property
+    def alarm_edit(self) -> int | None:
+        """Likewise."""
+        return self._alarm
+
+    def found_at(self, edit: int) -> list[Finding]:
+        """The findings of `diagnosis` that are about one edit, in whatever order."""
+        # One that is not in the ledger is made only where a bad reading is the whole model's.
+        listed = self._ledger.findings() if self._ledger.first_bad() is None else self._judgement().findings
+        return [finding for finding in listed if finding.edit == edit]
+
+    def _judgement(self) -> Judgement:
+        if self._judged is None:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
-            findings = self._ledger.findings()
-            landing = self._facts.landing
-            cause, causes = self._story.tell(
-                self._lead_in.evidence(worst, findings, first_bad, landing, self._operations)
-            )
-            diagnosis = diagnose(
-                self._ledger.worst,
-                rows=self._rows,
+            findings, landing = self._ledger.findings(), self._facts.landing
+            evidence = self._lead_in.evidence(worst, findings, first_bad, landing, self._operations)
+            cause, causes = self._story.tell(evidence)
+            self._judged = judge(
+                worst,
                 edits=self._edits,
-                baseline=self._drift.ready > 0,
-                alarm=self._alarm,
                 first_bad=None if first_bad is None else self._serving.finding(first_bad),
                 findings=self._serving.findings(findings),
                 cause=self._serving.cause(cause),
                 causes=self._serving.links(causes),
                 landing=landing,
-                unwatched=self._unwatched,
                 operations=self._operations,
+            )
+        return self._judged
+
+    def diagnosis(self) -> Diagnosis:
+        """What is known after the rows so far."""
+        if self._diagnosis is None:
+            worst = self._ledger.worst
+            diagnosis = diagnose(
+                self._judgement(),
+                rows=self._rows,
+                edits=self._edits,
+                baseline=self._drift.ready > 0,
+                alarm=self._alarm,
+                unwatched=self._unwatched,
                 forecast=None if severity(worst) >= severity("collapsed") else self._forecaster.forecast(),
             )
             self._diagnosis = replace(diagnosis, baseline=self._baseline(), thresholds=str(self._thresholds))

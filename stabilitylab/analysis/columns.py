@@ -108,7 +108,7 @@ class Columns:
         self._schema = Schema((), np.zeros(0, dtype=np.intp))
         # The current one is always among them: of one set of keys there must never be two.
         self._schemas: dict[tuple[Key, ...], Schema] = {(): self._schema}
-        self._frames: dict[Frame, Schema] = {}
+        self._frames: WeakKeyDictionary[Frame, Schema] = WeakKeyDictionary()
 
     def order(self, place: int) -> tuple[int, int, int, int]:
         """A sort key: what comes earlier within one edit can be the cause of what comes later.
@@ -174,7 +174,8 @@ class Columns:
             if schema is not self._schema:
                 size -= len(keys)
                 del self._schemas[keys]
-                self._frames = {frame: known for frame, known in self._frames.items() if known is not schema}
+                for frame in [frame for frame, known in self._frames.items() if known is schema]:
+                    del self._frames[frame]
 
     def _register(self, keys: Sequence[Key]) -> None:
         for key in keys:

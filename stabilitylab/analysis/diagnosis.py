@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from stabilitylab.analysis.causes.precedence import in_chain
@@ -40,38 +40,64 @@ def onset(findings: Sequence[Finding], alarm: int | None) -> int | None:
     return begin
 
 
-def diagnose(
+@dataclass(frozen=True)
+class Judgement:
+    """What there is to say, before it is said. found: the findings in order. findings: the same, with the one in front
+    that the headline is about, `first`. first_bad: the one that is named as such. operation: that is to blame.
+    """
+
+    verdict: Verdict
+    first_bad: Finding | None
+    found: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
+    first: Finding | None
+    cause: Cause
+    causes: tuple[Link, ...]
+    landing: Landing
+    operation: Operation | None
+    nonfinite: int | None
+    """The first edit of which a finding says that something was not finite."""
+
+
+def judge(
     verdict: Verdict,
+    *,
+    edits: int,
+    first_bad: Finding | None,
+    findings: tuple[Finding, ...],
+    cause: Cause,
+    causes: tuple[Link, ...],
+    landing: Landing,
+    operations: Sequence[Operation] = (),
+) -> Judgement:
+    """Find what the headline is about. first_bad: the finding that is named as such. operations: that were traced."""
+    nonfinite = min((finding.edit for finding in findings if finding.verdict == "non-finite"), default=None)
+    operation = blamed(operations, nonfinite, lost=landing.lost if landing.nothing_lands else 0, edits=edits)
+    traced = None if operation is None or first_bad is None else its_finding(operation, findings)
+    first = traced or leading(cause.place, first_bad, findings)
+    ordered = findings
+    if first is not None:
+        ordered = (first, *(finding for finding in findings if _claim(finding) != _claim(first)))
+    return Judgement(verdict, first_bad, findings, ordered, first, cause, causes, landing, operation, nonfinite)
+
+
+def diagnose(
+    judged: Judgement,
     *,
     rows: int,
     edits: int,
     baseline: bool,
     alarm: int | None,
-    first_bad: Finding | None,
-    findings: tuple[Finding, ...],
-    cause: Cause,
     forecast: Forecast | None,
-    causes: tuple[Link, ...],
-    landing: Landing,
     unwatched: tuple[str, ...],
-    operations: Sequence[Operation] = (),
 ) -> Diagnosis:
-    """Put it together. baseline: whether any series has one. first_bad: the finding that is named as such. operations:
-    that were traced.
-    """
-    began = onset(findings, alarm)
-    nonfinite = [finding.edit for finding in findings if finding.verdict == "non-finite"]
-    operation = blamed(
-        operations, min(nonfinite, default=None), lost=landing.lost if landing.nothing_lands else 0, edits=edits
-    )
-    traced = None if operation is None or first_bad is None else its_finding(operation, findings)
-    first = traced or leading(cause.place, first_bad, findings)
+    """Put it together. baseline: whether any series has one."""
+    first, first_bad, cause, landing = judged.first, judged.first_bad, judged.cause, judged.landing
+    operation, findings, began = judged.operation, judged.findings, onset(judged.found, alarm)
     # Without a bad reading edits may be lost, or a fault have been there before the first: the cause says where.
     bad = first if first_bad is not None or cause.place is not None else None
-    if first is not None:
-        findings = (first, *(finding for finding in findings if _claim(finding) != _claim(first)))
     diagnosis = Diagnosis(
-        verdict=verdict,
+        verdict=judged.verdict,
         edits=edits,
         onset_edit=began,
         alarm_edit=alarm,
@@ -83,23 +109,23 @@ def diagnose(
         advice=cause.advice if operation is None or cause.cause != UNKNOWN_CAUSE else advice(operation),
         findings=findings,
         says="",
-        first_nonfinite_edit=min(nonfinite, default=None),
+        first_nonfinite_edit=judged.nonfinite,
         forecast=forecast,
         confidence=cause.confidence,
         landed=landing.kind,
         lost_edits=landing.lost,
         nothing_lands=landing.nothing_lands,
         unwatched=unwatched,
-        causes=causes if operation is None else in_chain(causes, link(operation)),
+        causes=judged.causes if operation is None else in_chain(judged.causes, link(operation)),
         operation=operation,
     )
     if first is not None and first_bad is not None:
         says = f"{_since(diagnosis)}: {_first(diagnosis, first, first_bad)}"
-    elif first is not None and verdict == "drifting":
+    elif first is not None and judged.verdict == "drifting":
         says = f"Drifting since edit {began}: {_first(diagnosis, first, first)}"
     else:
         says = _stable(rows, edits, baseline, findings)
-    return replace(diagnosis, says=_in_front(landing, verdict, says) + _blind(unwatched))
+    return replace(diagnosis, says=_in_front(landing, judged.verdict, says) + _blind(unwatched))
 
 
 def _claim(finding: Finding) -> tuple[str, str, str, int]:

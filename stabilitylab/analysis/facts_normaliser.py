@@ -173,9 +173,14 @@ class NormaliserFacts:
     def _jumped(self, row: Flat, grew: NDArray[np.bool_]) -> tuple[np.intp, float] | None:
         """Where the first of the smallest std jumped, and from what, if all of them did, and no more rows made it."""
         at, beside = self._lookup.at(_STD), self._beside.of(row.schema)
-        read, before = self._last_std.swap(row.places[at], row.values[at])
+        now = row.values[at]
+        read, before = self._last_std.swap(row.places[at], now)
+        still = now.size >= TOGETHER and bool((now == before).all()) and not grew.any()
+        if still and float(now.min()) > 0 and float(now.max()) < math.inf:  # as mostly: each is what it was
+            self._changes.append(0.0)
+            return None
         read &= ~((beside >= 0) & grew[beside])
-        at, before, after = at[read], before[read], row.values[at[read]]
+        at, before, after = at[read], before[read], now[read]
         low, high = np.where(after < before, after, before), np.where(after > before, after, before)
         # A std that was 0 had seen nothing, or nothing but a constant: what it sees next is no new beginning.
         telling = (before > 0) | np.isnan(before + after)

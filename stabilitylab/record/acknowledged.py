@@ -22,7 +22,7 @@ _MOST: Final = 1 << 53
 def acknowledge(file: Path, edit: int) -> None:
     """Edit number `edit` is in the run `file`. Where that can't be written, less is known later, and that is all."""
     with contextlib.suppress(OSError):
-        handle = os.open(_beside(file), os.O_WRONLY | os.O_CREAT, 0o666)
+        handle = os.open(f"{file}{ENDING}", os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.write(handle, f"{edit:0{_DIGITS}d}\n".encode("ascii"))
         finally:

@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.packed import Frame, PackedReadings, as_packed
 from stabilitylab.record.readings import Array, Key
 
 Layout = tuple[tuple[str, str, int], ...]
 """(metric, site, length) of each reading, in the order of the row's values."""
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a layout has the values of rows that share a frame. at: of each value. present: their mask, as bytes.
+    size: of the layout.
+    """
+
+    at: NDArray[np.intp]
+    present: bytes
+    size: int
+
+    @classmethod
+    def in_layout(cls, frame: Frame, layout: Layout) -> Placed | None:
+        """None where the layout can't hold all of them."""
+        starts, start = {}, 0
+        for metric, site, length in layout:
+            starts[metric, site] = start, length
+            start += length
+        at: list[int] = []
+        for key, size in zip(frame.keys, frame.sizes.tolist(), strict=True):
+            first, length = starts.get(key, (0, 0))
+            if size > length:
+                return None
+            at.extend(range(first, first + size))
+        mask = np.zeros(start, dtype=bool)
+        mask[at] = True
+        return cls(np.array(at, dtype=np.intp), np.packbits(mask).tobytes(), start)
+
+    def data(self, flat: Array) -> bytes:
+        """The values of one row as bytes; absent ones are stored as 0."""
+        values = np.zeros(self.size, dtype="<f8")
+        values[self.at] = flat
+        return values.tobytes()
+
+
 def pack(readings: Mapping[Key, Array], layout: Layout) -> tuple[bytes, bytes]:
-    """(presence mask, values) of one row as bytes; absent values are stored as 0 under a cleared bit."""
-    total = sum(length for _, _, length in layout)
-    values, present, offset = np.zeros(total, dtype="<f8"), np.zeros(total, dtype=bool), 0
-    for metric, site, length in layout:
-        reading = readings.get((metric, site))
-        if reading is not None:
-            values[offset : offset + reading.size] = reading
-            present[offset : offset + reading.size] = True
-        offset += length
-    return np.packbits(present).tobytes(), values.tobytes()
+    """(presence mask, values) of one row as bytes. Raises ValueError where the layout can't hold it."""
+    packed = as_packed(readings)
+    placed = Placed.in_layout(packed.frame, layout)
+    if placed is None:
+        raise ValueError("a row has readings for which the layout has no place")
+    return placed.present, placed.data(packed.flat)
 
 
 class Unpacker:
@@ -67,9 +98,3 @@ def _frame(present: bytes, size: int, layout: Layout) -> tuple[Frame, NDArray[np
 def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:
     """The readings of one row; those that were not taken are left out."""
     return Unpacker({0: layout})(0, present, data)
-
-
-def fits(readings: Mapping[Key, Array], layout: Layout) -> bool:
-    """Whether a row of this layout can hold them all."""
-    places = {(metric, site): length for metric, site, length in layout}
-    return all(places.get(key, 0) >= reading.size for key, reading in readings.items())

@@ -22,7 +22,8 @@ from stabilitylab.errors import RunError
 from stabilitylab.record.acknowledged import ENDING, acknowledge, forget
 from stabilitylab.record.making import as_json, free_folder, is_taken, making, wal_works
 from stabilitylab.record.operations import Operation
-from stabilitylab.record.packing import Layout, fits, pack
+from stabilitylab.record.packed import PerFrame, as_packed
+from stabilitylab.record.packing import Layout, Placed
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.spelling import logger
 
@@ -82,6 +83,11 @@ def _identity(file: Path) -> tuple[int, int] | None:
     return about.st_dev, about.st_ino
 
 
+def _places_in(layout: Layout) -> PerFrame[Placed | None]:
+    """Where a layout has the values of each row, by its frame."""
+    return PerFrame(lambda frame: Placed.in_layout(frame, layout))
+
+
 def _close_in(process: int, connection: sqlite3.Connection) -> None:
     if os.getpid() == process:
         connection.close()
@@ -102,6 +108,7 @@ class RunWriter:
         self._process = os.getpid()
         self._layout: Layout = ()
         self._layout_id: int | None = None
+        self._places = _places_in(self._layout)
         self._metrics: dict[str, Metric] = {}
         self._closed = False
         with making(self.path) as scratch:
@@ -218,15 +225,19 @@ class RunWriter:
         return len(rows)
 
     def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
-        layout, number = self._layout, self._layout_id
+        layout, number, places = self._layout, self._layout_id, self._places
         with self._db as db:
             for row in rows:
-                if number is None or not fits(row.readings, layout):
+                packed = as_packed(row.readings)
+                placed = places.of(packed.frame)
+                if number is None or placed is None:
                     layout = self._grown(row.readings, layout)
+                    places = _places_in(layout)
+                    placed = places.of(packed.frame)
                     named = [(_spelled(metric), site, length) for metric, site, length in layout]
                     entries = json.dumps(named, ensure_ascii=True)
                     number = db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
-                present, data = pack(row.readings, layout)
+                assert placed is not None  # the layout has grown for it
                 db.execute(
                     f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
@@ -239,13 +250,13 @@ class RunWriter:
                         row.canary_seconds,
                         None if row.error is None else plain_text(row.error),
                         number,
-                        present,
-                        data,
+                        placed.present,
+                        placed.data(packed.flat),
                         row.trace_seconds,
                     ),
                 )
         # Only now: where the rows were rolled back, their new layouts are not in the file either.
-        self._layout, self._layout_id = layout, number
+        self._layout, self._layout_id, self._places = layout, number, places
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
         """Append what became of an edit."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from stabilitylab.record.packed import as_packed
 from stabilitylab.record.readings import EditRow
 
 MOST_BYTES: Final = 64 << 20
@@ -45,7 +46,7 @@ class Waiting:
 
         Raises what makes it impossible, once all that can be kept is kept; a reader that holds the file is no error.
         """
-        size = _LEAST_BYTES + sum(values.nbytes for row in rows for values in row.readings.values())
+        size = _LEAST_BYTES + sum(as_packed(row.readings).flat.nbytes for row in rows)
         self._writes.append(_Write(do, tuple(row.edit for row in rows), size))
         self._bytes += size
         try:

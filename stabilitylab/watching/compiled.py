@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabilitylab.watching.walking import named_modules_of
+from stabilitylab.watching.walking import NamedModules
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -38,17 +38,17 @@ class _Given:
 _given = _Given()
 
 
-def inside_compiled(model: nn.Module) -> dict[int, str]:
-    """The modules of `model` that run as compiled code, by `id`: the name of what was compiled."""
-    named = named_modules_of(model)
-    names = {id(module): name or "the model" for name, module in named}
+def inside_compiled(named: NamedModules) -> dict[int, str]:
+    """Those of a model's modules that run as compiled code, by `id`: the name of what was compiled."""
     found: dict[int, str] = {}
-    for _, module in named:
+    for name, module in named:
         if is_compiled(module):
             # Around what `torch.compile` made, hooks run as ever.
             inner = getattr(module, "_orig_mod", module)
-            found = {id(each): names[id(module)] for each in inner.modules()} | found
-    for given in _given_to_compile():
+            found = {id(each): name or "the model" for each in inner.modules()} | found
+    many = _given_to_compile()
+    names = {id(module): name or "the model" for name, module in named} if many else {}
+    for given in many:
         for each in given.modules():
             if id(each) in names:
                 found.setdefault(id(each), names.get(id(given), "a part of what was given to torch.compile"))

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import UsageError
 from stabilitylab.watching.editor_report import EditorReport
-from stabilitylab.watching.walking import named_modules_of
+from stabilitylab.watching.walking import NamedModules, holding, named_modules_of
 
 MEND_GUARD = 1e-7
 """What MEND adds to the std before it divides."""
@@ -57,17 +57,18 @@ class Statistics:
     paired: bool = False
     """Whether a row counts only where both tensors of the call have something: MEND leaves the others out."""
 
-    def entered(self, calls: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        """Its part, [..., units], of what the module was called with; rows that it leaves out are zero."""
-        units = self.std.numel()
+    def entered(self, calls: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Its part, [..., units], of what the module was called with, and beside it what must have something in a row
+        too, for that to count.
+        """
         found = []
         for call in calls:
             if len(call) > self.place:
-                part = call[self.place][..., self.first : self.first + units]
-                if self.paired and len(call) > 1 and call[0].shape[:-1] == call[1].shape[:-1]:
-                    both = (call[0] != 0).any(dim=-1, keepdim=True) & (call[1] != 0).any(dim=-1, keepdim=True)
-                    part = torch.where(both, part, torch.zeros_like(part))
-                found.append(part)
+                whole, units = call[self.place], self.std.numel()
+                is_whole = not self.first and whole.shape[-1] == units
+                paired = self.paired and len(call) > 1 and call[0].shape[:-1] == call[1].shape[:-1]
+                part = whole if is_whole else whole[..., self.first : self.first + units]
+                found.append((part, call[1 - self.place] if paired else None))
         return found
 
 
@@ -207,8 +208,10 @@ def find_normalisers(editor: object) -> dict[str, Normaliser]:
     """The modules of an editor that normalise a hypernetwork's inputs, by name; those without a unit are left out."""
     modules = _modules_of(editor)
     found = {}
-    for name, module in modules.items():
-        owner = modules.get(name.rpartition(".")[0])
+    # Asked of every module at every edit: most have neither.
+    some = {name for attribute in ("u_mean", "var") for name, _ in holding(modules.items(), attribute)}
+    for name in [name for name in modules if name in some]:
+        module, owner = modules[name], modules.get(name.rpartition(".")[0])
         statistics = _mend_statistics(module) or _running_statistics(module, owner)
         used = tuple(kind for kind in statistics if kind.std.numel())
         if used:
@@ -278,16 +281,15 @@ def codebook_of(module: nn.Module) -> Codebook | None:
     return None if held is None else Codebook(module, held[0], held[1], held[2].reshape(-1))
 
 
-def find_codebooks(model: nn.Module) -> dict[str, Codebook]:
-    """GRACE's adapters in a model, by name; none before the first key was added."""
-    named = named_modules_of(model)
-    return {name: book for name, module in named if (book := codebook_of(module)) is not None}
+def find_codebooks(named: NamedModules) -> dict[str, Codebook]:
+    """GRACE's adapters among a model's modules, by name; none before the first key was added."""
+    return {name: book for name, module in holding(named, "keys") if (book := codebook_of(module)) is not None}
 
 
-def find_side_memories(model: nn.Module) -> dict[str, SideMemory]:
-    """WISE's adapters in a model, by name."""
+def find_side_memories(named: NamedModules) -> dict[str, SideMemory]:
+    """WISE's adapters among a model's modules, by name."""
     found = {}
-    for name, module in named_modules_of(model):
+    for name, module in holding(named, "new_weight"):
         new, layer = _tensor(module, "new_weight"), module._modules.get("original_layer")
         original = _tensor(layer, "weight") if new is not None and layer is not None else None
         stored = module.__dict__.get("memory_weight")

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stabilitylab.watching.model_call import ModelCall, version_of
 from stabilitylab.watching.one_hook import Hook, put
-from stabilitylab.watching.walking import modules_of
+from stabilitylab.watching.walking import NamedModules
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -335,9 +335,9 @@ class Capture:
 
         self._put(model, self.hook(after_forward))
 
-    def watch_norms(self, model: nn.Module) -> None:
-        """Hook each normalisation of the model, known by its class's name: what enters it, as long as anyone waits for
-        that. When each layer that was asked has answered, the hooks go: an edit may pass the model 25 times.
+    def watch_norms(self, named: NamedModules) -> None:
+        """Hook each normalisation among a model's modules, known by its class's name: what enters it, as long as anyone
+        waits for that. When each layer that was asked has answered, the hooks go: an edit may pass the model 25 times.
         """
         until_answered = self._stack.enter_context(contextlib.ExitStack())
 
@@ -352,7 +352,7 @@ class Capture:
                 self._watcher.norm_input(values.detach())
 
         hook = self.hook(before_forward)
-        for module in modules_of(model):
+        for _, module in named:
             if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and id(module) not in self._compiled:
                 put(until_answered, module, hook, before=True)
 

@@ -422,14 +422,15 @@ class Edit:
         # A copy of the model that is watched takes its hooks along.
         foreign = rounds.model is not self._entered and not carries_hooks(rounds.model)
         self.capture.__exit__(None, None, None)
-        for model in {self._entered, rounds.model}:
-            sweep(model)
+        swept = {model: sweep(model) for model in {self._entered, rounds.model}}
         taken = Taken(self.label, self.started, self.clock, error)
         try:
             with held_back():
                 self._monitor._recorder.guard(
                     "the record of an edit",
-                    lambda: rounds.end(taken, self.capture, self.reports, self._entered, foreign),
+                    lambda: rounds.end(
+                        taken, self.capture, self.reports, self._entered, swept[rounds.model], foreign=foreign
+                    ),
                 )
         finally:  # `edit` outlives its block: it must not hold what the edit was made of
             self.reports.clear()

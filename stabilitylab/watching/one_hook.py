@@ -18,7 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from stabilitylab.watching.compiled import uncompiled
 from stabilitylab.watching.own_work import own_work
 from stabilitylab.watching.spread import left_as_gathered
-from stabilitylab.watching.walking import modules_of
+from stabilitylab.watching.walking import NamedModules, modules_of, named_modules_of
 
 logger = logging.getLogger("stabilitylab")
 
@@ -65,6 +65,11 @@ class Hook:
                 self.fall_silent()
                 self._broke(error)
 
+    @property
+    def has_home(self) -> bool:
+        """Whether it was put on a module."""
+        return bool(self._homes)
+
     def fall_silent(self) -> None:
         """Do nothing from now on."""
         self._action = None
@@ -101,15 +106,15 @@ def put(
     stack: contextlib.ExitStack, module: nn.Module, hook: Hook, *, before: bool = False, with_kwargs: bool = False
 ) -> None:
     """A hook on a module, before or after its forward, until `stack` is closed."""
+    if not hook.has_home:  # one that is put on many modules leaves all of them at once
+        stack.callback(hook.leave)
     if before:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
         tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     else:
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+        module.register_forward_hook(hook, with_kwargs=with_kwargs)
         tables = (module._forward_hooks, module._forward_hooks_with_kwargs)
-    stack.callback(hook.leave)
-    stack.callback(handle.remove)
-    for table in tables:
+    for table in tables if with_kwargs else tables[:1]:
         hook.lives_in(cast("_Table", table))
 
 
@@ -125,14 +130,18 @@ def carries_hooks(model: nn.Module) -> bool:
     )
 
 
-def sweep(model: nn.Module) -> None:
-    """Take the silent hooks of ours off every module of `model`."""
-    for module in modules_of(model):
+def sweep(model: nn.Module) -> NamedModules:
+    """Take the silent hooks of ours off every module of `model`; returns all of them."""
+    named = named_modules_of(model)
+    for _, module in named:
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            continue
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and not hook.alive]:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return named
 
 
 def _is_alone() -> bool:

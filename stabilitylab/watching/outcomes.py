@@ -6,12 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from torch import nn
-
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.walking import parameters_of
+from stabilitylab.watching.walking import NamedModules, parameters_of
 
 Passes = Mapping[str, WeightPass]
 """What a look at each weight says, by site."""
@@ -33,8 +31,8 @@ Parts = list[tuple[str, tuple[int, ...]]]
 """Which parameters a model has: each one's last name and shape, whatever it is wrapped in."""
 
 
-def _parts_of(model: nn.Module) -> Parts:
-    return [(leaf, tensor.shape) for leaf, tensor in parameters_of(model)]
+def _parts_of(named: NamedModules) -> Parts:
+    return [(leaf, tensor.shape) for leaf, tensor in parameters_of(named)]
 
 
 def _alike(left: Parts, right: Parts) -> bool:
@@ -45,16 +43,17 @@ def _alike(left: Parts, right: Parts) -> bool:
 class Adapters:
     """Whether what an edit brought along, such as an adapter, is gone again, where no weight was ever moved."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._first = self._before = self._now = _parts_of(model)
+    def __init__(self, named: NamedModules) -> None:
+        """named: the model's modules, as everywhere here."""
+        self._first = self._before = self._now = _parts_of(named)
 
-    def edited(self, model: nn.Module) -> None:
+    def edited(self, named: NamedModules) -> None:
         """An edit has ended."""
-        self._before, self._now = self._now, _parts_of(model)
+        self._before, self._now = self._now, _parts_of(named)
 
-    def outcome(self, model: nn.Module) -> OutcomeKind | None:
+    def outcome(self, named: NamedModules) -> OutcomeKind | None:
         """What became of the last edit, by what the model is made of now; None where that tells nothing."""
-        now, left = _parts_of(model), self._now
+        now, left = _parts_of(named), self._now
         self._now = now
         if _alike(now, left):
             return None if _alike(left, self._before) else "committed"

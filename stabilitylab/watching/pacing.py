@@ -59,7 +59,7 @@ class Pacing:
 
     def heard(self, row: EditRow, times: Times, unread: Unread, tracing: Tracing, recorder: Recorder) -> None:
         """An edit is in the record: what it was like, and what it took."""
-        reason, applied = gives_reason(row, recorder.diagnosis()), row.status == "applied"
+        reason, applied = gives_reason(row, recorder.found_at(row.edit)), row.status == "applied"
         tracing.schedule.heard(reason)
         if applied and tracing.schedule.timed(times.loop, times.tracer if unread.tracers else None):
             recorder.manifest({"trace": tracing.to_json()})

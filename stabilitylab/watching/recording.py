@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from stabilitylab.analysis.analyzer import Analyzer
-from stabilitylab.analysis.findings import Diagnosis, severity
+from stabilitylab.analysis.findings import Diagnosis, Finding, severity
 from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
@@ -126,14 +126,15 @@ class Recorder:
 
     def _analyze(self, row: EditRow) -> None:
         self._analyzer.observe(row)
-        diagnosis = self._analyzer.diagnosis()
-        if severity(diagnosis.verdict) > self._raised:
+        if severity(self._analyzer.verdict) > self._raised:
+            diagnosis = self._analyzer.diagnosis()
             self._raised = severity(diagnosis.verdict)
             worst = max(diagnosis.findings, key=lambda finding: severity(finding.verdict))
             alarm = Alarm(row.edit, diagnosis.verdict, worst.metric, worst.site, worst.says)
             self._write(lambda: self._record.alarm(alarm))
         for sink in self._sinks:
-            self.guard(type(sink).__name__, functools.partial(_tell, sink, row, diagnosis))
+            if self._analyzer.alarm_edit is not None or not getattr(sink, "waits_for_alarm", False):
+                self.guard(type(sink).__name__, functools.partial(_tell, sink, row, self._analyzer.diagnosis()))
 
     def dry(self, rows: Sequence[EditRow], seconds: float) -> None:
         """Write the rows of all dry edits, which took so long, and tell the analyzer of them."""
@@ -150,6 +151,10 @@ class Recorder:
     def diagnosis(self) -> Diagnosis:
         """What the analyzer says after the rows so far."""
         return self._analyzer.diagnosis()
+
+    def found_at(self, edit: int) -> list[Finding]:
+        """What it has found of one edit."""
+        return self._analyzer.found_at(edit)
 
     def close(self) -> None:
         """End the sinks and the record."""

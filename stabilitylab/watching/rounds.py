@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from stabilitylab.acting.replay import Application
@@ -19,9 +21,10 @@ from stabilitylab.acting.tracer import Tracer
 from stabilitylab.acting.tracing import Tracing
 from stabilitylab.errors import UsageError
 from stabilitylab.probes.base import Probe
-from stabilitylab.probes.weight_pass import WeightPass
+from stabilitylab.probes.weight_pass import WeightPass, WeightScan
 from stabilitylab.record.note_kinds import MOVED_OUTSIDE
-from stabilitylab.record.readings import Array, EditRow, Key, OutcomeKind, Status
+from stabilitylab.record.packed import Frame, PackedReadings, PerFrame
+from stabilitylab.record.readings import EditRow, OutcomeKind, Status
 from stabilitylab.watching import interrupts
 from stabilitylab.watching.budget import Budget
 from stabilitylab.watching.canary import Canary
@@ -38,6 +41,7 @@ from stabilitylab.watching.replaying import Replays
 from stabilitylab.watching.silence import Silence, Unanswered
 from stabilitylab.watching.sites import Site
 from stabilitylab.watching.underway import Looked, Taken, Times, Unread
+from stabilitylab.watching.walking import NamedModules, named_modules_of
 from stabilitylab.watching.watched import Watched
 
 _CHANGED: Final = {
@@ -46,6 +50,15 @@ _CHANGED: Final = {
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
 """Notes of weights that move between two edits."""
+
+
+def _counts(frame: Frame) -> NDArray[np.intp]:
+    """Where a row has its counts of values that are not finite."""
+    named = zip(frame.keys, frame.starts.tolist(), strict=True)
+    return np.array([start for (metric, _), start in named if metric.endswith(".nonfinite")], dtype=np.intp)
+
+
+_COUNTS: Final = PerFrame(_counts)
 
 
 class Rounds:
@@ -80,7 +93,7 @@ class Rounds:
         self._writing = 0.0
         self._tracing = Tracing(trace, recorder.note)
         self._tracer: Tracer | None = None
-        self._adapters = Adapters(model)
+        self._adapters = Adapters(named_modules_of(model))
         self._unread: Unread | None = None
         self._outcome_due: int | None = None
         self._looked: Looked | None = None
@@ -118,15 +131,16 @@ class Rounds:
     def begin(self, application: Application | None = None) -> Capture:
         """An edit begins: see what became of the last one, and put hooks on the model. application: see `Replays`."""
         with self._instruments.probe_time:
+            named = named_modules_of(self.model)
             if self._instruments.is_spread:
-                self._guard("observing the outcome", self._look_for_the_exchange)
+                self._guard("observing the outcome", lambda: self._look_for_the_exchange(named))
             elif self._unread is None:
-                self.observe_outcome()
+                self.observe_outcome(named)
             else:
-                self._guard("observing the outcome", self._observe_later)
+                self._guard("observing the outcome", lambda: self._observe_later(named))
             self._guard("keeping what an edit may touch", lambda: self.replays.before(self.model, application))
             self._guard("which probes are due", self._choose_probes)
-            capture = self._guard("hooks", lambda: self._instruments.capture(self.model, self.sites))
+            capture = self._guard("hooks", lambda: self._instruments.capture(self.model, named, self.sites))
             capture = capture or self._instruments.no_capture()
         self._guard("the tracer", lambda: self._trace(capture))
         return capture
@@ -162,11 +176,14 @@ class Rounds:
         capture: Capture,
         reports: Mapping[str, EditorReport],
         entered: nn.Module,
+        named: NamedModules,
+        *,
         foreign: bool = False,
     ) -> None:
         """An edit has ended, and its hooks are gone: measure what it left, and record it as soon as nothing waits.
 
-        entered: the model that it began with. foreign: whether it left one that was not made from that.
+        entered: the model that it began with. named: the modules of the one that it left. foreign: whether that was not
+        made from the first.
         """
         self._recorder.edits += 1
         tracers: tuple[Tracer, ...] = ()
@@ -177,9 +194,9 @@ class Rounds:
         self.flush()
         self._say_broken(capture)
         with instruments.probe_time:
-            self._adapters.edited(self.model)
+            self._adapters.edited(named)
             self._guard("finding the moved parameters", lambda: self._watched.discover(self.model))
-            instruments.after(self.model, self.sites, capture, reports, failed=not applied)
+            instruments.after(self.model, named, self.sites, capture, reports, failed=not applied)
             cargo = instruments.send()
             last = self._looks_settled()
         due = applied and self._guard("the canary's schedule", lambda: self._canary_is_due(cargo))
@@ -254,10 +271,11 @@ class Rounds:
                 "observing the outcome", lambda: self._judge(last.edit, last.cargo, self._passes, last.adapters)
             )
         with instruments.probe_time:
-            passes = self._passes = instruments.passes(unread.cargo)
+            scans = instruments.scans(unread.cargo)
+            passes = self._passes = {site: seen for site, seen in scans.items() if isinstance(seen, WeightPass)}
             independent = unread.foreign and unread.edit > 1 and is_independent(passes)
             readings = instruments.read(unread.cargo, from_original=independent)
-            self._guard("what an edit's readings lead to", lambda: self._learn(unread, passes, readings))
+            self._guard("what an edit's readings lead to", lambda: self._learn(unread, scans, passes, readings))
         found = [self._guard("the tracer", functools.partial(self._tracing.read, each)) for each in unread.tracers]
         named = [operation for operation in found if operation is not None]
         for operation in named:
@@ -275,7 +293,7 @@ class Rounds:
             error=taken.error,
             readings=readings,
         )
-        if not interrupts.is_asked_for():
+        if (unread.edit == 0 or self.replays.keeps) and not interrupts.is_asked_for():
             with interrupts.stoppable():
                 self.pause(self._guard("the replay", lambda: self.replays.after(row, self.model, named)) or 0.0)
         clock = time.perf_counter()
@@ -289,15 +307,15 @@ class Rounds:
         elif between is not None:
             self._guard("observing the outcome", lambda: self._judge(unread.edit, between, passes, unread.adapters))
 
-    def _learn(self, unread: Unread, passes: Mapping[str, WeightPass], readings: Mapping[Key, Array]) -> None:
+    def _learn(self, unread: Unread, scans: Mapping[str, WeightScan], passes: Passes, readings: PackedReadings) -> None:
         """Where to look at the next edit, and what is to be said of this one besides its readings."""
         instruments = self._instruments
-        if any(metric.endswith(".nonfinite") and values[0] > 0 for (metric, _), values in readings.items()):
+        if (readings.flat[_COUNTS.of(readings.frame)] > 0).any():
             instruments.look_everywhere_next()
         for site, seen in passes.items():
             instruments.references.edited(site, seen)
         self._last_moved = any(seen.update != 0 for seen in passes.values())
-        self._pacing.weights_are(unread.edit, instruments.scans(unread.cargo))
+        self._pacing.weights_are(unread.edit, scans)
         if (unread.asked or unread.compiled) and unread.status == "applied":
             note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
@@ -354,36 +372,41 @@ class Rounds:
         site = self._instruments.lost
         return site if site is not None and self._instruments.keeps_references and not self.last_edit_moved else None
 
-    def observe_outcome(self) -> OutcomeKind | None:
-        """Look now at what became of the last edit, once; None when nothing is due or no weight is watched."""
+    def observe_outcome(self, named: NamedModules | None = None) -> OutcomeKind | None:
+        """Look now at what became of the last edit, once; None when nothing is due or no weight is watched. named: the
+        model's modules, where they are known.
+        """
         self.flush()
         due, self._outcome_due = self._outcome_due, None
         if due is None or not self._instruments.keeps_references:
             return None
         edit = due
-        return self._guard("observing the outcome", lambda: self._observe(edit))
+        return self._guard(
+            "observing the outcome",
+            lambda: self._observe(edit, named_modules_of(self.model) if named is None else named),
+        )
 
-    def _observe_later(self) -> None:
+    def _observe_later(self, named: NamedModules) -> None:
         """The same as `observe_outcome`, read with the last edit's row: its measurements are still on their way."""
         due, self._outcome_due = self._outcome_due, None
         if self._unread is not None and due is not None and self._instruments.keeps_references:
             self._watched.adopt_late(self.model)
             self._instruments.look_at_weights(self.model, self.sites)
-            adapters = self._adapters.outcome(self.model)
+            adapters = self._adapters.outcome(named)
             self._unread = replace(self._unread, between=self._instruments.send(), adapters=adapters)
 
-    def _look_for_the_exchange(self) -> None:
+    def _look_for_the_exchange(self, named: NamedModules) -> None:
         """The same where weights are spread: what the processes know of it goes over when the edit that begins ends."""
         due, self._outcome_due = self._outcome_due, None
         if due is not None and self._instruments.keeps_references:
-            self._looked = self._look(due, self.sites if self._unread is not None else None)
+            self._looked = self._look(due, named, self.sites if self._unread is not None else None)
 
-    def _look(self, edit: int, sites: Sequence[Site] | None) -> Looked:
+    def _look(self, edit: int, named: NamedModules, sites: Sequence[Site] | None) -> Looked:
         """sites: None for those that changed, which waits for an accelerator."""
         self._watched.adopt_late(self.model)
         sites = self._instruments.changed(self.model, self.sites) if sites is None else sites
         self._instruments.look_at_weights(self.model, sites)
-        return Looked(edit, self._instruments.send(), self._adapters.outcome(self.model))
+        return Looked(edit, self._instruments.send(), self._adapters.outcome(named))
 
     def _looks_settled(self) -> Looked | None:
         """The look at the last edit, now that the processes have met; None where they have not, or there is none."""
@@ -392,8 +415,8 @@ class Rounds:
             return None
         return replace(looked, cargo=self._instruments.send_looks(looked.cargo))
 
-    def _observe(self, edit: int) -> OutcomeKind | None:
-        self._looked = self._look(edit, None)
+    def _observe(self, edit: int, named: NamedModules) -> OutcomeKind | None:
+        self._looked = self._look(edit, named, None)
         left: Passes = {}
         if self._instruments.is_spread:
             left = self._passes

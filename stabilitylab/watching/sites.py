@@ -61,6 +61,12 @@ class Site:
         owner = self.parameter.rpartition(".")[0]
         return owner[: place.start()] if (place := _PARAMETRISED.search(owner)) else owner
 
+    @functools.cached_property
+    def within(self) -> tuple[str, str]:
+        """(where inside that module the tensor is held, its own name)."""
+        inner, _, leaf = self.parameter[len(self.module) + bool(self.module) :].rpartition(".")
+        return inner, leaf
+
     @property
     def is_layer(self) -> bool:
         """Whether the site is a whole layer rather than a single tensor such as a bias."""
@@ -295,7 +301,7 @@ def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     """
     owner = _by_name(model, site.module) if site.module else model
     owner = None if owner is None else adapted.running(owner)
-    inner, _, leaf = site.parameter[len(site.module) + bool(site.module) :].rpartition(".")
+    inner, leaf = site.within
     if owner is not None and not inner and leaf == "weight" and adapted.is_adapted(owner):
         weight = getattr(adapted.base_of(owner), leaf, None)
         return (owner, weight) if isinstance(weight, Tensor) else None
@@ -316,7 +322,11 @@ def locate_readable(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | 
 
 def weight_at(model: nn.Module, site: Site) -> Tensor | str:
     """The weight that counts at a site, with the adapters where it has some; else the reason why it can't be read."""
-    found = locate(model, site)
+    return weight_in(model, locate(model, site))
+
+
+def weight_in(model: nn.Module, found: tuple[nn.Module, Tensor] | None) -> Tensor | str:
+    """The same of what `locate` found there."""
     if found is None:
         return f"no longer found in {type(model).__name__}"
     module, weight = found

@@ -17,14 +17,15 @@ from stabilitylab.probes.logits_pass import reduce_logits
 from stabilitylab.probes.native_scan import (
     ASKED,
     bare_sweep,
-    count_nonfinite_of,
     rows_alike,
     scan_extremes,
     scan_factor,
     scan_rows,
     softmax_sums,
+    table_of,
     weight_pass,
 )
+from stabilitylab.probes.normaliser_pass import reduce_normaliser
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.state_pass import SAMPLE, count_bad
 from stabilitylab.probes.weight_pass import extremes, reduce_weight, same_sample
@@ -197,6 +198,45 @@ def test_a_sample_of_each_row_is_further_right_from_row_to_row(
     assert same == (not start <= column < start + 16)
 
 
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(0, 6),
+    units=st.integers(1, 20),
+    kinds=st.tuples(*[st.sampled_from([torch.float32, torch.float64])] * 2),
+    odd=st.lists(st.sampled_from([*LOST, 0.0, 0.0]), max_size=4),
+    learns=st.booleans(),
+    counted=st.sampled_from([None, 0.0, 3.0, math.nan]),
+)
+def test_a_normaliser_and_what_enters_it(
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    rows: int,
+    units: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    odd: list[float],
+    learns: bool,
+    counted: float | None,
+) -> None:
+    mean, std = some(seed, units, dtype=kinds[0]), some(seed + 1, units, dtype=kinds[0]).abs()
+    entered, beside = some(seed + 2, 2, rows, units, dtype=kinds[1]), some(seed + 3, 2, rows, 3, dtype=kinds[1])
+    generator = torch.Generator().manual_seed(seed)
+    for each in (entered, beside):
+        each[torch.rand(2, rows, generator=generator) < 0.3] = 0
+    for at, value in enumerate(odd):
+        held = (std, mean, entered.view(-1), std)[at]
+        held[seed % max(held.numel(), 1) : seed % max(held.numel(), 1) + 1] = value
+    if seed % 5 == 0:
+        std[:], mean[:] = (0.0, 0.0) if seed % 2 else (math.nan, math.nan)
+    count = None if counted is None else torch.tensor(counted)
+    given = (mean, std, list(entered), 1e-7, count)
+    native = reduce_normaliser(*given, learns=learns, beside=list(beside))
+    with monkeypatch.context() as without:
+        without.setattr(native_scan, "_BUILT", None)
+        plain = reduce_normaliser(*given, learns=learns, beside=list(beside))
+    torch.testing.assert_close(native, plain, rtol=0, atol=0, equal_nan=True)
+
+
 def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> None:
     for scale in (1e200, 1e-200):
         huge = torch.full((3, 4), scale, dtype=torch.float64)
@@ -209,7 +249,7 @@ def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
     for tensor in (turned, whole, empty):
         assert scan_rows(tensor) is None
         assert scan_extremes(tensor) is None
-        assert count_nonfinite_of([(tensor, 1)]) is None
+        assert table_of([(tensor, 1)]) is None
         assert rows_alike(tensor, tensor, 1) is None
         assert softmax_sums(tensor) is None
     assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import stabilitylab as sl
 from stabilitylab.watching.compiled import inside_compiled
+from stabilitylab.watching.walking import named_modules_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 """The compiler's own, about what it traces."""
@@ -159,9 +160,9 @@ def test_what_is_compiled_anew_is_found_when_something_else_is_no_more() -> None
     for _ in range(3):
         model = two_blocks()
         compiled = torch.compile(model, backend="eager")
-        assert inside_compiled(model)[id(model[0].fc1)] == "the model"
+        assert inside_compiled(named_modules_of(model))[id(model[0].fc1)] == "the model"
         del compiled
-        assert not inside_compiled(two_blocks())
+        assert not inside_compiled(named_modules_of(two_blocks()))
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 and newer can run a canary uncompiled")

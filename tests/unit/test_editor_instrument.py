@@ -39,6 +39,7 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments import editor as editor_instrument
 from stabilitylab.watching.instruments.bench import Bench, NoteTaker
 from stabilitylab.watching.instruments.editor import EditorInstrument
+from stabilitylab.watching.walking import named_modules_of
 from tests.editor_fakes import Executor, GRACEAdapter, Malmen, WISEAdapter, Wrapper, model
 
 PROBES: tuple[Probe[Any], ...] = tuple(
@@ -85,7 +86,7 @@ class Workplace:
     def read(
         self, whole: nn.Module, capture: Capture | None = None, **reports: EditorReport
     ) -> dict[tuple[type[Any], str], Any]:
-        self.instrument.after(whole, capture, reports)
+        self.instrument.after(named_modules_of(whole), capture, reports)
         return self.taken()
 
     def taken(self) -> dict[tuple[type[Any], str], Any]:
@@ -99,7 +100,7 @@ def test_malmen() -> None:
     net.normalizer.std.fill_(0.5)
     place = Workplace(Executor(algorithm))
     with Capture(SimpleNamespace()) as capture:
-        place.instrument.watch(capture, algorithm.model)
+        place.instrument.watch(capture, algorithm.model, named_modules_of(algorithm.model))
         net(torch.ones(3, 4), torch.full((3, 8), 2.0))
         net(torch.ones(1, 4), torch.zeros(1, 8))
     found = place.read(algorithm.model, capture)
@@ -125,7 +126,7 @@ def test_a_codebook_is_asked_once_and_before_the_edit_changes_it() -> None:
     for value, hits in ((0.1, 1.0), (5.0, 0.0)):
         query = torch.full((1, 2, 4), value)
         with Capture(SimpleNamespace()) as capture:
-            place.instrument.watch(capture, whole)
+            place.instrument.watch(capture, whole, named_modules_of(whole))
             adapter(query)
             adapter.add_key(query[:, -1])
             adapter(query)
@@ -215,7 +216,7 @@ def test_what_no_probe_needs_here_is_not_reduced() -> None:
     whole["h"][0]["fc"] = WISEAdapter(whole["h"][0]["fc"])
     place = Workplace(probes=(ValueClamp(sites="*.fc"), Codebook()))
     report = EditorReport(clamp_hits=1.0, key=torch.ones(2), direction=torch.ones(2))
-    place.instrument.after(whole, None, {"h.0.fc": report, "h.0.proj": report})
+    place.instrument.after(named_modules_of(whole), None, {"h.0.fc": report, "h.0.proj": report})
     assert place.taken() == {(ClampHits, "h.0.fc"): ClampHits(1.0)}
 
 

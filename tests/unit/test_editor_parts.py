@@ -11,6 +11,7 @@ from torch import nn
 
 from stabilitylab.watching import editor_parts as parts
 from stabilitylab.watching.editor_report import EditorReport
+from stabilitylab.watching.walking import named_modules_of
 from tests.editor_fakes import (
     Executor,
     GRACEAdapter,
@@ -35,8 +36,8 @@ def test_normalisers_of_mend() -> None:
     u, v = found["alg.mend.(4, 8)"].statistics
     assert (u.kind, u.std, v.kind, v.mean) == ("u", transform.u_std, "v", transform.v_mean)
     calls = [(torch.ones(3, 4), torch.zeros(3, 8)), (torch.ones(2, 4),)]
-    assert [entered.shape for entered in u.entered(calls)] == [(3, 4), (2, 4)]
-    assert [entered.shape for entered in v.entered(calls)] == [(3, 8)]
+    assert [entered.shape for entered, _ in u.entered(calls)] == [(3, 4), (2, 4)]
+    assert [entered.shape for entered, _ in v.entered(calls)] == [(3, 8)]
 
 
 def test_a_normaliser_that_is_switched_off_is_not_one() -> None:
@@ -52,8 +53,8 @@ def test_the_normaliser_of_malmen_is_parted_into_keys_and_gradients() -> None:
     assert (u.kind, u.std.numel(), v.kind, v.std.numel()) == ("u", 4, "v", 8)
     assert u.guard == v.guard == torch.finfo(torch.float32).eps
     entered = torch.arange(24.0).reshape(2, 12)
-    assert torch.equal(u.entered([(entered,)])[0], entered[:, :4])
-    assert torch.equal(v.entered([(entered,)])[0], entered[:, 4:])
+    assert torch.equal(u.entered([(entered,)])[0][0], entered[:, :4])
+    assert torch.equal(v.entered([(entered,)])[0][0], entered[:, 4:])
 
 
 def test_a_running_normaliser_without_an_owner_is_whole() -> None:
@@ -150,13 +151,13 @@ def test_later_fields_of_a_report_win() -> None:
 def test_codebooks() -> None:
     whole = model()
     adapter = whole["h"][1]["fc"] = GRACEAdapter(whole["h"][1]["fc"])
-    assert parts.find_codebooks(whole) == {}
+    assert parts.find_codebooks(named_modules_of(whole)) == {}
     adapter.add_key(torch.ones(1, 4))
-    (book,) = parts.find_codebooks(whole).values()
+    (book,) = parts.find_codebooks(named_modules_of(whole)).values()
     assert (book.keys.shape, book.values.shape, book.radii.shape, book.token) == ((1, 4), (1, 8), (1,), -1)
     adapter.add_key(torch.zeros(1, 4))
     adapter.key_id = torch.tensor(3)
-    ((name, book),) = parts.find_codebooks(Wrapper(whole)).items()
+    ((name, book),) = parts.find_codebooks(named_modules_of(Wrapper(whole))).items()
     assert name == "model.h.1.fc"
     assert (book.keys.shape, book.radii.shape, int(book.token)) == ((2, 4), (2,), 3)
 
@@ -164,19 +165,19 @@ def test_codebooks() -> None:
 def test_side_memories() -> None:
     whole = model()
     adapter = whole["h"][0]["fc"] = WISEAdapter(whole["h"][0]["fc"])
-    ((name, memory),) = parts.find_side_memories(Wrapper(whole)).items()
+    ((name, memory),) = parts.find_side_memories(named_modules_of(Wrapper(whole))).items()
     assert name == "model.h.0.fc"
     assert memory.original is adapter.original_layer.weight
     assert [id(side) for side in memory.sides] == [id(adapter.new_weight), id(adapter.layer.weight)]
     adapter.memory_weight += [torch.zeros(8, 4), torch.ones(8, 4), torch.ones(2)]
-    (memory,) = parts.find_side_memories(whole).values()
+    (memory,) = parts.find_side_memories(named_modules_of(whole)).values()
     assert memory.stored == 3
     assert len(memory.sides) == 2  # the last that was stored has another shape
     del adapter.memory_weight[-1]
-    (memory,) = parts.find_side_memories(whole).values()
+    (memory,) = parts.find_side_memories(named_modules_of(whole)).values()
     assert memory.sides[1] is adapter.memory_weight[-1]
 
 
 def test_ordinary_modules_are_no_adapters() -> None:
-    assert parts.find_codebooks(nn.ParameterDict({"values_": torch.ones(2)})) == {}
-    assert parts.find_side_memories(Wrapper(model())) == {}
+    assert parts.find_codebooks(named_modules_of(nn.ParameterDict({"values_": torch.ones(2)}))) == {}
+    assert parts.find_side_memories(named_modules_of(Wrapper(model()))) == {}

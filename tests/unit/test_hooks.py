@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from stabilitylab.probes.gradient_factors import reduce_factors
 from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.one_hook import run_silently
+from stabilitylab.watching.walking import named_modules_of
 from tests.loops import hooks_on
 
 
@@ -287,7 +288,7 @@ def test_a_backward_after_the_edit_is_not_heard() -> None:
 def test_what_enters_a_normalisation_is_heard() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.BatchNorm1d(5).eval())
     with capture() as seen:
-        seen.watch_norms(model)
+        seen.watch_norms(named_modules_of(model))
         x = torch.randn(2, 6)
         model(x)
     assert [tuple(entering.shape) for entering in heard(seen).norms] == [(2, 5), (2, 5)]

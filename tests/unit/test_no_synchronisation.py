@@ -44,6 +44,7 @@ from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.panel import Instruments
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import find_sites
+from stabilitylab.watching.walking import named_modules_of
 
 WAITING = {
     "aten._linalg_svd.default",  # cuSOLVER's iterations report to the host whether they converged
@@ -361,8 +362,8 @@ def test_the_editor_after_an_edit() -> None:
     with nothing_waits():
         bench.begin(1)
         capture = Capture(Instruments((), None, None, said))
-        instrument.watch(capture, model)
+        instrument.watch(capture, model, named_modules_of(model))
         with capture:
             mend(there(5, 8), there(5, 8))
-        instrument.after(model, capture, {})
+        instrument.after(named_modules_of(model), capture, {})
     assert said.notes == []

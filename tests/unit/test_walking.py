@@ -30,12 +30,13 @@ def test_everything_comes_in_torchs_order() -> None:
     for model in (Shared(), nn.Linear(2, 2), nn.Sequential(), scripted, nn.Sequential(scripted, Shared())):
         assert walking.modules_of(model) == list(model.modules())
         assert walking.named_modules_of(model) == list(model.named_modules())
+        named = walking.named_modules_of(model)
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        found = walking.named_tensors_of(model)
+        found = walking.named_tensors_of(named)
         assert [name for name, _ in found] == [name for name, _ in tensors]
         assert all(left is right for (_, left), (_, right) in zip(found, tensors, strict=True)) or model is scripted
         parameters = [(name.rpartition(".")[2], tensor.shape) for name, tensor in model.named_parameters()]
-        assert [(leaf, tensor.shape) for leaf, tensor in walking.parameters_of(model)] == parameters
+        assert [(leaf, tensor.shape) for leaf, tensor in walking.parameters_of(named)] == parameters
 
 
 def test_a_walk_goes_on_from_another() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.interrupts import later
 from stabilitylab.watching.one_hook import logger
 
+T = TypeVar("T")
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def _is_autocast() -> bool:
+    # The first asks of all devices at once, in a tenth of the time: this comes some hundred times an edit.
+    return torch._C._is_any_autocast_enabled() and any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
 
 
 class Stopwatch:
@@ -78,19 +85,30 @@ class Bench:
         self.off: dict[str, str] = {}
         """What is switched off, each with the error that did it."""
         self._names = {id(probe): name_of(probe) for probe in self.probes}
+        self._of_need: dict[type[Any], list[Probe[Any]]] = {}
+        for probe in self.probes:
+            self._of_need.setdefault(probe.needs, []).append(probe)
         self._places: dict[tuple[int, str], bool] = {}
         self._needed: dict[tuple[type[Any], str | None], bool] = {}
 
     def begin(self, edit: int, in_full: bool = True) -> None:
         """From now on measure what the probes that are due at this edit need. in_full: those that are dear, too."""
         self.edit, self.in_full = edit, in_full
-        self._needed.clear()
-        self.due = tuple(probe for probe in self.probes if self._is_due(probe, edit))
+        due = tuple(self._due_at(edit, self.probes))
+        if due != self.due:
+            self._needed.clear()
+        self.due = due
 
-    def _is_due(self, probe: Probe[Any], edit: int) -> bool:
-        return self.works(probe) and bool(
-            self.safely(self.name_of(probe), lambda: (self.in_full or not probe.is_paced) and probe.is_due(edit))
-        )
+    def _due_at(self, edit: int, probes: Iterable[Probe[Any]]) -> list[Probe[Any]]:
+        """Those that measure at an edit that is in full as this one is."""
+        due: list[Probe[Any]] = []
+
+        def ask(probe: Probe[Any]) -> None:
+            if (self.in_full or not probe.is_paced) and probe.is_due(edit):
+                due.append(probe)
+
+        self.each(probes, self.name_of, ask)
+        return due
 
     def name_of(self, probe: Probe[Any]) -> str:
         """What a probe of this bench is called where it is switched off."""
@@ -114,19 +132,19 @@ class Bench:
         """Whether a probe that is due needs this measurement, here or at all."""
         known = self._needed.get((need, site))
         if known is None:
-            probes = (probe for probe in self.due if probe.needs is need and self.works(probe))
+            probes = [probe for probe in self._of_need.get(need, ()) if probe in self.due and self.works(probe)]
             known = any(site is None or self.is_for(probe, site) for probe in probes)
             self._needed[(need, site)] = known
         return known
 
     def needed_next(self, need: type[Any], site: str) -> bool:
         """Whether it will be needed here at the next edit."""
-        probes = (probe for probe in self.probes if probe.needs is need and self.is_for(probe, site))
-        return any(self._is_due(probe, self.edit + 1) for probe in probes)
+        probes = [probe for probe in self._of_need.get(need, ()) if self.is_for(probe, site)]
+        return bool(self._due_at(self.edit + 1, probes))
 
     def ever_needed(self, need: type[Any]) -> bool:
         """Whether any probe of the run needs it, at whatever edit."""
-        return any(probe.needs is need for probe in self.probes)
+        return need in self._of_need
 
     def add(self, site: str, packed: Tensor, rebuild: Rebuild[Any]) -> None:
         """Hand over a measurement, see `Stack.add`."""
@@ -143,17 +161,32 @@ class Bench:
         if what in self.off:
             return None
         try:
-            if as_the_loop or not any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES)):
+            if as_the_loop or not _is_autocast():
                 return action()
             with full_precision():
                 return action()
         except KeyboardInterrupt:  # only of this reading: the row is written all the same
             later()
-            return None
         except (Exception, SystemExit) as error:
-            self.off[what] = f"{type(error).__name__}: {error}"
-            self._needed.clear()
-            says = f"{what} switched off: {self.off[what]}"
-            logger.warning("stabilitylab: %s (the edit loop goes on)", says)
-            self.note(kind, says)
-            return None
+            self._switch_off(what, error, kind)
+        return None
+
+    def each(self, things: Iterable[T], name: Callable[[T], str], act: Callable[[T], object]) -> None:
+        """What `safely` does, for each of many small things. name: what one of them is called."""
+        with full_precision() if _is_autocast() else contextlib.nullcontext():
+            for thing in things:
+                if self.off and name(thing) in self.off:
+                    continue
+                try:
+                    act(thing)
+                except KeyboardInterrupt:
+                    later()
+                except (Exception, SystemExit) as error:
+                    self._switch_off(name(thing), error)
+
+    def _switch_off(self, what: str, error: BaseException, kind: str = "probe-off") -> None:
+        self.off[what] = f"{type(error).__name__}: {error}"
+        self._needed.clear()
+        says = f"{what} switched off: {self.off[what]}"
+        logger.warning("stabilitylab: %s (the edit loop goes on)", says)
+        self.note(kind, says)

@@ -31,7 +31,7 @@ from stabilitylab.watching.hooks import Capture
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.served_layers import layers_behind
 from stabilitylab.watching.sites import Site
-from stabilitylab.watching.walking import named_modules_of
+from stabilitylab.watching.walking import NamedModules
 
 WIDEST_ON_CPU = 4096
 """The widest matrix whose condition number is measured on a CPU: 2 s on one core, and the time grows with the cube."""
@@ -60,10 +60,10 @@ class EditorInstrument:
         self._updates: dict[str, Tensor] = {}
         self._read: weakref.WeakSet[EditorReport] = weakref.WeakSet()
 
-    def watch(self, capture: Capture, model: nn.Module) -> None:
+    def watch(self, capture: Capture, model: nn.Module, named: NamedModules) -> None:
         """Hook what enters the editor's normalisers and the model's codebooks during the edit."""
-        self._see(model)
-        self._bench.safely("hooks on the editor", functools.partial(self._hook, capture, model))
+        self._see(named)
+        self._bench.safely("hooks on the editor", functools.partial(self._hook, capture, model, named))
 
     def grew(self, capture: Capture) -> None:
         """Hook what the editor has built since the edit began, such as a hypernetwork."""
@@ -75,12 +75,12 @@ class EditorInstrument:
                 if name not in capture.editors:
                     capture.watch_editor(name, normaliser.module)
 
-    def _hook(self, capture: Capture, model: nn.Module) -> None:
+    def _hook(self, capture: Capture, model: nn.Module, named: NamedModules) -> None:
         self._hook_normalisers(capture)
         if self._bench.needed(SystemExtremes) or self._bench.needed(SolveResidual):
             self._watch_solves(capture, model)
         if self._bench.needed(CodebookHits):
-            for name in parts.find_codebooks(model):
+            for name in parts.find_codebooks(named):
                 self._watch_codebook(capture, model, name)
 
     @property
@@ -90,23 +90,23 @@ class EditorInstrument:
 
     def after(
         self,
-        model: nn.Module,
+        named: NamedModules,
         capture: Capture | None,
         reports: Mapping[str, EditorReport],
         sites: Sequence[Site] = (),
     ) -> None:
-        """Reduce everything that is needed of the editor, of the adapters in `model`, and of what was reported.
+        """Reduce everything that is needed of the editor, of the adapters in the model, and of what was reported.
 
-        capture: what entered the normalisers, or None before the first edit. reports: those of this edit, by layer.
-        sites: what is watched of the model.
+        named: the model's modules. capture: what entered the normalisers, or None before the first edit. reports: those
+        of this edit, by layer. sites: what is watched of the model.
         """
-        self._see(model)
+        self._see(named)
         self._bench.safely("editor state", functools.partial(self._editor_state, capture, sites))
-        self._bench.safely("adapters in the model", functools.partial(self._adapters, model))
+        self._bench.safely("adapters in the model", functools.partial(self._adapters, named))
         self._bench.safely("the editor's reports", functools.partial(self._all_reports, reports))
 
-    def _see(self, model: nn.Module) -> None:
-        self._names = self._names or frozenset(name for name, _ in named_modules_of(model))
+    def _see(self, named: NamedModules) -> None:
+        self._names = self._names or frozenset(name for name, _ in named)
 
     def _take(self, need: type[Any], site: str, reduce: Callable[[], Tensor], rebuild: Rebuild[Any]) -> None:
         """Add a measurement if a probe that is due needs it."""
@@ -137,8 +137,7 @@ class EditorInstrument:
             self._tell_layers(name, normaliser, sites)
             calls = capture.editors[name].calls if capture is not None and name in capture.editors else []
             for kind in normaliser.statistics:
-                held, entered = (kind.mean, kind.std), kind.entered(calls)
-                reduce = functools.partial(reduce_normaliser, *held, entered, kind.guard, kind.rows, learns=kind.learns)
+                reduce = functools.partial(_normalised, kind, kind.entered(calls))
                 self._take(NormaliserPass, _site(name, kind.kind), reduce, NormaliserPass.from_host)
 
     def _tell_layers(self, name: str, normaliser: parts.Normaliser, sites: Sequence[Site]) -> None:
@@ -169,13 +168,13 @@ class EditorInstrument:
                 return inner
         return next((known for known in self._names if known.endswith(f".{name}")), name)
 
-    def _adapters(self, model: nn.Module) -> None:
+    def _adapters(self, named: NamedModules) -> None:
         if self._bench.needed(CodebookPass):
-            for name, book in parts.find_codebooks(model).items():
+            for name, book in parts.find_codebooks(named).items():
                 reduce = functools.partial(reduce_codebook, book.keys, book.values, book.radii)
                 self._take(CodebookPass, self._layer(name), reduce, CodebookPass.from_host)
         if self._bench.needed(SideMemoryPass):
-            for name, memory in parts.find_side_memories(model).items():
+            for name, memory in parts.find_side_memories(named).items():
                 reduce = functools.partial(reduce_side_memory, memory.sides, memory.original)
                 rebuild = functools.partial(SideMemoryPass.from_host, stored=memory.stored)
                 self._take(SideMemoryPass, self._layer(name), reduce, rebuild)
@@ -241,6 +240,11 @@ class EditorInstrument:
         if system is not None and solution is not None and right_side is not None:
             reduce = functools.partial(reduce_residual, system, solution, right_side)
             self._take(SolveResidual, site, reduce, SolveResidual.from_host)
+
+
+def _normalised(kind: parts.Statistics, entered: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    inputs, beside = [values for values, _ in entered], [other for _, other in entered]
+    return reduce_normaliser(kind.mean, kind.std, inputs, kind.guard, kind.rows, learns=kind.learns, beside=beside)
 
 
 def _hits(book: parts.Codebook, entered: Tensor) -> Tensor:

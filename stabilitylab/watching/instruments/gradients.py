@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +94,11 @@ class GradientInstrument:
         return site.orientation != "none" and (needed or self._keeps_first(site.name))
 
     def _any(self, needs: Sequence[type[Any]], site: str) -> bool:
-        return any(self._bench.needed(need, site) for need in needs)
+        # A loop, not a generator: this is asked some twenty times a site and edit.
+        for need in needs:  # noqa: SIM110
+            if self._bench.needed(need, site):
+                return True
+        return False
 
     def watch(self, site: Site, module: nn.Module) -> None:
         """Gradients of this layer are wanted in this edit."""
@@ -229,15 +233,17 @@ class GradientInstrument:
         if not self._any(needs, site):
             return
         there = [part for part in parts if part is not None]
-        ends = np.cumsum([0, *(packed.numel() for packed, _ in there)]).tolist()
+        ends = [0, *itertools.accumulate(packed.numel() for packed, _ in there)]
 
         def rebuild(values: Host) -> Any:
             made = iter([make(values[start:end]) for (_, make), start, end in zip(there, ends, ends[1:], strict=False)])
             return combine([None if part is None else next(made) for part in parts])
 
+        full = [packed for packed, _ in there if packed.numel()]
         # Nothing was accumulated and nothing reduced: an empty tensor may lie on another device.
         home = there[-1][0].device
-        self._bench.add(site, torch.cat([packed.to(home) for packed, _ in there]), rebuild)
+        together = full[0] if len(full) == 1 else torch.cat([packed.to(home) for packed, _ in there])
+        self._bench.add(site, together, rebuild)
 
     def _align(self, model: nn.Module, site: Site, seen: _Seen, references: References) -> None:
         before = self._before.pop(site.name, None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.output_pass import NormInput
 from stabilitylab.probes.weight_pass import WeightPass, WeightScan
-from stabilitylab.record.readings import Array, Key
+from stabilitylab.record.packed import PackedReadings
 from stabilitylab.watching.canary import Canary
 from stabilitylab.watching.compiled import inside_compiled
 from stabilitylab.watching.editor_parts import find_scaler
@@ -40,6 +40,7 @@ from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import Site, locate
+from stabilitylab.watching.walking import NamedModules, named_modules_of
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,13 @@ class Instruments:
         """What an instrument does between two passes of the model. One that breaks is off, and takes no other along."""
         self._bench.safely(f"what looks at {instrument}", step, as_the_loop=True)
 
-    def capture(self, model: nn.Module, sites: Sequence[Site]) -> Capture:
-        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none."""
+    def capture(self, model: nn.Module, named: NamedModules, sites: Sequence[Site]) -> Capture:
+        """The hooks of one edit on the sites as they are in `model` now; all of them or, on an error, none. named: the
+        model's modules.
+        """
         self._weights.begin(model, sites)
         with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(Capture(self, inside_compiled(model)))
+            capture = stack.enter_context(Capture(self, inside_compiled(named)))
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
@@ -148,8 +151,8 @@ class Instruments:
                 capture.watch_optimizers()
             capture.watch_model(model)
             if self._bench.needed(NormInput):
-                capture.watch_norms(model)
-            self._step("the editor", lambda: self._editor.watch(capture, model))
+                capture.watch_norms(named)
+            self._step("the editor", lambda: self._editor.watch(capture, model, named))
             self._step("attention", lambda: self._attention.enter(capture.stack, model))
             stack.pop_all()  # every hook is in place: they stay until the edit ends
         return capture
@@ -220,8 +223,9 @@ class Instruments:
 
     def before_any_edit(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Measure the state that the first edit starts from."""
-        inside_compiled(model)  # what takes long of it is done only once
-        self._step("the editor", lambda: self._editor.after(model, None, {}, sites))
+        named = named_modules_of(model)
+        inside_compiled(named)  # what takes long of it is done only once
+        self._step("the editor", lambda: self._editor.after(named, None, {}, sites))
         self._step("weights", lambda: self._weights.after(model, sites))
         self._step("other processes", lambda: self._exchange.settle("edit 0"))
         self._step("weights", self._weights.settled)
@@ -230,6 +234,7 @@ class Instruments:
     def after(
         self,
         model: nn.Module,
+        named: NamedModules,
         sites: Sequence[Site],
         capture: Capture,
         reports: Mapping[str, EditorReport],
@@ -238,14 +243,14 @@ class Instruments:
     ) -> None:
         """Measure what an edit left, all but the canary. W₋ is the weight before the edit until the end of this.
 
-        failed: whether it raised, so that other processes may not come to its end.
+        named: the model's modules. failed: whether it raised, so that other processes may not come to its end.
         """
         self._step("inputs", self._inputs.after)
         self._step("outputs", lambda: self._outputs.after(sites))
         self._step("logits", self._logits.after)
         self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
         self._step("gradients", lambda: self._gradients.after(model, sites, self.references))
-        self._step("the editor", lambda: self._editor.after(model, capture, reports, sites))
+        self._step("the editor", lambda: self._editor.after(named, capture, reports, sites))
         self._step("updates", lambda: self._weights.compare(model, sites, self._editor.updates))
         self._step("weights", lambda: self._weights.after(model, sites))
         if failed:
@@ -253,7 +258,7 @@ class Instruments:
         else:
             self._step("other processes", lambda: self._exchange.settle(f"the end of edit {self._bench.edit}"))
         self._step("weights", self._weights.settled)
-        self._step("the whole state", lambda: self._state.after(model, sites))
+        self._step("the whole state", lambda: self._state.after(model, named, sites))
 
     def look_everywhere_next(self) -> None:
         """Something is wrong: after the next edit look at every entry of the model."""
@@ -296,7 +301,7 @@ class Instruments:
         """The same of those that have references."""
         return {site: seen for site, seen in self.scans(cargo).items() if isinstance(seen, WeightPass)}
 
-    def read(self, cargo: Cargo, *, from_original: bool = False) -> dict[Key, Array]:
+    def read(self, cargo: Cargo, *, from_original: bool = False) -> PackedReadings:
         """Every probe that was due on every measurement; waits for it. from_original: the edit began at W₀, not W₋."""
         measured = self._arrived(cargo)
         if from_original:

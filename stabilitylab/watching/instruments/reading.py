@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stabilitylab.probes.base import BySite, Probe
 from stabilitylab.probes.feedback import WINDOW, History
+from stabilitylab.record.packed import Frames, PackedReadings
 from stabilitylab.record.readings import Array, Key
 from stabilitylab.watching.instruments.bench import Bench
-from stabilitylab.watching.instruments.transfer import Shipment
+from stabilitylab.watching.instruments.transfer import Arrived, Shipment
 
 Measured = list[tuple[str, Any]]
 """Measurements, each with its site."""
@@ -26,63 +27,81 @@ class Reader:
         self._followed = {metric for probe in bench.probes for metric in probe.follows}
         self._history: dict[Key, deque[tuple[float, float]]] = {}
         self._known = {id(probe): frozenset(metric.name for metric in probe.metrics) for probe in bench.probes}
+        self._due: Sequence[Probe[Any]] = ()
+        self._of_kind: dict[type[Any], list[Probe[Any]]] = {}
+        self._reads: dict[tuple[type[Any], str], list[Probe[Any]]] = {}
+        self._frames = Frames()
 
     def arrived(self, shipment: Shipment) -> Measured:
         """The measurements of a shipment; waits for it. One that can't be made again is switched off."""
         measured: Measured = []
-        for site, name, make in self._bench.safely("arrival", lambda: shipment.arrived) or ():
-            seen = self._bench.safely(f"{name} of {site}", make)
+
+        def make(one: Arrived) -> None:
+            seen = one.make()
             if isinstance(seen, BySite):
                 measured.extend(seen.parts.items())
             elif seen is not None:
-                measured.append((site, seen))
+                measured.append((one.site, seen))
+
+        self._bench.each(self._bench.safely("arrival", lambda: shipment.arrived) or (), _name_of, make)
         return measured
 
-    def read(self, measured: Measured, due: Sequence[Probe[Any]], edit: int) -> dict[Key, Array]:
+    def read(self, measured: Measured, due: Sequence[Probe[Any]], edit: int) -> PackedReadings:
         """What the probes that were due say of them."""
-        readings: dict[Key, Array] = {}
-        reading: dict[type[Any], tuple[Probe[Any], ...]] = {}
+        readings: dict[Key, float | Array] = {}
+        if due != self._due:
+            self._due = due
+            self._of_kind.clear()
+            self._reads.clear()
         for site, seen in measured:
-            kind = type(seen)
-            if kind not in reading:
-                reading[kind] = tuple(probe for probe in due if issubclass(kind, probe.needs))
-            self._apply(reading[kind], site, seen, readings)
-        if self._followed:
-            for (metric, site), values in list(readings.items()):
-                if metric in self._followed:
-                    followers = tuple(probe for probe in due if metric in probe.follows)
-                    self._apply(followers, site, self._remember((metric, site), edit, values), readings)
-        return readings
+            self._apply(self._reading(type(seen), site, due), site, seen, readings)
+        for key in [key for key in readings if key[0] in self._followed] if self._followed else ():
+            followers = [probe for probe in due if key[0] in probe.follows and self._bench.is_for(probe, key[1])]
+            self._apply(followers, key[1], self._remember(key, edit, readings[key]), readings)
+        return self._frames.packed(readings)
 
-    def _remember(self, key: Key, edit: int, values: Array) -> History:
+    def _reading(self, kind: type[Any], site: str, due: Sequence[Probe[Any]]) -> list[Probe[Any]]:
+        """The probes that read such a measurement of a site."""
+        known = self._reads.get((kind, site))
+        if known is None:
+            of_kind = self._of_kind.get(kind)
+            if of_kind is None:
+                of_kind = self._of_kind[kind] = [probe for probe in due if issubclass(kind, probe.needs)]
+            known = self._reads[kind, site] = [probe for probe in of_kind if self._bench.is_for(probe, site)]
+        return known
+
+    def _remember(self, key: Key, edit: int, values: float | Array) -> History:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
-        recent.append((float(values[0]), float(edit)))
+        recent.append((values if isinstance(values, float) else float(values[0]), float(edit)))
         return History(*np.array(recent).T)
 
-    def _apply(self, probes: Sequence[Probe[Any]], site: str, seen: Any, readings: dict[Key, Array]) -> None:
-        bench = self._bench
-        for probe in probes:
-            if bench.is_for(probe, site):
-                known = self._known[id(probe)]
-                values = bench.safely(bench.name_of(probe), lambda: _computed(probe, known, seen))  # noqa: B023
-                if values:
-                    for metric, value in values.items():
-                        readings[(metric, site)] = value
+    def _apply(self, probes: Iterable[Probe[Any]], site: str, seen: Any, readings: dict[Key, float | Array]) -> None:
+        def compute(probe: Probe[Any]) -> None:
+            said = probe.compute(seen)
+            for metric, value in _checked(said, self._known[id(probe)]).items():
+                readings[metric, site] = value
+
+        self._bench.each(probes, self._bench.name_of, compute)
 
 
-def _computed(probe: Probe[Any], known: frozenset[str], seen: Any) -> dict[str, Array]:
+def _name_of(one: Arrived) -> str:
+    return one.name
+
+
+def _checked(said: Any, known: frozenset[str]) -> Mapping[str, float | Array]:
     """What a probe says, as a row holds it. Raises TypeError or ValueError for what can't be a reading.
 
     known: the names of its metrics.
     """
-    said, readings = probe.compute(seen), {}
     if not isinstance(said, Mapping):
         raise TypeError(f"compute gave a {type(said).__name__}; expected values by metric name")
+    odd: dict[str, Array] = {}
     for name, value in said.items():
         if name not in known:
             raise ValueError(f"{name!r} is none of its metrics; expected one of {', '.join(sorted(known))}")
-        readings[name] = np.array([value]) if type(value) is float else _as_reading(name, np.asarray(value))
-    return readings
+        if not isinstance(value, float):
+            odd[name] = _as_reading(name, np.asarray(value))
+    return {**said, **odd} if odd else said
 
 
 def _as_reading(name: str, values: Any) -> Array:

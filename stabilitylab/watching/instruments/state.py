@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stabilitylab.probes.state_pass import BadTensor, StatePass, count_bad, state_of
+from stabilitylab.probes.native_scan import ADDRESS, STEP, count_nonfinite_in, table_of
+from stabilitylab.probes.state_pass import BadTensor, StatePass, count_bad, state_of, step_of
 from stabilitylab.probes.weight_pass import extremes
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Site, locate, why_unmeasurable
-from stabilitylab.watching.walking import named_tensors_of
+from stabilitylab.watching.walking import NamedModules, named_modules_of, named_tensors_of, tensors_of
 
 _NAMED = 3
+
+_Sign = tuple[int, int]
+_Kind = tuple[type[Tensor], torch.dtype, int, bool]
+
+
+@dataclass
+class _Plan:
+    """What a look is at, as long as the model holds the same tensors. It holds none of them.
+
+    marks, ids, watched: of what the model is made, and which of it others look at. names, places: of those that are
+    looked at, and where they stand among all. kinds: their types and extents. unread: where those stand that can't be
+    read. signs: by which a write is seen. table: for native code; None where they are not all for that.
+    """
+
+    marks: list[str | None]
+    ids: list[int]
+    watched: set[int]
+    names: list[str]
+    places: list[int]
+    kinds: list[_Kind]
+    unread: list[int]
+    signs: list[_Sign | None]
+    table: NDArray[np.int64] | None
 
 
 class StateInstrument:
@@ -25,7 +52,7 @@ class StateInstrument:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._designed: set[str] = set()
-        self._written: dict[str, tuple[int, int]] = {}
+        self._plan: _Plan | None = None
         self._turn = 0
         self._in_full = True
 
@@ -43,7 +70,7 @@ class StateInstrument:
         Waits for an accelerator.
         """
         self._bench.safely("masks in the model's state", lambda: self._learn_design(model, sites))
-        self.after(model, sites)
+        self.after(model, named_modules_of(model), sites)
 
     def _learn_design(self, model: nn.Module, sites: Sequence[Site]) -> None:
         if not self.wanted:
@@ -67,34 +94,91 @@ class StateInstrument:
                 f"{', '.join(unwritten[:_NAMED])}{more} {hold} NaN before the first edit, and {are} not looked at",
             )
 
-    def after(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        """Look, after an edit."""
+    def after(self, model: nn.Module, named: NamedModules, sites: Sequence[Site]) -> None:
+        """Look, after an edit. named: the model's modules."""
         if self.wanted:
-            self._bench.safely("the model's state", lambda: self._look(model, sites))
+            self._bench.safely("the model's state", lambda: self._look(named, _watched(model, sites)))
 
-    def _look(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        held = list(self._state(model, sites))
+    def _look(self, named: NamedModules, watched: set[int]) -> None:
+        marks, tensors = tensors_of(named)
+        plan = self._plan
+        if plan is None or not _fits(plan, marks, tensors, watched):
+            plan = self._plan = self._planned(named, watched, marks, tensors)
+        held = [tensor for place in plan.places if (tensor := tensors[place]) is not None]
         if not held:
             return
         self._turn = (self._turn + 1) % len(held)
-        whole, sampled = _ByDevice(), _ByDevice()
-        for place, (name, tensor) in enumerate(held):
-            sign = (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            full = self._in_full or self._written.get(name) != sign or place == self._turn
-            self._written[name] = sign
-            (whole if full or not tensor.is_contiguous() else sampled).add(name, tensor)
+        signs = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        whole = [at for at, (was, now) in enumerate(zip(plan.signs, signs, strict=True)) if was != now]
+        if plan.table is not None:
+            plan.table[whole, ADDRESS] = [signs[at][0] for at in whole]
+        plan.signs = list(signs)
+        whole = list(range(len(held))) if self._in_full else sorted({*whole, self._turn})
         self._in_full = False
+        if plan.table is None:
+            self._count_by_device(plan, held, set(whole))
+            return
+        table = plan.table.copy()
+        table[whole, STEP] = 1
+        counts, names = count_nonfinite_in(table), plan.names
+        if counts.any():  # those that were looked at in full are named first
+            order = [*whole, *sorted({*range(len(held))} - {*whole})]
+            counts, names = counts[order], [names[at] for at in order]
+        self._add(torch.from_numpy(counts.astype(np.float64)), names)
+
+    def _count_by_device(self, plan: _Plan, held: Sequence[Tensor], in_full: set[int]) -> None:
+        whole, sampled = _ByDevice(), _ByDevice()
+        for at, (name, tensor) in enumerate(zip(plan.names, held, strict=True)):
+            (whole if at in in_full or not tensor.is_contiguous() else sampled).add(name, tensor)
         devices = list(dict.fromkeys((*whole.tensors, *sampled.tensors)))
         counts = [count_bad(whole.tensors[device], sampled.tensors[device]) for device in devices]
         names = [name for device in devices for name in (*whole.names[device], *sampled.names[device])]
-        packed = torch.cat([count.to(devices[0]) for count in counts])
-        self._bench.add(MODEL_SITE, packed, functools.partial(state_of, names=names))
+        self._add(torch.cat([count.to(devices[0]) for count in counts]), names)
 
-    def _state(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
-        watched = _watched(model, sites)
-        for name, tensor in named_tensors_of(model):
-            if id(tensor) not in watched and name not in self._designed and _is_readable(tensor):
-                yield name, tensor
+    def _add(self, counts: Tensor, names: Sequence[str]) -> None:
+        self._bench.add(MODEL_SITE, counts, functools.partial(state_of, names=names))
+
+    def _planned(
+        self, named: NamedModules, watched: set[int], marks: list[str | None], tensors: Sequence[Tensor | None]
+    ) -> _Plan:
+        ids = list(map(id, tensors))
+        asked = [
+            (name, tensor)
+            for name, tensor in named_tensors_of(named)
+            if id(tensor) not in watched and name not in self._designed
+        ]
+        read = [(name, tensor) for name, tensor in asked if _is_readable(tensor)]
+        place = {known: at for at, known in enumerate(ids)}
+        before = {} if self._plan is None else dict(zip(self._plan.names, self._plan.signs, strict=True))
+        held = [tensor for _, tensor in read]
+        return _Plan(
+            marks,
+            ids,
+            watched,
+            names=[name for name, _ in read],
+            places=[place[id(tensor)] for tensor in held],
+            kinds=_kinds(held),
+            unread=[place[id(tensor)] for _, tensor in asked if not _is_readable(tensor)],
+            signs=[before.get(name) for name, _ in read],
+            table=table_of([(tensor, step_of(tensor)) for tensor in held]),
+        )
+
+
+def _fits(plan: _Plan, marks: list[str | None], tensors: Sequence[Tensor | None], watched: set[int]) -> bool:
+    """Whether the model still is what a look was planned for."""
+    if plan.marks != marks or plan.watched != watched or plan.ids != list(map(id, tensors)):
+        return False
+    if plan.kinds != _kinds(tensors[place] for place in plan.places):
+        return False
+    unread = (tensors[place] for place in plan.unread)
+    return not any(_is_readable(tensor) for tensor in unread if tensor is not None)
+
+
+def _kinds(tensors: Iterable[Tensor | None]) -> list[_Kind]:
+    # Of another tensor that took the place of one that is no more, each can be another; and so it can after `.data =`.
+    return [
+        (type(tensor), tensor.dtype, tensor.numel(), tensor.is_contiguous()) for tensor in tensors if tensor is not None
+    ]
 
 
 class _ByDevice:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,22 +31,42 @@ class Shipment:
         return all(event is None for _, _, event in self.copies)
 
     @cached_property
-    def arrived(self) -> list[tuple[str, str, Callable[[], Any]]]:
-        """(site, what its maker is called, what makes the measurement, once) of each item sent, in order; waits."""
+    def arrived(self) -> list[Arrived]:
+        """Each item sent, in order; waits."""
         host: dict[int, Array] = {}
         for places, values, event in self.copies:
             if event is not None:
                 event.synchronize()
-            ends = np.cumsum([self.items[at][1].numel() for at in places])
-            host.update(zip(places, np.split(values.numpy(), ends[:-1]), strict=True))
-        return [
-            (site, _name(rebuild), cache(partial(rebuild, host[at])))
-            for at, (site, _, rebuild) in enumerate(self.items)
-        ]
+            start, whole = 0, values.numpy()
+            for at in places:
+                end = start + self.items[at][1].numel()
+                host[at], start = whole[start:end], end
+        return [Arrived(site, rebuild, host[at]) for at, (site, _, rebuild) in enumerate(self.items)]
 
 
-def _name(rebuild: Rebuild[Any]) -> str:
-    return str(getattr(getattr(rebuild, "func", rebuild), "__qualname__", "measurement"))
+class Arrived:
+    """A measurement on the host, which is made once."""
+
+    __slots__ = ("_made", "_rebuild", "_seen", "_values", "site")
+
+    def __init__(self, site: str, rebuild: Rebuild[Any], values: Array) -> None:
+        self.site = site
+        self._rebuild = rebuild
+        self._values = values
+        self._made = False
+        self._seen: Any = None
+
+    @property
+    def name(self) -> str:
+        """What its maker is called, and where it was measured."""
+        maker = getattr(getattr(self._rebuild, "func", self._rebuild), "__qualname__", "measurement")
+        return f"{maker} of {self.site}"
+
+    def make(self) -> Any:
+        """The measurement."""
+        if not self._made:
+            self._seen, self._made = self._rebuild(self._values), True
+        return self._seen
 
 
 class Stack:

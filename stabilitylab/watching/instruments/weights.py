@@ -34,7 +34,7 @@ from stabilitylab.watching.instruments.references import Home, References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
-from stabilitylab.watching.sites import Site, locate, locate_readable, weight_at
+from stabilitylab.watching.sites import Site, locate, weight_at, weight_in, why_unmeasurable
 from stabilitylab.watching.spread import is_spread, whole_of
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
@@ -110,16 +110,18 @@ class WeightInstrument:
         self._versions.clear()
         self.lost = None
         self._in_vain.clear()
+        located = [(site, locate(model, site)) for site in sites]
         self._placeholders = {
             site.name: mark
-            for site in sites
-            if (found := locate(model, site)) and (mark := mark_of(found[0], site.parameter.rpartition(".")[2]))
+            for site, found in located
+            if found and (mark := mark_of(found[0], site.parameter.rpartition(".")[2]))
         }
         if not self._bench.needed(WeightWrites):
             return
-        for site in sites:
-            found = locate_readable(model, site)
-            if found is not None and not found[1].is_inference() and not is_adapted(found[0]):
+        for site, found in located:
+            if found is None or why_unmeasurable(found[1]) is not None:
+                continue
+            if not found[1].is_inference() and not is_adapted(found[0]):
                 self._versions[site.name] = (id(found[1]), found[1]._version)
         for site, weight in self._spread.found(model, sites):
             self._versions[site.name] = (id(weight), weight._version)
@@ -143,15 +145,18 @@ class WeightInstrument:
         for at, site in enumerate(sites):
             if site.name in in_parts:
                 continue
-            weight = weight_at(model, site)
+            found = locate(model, site)
+            weight = weight_in(model, found)
             if isinstance(weight, Tensor):
                 named = site.name
-                self._remember_parts(model, site)
-                self._say_lost(model, site)
+                self._remember_parts(site, found)
+                self._say_lost(site, found)
                 self._bench.safely(f"weight pass of {named}", lambda: self._weight(site, weight, at == turn))  # noqa: B023
-                self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
-                first = functools.partial(self.references.original, site.name, weight)
-                self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, lambda: weight, first))  # noqa: B023
+                if self._bench.needed(WeightWrites, named):
+                    self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
+                if any(self._bench.needed(each, named) for each in _WHOLE):
+                    first = functools.partial(self.references.original, site.name, weight)
+                    self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, lambda: weight, first))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
                 self._bench.note("skipped-site", f"{site.name}: {self._why_not(model, site) or weight}")
@@ -178,12 +183,12 @@ class WeightInstrument:
         if written_in_vain(layer, site.parameter.rpartition(".")[2], self._placeholders.get(site.name)):
             self._in_vain.add(site.name)
 
-    def _say_lost(self, model: nn.Module, site: Site) -> None:
-        found, leaf = locate(model, site), site.parameter.rpartition(".")[2]
+    def _say_lost(self, site: Site, found: tuple[nn.Module, Tensor] | None) -> None:
         if found is not None:
             self.look_at_placeholder(site, found[0])
         if site.name not in self._in_vain:
             return
+        leaf = site.parameter.rpartition(".")[2]
         self.lost = self.lost or site.name
         if site.name not in self._said_lost:
             self._said_lost.add(site.name)
@@ -280,11 +285,10 @@ class WeightInstrument:
         parts, found = self._parts.get(site.name), locate(model, site)
         if parts is not None and found is not None and is_adapted(found[0]) and parts.are_those_of(found[0]):
             return False
-        weight = weight_at(model, site)
+        weight = weight_in(model, found)
         return isinstance(weight, Tensor) and self.references.moved(site.name, weight)
 
-    def _remember_parts(self, model: nn.Module, site: Site) -> None:
-        found = locate(model, site)
+    def _remember_parts(self, site: Site, found: tuple[nn.Module, Tensor] | None) -> None:
         if self.keeps_references and found is not None and is_adapted(found[0]):
             self._parts[site.name] = Parts(found[0])
         else:
