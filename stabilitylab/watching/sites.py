@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stabilitylab.errors import SiteError, did_you_mean, nearest
+from stabilitylab.probes.weight_pieces import InPieces
 from stabilitylab.watching import adapted
 from stabilitylab.watching.offloaded import values_of
 
@@ -312,6 +313,13 @@ def locate_readable(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | 
     """The same; None too when the values can't be read any more: quantised or offloaded since."""
     found = locate(model, site)
     return None if found is None or why_unmeasurable(found[1]) is not None else found
+
+
+def weight_to_pass(model: nn.Module, site: Site) -> Tensor | InPieces | str:
+    """The same as `weight_at`, in pieces where it need not be made as a whole."""
+    found = locate(model, site)
+    pieces = adapted.in_pieces(found[0]) if found is not None and adapted.is_adapted(found[0]) else None
+    return weight_at(model, site) if pieces is None else pieces
 
 
 def weight_at(model: nn.Module, site: Site) -> Tensor | str:
