@@ -125,9 +125,11 @@ compat-own: ## Install the wheel beside torch and the transformers that EasyEdit
 
 # Other tools to compare with: what can't be installed is left out, with the reason.
 bench: $(FULL) ## Measure what watching costs, beside other tools: an hour or two; the figures are in overhead.json
-	-@$(PIP) wandb weightwatcher
+	-@$(PIP) wandb
+	-@$(PIP) weightwatcher
 	$(BIN)/python -m benchmarks.overhead --json overhead.json
 	$(BIN)/python -m benchmarks.sites
+	$(BIN)/python -m benchmarks.growth
 
 wheel: $(FULL) ## Build the wheel into dist/
 	rm -rf build

@@ -48,6 +48,7 @@ from scipy.stats import quantile_test
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import stabilitylab as sl
+from benchmarks.easyedit_loop import EASYEDIT
 from benchmarks.loops import LOOPS
 from benchmarks.memory import COPIES, extra_mb
 from benchmarks.variants import VARIANTS, Action, Variant
@@ -325,7 +326,7 @@ def variant_names(text: str) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    known = {workload.name: workload for workload in (*WORKLOADS, *LOOPS)}
+    known = {workload.name: workload for workload in (*WORKLOADS, *LOOPS, EASYEDIT)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workload", action="append", choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument(

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from stabilitylab.acting.schedule import VARIABLE, Trace
 from stabilitylab.probes.base import DEEP_EVERY, Tier
 from stabilitylab.probes.native_scan import sweep
 from stabilitylab.watching.budget import CADENCES, CHEAP, DEFAULT_SHARE, FIRST
+from stabilitylab.watching.monitor import Monitor
 
 Action = Callable[[], object]
 """One edit, watched in some way."""
@@ -62,28 +64,29 @@ def _watched(
     """
     probes: Tier | tuple[()] = () if tier is None else tier
     canary = subject.canary if with_canary else None
+    options = {"probes": probes, "canary": canary, "trace": trace, "budget": budget}
     with _environment(VARIABLE, "all") if ranges else contextlib.nullcontext():
-        monitor = stack.enter_context(
-            sl.attach(
-                subject.model,
-                subject.sites,
-                folder,
-                probes=probes,
-                editor=subject.editor,
-                canary=canary,
-                trace=trace,
-                budget=budget,
-            )
-        )
-
-    def edit() -> None:
-        with monitor.edit():
-            subject.edit()
-        subject.evaluate()
-
+        _, edit = stack.enter_context(watching(subject, folder, **options))
     for _ in range(0 if budget is None else FIRST + CHEAP):
         edit()
     return edit
+
+
+@contextlib.contextmanager
+def watching(subject: Subject, folder: Path, **options: Any) -> Iterator[tuple[Monitor, Action]]:
+    """The monitor of a subject, and its round watched. options: as for `attach`."""
+    if subject.host is not None:
+        with subject.host(run=folder, sites=subject.sites, **options) as monitor:
+            yield monitor, subject.round
+        return
+    with sl.attach(subject.model, subject.sites, folder, editor=subject.editor, **options) as monitor:
+
+        def edit() -> None:
+            with monitor.edit():
+                subject.edit()
+            subject.evaluate()
+
+        yield monitor, edit
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from stabilitylab.editors.mend import Mend
 from stabilitylab.testbed import blip2_digits, digits
 from stabilitylab.testbed.mend_data import shipped
+from stabilitylab.watching.monitor import Monitor
 
 CONTROL = ("a_a", "light", "default", "whole")
 TIERS = (*CONTROL, "deep")
@@ -45,6 +47,8 @@ class Subject:
     editor: object | None = None
     evaluate: Callable[[], object] = _nothing
     """What the loop does after each edit, watched or not."""
+    host: Callable[..., AbstractContextManager[Monitor]] | None = None
+    """What watches it, given options of `attach`, where `edit` is a host's own loop, which opens its edits itself."""
 
     def round(self) -> Sequence[Tensor]:
         """One edit, and what comes after it; returns what the edit does."""

@@ -76,17 +76,17 @@ def start_direction(weight: Tensor) -> tuple[Tensor, Tensor]:
     By Lanczos (ARPACK through SciPy) on the host; waits for an accelerator. A zero or non-finite weight gives 0 or NaN
     and an even direction.
     """
-    matrix = as_matrix(weight).to("cpu", torch.float64).numpy()
+    matrix = as_matrix(weight).to("cpu", torch.float64, copy=True).numpy()  # one copy of it, and no more
     columns = matrix.shape[1]
     found, direction = 0.0, np.full(columns, columns**-0.5)
-    size = float(np.abs(matrix).max())
+    size = float(np.maximum(-matrix.min(), matrix.max()))
     if not np.isfinite(size):
         found = np.nan
     elif min(matrix.shape) <= _SMALL:
         _, values, rows = np.linalg.svd(matrix, full_matrices=False)
         found, direction = float(values[0]), rows[0]
     elif size > 0:
-        scaled = matrix / size
+        scaled = np.divide(matrix, size, out=matrix)
         small = scaled if matrix.shape[0] < columns else scaled.T  # both ways through the shorter side
         operator = LinearOperator((small.shape[0],) * 2, matvec=lambda u: small @ (u @ small), dtype=np.float64)
         even = np.full(small.shape[0], small.shape[0] ** -0.5)

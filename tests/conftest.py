@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 import torch
 
+from stabilitylab.probes.native_scan import ASKED, weight_pass
 from stabilitylab.watching.attaching import attach
 
 hypothesis.settings.register_profile("stabilitylab", deadline=None, max_examples=60, print_blob=True)
@@ -31,6 +33,21 @@ TIERS = {
     "exhaustive": "all of torch's operators; run with: make test-exhaustive",
 }
 """What needs more than a fresh machine has, or takes minutes: run only where it is asked for by its mark."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which weight pass the tests ran over on a CPU; those of the passes themselves take each that there is."""
+    terminalreporter.write_line(f"weight pass: {weight_pass()}{_why_numpy()}")
+
+
+def _why_numpy() -> str:
+    if weight_pass() == "native":
+        return ""
+    if os.environ.get(ASKED) == "numpy":
+        return f" ({ASKED} asks for it)"
+    if importlib.util.find_spec("stabilitylab.probes._weight_scan") is None:
+        return " (there is no native code: no compiler when this was installed)"
+    return " (native code is of another source; to build it: python setup.py build_ext --inplace)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

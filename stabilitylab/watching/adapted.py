@@ -2,23 +2,30 @@
 
 Whatever kind the adapters are (LoRA, DoRA, IA³, OFT, …), that weight is what merging them would leave: a copy of the
 layer is merged. So it is the same before a merge and after it, and adapters that are not active have no part in it.
+Plain LoRA on a dense layer, which is most of what there is, is merged piece by piece, by PEFT's own operations in their
+order: a fifth of the time, for no piece leaves the cache before it is read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.weight_pass import same_bits
+from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
 
 WRAPPER: Final = "base_model.model."
 """Where a `PeftModel` keeps the model that it wraps."""
 
 _INNER: Final = "base_layer"
+_LORA: Final = "peft.tuners.lora.layer.Linear"
+_SMALL: Final = 1 << 16  # entries
 _COPIES: Final = "modules_to_save"
 _OWN: Final = (dict, list, set)
 """What a layer's attributes are kept in: what merging writes to must be the copy's own."""
@@ -92,6 +99,9 @@ def effective_weight(module: nn.Module) -> Tensor:
     weight = base_of(module).weight
     dtype = dtype_of(module)
     assert isinstance(weight, Tensor)
+    pieces = in_pieces(module)
+    if pieces is not None:
+        return pieces.whole()
     packed = not weight.is_floating_point()
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         if packed:
@@ -103,6 +113,76 @@ def effective_weight(module: nn.Module) -> Tensor:
         merged = base_of(twin).weight
         assert isinstance(merged, Tensor)
         return merged.detach()
+
+
+def in_pieces(module: nn.Module) -> InPieces | None:
+    """The same, made piece by piece: of a layer on a CPU whose active adapters are all plain LoRA; else None."""
+    layer: Any = module
+    own = vars(module)
+    if _kind(module) != _LORA or "merge" in own or "get_delta_weight" in own or layer.disable_adapters or layer.merged:
+        return None
+    weight = layer.base_layer._parameters.get("weight")
+    is_plain = type(weight) is nn.Parameter and weight.is_floating_point()
+    if not (is_plain and weight.is_cpu and weight.is_contiguous()):
+        return None
+    rows, columns = weight.shape
+    # Where a product is small or of float64, that of transposed factors rounds otherwise than PEFT's, which a merge
+    # between two edits would show.
+    if layer.fan_in_fan_out and (weight.numel() <= _SMALL or weight.dtype == torch.float64):
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    added = [_low_rank(layer, name) for name in names]
+    if not added or None in added:
+        return None
+    dtype = dtype_of(module)
+    make = partial(_pieces, weight.detach(), [each for each in added if each is not None], dtype)
+    return InPieces((rows, columns), dtype, make)
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """What one adapter adds to a weight: scale · left @ right, rounded to a dtype. left: [rows of the weight, rank]."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    dtype: torch.dtype
+
+
+def _low_rank(layer: Any, name: str) -> _LowRank | None:
+    """None for DoRA and other kinds of it, and where the factors are no plain layers on a CPU."""
+    a, b, own = layer.lora_A[name], layer.lora_B[name], vars(layer)
+    varied = name in own.get("lora_variant", ()) or own.get("use_dora", {}).get(name)
+    if varied or not all(type(each) is nn.Linear and each.weight.is_cpu for each in (a, b)):
+        return None
+    left, right = b.weight.detach(), a.weight.detach()
+    if left.dtype in (torch.float16, torch.bfloat16):
+        left, right = left.float(), right.float()  # as PEFT does on a CPU
+    if layer.fan_in_fan_out:
+        left, right = right.t().contiguous(), left.t().contiguous()
+    return _LowRank(left, right, float(layer.scaling[name]), b.weight.dtype)
+
+
+@torch.no_grad()
+def _pieces(weight: Tensor, added: Sequence[_LowRank], dtype: torch.dtype) -> Iterator[Tensor]:
+    rows, columns = weight.shape
+    step = rows_of_a_piece(columns)
+    rooms = [torch.empty(min(step, rows), columns, dtype=each.left.dtype) for each in added]
+    for start in range(0, rows, step):
+        piece = weight[start : start + step]
+        for each, room in zip(added, rooms, strict=True):
+            product = torch.mm(each.left[start : start + step], each.right, out=room[: piece.shape[0]])
+            if each.scale != 1:
+                product.mul_(each.scale)
+            if product.dtype == each.dtype == dtype:
+                piece = torch.add(piece, product, out=product)
+            else:
+                piece = (piece.to(dtype) + product.to(each.dtype)).to(dtype)
+        yield piece
+
+
+def _kind(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 class Parts:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stabilitylab.errors import SiteError, did_you_mean, nearest
+from stabilitylab.probes.weight_pieces import InPieces
 from stabilitylab.watching import adapted
 from stabilitylab.watching.offloaded import values_of
 
@@ -336,6 +337,12 @@ def weight_in(model: nn.Module, found: tuple[nn.Module, Tensor] | None) -> Tenso
         except Exception as error:  # of PEFT, or of a kind of adapter that can't be merged
             return f"its adapters can't be merged ({type(error).__name__}: {error})"
     return why_unmeasurable(weight) or weight
+
+
+def weight_to_pass(model: nn.Module, found: tuple[nn.Module, Tensor] | None) -> Tensor | InPieces | str:
+    """The same, in pieces where it need not be made as a whole."""
+    pieces = adapted.in_pieces(found[0]) if found is not None and adapted.is_adapted(found[0]) else None
+    return weight_in(model, found) if pieces is None else pieces
 
 
 def describe(sites: Iterable[Site]) -> dict[str, dict[str, object]]:

@@ -12,9 +12,13 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import stabilitylab as sl
 from stabilitylab.errors import SiteError
+from stabilitylab.probes.weight_pass import reduce_weight, same_bits, scan_weight
+from stabilitylab.probes.weight_pieces import reduce_pieces, scan_pieces
+from stabilitylab.watching.adapted import effective_weight, in_pieces
 from stabilitylab.watching.sites import find_sites
 from tests.loops import hooks_on
 
@@ -237,6 +241,79 @@ def test_a_delta_that_a_narrow_weight_would_round_away_is_measured(tmp_path: Pat
     delta = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
     update = sl.load(tmp_path / "run").series("update.norm", SITE)[1]
     assert update == pytest.approx(float(delta.detach().norm()), rel=1e-2)
+
+
+FORMS: dict[str, tuple[bool, torch.dtype, dict[str, Any]]] = {
+    "Linear": (False, torch.float32, {}),
+    "a scale": (False, torch.float32, {"lora_alpha": 5, "use_rslora": True}),
+    "Conv1D": (True, torch.float32, {}),
+    "bfloat16": (False, torch.bfloat16, {}),
+    "float64": (False, torch.float64, {}),
+}
+
+
+def layer_with_adapters(form: str, adapters: int, shape: tuple[int, int] = (700, 900)) -> Any:
+    """A PEFT layer on a weight of more than one piece, with adapters that all count."""
+    is_conv, dtype, options = FORMS[form]
+    torch.manual_seed(3)
+    inner = Conv1D(shape[1], shape[0]) if is_conv else nn.Linear(*shape)
+    settings = LoraConfig(r=6, target_modules=["fc"], fan_in_fan_out=is_conv, **options)
+    model = get_peft_model(nn.ModuleDict({"fc": inner}).to(dtype), settings)  # type: ignore[arg-type]
+    names = ["default", *(f"other{number}" for number in range(1, adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, settings)
+    layer = model.base_model.model["fc"]
+    layer.set_adapter(names)
+    for name in names:
+        nn.init.normal_(layer.lora_B[name].weight)
+    return layer
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_lora_is_merged_piece_by_piece_into_what_peft_makes(form: str, adapters: int) -> None:
+    layer = layer_with_adapters(form, adapters)
+    pieces = in_pieces(layer)
+    assert pieces is not None
+    sizes = [piece.shape[0] for piece in pieces.make()]
+    assert len(sizes) > 1
+    assert sum(sizes) == pieces.shape[0]
+    twin = copy.deepcopy(layer)
+    twin.base_layer.to(torch.promote_types(layer.base_layer.weight.dtype, torch.float32))
+    twin.merge()
+    wide = twin.base_layer.weight
+    assert pieces.dtype == wide.dtype
+    torch.testing.assert_close(effective_weight(layer), wide.detach(), rtol=4 * torch.finfo(wide.dtype).eps, atol=1e-7)
+
+
+def test_only_what_is_plain_lora_and_counts_is_merged_in_pieces() -> None:
+    layer = layer_with_adapters("Linear", 1)
+    assert in_pieces(layer) is not None
+    layer.enable_adapters(False)
+    assert in_pieces(layer) is None
+    layer.enable_adapters(True)
+    layer.merge()
+    assert in_pieces(layer) is None
+    assert in_pieces(adapted("DoRA").base_model.model.mlp["down_proj"]) is None
+
+
+def test_a_pass_over_pieces_finds_what_one_over_the_whole_finds() -> None:
+    layer = layer_with_adapters("Conv1D", 2)
+    pieces = in_pieces(layer)
+    assert pieces is not None
+    whole = pieces.whole()
+    first, before = torch.randn_like(whole), whole + 1e-3 * torch.randn_like(whole)
+    for value in (None, torch.inf, torch.nan):
+        if value is not None:
+            layer.base_layer.weight.data[333, 444] = value
+            whole[333, 444] = value
+        np.testing.assert_allclose(scan_pieces(pieces), scan_weight(whole), rtol=1e-6)
+        last = [before.clone(), before.clone()]
+        found = reduce_pieces(pieces, first, last[0], first.double().norm(), True)
+        true = reduce_weight(whole, first, last[1], first.double().norm(), True)
+        np.testing.assert_allclose(found.packed, true.packed, rtol=1e-6)
+        assert same_bits(last[0], whole)
+        assert found.change is not None
 
 
 def test_without_sites_the_layer_is_found_and_not_its_parts(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from stabilitylab.probes.weight_pass import (
     same_bits,
     same_sample,
 )
+from stabilitylab.probes.weight_pieces import InPieces, reduce_pieces
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.sites import Site
 
@@ -40,6 +41,10 @@ def _same(left: Signature, right: Signature) -> bool:
     return bool(np.array_equal(left, right, equal_nan=True))
 
 
+def _nothing() -> None:
+    """In place of a tensor."""
+
+
 @dataclass
 class _Copies:
     """previous: the same tensor as `original` until the weight is seen to move. at_rest: what a pass over W₀ finds."""
@@ -50,7 +55,7 @@ class _Copies:
     mark: tuple[object, ...]
     """Where W was, and its version, when `previous` took its values."""
     is_part: bool
-    seen: Callable[[], Tensor | None] = lambda: None
+    seen: Callable[[], Tensor | None] = _nothing
     """Which tensor it was: one that is computed anew each time, as with adapters, may lie where the last one lay."""
     before: Signature | None = None
     after: Signature | None = None
@@ -121,8 +126,14 @@ class References:
         """W₋, on the device of the weight."""
         return self._beside(weight, self._on(name, weight).previous)
 
-    def measure(self, name: str, weight: Tensor, want_change: bool = False) -> Scanned:
+    def last(self, name: str) -> Tensor:
+        """W as the last pass over it found it, where the copy of that is kept."""
+        return self._copies[name].previous
+
+    def measure(self, name: str, weight: Tensor | InPieces, want_change: bool = False) -> Scanned:
         """One pass over the weight, packed as `WeightPass` unpacks it; W₋ takes its values."""
+        if isinstance(weight, InPieces):
+            return self._measure_pieces(name, weight, want_change)
         copies = self._on(name, weight)
         if copies.previous is copies.original:
             same = on_cpu(weight) and weight.dtype == copies.original.dtype and same_bits(weight, copies.original)
@@ -139,6 +150,20 @@ class References:
             copies.previous = self._sent_home(live) if self._is_away(weight) else live
         copies.mark, copies.seen = _mark(weight), weakref.ref(weight)
         return seen
+
+    def _measure_pieces(self, name: str, weight: InPieces, want_change: bool) -> Scanned:
+        copies = self._copies[name]
+        held = (copies.original, copies.previous)
+        if not all(
+            on_cpu(each) and each.dtype == weight.dtype for each in held
+        ):  # the user has moved or cast the model
+            return self.measure(name, weight.whole(), want_change)
+        copies.seen = _nothing
+        if copies.previous is copies.original:
+            if weight.is_same(copies.original):
+                return Scanned(copies.at_rest, float(copies.at_rest[3]))
+            copies.previous = copies.original.clone()
+        return reduce_pieces(weight, copies.original, copies.previous, copies.at_rest[1], want_change)
 
     def untouched(self, name: str, weight: Tensor) -> bool:
         """Whether the weight shows no sign of a write since `measure`, on a CPU.

@@ -25,6 +25,7 @@ from stabilitylab.probes.weight_pass import (
     same_bits,
     scan_weight,
 )
+from stabilitylab.probes.weight_pieces import InPieces, scan_pieces
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
 from stabilitylab.watching.adapted import Parts, is_adapted
@@ -34,7 +35,7 @@ from stabilitylab.watching.instruments.references import Home, References
 from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weighed
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
-from stabilitylab.watching.sites import Site, locate, weight_at, weight_in, why_unmeasurable
+from stabilitylab.watching.sites import Site, locate, weight_at, weight_in, weight_to_pass, why_unmeasurable
 from stabilitylab.watching.spread import is_spread, whole_of
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
@@ -126,8 +127,10 @@ class WeightInstrument:
         for site, weight in self._spread.found(model, sites):
             self._versions[site.name] = (id(weight), weight._version)
 
-    def _written(self, name: str, weight: Tensor) -> None:
+    def _written(self, name: str, weight: Tensor | InPieces) -> None:
         before = self._versions.get(name)
+        if not isinstance(weight, Tensor):  # nobody writes to what is made of others
+            return
         # Another tensor in its place has a counter of its own.
         if before is not None and before[0] == id(weight) and self._bench.needed(WeightWrites, name):
             writes = float(weight._version - before[1])
@@ -146,8 +149,8 @@ class WeightInstrument:
             if site.name in in_parts:
                 continue
             found = locate(model, site)
-            weight = weight_in(model, found)
-            if isinstance(weight, Tensor):
+            weight = weight_to_pass(model, found)
+            if not isinstance(weight, str):
                 named = site.name
                 self._remember_parts(site, found)
                 self._say_lost(site, found)
@@ -155,8 +158,9 @@ class WeightInstrument:
                 if self._bench.needed(WeightWrites, named):
                     self._bench.safely(f"writes of {named}", lambda: self._written(named, weight))  # noqa: B023
                 if any(self._bench.needed(each, named) for each in _WHOLE):
-                    first = functools.partial(self.references.original, site.name, weight)
-                    self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, lambda: weight, first))  # noqa: B023
+                    first = functools.partial(self.references.original, site.name)
+                    whole = functools.partial(self._lying, site, weight)
+                    self._bench.safely(f"spectrum of {named}", lambda: self._spectrum(site, whole, first))  # noqa: B023
             elif site.name not in self._missing:
                 self._missing.add(site.name)
                 self._bench.note("skipped-site", f"{site.name}: {self._why_not(model, site) or weight}")
@@ -209,7 +213,7 @@ class WeightInstrument:
         original = self.references.original(named, each.previous)
         self._bench.safely(
             f"spectrum of {named}",
-            lambda: self._spectrum(each.site, lambda: whole_of(weight), lambda: whole_of(weight, original)),
+            lambda: self._spectrum(each.site, lambda: whole_of(weight), lambda _: whole_of(weight, original)),
         )
 
     @staticmethod
@@ -259,12 +263,12 @@ class WeightInstrument:
         what the exchange settles next.
         """
         for site in sites:
-            weight = "" if self._spread.watches(site) else weight_at(model, site)
-            if isinstance(weight, Tensor):
+            weight = "" if self._spread.watches(site) else weight_to_pass(model, locate(model, site))
+            if not isinstance(weight, str):
                 self._bench.safely(f"weight pass of {site.name}", functools.partial(self._look, site, weight))
         self._spread.look(self._spread.found(model, sites), self._moved_since)
 
-    def _look(self, site: Site, weight: Tensor) -> None:
+    def _look(self, site: Site, weight: Tensor | InPieces) -> None:
         seen = self.references.measure(site.name, weight)
         self._last[site.name] = WeightPass.unmoved(seen.packed)
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
@@ -294,16 +298,17 @@ class WeightInstrument:
         else:
             self._parts.pop(site.name, None)
 
-    def _weight(self, site: Site, weight: Tensor, in_full: bool) -> None:
+    def _weight(self, site: Site, weight: Tensor | InPieces, in_full: bool) -> None:
         if not self.keeps_references:
             if self._bench.needed(WeightScan, site.name):
                 rebuild: Any = functools.partial(WeightScan.from_scan, dtype=weight.dtype)
-                self._bench.add(site.name, scan_weight(weight), rebuild)
+                scanned = scan_pieces(weight) if isinstance(weight, InPieces) else scan_weight(weight)
+                self._bench.add(site.name, scanned, rebuild)
             return
-        followed = self._bench.ever_needed(TopSingular) and weight.dim() >= _MATRIX
+        followed = self._bench.ever_needed(TopSingular) and len(weight.shape) >= _MATRIX
         wanted = followed and self._bench.needed(TopSingular, site.name)
         last = self._last.get(site.name)
-        if last is not None and not in_full and self.references.untouched(site.name, weight):
+        if last is not None and not in_full and self._rests(site.name, weight):
             seen = Scanned(last, 0.0)
         else:
             seen = self.references.measure(site.name, weight, want_change=wanted)
@@ -311,8 +316,18 @@ class WeightInstrument:
         self._bench.add(site.name, seen.packed, functools.partial(WeightPass.from_host, dtype=weight.dtype))
         if followed:
             self._bench.safely(
-                f"spectral norm of {site.name}", lambda: self._follow(site, seen, lambda: (weight, seen))
+                f"spectral norm of {site.name}",
+                lambda: self._follow(site, seen, lambda: (self._lying(site, weight), seen)),
             )
+
+    def _rests(self, name: str, weight: Tensor | InPieces) -> bool:
+        return isinstance(weight, Tensor) and self.references.untouched(name, weight)
+
+    def _lying(self, site: Site, weight: Tensor | InPieces) -> Tensor:
+        """The weight that was just measured, as one tensor: of one in pieces what the pass left as W₋."""
+        if isinstance(weight, Tensor):
+            return weight
+        return self.references.last(site.name) if self.keeps_references else weight.whole()
 
     def _follow(self, site: Site, seen: Scanned, whole: Callable[[], tuple[Tensor, Scanned]]) -> None:
         """whole: gives the weight, and what a pass over it found with what it changed."""
@@ -352,10 +367,10 @@ class WeightInstrument:
         followed.value, followed.direction = follow(weight, (direction, update), size)
         followed.since = 0.0
 
-    def _spectrum(self, site: Site, whole: Callable[[], Tensor], first: Callable[[], Tensor]) -> None:
+    def _spectrum(self, site: Site, whole: Callable[[], Tensor], first: Callable[[Tensor], Tensor]) -> None:
         """What the deep probes need of a matrix, where one that is due does. Waits for an accelerator.
 
-        whole: gives the weight. first: gives W₀.
+        whole: gives the weight. first: gives W₀, on the device of the weight.
         """
         spectrum = self._bench.needed(WeightSpectrum, site.name)
         subspace = self._bench.needed(LeadingSubspace, site.name)
@@ -369,7 +384,7 @@ class WeightInstrument:
             now = leading_subspace(gram)
             original = self._originals.get(site.name)
             if original is None:
-                before = first()
+                before = first(weight)
                 same = before.dtype == weight.dtype and same_bits(weight, before)
                 original = self._originals[site.name] = now if same else leading_subspace(gram_of(before))
             self._bench.add(site.name, compare_subspaces(original, now), LeadingSubspace)
