@@ -47,7 +47,7 @@ def make_sound(folder: Path) -> Path:
     runs = folder / "runs"
     make_run(runs / "dying", edits=14, sites=2, dies_at=10)
     make_run(runs / "healthy", edits=10, sites=1, dies_at=None)
-    for schema in RUNS.iterdir():
+    for schema in RUNS.glob("schema-*"):
         shutil.copytree(schema, runs / schema.name)
         (runs / schema.name / "holds.json").unlink()
     limits = resources.files("stabilitylab.analysis").joinpath("thresholds.json").read_text()
