@@ -11,25 +11,47 @@ from numpy.typing import NDArray
 from stabilitylab.record.readings import Array, Key
 
 
+class Names:
+    """(metric, site) pairs that many frames take theirs from."""
+
+    __slots__ = ("keys", "numbers")
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        """Raises ValueError where two are alike."""
+        self.keys = keys
+        self.numbers = {key: number for number, key in enumerate(keys)}
+        if len(self.numbers) != len(keys):
+            raise ValueError("a layout names a reading twice; expected each (metric, site) once")
+
+
 class Frame:
     """Which readings a row holds, and where each stands in its flat array.
 
-    keys: in the order of the row. starts, sizes: of each reading in the flat array, [readings]; no size is 0. Compared
-    by identity: rows that share a frame hold the same readings, and of the same sizes.
+    starts: of each reading in the flat array, [readings]. Compared by identity: rows that share a frame hold the same
+    readings, and of the same sizes. A file may have a frame for each row: so it takes no more room than a row does.
     """
 
-    __slots__ = ("keys", "places", "sizes", "starts")
+    __slots__ = ("_begins", "_names", "_sizes", "starts")
 
-    def __init__(self, keys: tuple[Key, ...], sizes: NDArray[np.intp]) -> None:
-        """Raises ValueError where two keys are alike."""
-        self.keys = keys
-        self.sizes = sizes
-        self.starts: NDArray[np.intp] = np.cumsum(sizes) - sizes
-        ends = self.starts + sizes
-        self.places = {key: slice(*ends) for key, *ends in zip(keys, self.starts.tolist(), ends.tolist(), strict=True)}
-        """Where each reading stands."""
-        if len(self.places) != len(keys):
-            raise ValueError("a layout names a reading twice; expected each (metric, site) once")
+    def __init__(self, names: Names, sizes: NDArray[np.int32]) -> None:
+        """sizes: of the first readings among `names`, in their order; 0 for one that was not taken, as those after."""
+        self._names = names
+        self._sizes = sizes
+        self._begins = np.cumsum(sizes, dtype=np.int32) - sizes
+        self.starts: NDArray[np.intp] = self._begins[sizes > 0].astype(np.intp)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """In the order of the row."""
+        return tuple(self._names.keys[number] for number in np.flatnonzero(self._sizes).tolist())
+
+    def place(self, key: object) -> slice | None:
+        """Where a reading stands; None where it was not taken."""
+        number = self._names.numbers.get(key)  # type: ignore[call-overload]
+        if number is None or number >= self._sizes.size or not self._sizes[number]:
+            return None
+        begin = int(self._begins[number])
+        return slice(begin, begin + int(self._sizes[number]))
 
 
 class PackedReadings(Mapping[Key, Array]):
@@ -44,16 +66,19 @@ class PackedReadings(Mapping[Key, Array]):
         self.flat = flat
 
     def __getitem__(self, key: Key) -> Array:
-        return self.flat[self.frame.places[key]]
+        place = self.frame.place(key)
+        if place is None:
+            raise KeyError(key)
+        return self.flat[place]
 
     def __contains__(self, key: object) -> bool:
-        return key in self.frame.places
+        return self.frame.place(key) is not None
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.frame.keys)
 
     def __len__(self) -> int:
-        return len(self.frame.keys)
+        return self.frame.starts.size
 
     def __eq__(self, other: object) -> bool:
         """Like a dict's: the order does not count, and NaN is equal to nothing, unless a row is compared to itself."""
@@ -93,5 +118,5 @@ def by_frame(rows: Sequence[Mapping[Key, Array]]) -> tuple[Alike, ...]:
 
 def _pack(row: Mapping[Key, Array]) -> PackedReadings:
     taken = {key: values for key, values in row.items() if values.size}
-    sizes = np.array([values.size for values in taken.values()], dtype=np.intp)
-    return PackedReadings(Frame(tuple(taken), sizes), np.concatenate([np.zeros(0), *taken.values()]))
+    sizes = np.array([values.size for values in taken.values()], dtype=np.int32)
+    return PackedReadings(Frame(Names(tuple(taken)), sizes), np.concatenate([np.zeros(0), *taken.values()]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
@@ -25,7 +27,7 @@ from stabilitylab.acting.scanning.places import of_hparams
 from stabilitylab.analysis.thresholds import from_json, read, shipped
 from stabilitylab.commands import check, cli
 from stabilitylab.errors import RecordError, RunError, UsageError, nearest
-from stabilitylab.record import plain_files
+from stabilitylab.record import plain_files, runfile
 from stabilitylab.record.following import Follower
 from stabilitylab.record.run import load
 from stabilitylab.record.scanned import Scan, scan_from_json
@@ -115,6 +117,46 @@ def test_nothing_in_a_file_computes(run: Path, statements: list[str]) -> None:
     with pytest.raises(RunError, match="is damaged"):
         load(run)
     assert time.perf_counter() - began < 5.0
+
+
+def test_a_file_of_very_many_rows_of_nothing_is_refused_and_one_of_as_many_that_hold_something_is_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfile, "_MOST_ROWS", 100)
+    again = "INSERT INTO edit SELECT edit + 1000 * ?, {columns} FROM edit WHERE edit BETWEEN 1 AND 4"
+    for number in range(1, 200):
+        columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, layout, present, data, 0"
+        change(run, again.format(columns=columns), values=(number,))
+    assert len(load(run)) == 800
+    change(
+        run,
+        "INSERT INTO note WITH RECURSIVE n (e) AS (SELECT 1 UNION ALL SELECT e + 1 FROM n WHERE e < 60000)"
+        " SELECT 1000 + e, 1, '', '' FROM n",
+    )
+    for read_it in (load, lambda path: Follower(path).look()):
+        with pytest.raises(RunError, match="is damaged: table 'note' holds 60,002 rows"):
+            read_it(run)
+
+
+def test_rows_of_which_each_holds_other_readings_take_no_more_memory_than_files_may(run: Path) -> None:
+    width, draw = 2_000, random.Random(0)
+    change(run, "INSERT INTO layout VALUES (9, ?)", values=(json.dumps([["m", str(n), 1] for n in range(width)]),))
+    columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, 9, ?, ?, 0"
+    for edit in range(100, 400):
+        mask = draw.randbytes(width // 8)
+        change(
+            run, f"INSERT INTO edit SELECT {edit}, {columns} FROM edit WHERE edit = 1", values=(mask, bytes(8 * width))
+        )
+    load(run)  # what is imported is no part of it
+    tracemalloc.start()
+    found = load(run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * (run / FILE_NAME).stat().st_size
+    last = found.edits[-1].row.readings
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8)).astype(bool)
+    assert list(last) == [("m", str(number)) for number in np.flatnonzero(bits)]
+    assert ("m", str(np.flatnonzero(~bits)[0])) not in last
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
