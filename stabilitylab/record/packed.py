@@ -33,12 +33,22 @@ class Frame:
 
     __slots__ = ("_begins", "_names", "_sizes", "starts")
 
-    def __init__(self, names: Names, sizes: NDArray[np.int32]) -> None:
+    def __init__(self, keys: tuple[Key, ...], sizes: NDArray[np.integer]) -> None:
+        """keys: in the order of the row. sizes: of each, none of them 0. Raises ValueError where two keys are alike."""
+        self._take(Names(keys), sizes)
+
+    @classmethod
+    def among(cls, names: Names, sizes: NDArray[np.integer]) -> Frame:
         """sizes: of the first readings among `names`, in their order; 0 for one that was not taken, as those after."""
+        made = cls.__new__(cls)
+        made._take(names, sizes)
+        return made
+
+    def _take(self, names: Names, sizes: NDArray[np.integer]) -> None:
         self._names = names
-        self._sizes = sizes
-        self._begins = np.cumsum(sizes, dtype=np.int32) - sizes
-        self.starts: NDArray[np.intp] = self._begins[sizes > 0].astype(np.intp)
+        self._sizes = sizes.astype(np.int32)
+        self._begins = np.cumsum(self._sizes, dtype=np.int32) - self._sizes
+        self.starts: NDArray[np.intp] = self._begins[self._sizes > 0].astype(np.intp)
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -118,5 +128,5 @@ def by_frame(rows: Sequence[Mapping[Key, Array]]) -> tuple[Alike, ...]:
 
 def _pack(row: Mapping[Key, Array]) -> PackedReadings:
     taken = {key: values for key, values in row.items() if values.size}
-    sizes = np.array([values.size for values in taken.values()], dtype=np.int32)
-    return PackedReadings(Frame(Names(tuple(taken)), sizes), np.concatenate([np.zeros(0), *taken.values()]))
+    sizes = np.array([values.size for values in taken.values()], dtype=np.intp)
+    return PackedReadings(Frame(tuple(taken), sizes), np.concatenate([np.zeros(0), *taken.values()]))

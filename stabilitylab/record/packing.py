@@ -68,7 +68,7 @@ def _frame(present: bytes, size: int, names: Names, ends: NDArray[np.int64]) -> 
     mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=size).astype(bool)
     mask[ends[-1] if ends.size else 0 :] = False
     counted = np.concatenate(([0], np.cumsum(mask)))[np.minimum(ends, size)]
-    return Frame(names, np.diff(counted, prepend=0).astype(np.int32)), mask
+    return Frame.among(names, np.diff(counted, prepend=0)), mask
 
 
 def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:

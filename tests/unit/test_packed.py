@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stabilitylab.record.packed import Frame, Names, PackedReadings
+from stabilitylab.record.packed import Frame, PackedReadings
 from stabilitylab.record.packing import Unpacker, pack
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import load
@@ -22,7 +22,7 @@ PLAIN = {KEYS[0]: np.array([1.0]), KEYS[1]: np.array([3.0, 2.0]), KEYS[2]: np.ar
 def packed(
     *values: float, keys: tuple[tuple[str, str], ...] = KEYS, sizes: tuple[int, ...] = (1, 2, 1)
 ) -> PackedReadings:
-    return PackedReadings(Frame(Names(keys), np.array(sizes, dtype=np.int32)), np.array(values))
+    return PackedReadings(Frame(keys, np.array(sizes, dtype=np.intp)), np.array(values))
 
 
 def test_it_reads_like_the_dict_that_it_stands_for() -> None:
