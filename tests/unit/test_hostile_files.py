@@ -24,7 +24,7 @@ from stabilitylab.acting.scanning.archives import open_archive
 from stabilitylab.acting.scanning.editors import scan_archive
 from stabilitylab.acting.scanning.opening import open_folder, read_json
 from stabilitylab.acting.scanning.places import of_hparams
-from stabilitylab.analysis.thresholds import from_json, read, shipped
+from stabilitylab.analysis.thresholds import from_json, read, shipped, write
 from stabilitylab.commands import check, cli
 from stabilitylab.errors import RecordError, RunError, UsageError, nearest
 from stabilitylab.record import plain_files, runfile
@@ -33,7 +33,8 @@ from stabilitylab.record.run import load
 from stabilitylab.record.scanned import Scan, scan_from_json
 from stabilitylab.record.store import FILE_NAME
 from stabilitylab.reports.comparison import write_comparison
-from stabilitylab.reports.html import write_pages
+from stabilitylab.reports.html import write_pages, write_report
+from stabilitylab.testbed.compare import expect_writable
 from stabilitylab.testbed.records import load_records
 from tests.synthetic import make_run
 
@@ -212,9 +213,32 @@ def test_a_report_replaces_no_data_that_is_not_a_reports(tmp_path: Path, held: b
     assert not (tmp_path / "package.html").exists()
 
 
+@pytest.mark.parametrize("name", ["run.db", "mine.html", "weights.safetensors", "/dev/null"])
+def test_a_page_replaces_nothing_that_is_no_page(run: Path, name: str) -> None:
+    for mine in ("mine.html", "weights.safetensors"):
+        (run / mine).write_text("mine")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(RunError, match="it would replace what is no page"):
+        write_report(load(run), run / name)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert not Path("/dev/null").is_file()
+
+
+def test_limits_and_rows_replace_nothing_else(run: Path, tmp_path: Path) -> None:
+    before = (run / FILE_NAME).read_bytes()
+    with pytest.raises(UsageError, match="limits would replace what is none"):
+        write(shipped(), run / FILE_NAME)
+    with pytest.raises(UsageError, match="holds something else than rows"):
+        expect_writable(run / FILE_NAME)
+    assert (run / FILE_NAME).read_bytes() == before
+    for _ in range(2):
+        write(shipped(), tmp_path / "limits.json")
+    assert read(tmp_path / "limits.json") == shipped()
+
+
 def test_a_report_replaces_its_own_data_and_takes_a_name_that_is_text(tmp_path: Path, run: Path) -> None:
     for number in (1, 2):
-        write_pages(f"{tmp_path}/page.html", lambda number=number: ("page", {"format": number}))
+        write_pages(f"{tmp_path}/page.html", lambda number=number: ("<!doctype HTML>", {"format": number}))
         data = json.loads((tmp_path / "page.json").read_text())
         assert data == {"written_by": "stabilitylab", "format": number}
     assert write_comparison([load(run)], f"{tmp_path}/several.html") == tmp_path / "several.html"
