@@ -63,7 +63,7 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
+        raise RunError(f"'{file}' is not a run file ({_told(error)}); expected one that stabilitylab wrote") from error
     if application != APPLICATION_ID:
         raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
     if version > SCHEMA_VERSION:
@@ -78,9 +78,14 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
 
 
 def damaged(file: Path, error: Exception) -> RunError:
-    """What is raised where reading a run file fails. Its own words may quote what the file holds, of any length."""
-    words = str(error)
-    return RunError(f"'{file}' is damaged: {words if len(words) <= _LONGEST else f'{words[: _LONGEST - 1]}…'}")
+    """What is raised where reading a run file fails."""
+    return RunError(f"'{file}' is damaged: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """An error's words, which may quote what the file holds, of any length and in several lines."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
 
 
 def _expect_tables_alone(db: sqlite3.Connection) -> None:
@@ -157,7 +162,7 @@ def connect(file: Path) -> Iterator[sqlite3.Connection]:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stabilitylab-")))
                 db = stack.enter_context(contextlib.closing(_open(_copy(file, folder), "rw")))
             except (OSError, sqlite3.OperationalError) as failure:
-                raise RunError(f"can't read '{file}': {failure}") from failure
+                raise RunError(f"can't read '{file}': {_told(failure)}") from failure
         _check(db, file)
         yield db
 

@@ -94,6 +94,15 @@ def test_what_is_of_another_kind_is_called_damaged(run: Path, statement: str, va
         Follower(run, keeps_rows=True).look()
 
 
+@pytest.mark.parametrize("byte", [b"\xff", b"["])
+def test_a_schema_that_is_damaged_is_told_in_one_line(run: Path, byte: bytes) -> None:
+    data = (run / FILE_NAME).read_bytes()
+    at = data.index(b" TEXT", data.index(b"CREATE TABLE alarm"))
+    (run / FILE_NAME).write_bytes(data[:at] + byte + data[at + 1 :])
+    with pytest.raises(RunError, match=r"^[^\n]*is (damaged|not a run file)[^\n]*$"):
+        load(run)
+
+
 @pytest.mark.parametrize(
     "statements",
     [
