@@ -75,11 +75,14 @@ test-easyedit: ## Run the tests on EasyEdit: make test-easyedit EASYEDIT=its fol
 test-exhaustive: $(FULL) ## Run the tests that go through all of torch's operators: a few minutes
 	$(BIN)/python -m pytest -m exhaustive
 
+# CLOCKS=no: times are shown and not judged, for a machine that does other work meanwhile.
+CLOCKS ?= yes
+JUDGED = $(if $(filter no,$(CLOCKS)),--no-clocks)
 reliability: $(FULL) ## Try what is promised of reliability, a sample of it: 4 minutes (docs/reliability.md)
-	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.reliability $(JUDGED)
 
 reliability-long: $(FULL) ## Try the whole of it: about an hour and a half
-	$(BIN)/python -m benchmarks.reliability --long
+	$(BIN)/python -m benchmarks.reliability --long $(JUDGED)
 
 # 50 of seed 0: some five CPU minutes to learn which tests run which line, and four CPU seconds each. Seed 1 is what
 # docs/reliability.md reports. All 400 of the goal: make mutation MUTANTS=400 MINUTES=240.

@@ -28,6 +28,7 @@ from markupsafe import Markup
 from stabilitylab.analysis.findings import VERDICTS, Finding, Link, severity
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
+from stabilitylab.record.plain_files import begins_otherwise
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, operations, verdicts
 from stabilitylab.reports.interactive import run_charts
@@ -43,6 +44,7 @@ from stabilitylab.reports.thinning import flagged_edits, thinned
 
 _OURS: Final = {"written_by": "stabilitylab"}
 """What the data of each page begin with."""
+_PAGE: Final = b"<!DOCTYPE html"
 LISTED_EDITS: Final = 200
 LISTED_NOTES: Final = 60
 LISTED_READINGS: Final = 200
@@ -77,13 +79,15 @@ def write_report(run: Run, out: str | Path) -> Path:
 def write_pages(path: str | Path, make: Callable[[], tuple[str, Mapping[str, Any]]]) -> Path:
     """Write (page, plain values for the JSON) to `path` and beside it; see `write_report`."""
     out = Path(path)
-    if out.is_dir():
-        raise RunError(f"can't write a report to '{out}': a folder; expected a file such as '{out}/report.html'")
     if out.suffix == ".json":
         raise RunError(f"can't write a report to '{out}': its data goes there; expected '{out.with_suffix('.html')}'")
     try:
+        if out.is_dir():
+            raise RunError(f"can't write a report to '{out}': a folder; expected a file such as '{out}/report.html'")
         out.parent.mkdir(parents=True, exist_ok=True)
         _expect_ours(out.with_suffix(".json"), out)
+        if begins_otherwise(out, _PAGE, or_empty=True):
+            raise RunError(f"can't write a report to '{out}': it would replace what is no page; expected another name")
         page, data = make()
         _write_whole(out.with_suffix(".json"), json.dumps({**_OURS, **data}, allow_nan=False))
         _write_whole(out, page)
@@ -94,17 +98,12 @@ def write_pages(path: str | Path, make: Callable[[], tuple[str, Mapping[str, Any
 
 def _expect_ours(beside: Path, out: Path) -> None:
     """The page's name was given, that of its data was not: it must not take a file that someone else wrote."""
-    if not os.path.lexists(beside):
-        return
     begins = json.dumps(_OURS).removesuffix("}").encode("ascii")
-    if beside.is_file():
-        with beside.open("rb") as held:
-            if held.read(len(begins)) == begins:
-                return
-    raise RunError(
-        f"can't write a report to '{out}': its data would replace '{beside.name}', which no report wrote; expected "
-        f"another name, such as '{out.with_name(f'{out.stem}-report.html')}'"
-    )
+    if begins_otherwise(beside, begins, or_empty=False):
+        raise RunError(
+            f"can't write a report to '{out}': its data would replace '{beside.name}', which no report wrote; expected "
+            f"another name, such as '{out.with_name(f'{out.stem}-report.html')}'"
+        )
 
 
 def _write_whole(out: Path, text: str) -> None:

@@ -45,10 +45,11 @@ def write(say: Say, run: str, seconds: float, wal: bool) -> None:
     weight = next(model.parameters())
     torch.nn.init.constant_(weight, START)
     probes: list[Probe[Any]] = [Update(every=1), WeightRange(every=1)]
-    until, held = time.monotonic() + seconds, []
+    until = time.monotonic() + seconds
+    held: list[float] = []
     with sl.attach(model, "0", run=run, probes=probes, announce=False, trace=False) as monitor:
         number = 0
-        while time.monotonic() < until:
+        while not held or time.monotonic() < until:
             number += 1
             queued, began = waited_for_a_core(), time.perf_counter()
             with monitor.edit(f"edit {number}"), torch.no_grad():
@@ -135,10 +136,10 @@ def read(kind: str, run: Path, seconds: float) -> dict[str, Any]:
     breaks: list[str] = []
     print("ready", flush=True)
     sys.stdin.readline()
-    until = time.monotonic() + seconds
-    while not (run / "run.db").exists() and time.monotonic() < until:
+    while not (run / "run.db").exists():
         time.sleep(0.05)
-    while time.monotonic() < until:
+    until = time.monotonic() + seconds
+    while not looks or time.monotonic() < until:
         try:
             rows = look()
             if rows < most:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 import stabilitylab as sl
 from benchmarks.reliability import mutants
-from benchmarks.reliability.forks import Say
+from benchmarks.reliability.forks import Say, waited_for_a_core
 from benchmarks.reliability.promise import digest
 from stabilitylab.errors import StabilityLabError
 
@@ -127,6 +128,7 @@ def try_out(say: Say, kind: str, sound: str, scratch: str, seed: int, first: int
         size_mb = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
         say(f"> {number}")
         before, error = _peak_mb(begin=True), ""
+        queued, began = waited_for_a_core(), time.monotonic()
         reading[0] = True
         try:
             read(path, chance, out)
@@ -140,6 +142,7 @@ def try_out(say: Say, kind: str, sound: str, scratch: str, seed: int, first: int
                 f"{type(raised).__name__}: {str(raised)[:80]!r} at {Path(last_frame.filename).name}:{last_frame.lineno}"
             )
         reading[0] = False
+        seconds = time.monotonic() - began - (waited_for_a_core() - queued)
         grown = _peak_mb(begin=False) - before
         if grown > _FILE_FACTOR * size_mb + _BASE_MB:
             said, error = "memory", f"{grown:.0f} MB for {size_mb:.1f}"
@@ -151,4 +154,4 @@ def try_out(say: Say, kind: str, sound: str, scratch: str, seed: int, first: int
         touched = [name for name in {*files, *now} if files.get(name) != now.get(name) and not name.endswith("-shm")]
         if touched:
             said, error = "touched files", ", ".join(Path(name).name for name in touched[:3])
-        say("< " + json.dumps([number, said, error]))
+        say("< " + json.dumps([number, said, error, seconds]))

@@ -40,16 +40,15 @@ def promise(effort: Effort) -> Iterator[Result]:
                 what, f"growth under {MOST_GROWTH_MB:.0f} MB", f"{growth:.1f} MB", growth < MOST_GROWTH_MB, edits
             )
             says = f"{slower:.2f} times, {late['seconds'] * 1e3:.2f} CPU ms an edit"
-            yield Result(f"{what}: last tenth", "time per edit within 10%", says, slower <= MOST_SLOWER, edits)
+            yield Result(
+                f"{what}: last tenth", "time per edit within 10%", says, slower <= MOST_SLOWER, edits, clock=True
+            )
             ended = forks.run(f"{LOOPS}:read", {"run": str(run), "out": str(folder / f"{number}.html")})
             if ended.error or ended.by:
                 yield Result(f"{what}, read", "ends", ended.error or f"ended by signal {ended.by}", False, edits)
                 continue
             seconds, peak = json.loads(ended.said[0])["seconds"], ended.peak_mb
-            yield Result(
-                f"{what}: open, diagnose, report",
-                f"under {MOST_SECONDS:.0f} s and {MOST_READING_MB / 1_000:.0f} GB",
-                f"{seconds:.1f} CPU s, {peak:.0f} MB",
-                seconds < MOST_SECONDS and peak < MOST_READING_MB,
-                edits,
-            )
+            test, goal = f"{what}: open, diagnose, report", f"under {MOST_SECONDS:.0f} s"
+            yield Result(test, goal, f"{seconds:.1f} CPU s", seconds < MOST_SECONDS, edits, clock=True)
+            goal = f"under {MOST_READING_MB / 1_000:.0f} GB"
+            yield Result(f"{test}: memory", goal, f"{peak:.0f} MB", peak < MOST_READING_MB, edits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -39,9 +39,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """One test of a promise. tried: how often. measured: the figure beside the goal. met: None where there is none.
+    """One test of a promise. tried: how often. measured: the figure beside the goal. met: None: not judged.
 
-    breaks: what went against the promise, the first of them.
+    breaks: what went against the promise, the first of them. clock: whether the goal is a time. What else runs on a
+    machine makes a time longer, and nothing that is counted more.
     """
 
     test: str
@@ -50,6 +51,11 @@ class Result:
     met: bool | None
     tried: int
     breaks: tuple[str, ...] = ()
+    clock: bool = False
+
+    def unjudged(self) -> Result:
+        """The same, said to be no judgement."""
+        return replace(self, measured=f"{self.measured}; not judged here", met=None)
 
 
 Promise = Callable[[Effort], Iterator[Result]]

@@ -106,6 +106,16 @@ def read(path: Path) -> Thresholds:
     return from_json(plain, f"'{path}'")
 
 
+def write(thresholds: Thresholds, path: Path) -> None:
+    """The opposite of `read`. Raises UsageError where something else would be replaced, OSError."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            read(path)
+        except UsageError as error:
+            raise UsageError(f"limits would replace what is none: {error}; expected another name") from None
+    path.write_text(f"{json.dumps(thresholds.to_json(), indent=2, allow_nan=False)}\n", encoding="utf-8")
+
+
 @cache
 def shipped() -> Thresholds:
     """Those of the package."""

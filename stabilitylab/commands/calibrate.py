@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from stabilitylab.analysis.thresholds import write
 from stabilitylab.commands.options import say
 
 
@@ -30,9 +31,8 @@ def calibrate(
     from stabilitylab.analysis.calibrating import calibrate as calibrate_on
 
     thresholds = calibrate_on(runs, alpha=alpha)
-    limits = json.dumps(thresholds.to_json(), indent=2, allow_nan=False)
-    out.write_text(f"{limits}\n", encoding="utf-8")
+    write(thresholds, out)
     if as_object:
-        typer.echo(limits)
+        typer.echo(json.dumps(thresholds.to_json(), indent=2, allow_nan=False))
     else:
         say(f"{out}: {thresholds}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -64,7 +64,7 @@ def expect(kind: Any, value: Any, what: str) -> Any:
 
     An int is a float too, a bool neither. Raises ValueError naming `what`.
     """
-    if not _is(kind, value):
+    if not _test(kind)(value):
         raise ValueError(f"{what} is {_shown(value)}")
     return value
 
@@ -76,35 +76,43 @@ def entry(key: object, value: object) -> tuple[str, Any]:
     return name, expect(_ENTRIES.get(name, object), found, f"the manifest's {name!r}")
 
 
-def _is(kind: Any, value: Any) -> bool:
+@cache
+def _test(kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is of `kind`: worked out once, since files hold very many values of few kinds."""
     home, inside = get_origin(kind), get_args(kind)
     if home in (Union, UnionType):
-        fits = any(_is(each, value) for each in inside)
-    elif home is Literal:
-        fits = isinstance(value, str) and value in inside
-    elif home is tuple:
-        fits = isinstance(value, tuple | list) and all(_is(inside[0], each) for each in value)
-    elif isinstance(home, type) and issubclass(home, Mapping):
-        fits = isinstance(value, Mapping) and all(_is(inside[0], a) and _is(inside[1], b) for a, b in value.items())
-    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        named = _hints(kind).items()
-        fits = isinstance(value, kind) and all(_is(hint, getattr(value, name)) for name, hint in named)
-    elif kind in (int, float):
+        tests = [_test(each) for each in inside]
+        return lambda value: any(test(value) for test in tests)
+    if home is Literal:
+        return lambda value: isinstance(value, str) and value in inside
+    if home is tuple:
+        part = _test(inside[0])
+        return lambda value: isinstance(value, tuple | list) and all(map(part, value))
+    if isinstance(home, type) and issubclass(home, Mapping):
+        key, held = map(_test, inside)
+        return lambda value: isinstance(value, Mapping) and all(key(a) and held(b) for a, b in value.items())
+    return _test_of_one(kind)
+
+
+def _test_of_one(kind: Any) -> Callable[[Any], bool]:
+    """Of a kind that has no kinds in brackets."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        fields = [(name, _test(hint)) for name, hint in get_type_hints(kind).items()]
+        return lambda value: isinstance(value, kind) and all(test(getattr(value, name)) for name, test in fields)
+    if kind in (int, float):
         numbers = int | float if kind is float else int
-        fits = isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _largest(value)
-    else:
-        fits = kind is Any or isinstance(value, type(None) if kind is None else kind)
-    return fits
+        return lambda value: (
+            isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _largest(value)
+        )
+    if kind is Any:
+        return lambda value: True
+    plain = type(None) if kind is None else kind
+    return lambda value: isinstance(value, plain)
 
 
 def _largest(value: float) -> float:
     """Of a value's own kind; a NaN is not below it, and an infinity neither."""
     return _MOST_NUMBERED if isinstance(value, int) else 1.7976931348623157e308
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _shown(value: object) -> str:

@@ -17,25 +17,67 @@ KEPT: Final = 64
 """Frames that are kept of rows that are read now: probes that read every so many edits make several alternate."""
 
 
+class Names:
+    """(metric, site) pairs that many frames take theirs from."""
+
+    __slots__ = ("keys", "numbers")
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        """Raises ValueError where two are alike."""
+        self.keys = keys
+        self.numbers = {key: number for number, key in enumerate(keys)}
+        if len(self.numbers) != len(keys):
+            raise ValueError("a layout names a reading twice; expected each (metric, site) once")
+
+
 class Frame:
     """Which readings a row holds, and where each stands in its flat array.
 
-    keys: in the order of the row. starts, sizes: of each reading in the flat array, [readings]; no size is 0. Compared
-    by identity: rows that share a frame hold the same readings, and of the same sizes.
+    starts: of each reading in the flat array, [readings]. Compared by identity: rows that share a frame hold the same
+    readings, and of the same sizes. A file may have a frame for each row: so it takes no more room than a row does.
     """
 
-    __slots__ = ("__weakref__", "keys", "places", "sizes", "starts")
+    __slots__ = ("__weakref__", "_begins", "_names", "_places", "_sizes", "starts")
 
-    def __init__(self, keys: tuple[Key, ...], sizes: NDArray[np.intp]) -> None:
-        """Raises ValueError where two keys are alike."""
-        self.keys = keys
-        self.sizes = sizes
-        self.starts: NDArray[np.intp] = np.cumsum(sizes) - sizes
-        ends = self.starts + sizes
-        self.places = {key: slice(*ends) for key, *ends in zip(keys, self.starts.tolist(), ends.tolist(), strict=True)}
-        """Where each reading stands."""
-        if len(self.places) != len(keys):
-            raise ValueError("a layout names a reading twice; expected each (metric, site) once")
+    def __init__(self, keys: tuple[Key, ...], sizes: NDArray[np.integer]) -> None:
+        """keys: in the order of the row. sizes: of each, none of them 0. Raises ValueError where two keys are alike."""
+        self._take(Names(keys), sizes)
+        # Such frames are few, and their rows are read again and again as they come.
+        self._places: Mapping[object, slice | None] | None = {key: self.place(key) for key in keys}
+
+    @classmethod
+    def among(cls, names: Names, sizes: NDArray[np.integer]) -> Frame:
+        """sizes: of the first readings among `names`, in their order; 0 for one that was not taken, as those after."""
+        made = cls.__new__(cls)
+        made._take(names, sizes)
+        return made
+
+    def _take(self, names: Names, sizes: NDArray[np.integer]) -> None:
+        self._places = None
+        self._names = names
+        self._sizes = sizes.astype(np.int32)
+        self._begins = np.cumsum(self._sizes, dtype=np.int32) - self._sizes
+        self.starts: NDArray[np.intp] = self._begins[self._sizes > 0].astype(np.intp)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Of each reading, in that order, [readings]; none of them is 0."""
+        return self._sizes[self._sizes > 0]
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """In the order of the row."""
+        return tuple(self._names.keys[number] for number in np.flatnonzero(self._sizes).tolist())
+
+    def place(self, key: object) -> slice | None:
+        """Where a reading stands; None where it was not taken."""
+        if self._places is not None:
+            return self._places.get(key)
+        number = self._names.numbers.get(key)  # type: ignore[call-overload]
+        if number is None or number >= self._sizes.size or not self._sizes[number]:
+            return None
+        begin = int(self._begins[number])
+        return slice(begin, begin + int(self._sizes[number]))
 
 
 class PerFrame(Generic[Found]):
@@ -65,16 +107,19 @@ class PackedReadings(Mapping[Key, Array]):
         self.flat = flat
 
     def __getitem__(self, key: Key) -> Array:
-        return self.flat[self.frame.places[key]]
+        place = self.frame.place(key)
+        if place is None:
+            raise KeyError(key)
+        return self.flat[place]
 
     def __contains__(self, key: object) -> bool:
-        return key in self.frame.places
+        return self.frame.place(key) is not None
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.frame.keys)
 
     def __len__(self) -> int:
-        return len(self.frame.keys)
+        return self.frame.starts.size
 
     def __eq__(self, other: object) -> bool:
         """Like a dict's: the order does not count, and NaN is equal to nothing, unless a row is compared to itself."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.record.packed import Frame, PackedReadings, as_packed
+from stabilitylab.record.packed import Frame, Names, PackedReadings, as_packed
 from stabilitylab.record.readings import Array, Key
 
 Layout = tuple[tuple[str, str, int], ...]
@@ -64,6 +64,7 @@ class Unpacker:
     def __init__(self, layouts: Mapping[int, Layout]) -> None:
         """layouts: by the number that rows refer to them by."""
         self._layouts = dict(layouts)
+        self._named: dict[int, tuple[Names, NDArray[np.int64]]] = {}
         self._known: dict[tuple[int, bytes, int], tuple[Frame, NDArray[np.bool_]]] = {}
 
     @property
@@ -79,20 +80,26 @@ class Unpacker:
         """The readings of one row; those that were not taken are left out."""
         values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))
         if kind not in self._known:
-            self._known[kind] = _frame(present, values.size, self._layouts[number])
+            if number not in self._named:
+                self._named[number] = _named(self._layouts[number])
+            self._known[kind] = _frame(present, values.size, *self._named[number])
         frame, mask = self._known[kind]
         return PackedReadings(frame, values[mask].astype(np.float64, copy=False))
 
 
-def _frame(present: bytes, size: int, layout: Layout) -> tuple[Frame, NDArray[np.bool_]]:
+def _named(layout: Layout) -> tuple[Names, NDArray[np.int64]]:
+    """(its readings, where each ends among the values of a row)."""
+    names = Names(tuple((metric, site) for metric, site, _ in layout))
+    return names, np.cumsum([length for _, _, length in layout], dtype=np.int64)
+
+
+def _frame(present: bytes, size: int, names: Names, ends: NDArray[np.int64]) -> tuple[Frame, NDArray[np.bool_]]:
     """(which readings a row holds, which of its `size` values are theirs)."""
+    ends = ends[: np.searchsorted(ends, size) + 1]
     mask = np.unpackbits(np.frombuffer(present, dtype=np.uint8), count=size).astype(bool)
-    ends = np.cumsum([0, *(length for _, _, length in layout)])
-    mask[ends[-1] :] = False
-    counted = np.concatenate(([0], np.cumsum(mask)))[np.clip(ends, 0, size)]
-    sizes = np.diff(counted)
-    keys = tuple((metric, site) for (metric, site, _), taken in zip(layout, sizes, strict=True) if taken)
-    return Frame(keys, sizes[sizes > 0]), mask
+    mask[ends[-1] if ends.size else 0 :] = False
+    counted = np.concatenate(([0], np.cumsum(mask)))[np.minimum(ends, size)]
+    return Frame.among(names, np.diff(counted, prepend=0)), mask
 
 
 def unpack(present: bytes, data: bytes, layout: Layout) -> PackedReadings:

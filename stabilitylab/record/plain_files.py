@@ -6,6 +6,7 @@ What is raised here is OSError, or ValueError with the reason: whoever reads say
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,19 @@ MOST_BYTES: Final = 16 << 20
 """Of a file of settings; who reads data says how much."""
 MOST_PARTS: Final = 10_000_000
 """Values that JSON may hold: each takes many times the room that it has in the file."""
+
+
+def begins_otherwise(path: Path, begin: bytes, *, or_empty: bool) -> bool:
+    """Whether there is something at `path` that is no file that begins so, in whatever case (nor, `or_empty`, an empty
+    one): what is written there would replace what somebody else made, such as a run. Raises OSError.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not path.is_file():
+        return True
+    with path.open("rb") as held:
+        found = held.read(len(begin))
+    return found.lower() != begin.lower() and not (or_empty and not found)
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:

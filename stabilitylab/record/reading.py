@@ -6,6 +6,7 @@ What is raised here is ValueError: the reader says that the file is damaged.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -73,6 +74,7 @@ def read_rows(
         for name, kind in _COLUMNS.items():
             if name in columns:  # older schemata lack some
                 expect(kind, columns[name], f"column {name!r} of a row")
+        columns["status"] = sys.intern(columns["status"])  # each row's own would be a sixth of what it takes
         yield EditRow(**columns, readings=readings)
 
 

@@ -53,7 +53,7 @@ class Metric:
         return self.name.partition(".")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EditRow:
     """What was read around one edit. Edit 0 (status ``start``) is the state before the first edit.
 

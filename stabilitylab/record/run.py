@@ -96,7 +96,7 @@ def _tell(analyzer: Analyzer, said: Note | Operation) -> None:
         analyzer.observe_operation(said)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One row of a run with what became of it. outcome: None while nothing was observed."""
 
@@ -253,7 +253,7 @@ class Run:
         out when there is only one. Raises UsageError with the nearest valid name.
         """
         place = self._site(metric, site)
-        read = [(alike, at) for alike in self._alike if (at := alike.frame.places.get((metric, place))) is not None]
+        read = [(alike, at) for alike in self._alike if (at := alike.frame.place((metric, place))) is not None]
         length = max((at.stop - at.start for _, at in read), default=1)
         declared, edits = self.metric(metric).length, len(self.edits)
         if edits * declared <= MOST_SHOWN:
@@ -273,7 +273,7 @@ class Run:
         place = self._site(metric, site)
         there = np.zeros(len(self.edits), dtype=bool)
         for alike in self._alike:
-            if (metric, place) in alike.frame.places:
+            if alike.frame.place((metric, place)) is not None:
                 there[alike.numbers] = True
         return there
 

@@ -21,6 +21,11 @@ LOCK_SECONDS: Final = 10.0
 
 COPY_TRIES: Final = 5
 
+_MOST_ROWS: Final = 200_000
+_LEAST_BYTES: Final = 64
+"""A table may hold so many rows, and one more for each so many bytes of the file. An edit's row takes more than that in
+a file, and some hundreds of bytes in memory: a file of very many rows of nothing is none of ours."""
+_TABLES: Final = ("edit", "dry", "outcome", "note", "alarm", "operation", "layout", "manifest", "metric")
 _LONGEST: Final = 300
 _STEP: Final = 10_000
 STEPS: Final = 10_000
@@ -58,7 +63,7 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise RunError(f"'{file}' is not a run file ({error}); expected one that stabilitylab wrote") from error
+        raise RunError(f"'{file}' is not a run file ({_told(error)}); expected one that stabilitylab wrote") from error
     if application != APPLICATION_ID:
         raise RunError(f"'{file}' is a database but not a run file; expected one that stabilitylab wrote")
     if version > SCHEMA_VERSION:
@@ -67,14 +72,20 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
         )
     try:
         _expect_tables_alone(db)
+        _expect_few_rows(db)
     except (sqlite3.DatabaseError, ValueError) as error:
         raise damaged(file, error) from error
 
 
 def damaged(file: Path, error: Exception) -> RunError:
-    """What is raised where reading a run file fails. Its own words may quote what the file holds, of any length."""
-    words = str(error)
-    return RunError(f"'{file}' is damaged: {words if len(words) <= _LONGEST else f'{words[: _LONGEST - 1]}…'}")
+    """What is raised where reading a run file fails."""
+    return RunError(f"'{file}' is damaged: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """An error's words, which may quote what the file holds, of any length and in several lines."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
 
 
 def _expect_tables_alone(db: sqlite3.Connection) -> None:
@@ -88,6 +99,18 @@ def _expect_tables_alone(db: sqlite3.Connection) -> None:
         hidden = db.execute("SELECT hidden FROM pragma_table_xinfo(?)", (name,)).fetchall() if kind == "table" else []
         if any(each != (0,) for each in hidden):
             raise ValueError(f"table {str(name)[:40]!r} has columns that are computed")
+
+
+def _expect_few_rows(db: sqlite3.Connection) -> None:
+    """What is held of each row must not come to many times the file."""
+    ((pages,),), ((size,),) = (db.execute(f"PRAGMA {name}") for name in ("page_count", "page_size"))
+    most = _MOST_ROWS + pages * size // _LEAST_BYTES
+    held = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    for table in _TABLES:
+        if table in held:
+            (rows,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+            if rows > most:
+                raise ValueError(f"table {table!r} holds {rows:,} rows in {pages * size:,} bytes")
 
 
 def _expect_files(file: Path) -> None:
@@ -139,7 +162,7 @@ def connect(file: Path) -> Iterator[sqlite3.Connection]:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stabilitylab-")))
                 db = stack.enter_context(contextlib.closing(_open(_copy(file, folder), "rw")))
             except (OSError, sqlite3.OperationalError) as failure:
-                raise RunError(f"can't read '{file}': {failure}") from failure
+                raise RunError(f"can't read '{file}': {_told(failure)}") from failure
         _check(db, file)
         yield db
 

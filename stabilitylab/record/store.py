@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -111,6 +111,8 @@ class RunWriter:
         self._places = _places_in(self._layout)
         self._metrics: dict[str, Metric] = {}
         self._closed = False
+        self._together = False
+        self._committed = -1
         with making(self.path) as scratch:
             journal = "WAL" if wal_works(scratch.parent) else "TRUNCATE"
             with contextlib.closing(sqlite3.connect(scratch)) as self._connection:
@@ -118,8 +120,9 @@ class RunWriter:
                     db.executescript(_SCHEMA)
                     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                self._set_manifest(self._connection, manifest)
-                self._add_metrics(self._connection, metrics)
+                with self._connection as db:
+                    self._set_manifest(db, manifest)
+                    self._add_metrics(db, metrics)
         self._open(journal)
         try:
             # Once more: its log is there then. A disk without room for that is an error here, not at the first edit.
@@ -175,31 +178,58 @@ class RunWriter:
         says = f"'{before}' {what} after edit {last}: the whole run was written again as '{now}'"
         self.note(Note(last, "run-file-gone", says))
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One of its own, or that of `together`."""
+        if self._together:
+            yield self._connection
+        else:
+            with self._db as db:
+                yield db
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is written inside is one transaction: where much has waited, the disk is waited for once.
+
+        Raises as `append` does; nothing of it is in the file then.
+        """
+        layout, committed = (self._layout, self._layout_id), self._committed
+        try:
+            with self._db:
+                self._together = True
+                yield
+        except BaseException:
+            (self._layout, self._layout_id), self._committed = layout, committed
+            raise
+        finally:
+            self._together = False
+        if self._committed > committed:
+            acknowledge(self.path, self._committed)
+
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write or replace manifest entries. Raises UsageError for values that are not plain JSON (NaN is none)."""
-        self._set_manifest(self._db, manifest)
+        with self._transaction() as db:
+            self._set_manifest(db, manifest)
 
     @staticmethod
     def _set_manifest(db: sqlite3.Connection, manifest: Mapping[str, Any]) -> None:
         rows = [(key, as_json(key, value)) for key, value in manifest.items()]
-        with db:
-            db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
+        db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
 
     def add_metrics(self, metrics: Sequence[Metric]) -> None:
         """Describe metrics, so that the file can be read without the probes that wrote it."""
-        self._add_metrics(self._db, metrics)
+        with self._transaction() as db:
+            self._add_metrics(db, metrics)
 
     def _add_metrics(self, db: sqlite3.Connection, metrics: Sequence[Metric]) -> None:
         described = [
             {field: _spelled(value) if isinstance(value, str) else value for field, value in asdict(metric).items()}
             for metric in metrics
         ]
-        with db:
-            db.executemany(
-                "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source,"
-                " :length)",
-                described,
-            )
+        db.executemany(
+            "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source, :length)",
+            described,
+        )
         self._metrics.update({metric.name: metric for metric in metrics})
 
     def _grown(self, readings: Mapping[Key, Array], layout: Layout) -> Layout:
@@ -217,7 +247,9 @@ class RunWriter:
         Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
         """
         self._insert("edit", [row])
-        acknowledge(self.path, row.edit)
+        self._committed = row.edit
+        if not self._together:
+            acknowledge(self.path, row.edit)
 
     def append_dry(self, rows: Sequence[EditRow]) -> int:
         """Commit the rows of all dry edits at once; returns how many. Raises as `append` does, with none written."""
@@ -226,7 +258,7 @@ class RunWriter:
 
     def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
         layout, number, places = self._layout, self._layout_id, self._places
-        with self._db as db:
+        with self._transaction() as db:
             for row in rows:
                 packed = as_packed(row.readings)
                 placed = places.of(packed.frame)
@@ -260,14 +292,14 @@ class RunWriter:
 
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
         """Append what became of an edit."""
-        with self._db as db:
+        with self._transaction() as db:
             db.execute(
                 "INSERT INTO outcome (edit, outcome, observed_at) VALUES (?, ?, ?)", (edit, outcome, time.time())
             )
 
     def alarm(self, alarm: Alarm) -> None:
         """Append a verdict as it was raised online."""
-        with self._db as db:
+        with self._transaction() as db:
             db.execute(
                 "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
                 (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
@@ -276,12 +308,12 @@ class RunWriter:
     def operation(self, operation: Operation) -> None:
         """Append an operation that tracing has named."""
         says = json.dumps(operation.to_json(), allow_nan=False, ensure_ascii=True)
-        with self._db as db:
+        with self._transaction() as db:
             db.execute("INSERT INTO operation (edit, says) VALUES (?, ?)", (operation.edit, says))
 
     def note(self, note: Note) -> None:
         """Append what was not measured, and why."""
-        with self._db as db:
+        with self._transaction() as db:
             db.execute(
                 "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)",
                 (note.edit, _spelled(note.kind), plain_text(note.says)),

@@ -5,10 +5,12 @@ So that an edit is never held up, and its row is lost only where memory would be
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +19,10 @@ from stabilitylab.record.readings import EditRow
 
 MOST_BYTES: Final = 64 << 20
 """Of what waits."""
+AT_ONCE: Final = 200
+"""Things that have waited and are written in one transaction, in milliseconds."""
+REST_SECONDS: Final = 0.3
+"""For which nothing is tried after a reader has held a write up, so that the many writes of an edit wait as one."""
 _LEAST_BYTES: Final = 1_000
 """That a thing counts for, whatever it is."""
 _PAUSE: Final = 0.02
@@ -33,10 +39,14 @@ class _Write:
 class Waiting:
     """A queue of writes. lost: the edits whose rows are not in the run and never will be, each with the reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: Callable[[], AbstractContextManager[None]]) -> None:
+        """together: what is written inside of it is written all or not at all."""
         self.lost: dict[int, str] = {}
+        self._together = together
         self._writes: deque[_Write] = deque()
         self._bytes = 0
+        self._rests_until = 0.0
+        self._why = ""
 
     def __len__(self) -> int:
         return len(self._writes)
@@ -50,34 +60,50 @@ class Waiting:
         self._writes.append(_Write(do, tuple(row.edit for row in rows), size))
         self._bytes += size
         try:
-            self.write()
-            return True
+            if time.monotonic() >= self._rests_until:
+                self._write_some()
         except Exception as error:
-            if self._bytes > MOST_BYTES:
-                self._lose(self._writes.pop(), str(error))
             if not _will_pass(error):
                 raise
-            return False
+        finally:
+            if self._writes and self._bytes > MOST_BYTES:
+                self._lose(self._writes.pop(), self._why)
+        return not self._writes
 
-    def write(self) -> None:
-        """Write what waits, as far as it goes. Raises what stops it."""
-        while self._writes:
-            first = self._writes[0]
-            try:
-                first.do()
-            except Exception as error:
-                if not isinstance(error, OSError | sqlite3.OperationalError):  # that one can never be written
-                    self._lose(self._writes.popleft(), str(error))
-                raise
+    def _write_some(self) -> None:
+        """Write the first of what waits: at once, where it is more than one; where that fails, the first alone. Raises
+        what stops it.
+        """
+        some = [*itertools.islice(self._writes, AT_ONCE)]
+        try:
+            if len(some) > 1:
+                try:
+                    with self._together():
+                        for each in some:
+                            each.do()
+                except Exception as error:
+                    if _will_pass(error):
+                        raise
+                    some = some[:1]
+            if len(some) == 1:
+                some[0].do()
+        except Exception as error:
+            self._why = str(error)
+            if _will_pass(error):
+                self._rests_until = time.monotonic() + REST_SECONDS
+            elif not isinstance(error, OSError | sqlite3.OperationalError):  # that one can never be written
+                self._lose(self._writes.popleft(), self._why)
+            raise
+        for each in some:
             self._writes.popleft()
-            self._bytes -= first.size
+            self._bytes -= each.size
 
     def finish(self, patience: float) -> None:
         """Write all that waits, or give it up: what only has to be waited for after so many seconds."""
         until = time.monotonic() + patience
         while self._writes:
             try:
-                self.write()
+                self._write_some()
             except Exception as error:
                 if _will_pass(error):
                     if time.monotonic() < until:

@@ -14,6 +14,7 @@ from stabilitylab.editors.registry import make, parse
 from stabilitylab.editors.saving import write_whole
 from stabilitylab.errors import RunError, UsageError
 from stabilitylab.probes.base import Tier
+from stabilitylab.record.plain_files import begins_otherwise
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.testbed.bed import Testbed
 from stabilitylab.testbed.lab import Row, run_lab
@@ -109,6 +110,8 @@ def expect_writable(file: Path) -> None:
         file.resolve().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"'{file}' can't be written: its folder can't be made ({error.strerror})") from None
+    if file.is_file() and begins_otherwise(file, b"[", or_empty=True):
+        raise UsageError(f"'{file}' holds something else than rows; expected another name")
     if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
         raise UsageError(f"'{file}' can't be written: permission denied")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -34,6 +35,10 @@ class DryRecord:
         self.path = path
         self.rows: list[EditRow] = []
         self.broken: list[str] = []
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing here fails."""
+        return contextlib.nullcontext()
 
     def append_dry(self, rows: Sequence[EditRow]) -> int:
         """Nothing: dry edits have no dry edits of their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -27,6 +27,9 @@ class Record(Protocol):
     """Where a run is written to: a `stabilitylab.record.store.RunWriter`, whose methods these are."""
 
     path: Path
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is written inside is written all or not at all."""
 
     def append(self, row: EditRow) -> None:
         """One edit's row."""
@@ -67,7 +70,7 @@ class Recorder:
         self._analyzer = analyzer
         self._sinks = tuple(sinks)
         self._redaction = redaction or Kept()
-        self._waiting = Waiting()
+        self._waiting = Waiting(record.together)
         self._lost_before = 0
         self._about: int | None = None
         self._raised = 0

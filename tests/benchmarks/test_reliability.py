@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from rich.console import Console
 from torch import nn
 
 import stabilitylab as sl
+from benchmarks.reliability import __main__ as reliability
 from benchmarks.reliability import concurrent_loops, faults, hostile_text, inert, lost, mutants, old_files, table
 from benchmarks.reliability.forks import Forks
-from benchmarks.reliability.promise import Result, counted
+from benchmarks.reliability.promise import Effort, Result, counted
 from benchmarks.reliability.states import differences, state_of
 from stabilitylab.record.store import FILE_NAME, SCHEMA_VERSION
 from stabilitylab.testbed.digits_bed import DigitsBed
@@ -128,3 +131,21 @@ def test_the_table_fits_80_columns_and_the_page_says_what_was_not_run() -> None:
     page = table.page([("make reliability", found)], ["lost", "long"])
     assert "| lost | kill -9 \\| at close | 0 edits lost | 1 of 300 | no | `make reliability` |" in page
     assert "| long | | | not run | | |" in page
+
+
+@pytest.mark.parametrize(
+    ("wrong", "clocks", "fails"),
+    [("time", True, True), ("time", False, False), ("count", False, True), ("", True, False)],
+)
+def test_a_time_fails_where_it_is_judged_and_what_is_counted_fails_anywhere(
+    wrong: str, clocks: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def promise(effort: Effort) -> Iterator[Result]:
+        yield Result("an edit", "under 1 s", "2 s", wrong != "time", 1, clock=True)
+        yield counted("edits", "lost", 10, ["edit 3"] if wrong == "count" else [])
+
+    monkeypatch.setattr(reliability, "promise_of", lambda name: promise)
+    options = Namespace(only=["lost"], long=False, seed=0, json=None, clocks=clocks)
+    results = reliability.run(options, Console(file=io.StringIO()))
+    assert reliability.missed(results) is fails
+    assert results["lost"][0].measured == ("2 s" if clocks else "2 s; not judged here")

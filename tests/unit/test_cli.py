@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import stabilitylab as sl
-from stabilitylab.record.readings import EditRow, Key, Metric
+from stabilitylab.commands import options
+from stabilitylab.record.readings import EditRow, Key, Metric, Note
 from stabilitylab.record.store import FILE_NAME, RunWriter
 from tests.loops import dying_run, healthy_run
 
@@ -94,6 +95,27 @@ def test_exit_code_of_a_run_that_was_not_closed(tmp_path: Path, readings: list[d
     done = run_cli("check", rows(tmp_path / "run", readings), "--json")
     assert done.returncode == code, done.stderr
     assert json.loads(done.stdout)["complete"] is False
+
+
+def test_what_was_asked_for_and_could_not_be_watched_has_a_code_of_its_own(tmp_path: Path) -> None:
+    writer = RunWriter(
+        tmp_path / "run", {"sites": ["fc"]}, [Metric("weight.nonfinite", "1", "count", "after", "", "", "")]
+    )
+    for edit in range(2):
+        readings = {("weight.nonfinite", "fc"): np.array([0.0])}
+        writer.append(EditRow(edit, "", "applied" if edit else "start", 0.0, 1.0, 0.0, 0.0, None, readings))
+    writer.note(Note(0, "canary-off", "the canary failed"))
+    assert run_cli("check", tmp_path / "run").returncode == options.EXIT_UNWATCHED
+    broken = {("weight.nonfinite", "fc"): np.array([3.0])}
+    writer.append(EditRow(2, "", "applied", 0.0, 1.0, 0.0, 0.0, None, broken))
+    assert run_cli("check", tmp_path / "run").returncode == options.EXIT_BAD_VERDICT
+
+
+def test_the_codes_are_those_of_the_documentation() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "console.md").read_text(encoding="utf-8")
+    table = page.partition("| code | means |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = [int(line.split("|")[1]) for line in table.splitlines()]
+    assert told == sorted({0, *(value for name, value in vars(options).items() if name.startswith("EXIT_"))})
 
 
 def test_a_run_without_edits_is_incomplete(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
@@ -22,16 +24,17 @@ from stabilitylab.acting.scanning.archives import open_archive
 from stabilitylab.acting.scanning.editors import scan_archive
 from stabilitylab.acting.scanning.opening import open_folder, read_json
 from stabilitylab.acting.scanning.places import of_hparams
-from stabilitylab.analysis.thresholds import from_json, read, shipped
+from stabilitylab.analysis.thresholds import from_json, read, shipped, write
 from stabilitylab.commands import check, cli
 from stabilitylab.errors import RecordError, RunError, UsageError, nearest
-from stabilitylab.record import plain_files
+from stabilitylab.record import plain_files, runfile
 from stabilitylab.record.following import Follower
 from stabilitylab.record.run import load
 from stabilitylab.record.scanned import Scan, scan_from_json
 from stabilitylab.record.store import FILE_NAME
 from stabilitylab.reports.comparison import write_comparison
-from stabilitylab.reports.html import write_pages
+from stabilitylab.reports.html import write_pages, write_report
+from stabilitylab.testbed.compare import expect_writable
 from stabilitylab.testbed.records import load_records
 from tests.synthetic import make_run
 
@@ -91,6 +94,15 @@ def test_what_is_of_another_kind_is_called_damaged(run: Path, statement: str, va
         Follower(run, keeps_rows=True).look()
 
 
+@pytest.mark.parametrize("byte", [b"\xff", b"["])
+def test_a_schema_that_is_damaged_is_told_in_one_line(run: Path, byte: bytes) -> None:
+    data = (run / FILE_NAME).read_bytes()
+    at = data.index(b" TEXT", data.index(b"CREATE TABLE alarm"))
+    (run / FILE_NAME).write_bytes(data[:at] + byte + data[at + 1 :])
+    with pytest.raises(RunError, match=r"^[^\n]*is (damaged|not a run file)[^\n]*$"):
+        load(run)
+
+
 @pytest.mark.parametrize(
     "statements",
     [
@@ -115,6 +127,46 @@ def test_nothing_in_a_file_computes(run: Path, statements: list[str]) -> None:
     with pytest.raises(RunError, match="is damaged"):
         load(run)
     assert time.perf_counter() - began < 5.0
+
+
+def test_a_file_of_very_many_rows_of_nothing_is_refused_and_one_of_as_many_that_hold_something_is_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfile, "_MOST_ROWS", 100)
+    again = "INSERT INTO edit SELECT edit + 1000 * ?, {columns} FROM edit WHERE edit BETWEEN 1 AND 4"
+    for number in range(1, 200):
+        columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, layout, present, data, 0"
+        change(run, again.format(columns=columns), values=(number,))
+    assert len(load(run)) == 800
+    change(
+        run,
+        "INSERT INTO note WITH RECURSIVE n (e) AS (SELECT 1 UNION ALL SELECT e + 1 FROM n WHERE e < 60000)"
+        " SELECT 1000 + e, 1, '', '' FROM n",
+    )
+    for read_it in (load, lambda path: Follower(path).look()):
+        with pytest.raises(RunError, match="is damaged: table 'note' holds 60,002 rows"):
+            read_it(run)
+
+
+def test_rows_of_which_each_holds_other_readings_take_no_more_memory_than_files_may(run: Path) -> None:
+    width, draw = 2_000, random.Random(0)
+    change(run, "INSERT INTO layout VALUES (9, ?)", values=(json.dumps([["m", str(n), 1] for n in range(width)]),))
+    columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, 9, ?, ?, 0"
+    for edit in range(100, 400):
+        mask = draw.randbytes(width // 8)
+        change(
+            run, f"INSERT INTO edit SELECT {edit}, {columns} FROM edit WHERE edit = 1", values=(mask, bytes(8 * width))
+        )
+    load(run)  # what is imported is no part of it
+    tracemalloc.start()
+    found = load(run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * (run / FILE_NAME).stat().st_size
+    last = found.edits[-1].row.readings
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8)).astype(bool)
+    assert list(last) == [("m", str(number)) for number in np.flatnonzero(bits)]
+    assert ("m", str(np.flatnonzero(~bits)[0])) not in last
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
@@ -170,9 +222,32 @@ def test_a_report_replaces_no_data_that_is_not_a_reports(tmp_path: Path, held: b
     assert not (tmp_path / "package.html").exists()
 
 
+@pytest.mark.parametrize("name", ["run.db", "mine.html", "weights.safetensors", "/dev/null"])
+def test_a_page_replaces_nothing_that_is_no_page(run: Path, name: str) -> None:
+    for mine in ("mine.html", "weights.safetensors"):
+        (run / mine).write_text("mine")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(RunError, match="it would replace what is no page"):
+        write_report(load(run), run / name)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert not Path("/dev/null").is_file()
+
+
+def test_limits_and_rows_replace_nothing_else(run: Path, tmp_path: Path) -> None:
+    before = (run / FILE_NAME).read_bytes()
+    with pytest.raises(UsageError, match="limits would replace what is none"):
+        write(shipped(), run / FILE_NAME)
+    with pytest.raises(UsageError, match="holds something else than rows"):
+        expect_writable(run / FILE_NAME)
+    assert (run / FILE_NAME).read_bytes() == before
+    for _ in range(2):
+        write(shipped(), tmp_path / "limits.json")
+    assert read(tmp_path / "limits.json") == shipped()
+
+
 def test_a_report_replaces_its_own_data_and_takes_a_name_that_is_text(tmp_path: Path, run: Path) -> None:
     for number in (1, 2):
-        write_pages(f"{tmp_path}/page.html", lambda number=number: ("page", {"format": number}))
+        write_pages(f"{tmp_path}/page.html", lambda number=number: ("<!doctype HTML>", {"format": number}))
         data = json.loads((tmp_path / "page.json").read_text())
         assert data == {"written_by": "stabilitylab", "format": number}
     assert write_comparison([load(run)], f"{tmp_path}/several.html") == tmp_path / "several.html"

@@ -252,20 +252,20 @@ def test_flagged_edits_are_never_thinned_away(tmp_path: Path) -> None:
 
 
 def test_a_report_is_written_whole_or_not_at_all(dying: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "_page", lambda run, plain: "new")
+    monkeypatch.setattr(html, "_page", lambda run, plain: "<!DOCTYPE html>new")
     out = tmp_path / "deep" / "er" / "report.html"
     assert html.write_report(dying, out) == out
-    assert out.read_text() == "new"
+    assert out.read_text() == "<!DOCTYPE html>new"
     assert out.stat().st_mode & 0o044
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(html, "_page", lambda run, plain: "newer")
+    monkeypatch.setattr(html, "_page", lambda run, plain: "<!DOCTYPE html>newer")
     monkeypatch.setattr(html.os, "replace", full)
     with pytest.raises(RunError, match="No space left on device"):
         html.write_report(dying, out)
-    assert out.read_text() == "new"
+    assert out.read_text() == "<!DOCTYPE html>new"
     assert sorted(path.name for path in out.parent.iterdir()) == ["report.html", "report.json"]
 
 

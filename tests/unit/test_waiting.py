@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +19,10 @@ from torch import nn
 import stabilitylab as sl
 from stabilitylab.probes.base import Tier
 from stabilitylab.record import store, waiting
+from stabilitylab.record.acknowledged import acknowledged
+from stabilitylab.record.readings import EditRow
 from stabilitylab.record.store import FILE_NAME, RunWriter
+from stabilitylab.record.waiting import Waiting
 from stabilitylab.watching import recording
 
 
@@ -175,6 +181,126 @@ def test_a_reader_of_a_file_without_a_log_holds_no_edit_up_and_costs_no_row(
     assert len(run.edits) == 6
     assert run.complete
     assert not [note for note in run.notes if note.kind == "probe-off"]
+
+
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(waiting, "time", clock)
+    return clock
+
+
+class Table:
+    """What is written to, of which a transaction may take long, or be kept waiting by a reader until it gives up."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.held: list[int] = []
+        self.transactions = 0
+        self.locked = False
+        self._clock = clock
+        self._inside = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        before = list(self.held)
+        self._inside = True
+        try:
+            yield
+            self._commit()
+        except BaseException:
+            self.held = before
+            raise
+        finally:
+            self._inside = False
+
+    def _commit(self) -> None:
+        self.transactions += 1
+        self._clock.now += 0.02
+        if self.locked:
+            raise sqlite3.OperationalError("database is locked")
+
+    def write(self, number: int) -> None:
+        if number < 0:
+            raise ValueError("never")
+        if not self._inside:
+            self._commit()
+        self.held.append(number)
+
+
+def test_a_reader_holds_up_the_many_writes_of_an_edit_as_it_does_one(clock: Clock) -> None:
+    table = Table(clock)
+    queue = Waiting(table.together)
+    table.locked = True
+    for number in range(50):
+        assert not queue.put(partial(table.write, number))
+    assert table.transactions == 1
+    table.locked = False
+    clock.now += waiting.REST_SECONDS
+    assert queue.put(partial(table.write, 50))
+    assert table.transactions == 2
+    assert table.held == list(range(51))
+
+
+def test_what_has_waited_is_written_in_its_order_a_part_at_a_time(clock: Clock) -> None:
+    table = Table(clock)
+    queue = Waiting(table.together)
+    table.locked = True
+    count = 3 * waiting.AT_ONCE
+    for number in range(count):
+        queue.put(partial(table.write, number))
+    table.locked = False
+    clock.now += waiting.REST_SECONDS
+    assert not queue.put(partial(table.write, count))
+    assert table.held == list(range(waiting.AT_ONCE))
+    queue.finish(1.0)
+    assert table.held == list(range(count + 1))
+
+
+def test_what_can_never_be_written_takes_nothing_with_it_that_waits_beside_it(clock: Clock) -> None:
+    table = Table(clock)
+    queue = Waiting(table.together)
+    table.locked = True
+    for number in (1, 2, -1, 3):
+        queue.put(partial(table.write, number))
+    table.locked = False
+    queue.finish(1.0)
+    assert table.held == [1, 2, 3]
+
+
+def test_rows_that_are_written_together_are_there_all_or_not_at_all(tmp_path: Path) -> None:
+    def row(edit: int) -> EditRow:
+        readings = {("update.norm", f"layer {edit}"): np.array([float(edit)])}
+        return EditRow(edit, "", "applied" if edit else "start", 0.0, 1.0, 0.0, 0.0, None, readings)
+
+    writer = RunWriter(tmp_path / "run", {}, [])
+    writer.append(row(0))
+    with pytest.raises(ZeroDivisionError), writer.together():
+        writer.append(row(1))
+        writer.set_manifest({"more": True})
+        raise ZeroDivisionError
+    assert acknowledged(writer.path) == 0
+    assert "more" not in sl.load(tmp_path / "run").manifest
+    with writer.together():
+        writer.append(row(1))
+        writer.append(row(2))
+        assert acknowledged(writer.path) == 0
+    assert acknowledged(writer.path) == 2
+    writer.append(row(3))
+    run = sl.load(tmp_path / "run")
+    assert [dict(edit.row.readings) for edit in run.edits] == [row(edit).readings for edit in range(4)]
 
 
 @pytest.mark.parametrize("wal", [True, False])
