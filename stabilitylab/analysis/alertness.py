@@ -13,7 +13,7 @@ from stabilitylab.record.packed import Frame, PackedReadings, PerFrame, as_packe
 from stabilitylab.record.readings import EDITOR_SITE, EditRow
 
 LEAST_HEADROOM_BITS: Final = 4.0
-_HEADROOM: Final = ".headroom"
+_HEADROOM: Final = "headroom_bits"
 
 
 def gives_reason(row: EditRow, findings: Sequence[Finding]) -> bool:
@@ -41,7 +41,7 @@ def _kinds(frame: Frame) -> _Kinds:
     headroom: list[int] = []
     others: list[int] = []
     for (metric, _), start in zip(frame.keys, frame.starts.tolist(), strict=True):
-        (counts if metric.endswith(".nonfinite") else headroom if _HEADROOM in metric else others).append(start)
+        (counts if metric.endswith(".nonfinite") else headroom if metric.endswith(_HEADROOM) else others).append(start)
     return _Kinds(*(np.array(starts, dtype=np.intp) for starts in (counts, headroom, others)))
 
 

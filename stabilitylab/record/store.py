@@ -193,13 +193,13 @@ class RunWriter:
 
         Raises as `append` does; nothing of it is in the file then.
         """
-        layout, committed = (self._layout, self._layout_id), self._committed
+        layout, committed = (self._layout, self._layout_id, self._places), self._committed
         try:
             with self._db:
                 self._together = True
                 yield
         except BaseException:
-            (self._layout, self._layout_id), self._committed = layout, committed
+            (self._layout, self._layout_id, self._places), self._committed = layout, committed
             raise
         finally:
             self._together = False

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from stabilitylab.analysis import Diagnosis, Finding
+from stabilitylab.analysis import Finding
 from stabilitylab.analysis.alertness import gives_reason
 from stabilitylab.analysis.columns import Before, First, Once
 from stabilitylab.analysis.grouping import grouped
@@ -200,24 +200,25 @@ class TestSteadiness:
         ("activation.rms", math.nan, True),
         ("activation.rms", math.inf, True),
         ("activation.rms", 1e30, False),
+        ("activation.norm_headroom_bits", 3.9, True),
+        ("activation.norm_headroom_bits", 4.0, False),
     ],
 )
 def test_what_gives_reason_to_look_closer(metric: str, value: float, speaks: bool) -> None:
     calm = diagnose([row(0, {})])
-    assert gives_reason(row(3, {(metric, A): value}), calm) == speaks
+    assert gives_reason(row(3, {(metric, A): value}), calm.findings) == speaks
 
 
 def test_a_failed_edit_and_a_finding_give_reason_too() -> None:
-    calm, here = diagnose([row(0, {})]), row(3, {})
+    here = row(3, {})
     empty = EditRow(3, "", "applied", 0.0, 1.0, 0.0, 0.0, None, {("activation.rms", A): np.zeros(0)})
 
-    def with_finding(edit: int, verdict: str, site: str = A) -> Diagnosis:
-        said = Finding("x", "m", site, edit, 1.0, 1.0, "", verdict)  # type: ignore[arg-type]
-        return Diagnosis("stable", 3, None, None, None, None, None, "unknown", "", "", (said,), "")
+    def with_finding(edit: int, verdict: str, site: str = A) -> tuple[Finding, ...]:
+        return (Finding("x", "m", site, edit, 1.0, 1.0, "", verdict),)  # type: ignore[arg-type]
 
-    assert not gives_reason(here, calm)
-    assert not gives_reason(empty, calm)
-    assert gives_reason(row(3, {}, "failed"), calm)
+    assert not gives_reason(here, ())
+    assert not gives_reason(empty, ())
+    assert gives_reason(row(3, {}, "failed"), ())
     assert gives_reason(here, with_finding(3, "drifting"))
     assert not gives_reason(here, with_finding(2, "drifting"))
     assert not gives_reason(here, with_finding(3, "stable"))

@@ -10,7 +10,7 @@ import pytest
 from stabilitylab.analysis import Diagnosis, Finding
 from stabilitylab.analysis.causes.evidence import Place
 from stabilitylab.analysis.causes.rule import Cause
-from stabilitylab.analysis.diagnosis import diagnose, onset
+from stabilitylab.analysis.diagnosis import diagnose, judge, onset
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, VERDICTS, Link, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.leading import edit_of, leading, reading, value_words
@@ -28,20 +28,18 @@ def finding(edit: int, verdict: str = "drifting", since: int | None = None, **mo
 
 
 def told(*findings: Finding, **more: Any) -> Diagnosis:
-    known: dict[str, Any] = {
-        "rows": 13,
-        "edits": 12,
-        "baseline": True,
-        "alarm": None,
+    judged: dict[str, Any] = {
         "first_bad": None,
         "cause": UNKNOWN,
-        "forecast": None,
         "causes": (),
         "landing": Landing(),
-        "unwatched": (),
     }
+    shown: dict[str, Any] = {"rows": 13, "baseline": True, "alarm": None, "forecast": None, "unwatched": ()}
+    edits = more.pop("edits", 12)
     worst = max((each.verdict for each in findings), key=severity, default="stable")
-    return diagnose(worst, findings=findings, **{**known, **more})
+    of_judge = {name: more.pop(name) for name in (*judged, "operations") if name in more}
+    found = judge(worst, edits=edits, findings=findings, **{**judged, **of_judge})
+    return diagnose(found, edits=edits, **{**shown, **more})
 
 
 @pytest.mark.parametrize(

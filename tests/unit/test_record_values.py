@@ -57,7 +57,6 @@ class Held:
         (Mapping[str, float], [{}, {"a": 1.0}], [{"a": "x"}, {1: 1.0}, [("a", 1.0)], {"a": 1.0, "b": None}]),
         (Held, [Held("a", 1.0)], [Held("a", math.nan), Held(1, 1.0), ("a", 1.0)]),  # type: ignore[arg-type]
     ],
-    ids=str,
 )
 def test_a_value_is_of_its_kind_all_the_way_down(kind: Any, good: list[Any], bad: list[Any]) -> None:
     for value in good:
