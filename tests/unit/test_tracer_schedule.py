@@ -271,8 +271,8 @@ def nothing() -> Diagnosis:
         ({"canary.nll": math.inf}, True),
         ({"gradient.nonfinite": 1.0}, True),
         ({"gradient.nonfinite": 0.0}, False),
-        ({"weight.headroom": LEAST_HEADROOM_BITS - 0.1}, True),
-        ({"weight.headroom": LEAST_HEADROOM_BITS}, False),
+        ({"weight.headroom_bits": LEAST_HEADROOM_BITS - 0.1}, True),
+        ({"weight.headroom_bits": LEAST_HEADROOM_BITS}, False),
         ({}, False),
     ],
 )
