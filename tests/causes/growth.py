@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from stabilitylab.analysis.causes.evidence import Evidence, Growth, Learning, Place
-from tests.cause_cases import (
+from stabilitylab.analysis.causes.evidence import Growth, Learning, Place
+from tests.causes.case import (
     BAD,
     DIVIDED,
-    EMPTY,
     LONE,
     OTHER,
     STEP,
@@ -17,11 +15,7 @@ from tests.cause_cases import (
     A,
     B,
     Case,
-    M,
     bad,
-    check_limits,
-    check_words,
-    every,
     finding,
     lost,
     noted,
@@ -317,28 +311,3 @@ CASES = (
         "edits moved the watched weights until edit 20, and none since.",
     ),
 )
-
-
-@every(CASES)
-def test_it_is_claimed_in_these_words(case: Case) -> None:
-    check_words(case)
-
-
-@every(CASES)
-def test_it_is_claimed_at_its_limits_and_not_beyond_them(case: Case) -> None:
-    check_limits(case)
-
-
-def test_the_whole_models_first_bad_reading_names_the_weight_that_was_furthest() -> None:
-    moved = replace(BAD, site=M, metric="canary.kl")
-    evidence = Evidence(**{**EMPTY, **bad(moved), "steps": (STEP,)})
-    assert evidence.furthest == Place(5, "drift.ratio", B, 0.4)
-    assert evidence.step == STEP
-    for change in (
-        {"steps": (replace(STEP, drift_ratio=0.0),)},
-        {"steps": ()},
-        {"first_bad": BAD},
-        {"first_bad": None},
-    ):
-        assert Evidence(**{**EMPTY, **bad(moved), "steps": (STEP,), **change}).furthest is None
-    assert math.isclose(evidence.step.drift_ratio, 0.4)

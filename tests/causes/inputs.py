@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Place
-from tests.cause_cases import (
+from tests.causes.case import (
     BAD,
     BF16,
     DIVIDED,
@@ -19,9 +19,6 @@ from tests.cause_cases import (
     M,
     U,
     bad,
-    check_limits,
-    check_words,
-    every,
     finding,
 )
 
@@ -186,13 +183,3 @@ CASES = (
         Place(5, "editor.seen_rows", U),
     ),
 )
-
-
-@every(CASES)
-def test_it_is_claimed_in_these_words(case: Case) -> None:
-    check_words(case)
-
-
-@every(CASES)
-def test_it_is_claimed_at_its_limits_and_not_beyond_them(case: Case) -> None:
-    check_limits(case)

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Place
-from tests.cause_cases import (
+from tests.causes.case import (
     BAD,
     BF16,
     FATAL,
@@ -18,9 +18,6 @@ from tests.cause_cases import (
     B,
     Case,
     bad,
-    check_limits,
-    check_words,
-    every,
     finding,
     lost,
     noted,
@@ -187,13 +184,3 @@ CASES = (
         ],
     ),
 )
-
-
-@every(CASES)
-def test_it_is_claimed_in_these_words(case: Case) -> None:
-    check_words(case)
-
-
-@every(CASES)
-def test_it_is_claimed_at_its_limits_and_not_beyond_them(case: Case) -> None:
-    check_limits(case)

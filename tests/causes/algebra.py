@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Place
 from stabilitylab.analysis.restoring import Forgotten
-from tests.cause_cases import BAD, NAN, A, B, Case, bad, check_limits, check_words, every, finding, noted
+from tests.causes.case import BAD, FATAL, NAN, A, B, Case, bad, finding, noted
 
 CASES = (
     Case(
@@ -175,17 +175,17 @@ CASES = (
         "high",
         f"9 entries of {B} are NaN or infinite since edit 5, and no watched layer was before it",
         Place(5, "state.nonfinite", B),
-        also=[{"first_bad": None}, {"first_bad": replace(NAN, edit=6)}],
-        not_with=[{"first_bad": replace(NAN, edit=4)}, {"findings": (replace(NAN, metric="state.nonfinite", edit=0),)}],
+        also=[
+            {"first_bad": None},
+            {"first_bad": replace(NAN, edit=6)},
+            {"fatal": replace(FATAL, edit=6)},
+            {"fatal": replace(FATAL, weight=None)},
+        ],
+        not_with=[
+            {"first_bad": replace(NAN, edit=4)},
+            {"findings": (replace(NAN, metric="state.nonfinite", edit=0),)},
+            {"fatal": FATAL},
+            {"fatal": replace(FATAL, weight=None, bad_inputs=1.0)},
+        ],
     ),
 )
-
-
-@every(CASES)
-def test_it_is_claimed_in_these_words(case: Case) -> None:
-    check_words(case)
-
-
-@every(CASES)
-def test_it_is_claimed_at_its_limits_and_not_beyond_them(case: Case) -> None:
-    check_limits(case)
