@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import stabilitylab as sl
 from stabilitylab.probes.accumulated_gradient import END, FACTORS, SCALED_FACTORS, STEP
 from stabilitylab.probes.gradient_factors import reduce_matrix
-from tests.oracle.test_probes import numpy64, random
+from tests.numbers import numpy64, random
 
 WIDTH, TOKENS = 12, 7
 

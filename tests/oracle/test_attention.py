@@ -25,20 +25,14 @@ from stabilitylab.probes.attention_pass import (
 from stabilitylab.probes.mask_pass import MaskPass, reduce_mask
 from stabilitylab.testbed import blip2_digits
 from stabilitylab.watching.calls import watch_attention
+from tests.numbers import DTYPES, random, seeds
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INF, NAN = math.inf, math.nan
-seeds = st.integers(0, 2**32 - 1)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> None:
     torch._dynamo.reset()  # by another test: nothing would be watched
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def attention_pass(*args: Any, **kwargs: Any) -> AttentionPass:

@@ -37,7 +37,7 @@ from stabilitylab.probes.gradients import (
     PassSpectrum,
     Spectrum,
 )
-from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
+from tests.numbers import DTYPES, numpy64, random, seeds
 
 
 def spectrum_of(x: Tensor, delta: Tensor) -> GradientSpectrum:

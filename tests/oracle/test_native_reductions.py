@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from stabilitylab.probes import native_scan
 from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
@@ -29,24 +28,10 @@ from stabilitylab.probes.normaliser_pass import reduce_normaliser
 from stabilitylab.probes.output_pass import OutputKeeper, OutputPass, reduce_output
 from stabilitylab.probes.state_pass import SAMPLE, count_bad
 from stabilitylab.probes.weight_pass import extremes, reduce_weight, same_sample
+from tests.numbers import DTYPES, random
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LOST = [math.nan, -math.nan, math.inf, -math.inf]
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["native", "numpy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numpy":
-        monkeypatch.setattr(native_scan, "_BUILT", None)
-    elif weight_pass() == "numpy":
-        pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
-    return str(request.param)
-
-
-def some(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 @quick
@@ -62,7 +47,7 @@ def test_an_output(
     path: str, seed: int, shape: tuple[int, int, int], kind: torch.dtype, dims: int, lost: float | None, power: int
 ) -> None:
     scale = 10.0**power if kind not in (torch.float16,) else 1.0
-    output = some(seed, *shape[-dims:], dtype=kind, scale=scale)
+    output = random(seed, *shape[-dims:], dtype=kind, scale=scale)
     if lost is not None:
         output.view(-1)[seed % output.numel()] = lost
     seen = OutputPass.from_host(reduce_output(output).numpy(), kind)
@@ -87,7 +72,7 @@ def test_an_output(
 def test_the_extremes_are_the_same_bits_wherever_they_are(path: str, dtype: torch.dtype) -> None:
     for lost in (0.0, -0.0, *LOST):
         for at in (0, 7, 99):
-            tensor = some(at, 100, dtype=dtype)
+            tensor = random(at, 100, dtype=dtype)
             tensor[at] = lost
             low, high = (end.item() for end in extremes(tensor))
             plain = tensor.double()
@@ -98,14 +83,14 @@ def test_the_extremes_are_the_same_bits_wherever_they_are(path: str, dtype: torc
 @quick
 @given(seed=st.integers(0, 10_000), bad=st.lists(st.sampled_from(LOST), max_size=5))
 def test_what_is_not_finite_in_many_tensors(path: str, seed: int, bad: list[float]) -> None:
-    whole = [some(seed + at, 3 + at, 5, dtype=dtype) for at, dtype in enumerate(DTYPES)]
-    sampled = [some(seed + at, 4 * SAMPLE + at, dtype=dtype) for at, dtype in enumerate(DTYPES)]
+    whole = [random(seed + at, 3 + at, 5, dtype=dtype) for at, dtype in enumerate(DTYPES)]
+    sampled = [random(seed + at, 4 * SAMPLE + at, dtype=dtype) for at, dtype in enumerate(DTYPES)]
     for at, value in enumerate(bad):
         whole[at % 4].view(-1)[at % 3] = value
         sampled[at % 4][8 * (at + 1)] = value
     steps = [tensor.numel() // SAMPLE for tensor in sampled]
     looked_at = [tensor[::step] for tensor, step in zip(sampled, steps, strict=True)]
-    turned = some(seed, 6, 4).T  # not contiguous
+    turned = random(seed, 6, 4).T  # not contiguous
     for held in (whole, [turned, *whole]):
         expected = [np.count_nonzero(~np.isfinite(tensor.double().numpy())) for tensor in (*held, *looked_at)]
         assert count_bad(held, sampled).tolist() == expected
@@ -119,7 +104,7 @@ def test_what_is_not_finite_in_many_tensors(path: str, seed: int, bad: list[floa
     kind=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int, kind: torch.dtype) -> None:
-    x, delta = some(seed, tokens, units, dtype=kind), some(seed + 1, tokens, 7, dtype=kind)
+    x, delta = random(seed, tokens, units, dtype=kind), random(seed + 1, tokens, 7, dtype=kind)
     generator = torch.Generator().manual_seed(seed)
     x[:, torch.rand(units, generator=generator) < 0.3] = -0.0
     delta[torch.rand(tokens, generator=generator) < 0.3] = 0
@@ -149,7 +134,7 @@ def test_a_factor_alive_and_silent(path: str, seed: int, tokens: int, units: int
 def test_the_logits_of_each_rows_last_token(
     path: str, seed: int, shape: tuple[int, int, int], kind: torch.dtype, power: int, masked: bool, ties: bool
 ) -> None:
-    logits = some(seed, *shape, dtype=kind, scale=10.0**power)
+    logits = random(seed, *shape, dtype=kind, scale=10.0**power)
     if masked:
         logits[..., 1::3] = -math.inf
     if ties:
@@ -167,7 +152,7 @@ def test_the_logits_of_each_rows_last_token(
 
 @pytest.mark.parametrize("lost", LOST)
 def test_logits_that_are_lost(path: str, lost: float) -> None:
-    logits = some(1, 2, 3, 40)
+    logits = random(1, 2, 3, 40)
     logits[0, -1, 7] = lost
     expected = torch.logsumexp(logits[:, -1].double(), dim=-1).mean().item() if lost < 0 else math.nan
     found = reduce_logits(logits, None)
@@ -187,7 +172,7 @@ def test_a_sample_of_each_row_is_further_right_from_row_to_row(
     path: str, seed: int, rows: int, columns: int, kind: torch.dtype, dims: int
 ) -> None:
     rows = 1 if dims == 1 else rows
-    weight = some(seed, rows, columns, dtype=kind)
+    weight = random(seed, rows, columns, dtype=kind)
     at = seed % weight.numel()
     other = weight.clone()
     other.view(-1)[at] += 1
@@ -218,8 +203,8 @@ def test_a_normaliser_and_what_enters_it(
     learns: bool,
     counted: float | None,
 ) -> None:
-    mean, std = some(seed, units, dtype=kinds[0]), some(seed + 1, units, dtype=kinds[0]).abs()
-    entered, beside = some(seed + 2, 2, rows, units, dtype=kinds[1]), some(seed + 3, 2, rows, 3, dtype=kinds[1])
+    mean, std = random(seed, units, dtype=kinds[0]), random(seed + 1, units, dtype=kinds[0]).abs()
+    entered, beside = random(seed + 2, 2, rows, units, dtype=kinds[1]), random(seed + 3, 2, rows, 3, dtype=kinds[1])
     generator = torch.Generator().manual_seed(seed)
     for each in (entered, beside):
         each[torch.rand(2, rows, generator=generator) < 0.3] = 0
@@ -245,16 +230,16 @@ def test_squares_of_float64_that_leave_its_range_are_left_to_another_way() -> No
 
 
 def test_what_native_code_can_not_read_is_not_given_to_it() -> None:
-    turned, whole, empty = some(1, 4, 6).T, torch.arange(12).reshape(3, 4), torch.empty(0, 3)
+    turned, whole, empty = random(1, 4, 6).T, torch.arange(12).reshape(3, 4), torch.empty(0, 3)
     for tensor in (turned, whole, empty):
         assert scan_rows(tensor) is None
         assert scan_extremes(tensor) is None
         assert table_of([(tensor, 1)]) is None
         assert rows_alike(tensor, tensor, 1) is None
         assert softmax_sums(tensor) is None
-    assert scan_factor(some(1, 3, 4, dtype=torch.bfloat16)) is None
+    assert scan_factor(random(1, 3, 4, dtype=torch.bfloat16)) is None
     assert bare_sweep(turned, (turned, turned)) is None
-    assert scan_rows(some(1, 5)) is None
+    assert scan_rows(random(1, 5)) is None
 
 
 def test_numpy_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +250,7 @@ def test_numpy_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bare_loop_does_what_the_weight_pass_does() -> None:
     if weight_pass() == "numpy":
         pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
-    weight, first, before = (some(seed, 30, 40) for seed in range(3))
+    weight, first, before = (random(seed, 30, 40) for seed in range(3))
     loop = bare_sweep(weight, (first, before.clone()))
     assert loop is not None
     squares = loop()

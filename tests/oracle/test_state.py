@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import stabilitylab as sl
 from stabilitylab.probes.state_pass import NAMED, BadTensor, StatePass, count_bad, state_of
 from stabilitylab.record.readings import MODEL_SITE
-from tests.oracle.test_probes import DTYPES, seeds
+from tests.numbers import DTYPES, seeds
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 

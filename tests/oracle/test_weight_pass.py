@@ -20,16 +20,6 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=["native", "numpy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numpy":
-        monkeypatch.setattr(native_scan, "_BUILT", None)
-    elif weight_pass() == "numpy":
-        pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
-    assert weight_pass() == request.param
-    return str(request.param)
-
-
 def plain(tensor: Tensor) -> NDArray[np.float64]:
     found: NDArray[np.float64] = tensor.double().clone().numpy()
     return found

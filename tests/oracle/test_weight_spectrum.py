@@ -21,7 +21,7 @@ from stabilitylab.probes.weight_subspace import (
     compare_subspaces,
     leading_subspace,
 )
-from tests.oracle.test_probes import DTYPES, numpy64, random, seeds
+from tests.numbers import DTYPES, numpy64, random, seeds
 
 
 def measured(weight: Tensor) -> dict[str, object]:
