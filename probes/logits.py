@@ -138,7 +138,7 @@ class Canary(Probe[CanaryPass]):
 
 
 class Loss(Probe[LossPass]):
-    """The loss as the edit finds it."""
+    """The model's own loss, as the edit finds it and as it leaves it, and what the loop's objective makes of it."""
 
     tier = "light"
     needs = LossPass
@@ -153,11 +153,37 @@ class Loss(Probe[LossPass]):
             "−mean log p(label)",
             "Shannon (1948), cross-entropy",
         ),
+        Metric(
+            "logits.loss_last",
+            "nats",
+            "log",
+            "during",
+            "The same in the edit's last forward with labels: beside the first, how far the edit has come. Absent "
+            "where there was one only.",
+            "−mean log p(label), last",
+            "efficacy: ROME (arXiv 2202.05262), §3.4",
+        ),
+        Metric(
+            "logits.loss_weight",
+            "1",
+            "linear",
+            "during",
+            "What the loop multiplies the model's own loss with before it differentiates, a loss scale and a share of "
+            "a batch included; the least, where there are several. Below 0: the step goes up the loss, as unlearning "
+            "by gradient ascent does. NaN or infinite: it was multiplied with, or divided by, what is not sound.",
+            "∂ objective / ∂ loss",
+            "gradient ascent: Yao et al., Large Language Model Unlearning (arXiv 2310.10683)",
+        ),
     )
 
     def compute(self, seen: LossPass) -> Readings:
         """From the model's own output; absent where the loop forms the loss by itself."""
-        return {"logits.loss": seen.loss}
+        readings = {"logits.loss": seen.loss}
+        if seen.last is not None:
+            readings["logits.loss_last"] = seen.last
+        if seen.weight is not None:
+            readings["logits.loss_weight"] = seen.weight
+        return readings
 
 
 class LogitsPasses(Probe[LaterLogits]):

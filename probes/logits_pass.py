@@ -65,14 +65,23 @@ class LaterLogits:
 
 @dataclass(frozen=True)
 class LossPass:
-    """loss: of the edit's first forward that came with one, float64."""
+    """Of an edit's forwards that came with a loss, float64. loss: the first one's. last: the last one's, None where
+    there was one only. weight: the least derivative of what was differentiated with respect to any of them, NaN where
+    one was; None where no backward came to them.
+    """
 
     loss: float
+    last: float | None = None
+    weight: float | None = None
 
     @classmethod
-    def from_host(cls, values: Host) -> LossPass:
-        """From [loss]."""
-        return cls(float(values[0]))
+    def from_host(cls, values: Host, has_last: bool, has_weight: bool) -> LossPass:
+        """From [loss, last, weight], without those that there are not."""
+        return cls(
+            float(values[0]),
+            float(values[1]) if has_last else None,
+            float(values[1 + has_last]) if has_weight else None,
+        )
 
 
 @dataclass(frozen=True)

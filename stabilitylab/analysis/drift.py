@@ -16,7 +16,9 @@ A series is in ``TRACKED`` because healthy editing leaves it where it was. ``dri
 out on purpose; the canary has detectors of its own, without a baseline. A weight that is exactly zero before the first
 edit, such as the one half of an adapter, and what its layer answers, are left out too: all of that is edits, and grows
 as drift does. So is an update of zero, or of less than ``ROUNDING`` beside its weight: that edit did not land, or was
-undone but for rounding, see `landing`.
+undone but for rounding, see `landing`. Where an optimizer's learning rate is known, an update counts as it would have
+been at the series' first one: a warm-up makes larger steps, and that is no trouble of the model's. A rate that is too
+large shows in what it does.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from stabilitylab.analysis.detectors import LAST, LEAST
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
+from stabilitylab.analysis.tracked import NAMES, TRACKED
 from stabilitylab.analysis.trends import medians
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.record.readings import Array
@@ -50,44 +53,11 @@ BAND_SPREADS: Final = 2.0
 BAND_LOG: Final = math.log(1.5)
 ROUNDING: Final = 2.0**-23
 """Of a weight's norm: one unit of rounding of float32."""
+_RATE: Final = "gradient.learning_rate"
 VANISHED: Final = 1e-30
 """Stands for zero, which has no log."""
+_NOTHING: Final = math.log(VANISHED)
 
-
-@dataclass(frozen=True)
-class Tracked:
-    """How a metric is watched.
-
-    spread: prior standard deviation of its log from edit to edit. shrinks: the factor by which it must fall to count,
-    infinite where a fall means nothing. fallen: what such a fall is. minus: the metric to subtract, for a range.
-    trend: whether its slope is tested. jumps: whether one reading alone may be a jump.
-    """
-
-    spread: float
-    shrinks: float = math.inf
-    fallen: Verdict = "drifting"
-    minus: str | None = None
-    trend: bool = True
-    jumps: bool = False
-
-
-TRACKED: Final = {
-    "update.norm": Tracked(0.5, 1e4, jumps=True),
-    "weight.max_abs": Tracked(0.1),
-    "weight.spectral_norm": Tracked(0.1),
-    "activation.rms": Tracked(0.2, 100.0),
-    "activation.max_abs": Tracked(0.3, 100.0),
-    "activation.rms_beyond_first": Tracked(0.2, 100.0),
-    "activation.max_abs_beyond_first": Tracked(0.3, 100.0),
-    "gradient.norm": Tracked(1.0, 1e6, trend=False),  # leads by an edit or two at most, and is the noisiest of all
-    "logits.max": Tracked(0.2, 30.0, "diverging", "logits.min"),
-    "canary.max": Tracked(0.1, 30.0, "diverging", "canary.min"),
-    "editor.input_max": Tracked(0.5),
-}
-_NAMES: Final = {
-    "logits.max": "the range of logits (max − min)",
-    "canary.max": "the range of canary logits (max − min)",
-}
 
 _STATE: Final = np.dtype(
     [
@@ -101,6 +71,9 @@ _STATE: Final = np.dtype(
         ("count", np.intp),
         ("middle", np.float64),
         ("spread", np.float64),
+        # Natural logs: of the first learning rate that is known, and by how much the last one is above it.
+        ("first_rate", np.float64),
+        ("risen", np.float64),
         # By side, upwards first: since which edit it is outside its band, and readings in a row back inside.
         ("since", np.float64, (2,)),
         ("inside", np.float64, (2,)),
@@ -204,10 +177,13 @@ class DriftBank:
     def _grows_from_zero(self, metric: str, site: str) -> bool:
         return site in self._from_zero and metric.startswith(("weight.", "activation."))
 
-    def _look_up(self, schema: Schema) -> tuple[Places, Places, Places]:
-        """Which positions of a row go to which series, and from which of them a lower end is subtracted."""
+    def _look_up(self, schema: Schema) -> tuple[Places, Places, Places, Places]:
+        """Which positions of a row go to which series, and from which of them a lower end is subtracted; and the series
+        of updates that have a learning rate, with its position, [2, updates].
+        """
         found: list[tuple[int, int, int]] = []
         new = []
+        rated = []
         for position, (metric, site) in enumerate(schema.keys):
             rule = TRACKED.get(metric)
             if rule is None or (rule.minus is not None and (rule.minus, site) not in schema.position):
@@ -220,18 +196,32 @@ class DriftBank:
                 new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps, zero))
             minus = -1 if rule.minus is None else schema.position[rule.minus, site]
             found.append((position, minus, self._number[place]))
+            if metric == "update.norm" and (_RATE, site) in schema.position:
+                rated.append((self._number[place], schema.position[_RATE, site]))
         if new:
             state = np.zeros(len(new), dtype=_STATE)
             for field, column in zip(_FIXED, zip(*new, strict=True), strict=True):
                 state[field] = column
-            state["middle"], state["spread"], state["since"] = np.nan, np.nan, np.nan
+            for field in ("middle", "spread", "since", "first_rate"):
+                state[field] = np.nan
             self._state = np.concatenate((self._state, state))
         taken, minus, series = np.array(found, dtype=np.intp).reshape(-1, 3).T
-        return taken, minus, series
+        return taken, minus, series, np.array(rated, dtype=np.intp).reshape(-1, 2).T
+
+    def _follow_rates(self, row: Flat, rated: Places) -> None:
+        """By how much the learning rates are above the first ones; where one is not told, it is as it was."""
+        rates = row.values[rated[1]]
+        known = np.isfinite(rates) & (rates > 0)
+        series, logs = rated[0, known], np.log(rates[known])
+        first = self._state["first_rate"][series]
+        self._state["first_rate"][series] = first = np.where(np.isnan(first), logs, first)
+        self._state["risen"][series] = np.maximum(logs - first, 0.0)
 
     def _read(self, row: Flat) -> tuple[Places, Array]:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
-        taken, minus, series = self._which.of(row.schema)
+        taken, minus, series, rated = self._which.of(row.schema)
+        if rated.size:
+            self._follow_rates(row, rated)
         ranged = minus >= 0
         good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
         update, ratio = self._updates.of(row.schema)
@@ -241,7 +231,8 @@ class DriftBank:
         taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
         values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
         good = (values > 0) | ((values == 0) & self._has_baseline(series))
-        return series[good], np.log(np.maximum(values[good], VANISHED))
+        series, logs = series[good], np.log(np.maximum(values[good], VANISHED))
+        return series, np.where(logs > _NOTHING, logs - self._state["risen"][series], logs)
 
     def _last(self, series: Places, points: int) -> tuple[Array, Array]:
         """(edits, logs) of the last readings in order of time, each [series, points]."""
@@ -363,14 +354,16 @@ class DriftBank:
         state, hits = self._state, []
         for at in np.flatnonzero(self._once.new(claim.rule, state["place"][claim.series])):
             series = claim.series[at : at + 1]
-            place, base = int(state["place"][series[0]]), float(np.exp(state["middle"][series[0]]))
+            place, risen = int(state["place"][series[0]]), float(state["risen"][series[0]])
+            base = float(np.exp(min(state["middle"][series[0]] + risen, 700.0)))
             metric, site = self._columns.keys[place]
             log = float(self._last(series, 1)[1][0, 0])
-            value = 0.0 if log <= math.log(VANISHED) else math.exp(log)
+            value = 0.0 if log <= _NOTHING else math.exp(log + risen)
             left = float(state["since"][series[0], claim.side])
             since = edit if math.isnan(left) or claim.rule == "jump" else int(left)
-            name = f"{_NAMES.get(metric, metric)} at {place_name(site)}"
+            name = f"{NAMES.get(metric, metric)} at {place_name(site)}"
             factor = f"{number(value / base)} times its baseline of {number(base)}"
+            factor += " at this learning rate" if risen else ""
             side = "below" if claim.side == DOWN else "above"
             says = f"{name} is {factor} at edit {edit}, and {side} its band since edit {since}."
             if claim.rule == "jump":
@@ -378,7 +371,7 @@ class DriftBank:
             if claim.says is not None:
                 says = f"{name} {claim.says[at]}; at edit {edit} it is {factor}."
             threshold = base * math.exp(min(float(claim.limits[at]), 700.0))
-            says = says[0].upper() + says[1:] if metric in _NAMES else says
+            says = says[0].upper() + says[1:] if metric in NAMES else says
             verdict = _verdict(claim.rule, metric)
             hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since, usual=base))
         return hits

@@ -201,6 +201,7 @@ class LeadIn:
         most = max((row.values[at] for at in weights), default=0.0)
         weight = next((self._site(row, at) for at in weights if row.values[at] >= STRAY * most), None)
         largest = None if weight is None else self._value(row, "weight.max_abs", weight)
+        overflowed = self._overflowed_gradient(row)
         return FatalRow(
             edit=row.edit,
             bad_inputs=float(row.values[places[_BAD_INPUTS]].sum()),
@@ -212,8 +213,10 @@ class LeadIn:
             no_gradients=bool(norms.size and bad.size) and bool((row.values[bad] > 0).all()),
             gradients_unread=norms.size == 0,
             later_gradients=first_sound and told and later_bad,
-            gradient_overflowed=self._overflowed_gradient(row),
+            gradient_overflowed=overflowed,
+            gradient_is_nan=overflowed is not None and math.isnan(self._value(row, "gradient.norm", overflowed) or 0.0),
             loss=self._value(row, "logits.loss", MODEL_SITE),
+            loss_weight=self._value(row, "logits.loss_weight", MODEL_SITE),
             moved_before=self._steps.moved_before,
             weight=weight,
             overflowed=largest is not None and math.isinf(largest),
@@ -310,6 +313,7 @@ class LeadIn:
             weights_dtype=self._weights_dtype,
             changes_inside=self._steps.changes_inside,
             ways=self._steps.ways,
+            ascent=self._steps.ascent,
             operations=operations,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from statistics import median
@@ -9,10 +10,10 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.causes.evidence import Learning, Step, Way
+from stabilitylab.analysis.causes.evidence import Ascent, Learning, Step, Way
 from stabilitylab.analysis.columns import Columns, Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.findings import Finding
-from stabilitylab.record.readings import EDITOR_SITE
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
 
 STEPS: Final = 30
 LARGE: Final = 0.5
@@ -26,6 +27,7 @@ FIRST: Final = 8
 STEPPED: Final = (1.0, 4.0)
 """Codes of `gradient.source`: an optimizer steps with the weight, or with parts that it is made of."""
 
+_LOSS: Final = ("logits.loss", "logits.loss_weight")
 _KEYS: Final = f"{EDITOR_SITE}.keys"
 _RATE: Final = "gradient.learning_rate"
 _ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _RATE, _KEYS)
@@ -77,12 +79,15 @@ def _where(schema: Schema) -> _Where:
 class Steps:
     """Follows edits, as long as it is given them.
 
-    learning: of all edits. moved: whether any watched weight ever moved; moved_before: whether one had before the last
-    row. codebook: whether one holds keys. changes_inside: whether the gradient changed within the last edit.
+    learning: of all edits. ascent: None until one steps up the model's own loss. moved: whether any watched weight ever
+    moved; moved_before: whether one had before the last row. codebook: whether one holds keys. changes_inside: whether
+    the gradient changed within the last edit.
     """
 
     def __init__(self, columns: Columns) -> None:
         self.learning = Learning(0, 0)
+        self.ascent: Ascent | None = None
+        self._weighed = 0
         self.moved = self.moved_before = False
         self.codebook = False
         self.changes_inside = False
@@ -128,6 +133,7 @@ class Steps:
             return
         self._follow_passes(row, where)
         self._follow_ways(row, where)
+        self._follow_loss(row)
         ratios, drifts = where.alone["update.ratio"], where.alone["drift.ratio"]
         if not ratios.size or not drifts.size:
             return
@@ -166,6 +172,18 @@ class Steps:
         with np.errstate(over="ignore"):
             factors = np.array([rate, update]) / [median(self._first_rates), median(self._first_updates)]
         return rate, float(factors[0]), float(factors[1])
+
+    def _follow_loss(self, row: Flat) -> None:
+        at = [row.schema.position.get((metric, MODEL_SITE)) for metric in _LOSS]
+        if at[0] is None or at[1] is None:
+            return
+        loss, weight = float(row.values[at[0]]), float(row.values[at[1]])
+        self._weighed += 1
+        if weight < 0 and math.isfinite(loss):
+            before = self.ascent or Ascent(0, 0, row.edit, loss, row.edit, loss)
+            self.ascent = replace(before, up=before.up + 1, last_edit=row.edit, last_loss=loss)
+        if self.ascent is not None:
+            self.ascent = replace(self.ascent, known=self._weighed)
 
     def _site(self, row: Flat, position: np.intp) -> str:
         return self._columns.keys[int(row.places[position])][1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from stabilitylab.watching.answer import loss_of
 from stabilitylab.watching.model_call import ModelCall, version_of
 from stabilitylab.watching.one_hook import Hook, put
 from stabilitylab.watching.walking import NamedModules
@@ -73,6 +74,9 @@ class Watcher(Protocol):
 
     def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """The whole model was run."""
+
+    def loss_answered(self, weight: Tensor) -> None:
+        """A backward has come to the loss in what the model gave. weight: the derivative with respect to it."""
 
 
 @dataclass
@@ -321,8 +325,22 @@ class Capture:
             if self.model_call is None:
                 self.model_call = self._call
             self._watcher.model_output(kwargs, output)
+            self._await_loss(output)
 
         self._put(model, self.hook(after_forward), with_kwargs=True)
+
+    def _await_loss(self, output: Any) -> None:
+        loss = loss_of(output)
+        if loss is None or loss.grad_fn is None:
+            return
+        place = loss.output_nr
+
+        def answered(reached: tuple[Tensor | None, ...]) -> None:
+            weight = reached[place]
+            if weight is not None and not self._left:
+                self._watcher.loss_answered(weight)
+
+        self.own(loss.grad_fn.register_prehook(self.hook(answered)))
 
     def watch_output(self, model: nn.Module, gave: Callable[[Any], None]) -> None:
         """Hook the whole model: what it returns, as it is."""

@@ -46,8 +46,12 @@ CASES = (
         f"the gradient of {B} at edit 5 is not finite, while the layer's input and the gradient at its output are:"
         " their product left the range of float16, which ends at 65,504.",
         Place(5, "gradient.norm", B),
-        also=[{"narrow": False}],
+        also=[
+            {"narrow": False},
+            {"fatal": replace(FATAL, gradient_overflowed=B, gradient_is_nan=True)},
+        ],
         not_with=[
+            {"fatal": replace(FATAL, gradient_overflowed=B, gradient_is_nan=True), "narrow": False},
             {"fatal": replace(FATAL, gradient_overflowed=None)},
             {"fatal": replace(FATAL, gradient_overflowed=B, sound_forward=False)},
             {"fatal": replace(FATAL, gradient_overflowed=B, edit=6)},

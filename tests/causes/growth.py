@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stabilitylab.analysis.causes.evidence import Growth, Learning, Place
+from stabilitylab.analysis.causes.evidence import Ascent, Growth, Learning, Place
 from tests.causes.case import (
     BAD,
     DIVIDED,
@@ -100,6 +100,22 @@ CASES = (
             {"ways": (replace(WAY, edits=9, drift=79.0),)},
             {"ways": (replace(WAY, site=B, drift=79.0),)},
             {"findings": ()},
+        ],
+    ),
+    Case(
+        "gradient-ascent",
+        bad() | {"ascent": Ascent(known=10, up=8, first_edit=1, first_loss=2.0, last_edit=10, last_loss=4.0)},
+        "medium",
+        "8 of 10 edits were steps up the model's own loss, which they weigh with less than 0; it was 2 at edit 1 and 4"
+        " at edit 10.",
+        also=[{"ascent": Ascent(6, 5, 1, 0.0, 6, 0.1)}],
+        not_with=[
+            {"verdict": "drifting"},
+            {"findings": (BAD, LONE)},
+            {"ascent": None},
+            {"ascent": Ascent(11, 8, 1, 2.0, 10, 4.0)},
+            {"ascent": Ascent(4, 4, 1, 2.0, 10, 4.0)},
+            {"ascent": Ascent(10, 8, 1, 2.0, 10, 3.9)},
         ],
     ),
     Case(

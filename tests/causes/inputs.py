@@ -85,6 +85,33 @@ CASES = (
         ],
     ),
     Case(
+        "loss-not-finite",
+        bad(NAN) | {"fatal": replace(FATAL, no_gradients=True, loss=2.5, loss_weight=math.inf), "weights_dtype": None},
+        "high",
+        "the model's own loss of edit 5 is finite (2.5), and its weight in what was differentiated is infinite",
+        Place(5, "weight.nonfinite", A),
+        not_with=[
+            {"weights_dtype": "float16"},
+            {"fatal": replace(FATAL, no_gradients=True, loss=math.nan, loss_weight=math.inf)},
+            {"fatal": replace(FATAL, loss=2.5, loss_weight=math.inf)},
+        ],
+    ),
+    Case(
+        "loss-not-finite",
+        bad(NAN) | {"fatal": replace(FATAL, gradient_overflowed=B, gradient_is_nan=True)},
+        "medium",
+        f"the gradient of {B} at edit 5 is NaN, while the layer's input and the gradient at its output are finite: the"
+        " NaN reaches the weight on another way than through its layer.",
+        Place(5, "gradient.norm", B),
+        not_with=[
+            {"narrow": True},
+            {"fatal": replace(FATAL, gradient_overflowed=B)},
+            {"fatal": replace(FATAL, gradient_overflowed=None, gradient_is_nan=True)},
+            {"fatal": replace(FATAL, gradient_overflowed=B, gradient_is_nan=True, sound_forward=False)},
+            {"fatal": replace(FATAL, gradient_overflowed=B, gradient_is_nan=True, edit=4)},
+        ],
+    ),
+    Case(
         "input-not-finite",
         bad(replace(NAN, metric="activation.nonfinite")) | {"fatal": replace(FATAL, bad_inputs=3.0)},
         "high",

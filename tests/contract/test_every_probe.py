@@ -91,7 +91,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
     NormInput: [NormInput(2.0, 1e19), NormInput(0.0, 1e19), NormInput(NAN, 1e19)],
     LaterOutputs: [LaterOutputs(1.0, 0.0), LaterOutputs(25.0, 1.0, 3.0, NAN)],
     LaterLogits: [LaterLogits(1.0, 0.0), LaterLogits(25.0, 1.0, 3.0, NAN)],
-    LossPass: [LossPass(2.5), LossPass(NAN)],
+    LossPass: [LossPass(2.5), LossPass(NAN), LossPass(2.5, 0.1, -1.0), LossPass(2.5, NAN, NAN)],
     TextPass: [TextPass(3.0, 2.0), TextPass(1e4, 2.0), TextPass(NAN, 2.0)],
     OutputPass: [
         OutputPass(1.0, 2.0, 1.0, 2.0, 0.0, 65504.0),

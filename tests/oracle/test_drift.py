@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from stabilitylab.analysis import Analyzer
-from stabilitylab.analysis.drift import PRIOR_WEIGHT, TRACKED, _with_prior
+from stabilitylab.analysis.drift import PRIOR_WEIGHT, _with_prior
 from stabilitylab.analysis.thresholds import NOMINAL
+from stabilitylab.analysis.tracked import TRACKED
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EditRow, Key
 from tests.synthetic_runs import METRICS, growing, healthy

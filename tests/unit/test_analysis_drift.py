@@ -46,6 +46,36 @@ def test_spikes_that_recover_are_no_divergence() -> None:
     assert series(values.tolist(), "activation.rms").verdict == "stable"
 
 
+def rated(updates: np.ndarray, rates: np.ndarray) -> Diagnosis:
+    """A layer whose updates an optimizer makes, at these learning rates."""
+    sizes = zip(updates.tolist(), rates.tolist(), strict=True)
+    rows = [
+        row(edit, {("update.norm", A): update, ("gradient.learning_rate", A): rate})
+        for edit, (update, rate) in enumerate(sizes, start=1)
+    ]
+    return diagnose([row(0, {}), *rows])
+
+
+def test_updates_that_grow_with_the_learning_rate_are_a_warm_up() -> None:
+    rates = 1e-5 * np.minimum(np.arange(1, 61) / 40, 1.0)
+    updates = rates * noisy(60)
+    assert series(updates.tolist()).verdict != "stable"  # where no rate is known
+    assert rated(updates, rates).verdict == "stable"
+    assert rated(updates, rates * (rates > rates[30])).verdict != "stable"  # or only later on
+    decaying = rates[::-1].copy()
+    assert rated(decaying * noisy(60), decaying).verdict == "stable"
+
+
+def test_updates_that_outgrow_their_learning_rate_are_none() -> None:
+    rates = 1e-5 * np.geomspace(1.0, 20.0, 40)
+    found = rated(rates * noisy(40) * np.geomspace(1.0, 1e4, 40), rates)
+    assert found.verdict == "diverging"
+    assert "at this learning rate" in found.findings[0].says
+    finding = next(each for each in found.findings if each.metric == "update.norm")
+    at = finding.edit - 1
+    assert finding.value == pytest.approx(float(rates[at] * noisy(40)[at] * np.geomspace(1.0, 1e4, 40)[at]), rel=1e-3)
+
+
 def test_one_huge_update_is_a_jump_at_once_and_a_large_one_is_not() -> None:
     values = noisy(40)
     values[20] *= 1e5

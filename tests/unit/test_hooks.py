@@ -71,6 +71,9 @@ class Heard:
     def model_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
         pass
 
+    def loss_answered(self, weight: Tensor) -> None:
+        pass
+
 
 def capture() -> Capture:
     return Capture(Heard())

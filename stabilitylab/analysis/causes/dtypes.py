@@ -28,6 +28,9 @@ def _gradient(evidence: Evidence) -> Claim | None:
         return None
     if fatal.gradient_overflowed is None:
         return _on_its_way(evidence, fatal)
+    # A product past the end of its range is infinite. A NaN in a wide one came to the weight on another way.
+    if fatal.gradient_is_nan and not evidence.narrow:
+        return None
     where = "float16, which ends at 65,504" if evidence.narrow else "its dtype"
     return Claim(
         f"the gradient of {fatal.gradient_overflowed} at edit {fatal.edit} is not finite, while the layer's input and"
@@ -172,8 +175,9 @@ BEFORE_GROWTH = (
         "A gradient sums over all tokens and is kept in its weight's dtype: in float16 it ends at 65,504, though every"
         " term is far below.",
         "A .grad that is not finite after a backward whose factors, the layer's input and the gradient at its output,"
-        " all are, in the edit with the first value that is not finite. Or, with weights in float16, no finite gradient"
-        " at any watched layer, while the model's own loss, its logits and all outputs are finite.",
+        " all are, in the edit with the first value that is not finite; NaN counts only in float16. Or, with weights in"
+        " float16, no finite gradient at any watched layer, while the model's own loss, its logits and all outputs are"
+        " finite.",
         "A layer in float16 with inputs of 200 and a gradient of 100 at its output: seven tokens add up to 140,000.",
     ),
     Rule(

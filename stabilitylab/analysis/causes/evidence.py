@@ -118,6 +118,20 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Ascent:
+    """Whether edits step up the model's own loss. known: edits in which a backward came to it. up: those that weighed
+    it with less than 0. first_edit, first_loss, last_edit, last_loss: of these, as the edit found it.
+    """
+
+    known: int
+    up: int
+    first_edit: int
+    first_loss: float
+    last_edit: int
+    last_loss: float
+
+
+@dataclass(frozen=True)
 class FatalRow:
     """The row with the first non-finite value.
 
@@ -128,8 +142,9 @@ class FatalRow:
     whether the edit's passes had gradients, all finite, as long as its forward passes were; no_gradients: whether its
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
     were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
-    gradient is not finite although both of its factors are. loss: the model's own, None where it was not read.
-    moved_before: whether any edit before moved a watched weight.
+    gradient is not finite although both of its factors are; gradient_is_nan: whether that one is NaN, not infinite.
+    loss: the model's own; loss_weight: what the loop multiplies it with; None where they were not read. moved_before:
+    whether any edit before moved a watched weight.
     weight: the first watched layer whose weight is not finite, at a tenth as many entries as the worst or more; None
     when all are. For that weight: overflowed: whether its largest entry is infinite, not NaN; headroom: the bits that
     it had left when last read before; limit: what its dtype can hold; None where nothing says it.
@@ -146,7 +161,9 @@ class FatalRow:
     gradients_unread: bool
     later_gradients: bool
     gradient_overflowed: str | None
+    gradient_is_nan: bool
     loss: float | None
+    loss_weight: float | None
     moved_before: bool
     weight: str | None
     overflowed: bool
@@ -170,7 +187,8 @@ class Evidence:
     reported: whether the editor told of a value that it searches for, a denominator or a solve, or has a normaliser: it
     makes its updates in another way than by descending. landing: whether edits take effect. weights_dtype: the
     narrowest of the watched weights, if that is one of 16 bits. changes_inside: whether the gradient changed from the
-    first to the last pass of that edit. ways: of each layer. operations: that were traced.
+    first to the last pass of that edit. ways: of each layer. ascent: None where no edit steps up.
+    operations: that were traced.
     """
 
     verdict: Verdict
@@ -197,6 +215,7 @@ class Evidence:
     weights_dtype: str | None
     changes_inside: bool
     ways: Sequence[Way]
+    ascent: Ascent | None = None
     operations: Sequence[Operation] = ()
 
     def of(self, *rules: str) -> Finding | None:

@@ -8,6 +8,7 @@ from typing import Final
 from stabilitylab.analysis.causes.evidence import Evidence, Place, Way
 from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.words import number
+from stabilitylab.record.readings import MODEL_SITE
 
 FEEDBACK_FACTOR: Final = 10.0
 RAISED: Final = 3.0
@@ -84,6 +85,20 @@ def _all_too_large(evidence: Evidence) -> Claim | None:
     if learned or here.rate is None:
         return None
     return Claim(f"{large} original norm, by an optimizer's steps at a learning rate of {number(here.rate)}.", "low")
+
+
+def _ascending(evidence: Evidence) -> Claim | None:
+    seen = evidence.ascent
+    if seen is None or not evidence.is_past("drifting") or evidence.lone_entry:
+        return None
+    if seen.up < TRIED or seen.up < USUALLY * seen.known or seen.last_loss < GROWN * seen.first_loss:
+        return None
+    return Claim(
+        f"{seen.up} of {seen.known} edits were steps up the model's own loss, which they weigh with less than 0; it was"
+        f" {number(seen.first_loss)} at edit {seen.first_edit} and {number(seen.last_loss)} at edit {seen.last_edit}.",
+        "medium",
+        link=Place(seen.first_edit, "logits.loss_weight", MODEL_SITE),
+    )
 
 
 def _accumulated(evidence: Evidence) -> Claim | None:
@@ -288,6 +303,21 @@ ACCUMULATION = (
         " gradient falls to a twentieth within them; where they don't, and an optimizer makes them, confidence is low."
         " Needs five edits. A single edit that is out of line has another cause.",
         "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",
+    ),
+    Rule(
+        "gradient-ascent",
+        "growth",
+        "trigger",
+        _ascending,
+        "If the sign is wrong, minimise the loss. If this is to unlearn: nothing bounds the loss from above, so bound"
+        " the objective. Stop at the loss of chance (the log of the vocabulary), train on what is to be kept beside it,"
+        " or use an objective that levels off (NPO, arXiv 2404.05868); and go back to before the onset edit.",
+        "A step down a loss ends where the loss does. A step up has no end: it takes along whatever raises the loss,"
+        " and that is mostly what the model knows.",
+        "In four of five edits, five or more, the objective weighs the model's own loss with less than 0, and that loss"
+        " has doubled from the first of them to the last. Not where the loop forms its loss by itself, nor with an"
+        " optimizer that maximises: nothing tells of these.",
+        "Unlearning by (-loss).backward(), request after request.",
     ),
     Rule(
         "norm-growth",

@@ -63,6 +63,16 @@ def _no_loss(evidence: Evidence) -> Claim | None:
     sent = evidence.sent_back
     if any(operation.module not in ("", MODEL_SITE) for operation in sent):
         return None  # a layer's own operation gave it: no loss did
+    if fatal.sound_forward and fatal.gradient_overflowed is not None and fatal.gradient_is_nan and not evidence.narrow:
+        return Claim(
+            f"the gradient of {fatal.gradient_overflowed} at edit {fatal.edit} is NaN, while the layer's input and the"
+            " gradient at its output are finite: the NaN reaches the weight on another way than through its layer. A"
+            " term of the loss that is made of the weight itself does that, such as the root of its squared distance"
+            " from the original, which has no derivative where that is 0; or a hook on its gradient, or another process"
+            " that shares it.",
+            "medium",
+            Place(fatal.edit, "gradient.norm", fatal.gradient_overflowed),
+        )
     traced = fatal.gradients_unread and bool(sent)
     if not fatal.sound_forward or not (fatal.no_gradients or fatal.later_gradients or traced):
         return None
@@ -84,6 +94,15 @@ def _no_loss_of_its_own(evidence: Evidence, fatal: FatalRow) -> Claim | None:
         return None
     if not (fatal.no_gradients or fatal.gradients_unread):
         return None
+    if fatal.loss_weight is not None and not math.isfinite(fatal.loss_weight):
+        return Claim(
+            f"the model's own loss of edit {fatal.edit} is finite ({number(fatal.loss)}), and its weight in what was"
+            f" differentiated is {number(fatal.loss_weight)}: it was multiplied with, or divided by, what is not"
+            " sound.",
+            "high",
+            None if fatal.weight is None else Place(fatal.edit, "weight.nonfinite", fatal.weight),
+            Place(fatal.edit, "logits.loss_weight", MODEL_SITE, fatal.loss_weight),
+        )
     return Claim(
         f"no gradient of edit {fatal.edit} is finite, while the outputs, the logits and the model's own loss"
         f" ({number(fatal.loss)}) are: what was differentiated is not that loss alone, and what is added to it or"
@@ -222,8 +241,9 @@ RULES = (
         "The model's outputs are sound and the loss made of them isn't, or its derivative: 0/0 in a mean over an empty"
         " mask, log 0, the root's infinite slope at 0 times 0.",
         "In the first pass of an edit no watched layer has a finite gradient, while all their outputs and the logits"
-        " are finite. With low confidence where the model's own loss was read and is finite, for another may have been"
-        " differentiated, unless the weights are in float16.",
+        " are finite; or the weight's own is NaN, out of float16, while what enters and leaves the layer is not. With"
+        " low confidence where the model's own loss was read and is finite, for another may have been differentiated,"
+        " unless the weights are in float16.",
         "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
     ),
     Rule(

@@ -14,7 +14,6 @@ from stabilitylab.probes.logits_pass import (
     CanaryPass,
     LaterLogits,
     LogitsPass,
-    LossPass,
     TextPass,
     reduce_canary,
     reduce_logits,
@@ -32,10 +31,6 @@ CANARY_OFF: Final = "canary-off"
 """The kind of the note that the canary is no longer forwarded."""
 
 
-def _plain(found: Tensor | None) -> Tensor | None:
-    return None if found is None else plain(found)
-
-
 class LogitsInstrument:
     """Reduces the logits of the model's first forward in an edit in full, and of the later ones their extremes."""
 
@@ -43,22 +38,19 @@ class LogitsInstrument:
         self._bench = bench
         self._select = None if canary is None else canary.logits
         self._keeper = OutputKeeper()
-        self._has_loss = False
 
     def begin(self) -> None:
         """A new edit."""
-        self._keeper, self._has_loss = OutputKeeper(), False
+        self._keeper = OutputKeeper()
 
     def on_output(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """The whole model has run."""
-        if any(map(self._bench.needed, (LogitsPass, LaterLogits, LossPass))):
+        if self._bench.needed(LogitsPass) or self._bench.needed(LaterLogits):
             self._bench.safely("logits", lambda: self._output(kwargs, output))
 
     def _output(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        loss, logits = _plain(answers.loss_of(output)), _plain(answers.logits_of(output, self._select))
-        if loss is not None and not self._has_loss and self._bench.needed(LossPass):
-            self._has_loss = True
-            self._bench.add(MODEL_SITE, loss.detach().double().reshape(1), LossPass.from_host)
+        given = answers.logits_of(output, self._select)
+        logits = None if given is None else plain(given)
         if logits is None:
             return
         largest = None

@@ -33,6 +33,7 @@ from stabilitylab.watching.instruments.feedback import FeedbackInstrument
 from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.inputs import InputsInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument, LogitsInstrument
+from stabilitylab.watching.instruments.loss import LossInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
 from stabilitylab.watching.instruments.reading import Measured, Reader
 from stabilitylab.watching.instruments.references import Home
@@ -77,6 +78,7 @@ class Instruments:
         self._gradients = GradientInstrument(bench, exchange, find_scaler(editor))
         self._outputs = OutputInstrument(bench)
         self._logits = LogitsInstrument(bench, canary)
+        self._loss = LossInstrument(bench)
         self._editor = EditorInstrument(bench, editor)
         self._inputs = InputsInstrument(bench)
         self._attention = AttentionInstrument(bench)
@@ -121,6 +123,7 @@ class Instruments:
         self._step("gradients", self._gradients.begin)
         self._step("outputs", self._outputs.begin)
         self._step("logits", self._logits.begin)
+        self._step("losses", self._loss.begin)
 
     def _step(self, instrument: str, step: Callable[[], object]) -> None:
         """What an instrument does between two passes of the model. One that breaks is off, and takes no other along."""
@@ -218,6 +221,12 @@ class Instruments:
         """The model has run."""
         with self.probe_time:
             self._logits.on_output(kwargs, output)
+            self._loss.on_output(output)
+
+    def loss_answered(self, weight: Tensor) -> None:
+        """A backward has come to the model's own loss."""
+        with self.probe_time:
+            self._loss.answered(weight)
 
     # -- after the edit -------------------------------------------------------------------------------------------
 
@@ -248,6 +257,7 @@ class Instruments:
         self._step("inputs", self._inputs.after)
         self._step("outputs", lambda: self._outputs.after(sites))
         self._step("logits", self._logits.after)
+        self._step("losses", self._loss.after)
         self._step("feedback", lambda: self._feedback.after(model, sites, capture.model_call, self.references))
         self._step("gradients", lambda: self._gradients.after(model, sites, self.references))
         self._step("the editor", lambda: self._editor.after(named, capture, reports, sites))
