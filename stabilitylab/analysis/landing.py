@@ -31,6 +31,8 @@ ALREADY: Final = 0.1
 STILL: Final = 1e-4
 """Nats between two answers of one model, at most: sums in another order give some 1e-7."""
 WORDS: Final = 120
+WITHOUT_EFFECT: Final = "edits-lost"
+"""The rule that tells of edits without effect."""
 
 
 @dataclass(frozen=True)

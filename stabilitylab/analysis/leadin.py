@@ -110,6 +110,8 @@ class LeadIn:
         self._bits: dict[str, float] = {}
         self._fatal: FatalRow | None = None
         self._stayed: int | None = None
+        self.besides = False
+        """Whether edits write parameters that are not watched."""
 
     def observe(self, row: Flat, *, alarmed: bool, lost: bool, nonfinite: bool) -> None:
         """Take in a row. alarmed, nonfinite: whether the run is, up to and including this row. lost: whether it is by a
@@ -306,6 +308,7 @@ class LeadIn:
             forgotten=self._restoring.forgotten,
             carried=self._restoring.carried if self.single_edits else 0,
             stayed=self._stayed,
+            besides=self.besides,
             moved=self._steps.moved,
             codebook=self._steps.codebook,
             reported=self._reported,

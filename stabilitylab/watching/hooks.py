@@ -152,7 +152,8 @@ class Capture:
         self.asked: set[str] = set()
         self.answered: set[str] = set()
         self.batched: set[str] = set()
-        self.heard = False
+        self.heard = self.heard_itself = False
+        """Whether the model, or a layer of it, was run: it or a copy of it, and itself."""
         self.broken: list[str] = []
         """What hooks raised, which are off then."""
         self.compiled: dict[str, str] = {}
@@ -211,7 +212,7 @@ class Capture:
         self.asked.add(site)
 
         def after_forward(fired: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.heard = True
+            self._hear(fired is module)
             y = _first_tensor(output)
             if y is None or not y.is_floating_point() or y.numel() == 0:
                 return
@@ -227,6 +228,10 @@ class Capture:
         self._put(module, self.hook(after_forward))
         if factors:
             self._watch_gradient(site, module)
+
+    def _hear(self, itself: bool) -> None:
+        self.heard = True
+        self.heard_itself = self.heard_itself or itself
 
     def before_calls(self, module: nn.Module, action: Callable[[], None]) -> None:
         """Do this before each forward of a layer, unless it is compiled."""
@@ -312,8 +317,8 @@ class Capture:
         if id(model) in self._compiled:
             return
 
-        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.heard = True
+        def before_forward(fired: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._hear(fired is model)
             self._tokens = _token_shape(args, kwargs)
             if self.model_call is None:
                 self._call = ModelCall.of(args, kwargs)  # before the model may take anything out of a dict

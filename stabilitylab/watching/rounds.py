@@ -217,6 +217,7 @@ class Rounds:
             compiled=capture.compiled,
             asked=bool(capture.asked),
             heard=capture.heard,
+            heard_itself=capture.heard_itself,
             unanswered={site: site in capture.batched for site in capture.asked - capture.answered},
             foreign=applied and foreign,
         )
@@ -317,7 +318,7 @@ class Rounds:
         self._last_moved = any(seen.update != 0 for seen in passes.values())
         self._pacing.weights_are(unread.edit, scans)
         if (unread.asked or unread.compiled) and unread.status == "applied":
-            note = self._silence.after(unread.compiled, unread.heard, self._last_moved)
+            note = self._silence.after(unread.compiled, unread.heard, unread.heard_itself, self._last_moved)
             moved = {site for site, seen in passes.items() if seen.update != 0}
             unseen = self._unanswered.after(unread.unanswered, moved) if unread.heard else None
             for kind, says in filter(None, (note, unseen)):

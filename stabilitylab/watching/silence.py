@@ -23,27 +23,33 @@ class Silence:
         self._moved = False
         self._over = False
 
-    def after(self, compiled: Mapping[str, str], heard: bool, moved: bool) -> tuple[str, str] | None:
+    def after(
+        self, compiled: Mapping[str, str], heard: bool, heard_itself: bool, moved: bool
+    ) -> tuple[str, str] | None:
         """An edit was made with hooks on the model's layers. compiled: those that can't be hooked, see `Capture`.
-        heard: whether it ran any of the model. moved: whether it moved a watched weight. Returns the note to take:
-        (kind, what it says).
+        heard: whether it ran any of the model, or of a copy of it. heard_itself: of the model itself. moved: whether it
+        moved a watched weight. Returns the note to take: (kind, what it says).
         """
         if self._over:
             return None
-        self._over = heard
         self._silent, self._moved = self._silent + 1, self._moved or moved
+        # A copy that is run may be what is handed over in the end; one that never is, is another model.
+        self._over = heard_itself or (heard and self._moved)
         if compiled or (self._moved and self._silent >= FEWEST and not heard and frames_compiled() > 0):
             self._over = True
             return COMPILED if self._has_canary else HOOKS_SILENT, _compiled_says(compiled)
         if self._over or self._silent < FEWEST:
             return None
         self._over = True
+        return self._says(heard)
+
+    def _says(self, heard: bool) -> tuple[str, str] | None:
         edits = f"in {self._silent} edits"
         if not self._moved:
-            return NEVER_RUN, (
-                f"{edits} the watched model was never run, and no watched layer moved: they are made on another model,"
-                " or on other layers by hand"
-            )
+            never = f"{edits} the watched model was never run, and no watched layer moved"
+            if heard:
+                return NEVER_RUN, f"{never}: they are made on copies of it that are not handed over (edit.returns)"
+            return NEVER_RUN, f"{never}: they are made on another model, or on other layers by hand"
         if self._has_canary:  # which watches the function all the same
             return None
         return HOOKS_SILENT, f"{edits} no hook on the watched layers fired: what happens inside the edits is not seen"

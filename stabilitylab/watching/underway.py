@@ -70,6 +70,7 @@ class Unread:
     compiled: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
     heard: bool = False
+    heard_itself: bool = False
     unanswered: Mapping[str, bool] = field(default_factory=dict)
     foreign: bool = False
     in_full: bool = True

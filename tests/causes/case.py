@@ -98,6 +98,7 @@ EMPTY: dict[str, Any] = {
     "forgotten": None,
     "carried": 0,
     "stayed": None,
+    "besides": False,
     "moved": False,
     "codebook": False,
     "reported": False,

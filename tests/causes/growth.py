@@ -15,12 +15,14 @@ from tests.causes.case import (
     A,
     B,
     Case,
+    M,
     bad,
     finding,
     lost,
     noted,
 )
 
+CANARY = finding("canary-far", metric="canary.kl", site=M)
 CASES = (
     Case(
         "feedback-growth",
@@ -251,6 +253,21 @@ CASES = (
             {"landing": lost(landed=1, answers=2e-4)},
             {"landing": lost(lost=2, answers=2e-4)},
             {"landing": lost(failed=1, answers=2e-4)},
+        ],
+    ),
+    Case(
+        "others-edited",
+        bad(CANARY, finding("furthest", metric="drift.ratio"), finding("growth", metric="logits.max", site=M))
+        | {"besides": True},
+        "low",
+        "edits also write parameters that are not watched, and the model's answers leave the original's while no"
+        " watched weight shows anything out of the ordinary.",
+        not_with=[
+            {"besides": False},
+            {"verdict": "drifting"},
+            {"first_bad": BAD},
+            {"findings": (CANARY, finding("drift"))},
+            {"findings": (CANARY, finding("level", metric="weight.max_abs"))},
         ],
     ),
     Case(

@@ -31,6 +31,28 @@ def test_edits_on_another_model(tmp_path: Path) -> None:
     assert not found.unwatched
 
 
+def edited_copies(tmp_path: Path, *, hand_over: bool) -> sl.Diagnosis:
+    model = current = make_model()
+    with sl.attach(model, "0", tmp_path / "run", canary=CANARY) as monitor:
+        for _ in range(5):
+            with monitor.edit() as edit:
+                edited = copy.deepcopy(current)
+                edited(torch.randn(2, 5, 8))
+                moved(edited)
+                if hand_over:
+                    current = edited
+                    edit.returns(edited)
+    return sl.load(tmp_path / "run").diagnosis()
+
+
+def test_copies_that_are_edited_are_another_model_until_they_are_handed_over(tmp_path: Path) -> None:
+    lost = edited_copies(tmp_path / "lost", hand_over=False)
+    assert (lost.cause, lost.landed) == ("another-model", "none")
+    assert not lost.unwatched
+    kept = edited_copies(tmp_path / "kept", hand_over=True)
+    assert (kept.cause, kept.landed) == ("unknown", "all")
+
+
 def test_edits_that_move_weights_and_run_nothing_are_not_seen_inside(tmp_path: Path) -> None:
     model = make_model()
     with sl.attach(model, "0", tmp_path / "run") as monitor:
@@ -75,6 +97,7 @@ def test_a_loop_that_steps_at_each_fourth_edit_loses_none(tmp_path: Path) -> Non
     found = sl.load(tmp_path / "run").diagnosis()
     assert (found.landed, found.nothing_lands) == ("some", False)
     assert not found.causes
+    assert not found.findings
     assert "moved a watched layer" not in found.says
 
 
@@ -91,3 +114,19 @@ def test_one_that_stops_stepping_is_told(tmp_path: Path) -> None:
     found = sl.load(tmp_path / "run").diagnosis()
     assert found.nothing_lands
     assert found.causes
+
+
+def test_parameters_that_edits_write_and_nobody_watches_are_told_once(tmp_path: Path) -> None:
+    model = make_model()
+    for folder, often in (("few", 2), ("often", 3)):
+        model = make_model()
+        with sl.attach(model, "0", tmp_path / folder / "run", announce=False) as monitor:
+            for edit in range(6):
+                with monitor.edit():
+                    model(torch.randn(2, 5, 8))
+                    with torch.no_grad():
+                        model[0].weight.mul_(1.0001)
+                        if edit < often:
+                            model[3].weight.mul_(1.0001)
+        said = [note.says for note in sl.load(tmp_path / folder / "run").notes if note.kind == "written-besides"]
+        assert said == (["edits also write to 3.weight, which is not watched"] if often == 3 else [])

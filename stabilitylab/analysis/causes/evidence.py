@@ -183,12 +183,12 @@ class Evidence:
     edits, until a value is not finite. fatal: the first non-finite row. restored_until, forgotten: see
     `stabilitylab.analysis.restoring`. carried: how many edits built on those before, from the second on, where the
     configuration says that none does. stayed: the first edit whose weights stayed although they were to be put back;
-    None where nothing says so. moved: whether any watched weight ever moved. codebook: whether one holds keys.
-    reported: whether the editor told of a value that it searches for, a denominator or a solve, or has a normaliser: it
-    makes its updates in another way than by descending. landing: whether edits take effect. weights_dtype: the
-    narrowest of the watched weights, if that is one of 16 bits. changes_inside: whether the gradient changed from the
-    first to the last pass of that edit. ways: of each layer. ascent: None where no edit steps up.
-    operations: that were traced.
+    None where nothing says so. besides: whether edits write parameters that are not watched. moved: whether any watched
+    weight ever moved. codebook: whether one holds keys. reported: whether the editor told of a value that it searches
+    for, a denominator or a solve, or has a normaliser: it makes its updates in another way than by descending. landing:
+    whether edits take effect. weights_dtype: the narrowest of the watched weights, if that is one of 16 bits.
+    changes_inside: whether the gradient changed from the first to the last pass of that edit. ways: of each layer.
+    ascent: None where no edit steps up. operations: that were traced.
     """
 
     verdict: Verdict
@@ -208,6 +208,7 @@ class Evidence:
     forgotten: Forgotten | None
     carried: int
     stayed: int | None
+    besides: bool
     moved: bool
     codebook: bool
     reported: bool

@@ -7,9 +7,13 @@ from typing import Final
 from stabilitylab.analysis.causes.dtypes import rounded_away
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.rule import Claim, Rule
+from stabilitylab.analysis.columns import kind_of
 from stabilitylab.analysis.landing import FEWEST, Landing
+from stabilitylab.analysis.ledger import FURTHEST
 from stabilitylab.analysis.words import number
+from stabilitylab.record.readings import MODEL_SITE
 
+_OF_WEIGHTS: Final = ("update", "drift", "weight")
 NEARLY_ALL: Final = 0.9
 """Of the edits without effect: as many must show a reason for it."""
 
@@ -34,11 +38,25 @@ def _failing(evidence: Evidence) -> Claim | None:
 def _others(evidence: Evidence) -> Claim | None:
     landing = evidence.landing
     if landing.lost < FEWEST or not landing.others_moved or landing.failed:
-        return None
+        return _others_too(evidence)
     return Claim(
         f"none of {landing.tried} edits moved {landing.what}, and the model's answers on the canary are"
         f" {number(landing.answers)} nats from the original's all the same: what is edited is not watched.",
         "high",
+    )
+
+
+def _others_too(evidence: Evidence) -> Claim | None:
+    """What is watched is edited as well, and nothing is out of the ordinary there."""
+    bad = evidence.first_bad
+    if not evidence.besides or not evidence.is_past("drifting") or bad is None or bad.site != MODEL_SITE:
+        return None
+    if any(kind_of(each.metric) in _OF_WEIGHTS and each.rule != FURTHEST for each in evidence.findings):
+        return None
+    return Claim(
+        "edits also write parameters that are not watched, and the model's answers leave the original's while no"
+        " watched weight shows anything out of the ordinary.",
+        "low",
     )
 
 
@@ -162,7 +180,8 @@ RULES = (
         "The watched layers are not those that are edited, so that nothing but the canary tells what becomes of the"
         " model.",
         "At three edits or more, from the first on, updates of exactly 0 at every watched layer, while the canary's"
-        " answers leave the original's.",
+        " answers leave the original's. With low confidence where watched weights move too, with nothing to be found"
+        " in them, and three edits wrote to parameters beside them.",
         "The MLPs of the last blocks are watched, and the edits go into the attention of the first.",
     ),
     Rule(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from stabilitylab.probes.native_scan import ADDRESS, STEP, count_nonfinite_in, table_of
 from stabilitylab.probes.state_pass import BadTensor, StatePass, count_bad, state_of, step_of
 from stabilitylab.probes.weight_pass import extremes
+from stabilitylab.record.note_kinds import WRITTEN_BESIDES
 from stabilitylab.record.readings import MODEL_SITE
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.sites import Site, locate, why_unmeasurable
 from stabilitylab.watching.walking import NamedModules, named_modules_of, named_tensors_of, tensors_of
 
 _NAMED = 3
+OFTEN: Final = 3
+"""Edits that write a parameter, from which on they mean it."""
 
 _Sign = tuple[int, int]
 _Kind = tuple[type[Tensor], torch.dtype, int, bool]
@@ -32,7 +36,8 @@ class _Plan:
 
     marks, ids, watched: of what the model is made, and which of it others look at. names, places: of those that are
     looked at, and where they stand among all. kinds: their types and extents. unread: where those stand that can't be
-    read. signs: by which a write is seen. table: for native code; None where they are not all for that.
+    read. signs: by which a write is seen. parameters: which of those that are looked at are no buffers. table: for
+    native code; None where they are not all for that.
     """
 
     marks: list[str | None]
@@ -43,6 +48,7 @@ class _Plan:
     kinds: list[_Kind]
     unread: list[int]
     signs: list[_Sign | None]
+    parameters: list[bool]
     table: NDArray[np.int64] | None
 
 
@@ -55,6 +61,8 @@ class StateInstrument:
         self._plan: _Plan | None = None
         self._turn = 0
         self._in_full = True
+        self._written: Counter[str] | None = Counter()
+        """Edits that wrote each unwatched parameter; None once that is said."""
 
     @property
     def wanted(self) -> bool:
@@ -110,6 +118,7 @@ class StateInstrument:
         self._turn = (self._turn + 1) % len(held)
         signs = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         whole = [at for at, (was, now) in enumerate(zip(plan.signs, signs, strict=True)) if was != now]
+        self._tell_of_writes(plan, whole)
         if plan.table is not None:
             plan.table[whole, ADDRESS] = [signs[at][0] for at in whole]
         plan.signs = list(signs)
@@ -125,6 +134,20 @@ class StateInstrument:
             order = [*whole, *sorted({*range(len(held))} - {*whole})]
             counts, names = counts[order], [names[at] for at in order]
         self._add(torch.from_numpy(counts.astype(np.float64)), names)
+
+    def _tell_of_writes(self, plan: _Plan, changed: Sequence[int]) -> None:
+        """Say once that edits write parameters which nobody watches. What was not looked at before may be new."""
+        written = self._written
+        if written is None:
+            return
+        written.update(plan.names[at] for at in changed if plan.parameters[at] and plan.signs[at] is not None)
+        often = [name for name, edits in written.items() if edits >= OFTEN]
+        if not often:
+            return
+        self._written = None
+        more = f" and {len(often) - _NAMED} more" if len(often) > _NAMED else ""
+        are = "is not watched" if len(often) == 1 else "are not watched"
+        self._bench.note(WRITTEN_BESIDES, f"edits also write to {', '.join(often[:_NAMED])}{more}, which {are}")
 
     def _count_by_device(self, plan: _Plan, held: Sequence[Tensor], in_full: set[int]) -> None:
         whole, sampled = _ByDevice(), _ByDevice()
@@ -160,6 +183,7 @@ class StateInstrument:
             kinds=_kinds(held),
             unread=[place[id(tensor)] for _, tensor in asked if not _is_readable(tensor)],
             signs=[before.get(name) for name, _ in read],
+            parameters=[isinstance(tensor, nn.Parameter) for tensor in held],
             table=table_of([(tensor, step_of(tensor)) for tensor in held]),
         )
 
