@@ -185,6 +185,19 @@ def test_dry_edits_are_the_baseline_where_there_are_eight_of_them() -> None:
     assert not drifts(7, 10 * size)
 
 
+def test_the_first_edit_of_all_is_a_jump_beside_dry_edits() -> None:
+    def rules(size: float) -> set[str]:
+        analyzer = Analyzer(METRICS, NOMINAL)
+        analyzer.observe(row(0, {}))
+        for edit in range(1, 9):
+            analyzer.observe_dry(row(edit, {("update.norm", A): USUAL * math.exp(0.01 * (-1) ** edit)}))
+        analyzer.observe(row(1, {("update.norm", A): size}))
+        return {finding.rule for finding in analyzer.diagnosis().findings}
+
+    assert "jump" in rules(1e4 * USUAL)
+    assert "jump" not in rules(10.0 * USUAL)
+
+
 def test_growth_says_how_fast_it_is_and_over_how_many_edits() -> None:
     rate = 0.5
     grown = [USUAL * math.exp(rate * edit) for edit in range(1, 13)]
