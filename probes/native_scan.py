@@ -6,11 +6,13 @@ Each returns None where what it is given is not for native code. Whoever calls h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal, NamedTuple
@@ -24,6 +26,8 @@ ASKED: Final = "STABILITYLAB_WEIGHT_PASS"
 """Environment variable: ``numpy`` as this is imported for the sweep in NumPy although there is native code."""
 _SOURCE: Final = Path(__file__).parent / "native" / "weight_scan.c"
 _DTYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_MOST_COLUMNS: Final = 64
+"""Of a product that native code makes: of more columns BLAS makes it sooner."""
 _SAFE_SQUARES: Final = (1e-280, 1e280)
 """Sums of squares of float64 outside of this range may have over- or underflowed. Those of floats can't, in double."""
 
@@ -80,6 +84,62 @@ def sweep(
     *squares, low, high, at, half = built.sweep(address, first, before, place, count, chunk, code, True)
     hottest = None if moved is None else moved[half, : min(chunk, count - at)]
     return Swept(tuple(squares[: len(held)]), low, high, hottest)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankSum:
+    """W = base + scale · left @ right in fp32, rounded as torch rounds it: the product, then its scaling, then the sum.
+
+    base: [rows, columns] in fp32, fp16 or bf16. left: [rows, rank], right: [rank, columns], both in fp32. All of them
+    contiguous, on a CPU.
+    """
+
+    base: Tensor
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
+def sweep_sum(
+    made: LowRankSum, references: tuple[Tensor, Tensor] | None, rows: int, *, keeps_moved: bool = False
+) -> Swept | None:
+    """What `sweep` does, with a weight that is made as it is read; a chunk has so many rows. References are in fp32."""
+    (height, columns), rank = made.base.shape, made.left.shape[1]
+    held = (made.left, made.right, *(references or ()))
+    built = _for(made.base)
+    if built is None or made.base.dtype == torch.float64 or not all(_fits(each, torch.float32) for each in held):
+        return None
+    if not rank or not makes_as_torch(height, columns, rank):
+        return None
+    chunk = min(rows, height) * columns
+    room = torch.empty(chunk + rank * columns)
+    moved = torch.empty(2, chunk) if keeps_moved else None
+    first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
+    *squares, low, high, at, half = built.sweep_made(
+        *(each.data_ptr() for each in (made.base, made.left, made.right, room)),
+        *(made.scale, columns, rank, _DTYPES[made.base.dtype]),
+        *(first, before, 0 if moved is None else moved.data_ptr(), made.base.numel(), chunk),
+    )
+    hottest = None if moved is None else moved[half, : min(chunk, made.base.numel() - at)]
+    return Swept(tuple(squares[: 1 if references is None else 3]), low, high, hottest)
+
+
+@functools.lru_cache(maxsize=64)
+def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
+    """Whether the native code makes of such factors, and of those transposed, the bits that torch does here.
+
+    It adds up each entry of a product in order, as libraries do where there are few columns. Where one does not, a
+    merge of the adapters would look like an edit.
+    """
+    if _BUILT is None or not _BUILT.MULTIPLIES_AND_ADDS or rank > _MOST_COLUMNS:
+        return False
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+    room, made, base = torch.empty((rows + rank) * columns), torch.empty(rows, columns), torch.zeros(rows, columns)
+    places = [each.data_ptr() for each in (base, left, right, room, base, made)]
+    _BUILT.sweep_made(*places[:4], 1.0, columns, rank, _DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
+    product, transposed = left @ right, (right.T.contiguous() @ left.T.contiguous()).T
+    return bool(torch.equal(made, product) and torch.equal(made, transposed))
 
 
 def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[], object] | None:

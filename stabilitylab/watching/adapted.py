@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.probes.native_scan import LowRankSum
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
 
@@ -135,8 +136,15 @@ def in_pieces(module: nn.Module) -> InPieces | None:
     if not added or None in added:
         return None
     dtype = dtype_of(module)
-    make = partial(_pieces, weight.detach(), [each for each in added if each is not None], dtype)
-    return InPieces((rows, columns), dtype, make)
+    known = [each for each in added if each is not None]
+    return InPieces((rows, columns), dtype, partial(_pieces, weight.detach(), known, dtype), _sum(weight, known, dtype))
+
+
+def _sum(weight: Tensor, added: Sequence[_LowRank], dtype: torch.dtype) -> LowRankSum | None:
+    """The same in one, where that is a sum of two in fp32."""
+    if len(added) != 1 or not added[0].left.dtype == added[0].dtype == dtype == torch.float32:
+        return None
+    return LowRankSum(weight.detach(), added[0].left, added[0].right, added[0].scale)
 
 
 @dataclass(frozen=True)
