@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stabilitylab.probes.native_scan import scan_product
 from stabilitylab.probes.weight_pass import number_here, on_cpu
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
@@ -38,11 +39,15 @@ def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
     """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64.
 
     On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
-    cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
+    cancels, of the product itself. Small ones natively, in float64 at once. On an accelerator, where looking would be a
+    wait, in float64.
     """
     if not on_cpu(a):
         square, _ = _inner(a.double(), b.double())
         return square.clamp_min(0).sqrt()
+    seen = scan_product(a, b)
+    if seen is not None and seen.square > _TRUSTED[torch.float64] * seen.bound**2:
+        return torch.tensor(math.sqrt(seen.square), dtype=torch.float64)
     tried = [(a.double(), b.double())]
     if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         tried.insert(0, (a, b))

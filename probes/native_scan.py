@@ -247,6 +247,28 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
 
 
+_MOST_PRODUCTS: Final = 1 << 20
+"""Of entries of rows, each with each, that native code multiplies: of more BLAS does it sooner."""
+
+
+class ProductSeen(NamedTuple):
+    """square: ‖LᵀR‖². bound: Σ ‖l_i‖ ‖r_i‖ over the rows, which ‖LᵀR‖ does not exceed."""
+
+    square: float
+    bound: float
+
+
+def scan_product(left: Tensor, right: Tensor) -> ProductSeen | None:
+    """Of two small factors [rows, ..] in fp32, contiguous and on a CPU; from their Gram matrices, in double."""
+    rows, lefts, rights = left.shape[0], left.shape[1], right.shape[1]
+    built = _for(left)
+    if built is None or not (_fits(left, torch.float32) and _fits(right, torch.float32)) or not right.numel():
+        return None
+    if rows * rows * (lefts + rights) > _MOST_PRODUCTS:
+        return None
+    return ProductSeen(*built.product(left.data_ptr(), right.data_ptr(), rows, lefts, rights))
+
+
 class SoftmaxSums(NamedTuple):
     """Of one row of logits: the largest, the second, and with d = logit − largest the sums of eᵈ and of d eᵈ."""
 
