@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stabilitylab.probes.native_scan import LowRankSum
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
+from stabilitylab.watching.walking import named_modules_of, named_tensors_of
 
 WRAPPER: Final = "base_model.model."
 """Where a `PeftModel` keeps the model that it wraps."""
@@ -224,7 +225,7 @@ def _marks(base: nn.Module) -> list[tuple[int, int, int]]:
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     base = {id(tensor) for tensor in base_of(module).parameters()}
-    held = (*module.named_parameters(), *module.named_buffers())
+    held = named_tensors_of(named_modules_of(module))
     return ((name, tensor) for name, tensor in held if id(tensor) not in base)
 
 
