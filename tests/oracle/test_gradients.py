@@ -450,12 +450,3 @@ def test_a_zero_gradient_has_no_angle_whatever_rounding_makes_of_it() -> None:
         assert GradientAlignment().compute(alignment_from(packed, has_previous=True)) == {}
     lost = np.array([math.nan, 1.0, math.nan, math.nan, 1.0])
     assert GradientAlignment().compute(alignment_from(lost, has_previous=True)) == {}
-
-
-@pytest.mark.parametrize("silent", [0, 5, 99, 100])
-def test_the_norm_alone_of_many_tokens_some_of_them_without_a_gradient(silent: int) -> None:
-    torch.manual_seed(silent)
-    x, delta = torch.randn(100, 300), torch.randn(100, 200)
-    delta[:silent] = 0
-    packed, rebuild = reduce_size(x, delta)
-    assert rebuild(packed.numpy()).norm == pytest.approx(float((delta.double().T @ x.double()).norm()), rel=1e-5)

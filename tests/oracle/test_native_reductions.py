@@ -303,3 +303,12 @@ def test_what_is_not_finite_in_a_small_product(path: str, lost: float) -> None:
     left, right = torch.randn(5, 40), torch.randn(5, 30)
     left[2, 7] = lost
     assert not math.isfinite(float(norm_of_product(left, right)))
+
+
+@pytest.mark.parametrize("silent", [0, 5, 99, 100])
+def test_the_norm_alone_of_many_tokens_some_of_them_without_a_gradient(path: str, silent: int) -> None:
+    torch.manual_seed(silent)
+    x, delta = torch.randn(100, 300), torch.randn(100, 200)
+    delta[:silent] = 0
+    packed, rebuild = reduce_size(x, delta)
+    assert rebuild(packed.numpy()).norm == pytest.approx(float((delta.double().T @ x.double()).norm()), rel=1e-5)
