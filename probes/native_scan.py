@@ -75,7 +75,7 @@ def sweep(
         return None
     code = _DTYPES[weight.dtype]
     wide = weight.dtype == torch.float64
-    moved = torch.empty(2, chunk, dtype=torch.float64 if wide else torch.float32) if keeps_moved else None
+    moved = weight.new_empty(2, chunk, dtype=torch.float64 if wide else torch.float32) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     place = 0 if moved is None else moved.data_ptr()
     count, address = weight.numel(), weight.data_ptr()
@@ -109,11 +109,12 @@ def sweep_sum(
     built = _for(made.base)
     if built is None or made.base.dtype == torch.float64 or not all(_fits(each, torch.float32) for each in held):
         return None
-    if not rank or not makes_as_torch(height, columns, rank):
+    highest = torch.get_float32_matmul_precision() == "highest"
+    if not rank or not highest or not makes_as_torch(height, columns, rank):
         return None
     chunk = min(rows, height) * columns
-    room = torch.empty(chunk + rank * columns)
-    moved = torch.empty(2, chunk) if keeps_moved else None
+    room = made.left.new_empty(chunk + rank * columns)
+    moved = made.left.new_empty(2, chunk) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     *squares, low, high, at, half = built.sweep_made(
         *(each.data_ptr() for each in (made.base, made.left, made.right, room)),
@@ -133,9 +134,10 @@ def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
     """
     if _BUILT is None or not _BUILT.MULTIPLIES_AND_ADDS or rank > _MOST_COLUMNS:
         return False
-    generator = torch.Generator().manual_seed(rank)
-    left, right = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
-    room, made, base = torch.empty((rows + rank) * columns), torch.empty(rows, columns), torch.zeros(rows, columns)
+    generator = torch.Generator("cpu").manual_seed(rank)
+    empty = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the user has made the usual ones
+    left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
+    base, made, room = (empty.new_zeros(height, columns) for height in (rows, rows, rows + rank))
     places = [each.data_ptr() for each in (base, left, right, room, base, made)]
     _BUILT.sweep_made(*places[:4], 1.0, columns, rank, _DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
     product, transposed = left @ right, (right.T.contiguous() @ left.T.contiguous()).T
@@ -241,7 +243,7 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     if built is None or factor.element_size() < 4:
         return None
     rows, columns = factor.shape
-    lives = torch.empty(rows, dtype=torch.bool)
+    lives = factor.new_empty(rows, dtype=torch.bool)
     wide = factor.dtype == torch.float64
     square, silent = built.factor(factor.data_ptr(), lives.data_ptr(), rows, columns, wide)
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)

@@ -146,3 +146,19 @@ def test_a_product_of_few_columns_is_rounded_as_mkl_rounds_it() -> None:
     if weight_pass() == "numpy" or not native_scan._BUILT.MULTIPLIES_AND_ADDS:  # type: ignore[union-attr]
         pytest.skip("no native code that multiplies and adds in one here")
     assert makes_as_torch(768, 3_072, 8)
+
+
+def test_whatever_device_and_dtype_are_the_usual_ones() -> None:
+    made = a_sum(7, 40, 90, 4, torch.float32)
+    expected = sweep_sum(made, None, 16)
+    makes_as_torch.cache_clear()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = sweep_sum(made, None, 16, keeps_moved=True)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert found[:3] == expected[:3]
