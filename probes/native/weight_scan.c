@@ -124,7 +124,9 @@ typedef struct {
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
 #ifdef __GNUC__
 #define MAKES 1
-enum { LANES = 16, TILE = 4 }; /* rows and twice the lanes of columns whose sums are in registers together */
+/* A tile's sums are in registers together: of so many rows, and of twice the lanes of columns. The lanes are those of
+ * AVX2: wider ones would there be taken apart into single floats, which takes twenty times as long. */
+enum { LANES = 8, TILE = 4 };
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 /* `right` in strips as wide as a tile, one after the other: rows of it apart by powers of two would share few places in
