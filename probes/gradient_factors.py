@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -281,7 +281,7 @@ def reduce_factors(x: Tensor, delta: Tensor, product: Tensor | None = None) -> t
     beyond rank 256 the norm is no estimate then.
     """
     size = functools.partial(_size_of_product, x, delta, product)
-    return _reduced(_both(x, delta), size)
+    return _reduced(_speaking(_both(x, delta)), size)
 
 
 @torch.no_grad()
@@ -295,15 +295,17 @@ def reduce_size(x: Tensor, delta: Tensor, product: Tensor | None = None) -> tupl
     if size is not None:
         return size, _unpack_size
     both = _both(x, delta)
-    head, left, right, rank = both
-    if min(rank, left.shape[0]) > EXACT_RANK:
-        return _reduced(both)
+    if both.rank > EXACT_RANK:
+        both = _speaking(both)
+        if both.left.shape[0] > EXACT_RANK:
+            return _reduced(both)
+    left, right = both.left, both.right
     (tokens, outputs), inputs = left.shape, right.shape[1]
     if tokens * (outputs + inputs) <= outputs * inputs or tokens <= EXACT_RANK:
-        norm = norm_of_product(left, right)
+        norm = norm_of_product(left, right, both.lives)
     else:
         norm = torch.linalg.vector_norm(left.double().T @ right.double())
-    return torch.cat([head, norm.reshape(1)]), _unpack_size
+    return torch.cat([both.head, norm.reshape(1)]), _unpack_size
 
 
 def _size_of_product(x: Tensor, delta: Tensor, product: Tensor | None) -> Tensor | None:
@@ -337,8 +339,18 @@ def _size_of_product(x: Tensor, delta: Tensor, product: Tensor | None) -> Tensor
     return torch.tensor([0.0, 1.0, 1.0, zero_share, seen.silent_share, size, norm], dtype=torch.float64)
 
 
-_Both = tuple[Tensor, Tensor, Tensor, int]
-"""(head, δ [T, out], X [T, in], the highest possible rank of δᵀX): both finite, and scaled as the head says."""
+@dataclass(frozen=True)
+class _Both:
+    """left: δ [T, out]. right: X [T, in]. Both finite, and scaled as the head says. rank: the highest possible of δᵀX.
+
+    lives: bool [T], the tokens that have a δ; None where looking would be a wait, or all that are left have one.
+    """
+
+    head: Tensor
+    left: Tensor
+    right: Tensor
+    rank: int
+    lives: Tensor | None
 
 
 def _both(x: Tensor, delta: Tensor) -> _Both:
@@ -355,10 +367,22 @@ def _both(x: Tensor, delta: Tensor) -> _Both:
         lives: Tensor | None = d.lives
     else:
         head, right, left, lives = _scaled(right, left)
-    rank = min(left.shape[0], left.shape[1], right.shape[1])
-    if lives is not None:
-        left, right = _with_delta(left, right, lives, always=rank <= EXACT_RANK)
-    return head, left, right, rank
+    return _Both(head, left, right, min(left.shape[0], left.shape[1], right.shape[1]), lives)
+
+
+def _speaking(both: _Both) -> _Both:
+    """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular.
+
+    Beyond the rank whose spectrum is exact only where they are so few that a copy is worth its time by itself.
+    """
+    rows = both.lives
+    if rows is None:
+        return both
+    count = int(rows.sum())
+    most = rows.numel() - 1 if both.rank <= EXACT_RANK else _SPARSE * rows.numel()
+    if not 0 < count <= most:
+        return both
+    return replace(both, left=both.left[rows], right=both.right[rows], lives=None)
 
 
 def _plain(factor: Tensor) -> FactorSeen | None:
@@ -378,11 +402,11 @@ def _scaled(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | 
 
 
 def _reduced(both: _Both, size: Callable[[], Tensor | None] = lambda: None) -> tuple[Tensor, Rebuild[GradientSpectrum]]:
-    head, left, right, rank = both
+    left, right = both.left, both.right
     return _packed(
-        head,
-        rank,
-        (lambda: _core(right, left)) if min(rank, left.shape[0]) <= EXACT_RANK else None,
+        both.head,
+        both.rank,
+        (lambda: _core(right, left)) if min(both.rank, left.shape[0]) <= EXACT_RANK else None,
         # From the left: to multiply a transposed factor with few columns takes BLAS four times as long.
         lambda directions: ((directions.T @ right.T) @ left).T,
         lambda directions: ((directions.T @ left.T) @ right).T,
@@ -426,13 +450,3 @@ def _alone(gradient: Tensor) -> tuple[Tensor, Tensor]:
     zero_share = 1 - (1 - whole.silent_share) * (1 - silent_rows)
     one = torch.ones_like(whole.scale)
     return torch.stack([whole.nonfinite, whole.scale, one, zero_share, whole.silent_share, whole.norm]), values
-
-
-def _with_delta(delta: Tensor, x: Tensor, rows: Tensor, always: bool) -> tuple[Tensor, Tensor]:
-    """Only the tokens that have a δ: the others, such as each row's last, add nothing and make Gram matrices singular.
-
-    rows: those that have. always: even where they are too few for a copy to be worth its time by itself.
-    """
-    count = int(rows.sum())
-    most = rows.numel() - 1 if always else _SPARSE * rows.numel()
-    return (delta[rows], x[rows]) if 0 < count <= most else (delta, x)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stabilitylab.probes.native_scan import scan_product
 from stabilitylab.probes.weight_pass import number_here, on_cpu
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
@@ -34,22 +35,30 @@ _SAFE_SQUARES = (1e-30, 1e36)
 """Squares of rows' norms in here: no product of two rows of fp32 over- or underflows that would count."""
 
 
-def norm_of_product(a: Tensor, b: Tensor) -> Tensor:
-    """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64.
+def norm_of_product(a: Tensor, b: Tensor, lives: Tensor | None = None) -> Tensor:
+    """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64. lives: bool [rows], those of
+    A that are not all 0, where that is known.
 
     On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
-    cancels, of the product itself. On an accelerator, where looking would be a wait, in float64.
+    cancels, of the product itself. Small ones natively, in float64 at once. On an accelerator, where looking would be a
+    wait, in float64.
     """
     if not on_cpu(a):
         square, _ = _inner(a.double(), b.double())
         return square.clamp_min(0).sqrt()
+    seen = scan_product(a, b)
+    if seen is not None and seen.square > _TRUSTED[torch.float64] * seen.bound**2:
+        return torch.tensor(math.sqrt(seen.square), dtype=torch.float64)
     tried = [(a.double(), b.double())]
     if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         tried.insert(0, (a, b))
     for pair in tried:
         square, sizes = _inner(*pair)
+        sizes = sizes if lives is None else sizes[:, lives]  # what is 0 can't underflow
         narrow = pair[0].dtype == torch.float32
         least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
+        if not sizes.numel():
+            return torch.zeros_like(square)
         low, high = map(number_here, torch.aminmax(sizes))
         bound = number_here(sizes.double().prod(dim=0).sqrt().sum()) ** 2
         if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[pair[0].dtype] * bound:

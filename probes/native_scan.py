@@ -6,11 +6,13 @@ Each returns None where what it is given is not for native code. Whoever calls h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal, NamedTuple
@@ -24,6 +26,8 @@ ASKED: Final = "STABILITYLAB_WEIGHT_PASS"
 """Environment variable: ``numpy`` as this is imported for the sweep in NumPy although there is native code."""
 _SOURCE: Final = Path(__file__).parent / "native" / "weight_scan.c"
 _DTYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_MOST_COLUMNS: Final = 64
+"""Of a product that native code makes: of more columns BLAS makes it sooner."""
 _SAFE_SQUARES: Final = (1e-280, 1e280)
 """Sums of squares of float64 outside of this range may have over- or underflowed. Those of floats can't, in double."""
 
@@ -71,7 +75,7 @@ def sweep(
         return None
     code = _DTYPES[weight.dtype]
     wide = weight.dtype == torch.float64
-    moved = torch.empty(2, chunk, dtype=torch.float64 if wide else torch.float32) if keeps_moved else None
+    moved = weight.new_empty(2, chunk, dtype=torch.float64 if wide else torch.float32) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     place = 0 if moved is None else moved.data_ptr()
     count, address = weight.numel(), weight.data_ptr()
@@ -80,6 +84,64 @@ def sweep(
     *squares, low, high, at, half = built.sweep(address, first, before, place, count, chunk, code, True)
     hottest = None if moved is None else moved[half, : min(chunk, count - at)]
     return Swept(tuple(squares[: len(held)]), low, high, hottest)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankSum:
+    """W = base + scale · left @ right in fp32, rounded as torch rounds it: the product, then its scaling, then the sum.
+
+    base: [rows, columns] in fp32, fp16 or bf16. left: [rows, rank], right: [rank, columns], both in fp32. All of them
+    contiguous, on a CPU.
+    """
+
+    base: Tensor
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
+def sweep_sum(
+    made: LowRankSum, references: tuple[Tensor, Tensor] | None, rows: int, *, keeps_moved: bool = False
+) -> Swept | None:
+    """What `sweep` does, with a weight that is made as it is read; a chunk has so many rows. References are in fp32."""
+    (height, columns), rank = made.base.shape, made.left.shape[1]
+    held = (made.left, made.right, *(references or ()))
+    built = _for(made.base)
+    if built is None or made.base.dtype == torch.float64 or not all(_fits(each, torch.float32) for each in held):
+        return None
+    highest = torch.get_float32_matmul_precision() == "highest"
+    if not rank or not highest or not makes_as_torch(height, columns, rank):
+        return None
+    chunk = min(rows, height) * columns
+    room = made.left.new_empty(chunk + rank * columns)
+    moved = made.left.new_empty(2, chunk) if keeps_moved else None
+    first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
+    *squares, low, high, at, half = built.sweep_made(
+        *(each.data_ptr() for each in (made.base, made.left, made.right, room)),
+        *(made.scale, columns, rank, _DTYPES[made.base.dtype]),
+        *(first, before, 0 if moved is None else moved.data_ptr(), made.base.numel(), chunk),
+    )
+    hottest = None if moved is None else moved[half, : min(chunk, made.base.numel() - at)]
+    return Swept(tuple(squares[: 1 if references is None else 3]), low, high, hottest)
+
+
+@functools.lru_cache(maxsize=64)
+def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
+    """Whether the native code makes of such factors, and of those transposed, the bits that torch does here.
+
+    It adds up each entry of a product in order, as libraries do where there are few columns. Where one does not, a
+    merge of the adapters would look like an edit.
+    """
+    if _BUILT is None or not _BUILT.MULTIPLIES_AND_ADDS or rank > _MOST_COLUMNS:
+        return False
+    generator = torch.Generator("cpu").manual_seed(rank)
+    empty = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the user has made the usual ones
+    left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
+    base, made, room = (empty.new_zeros(height, columns) for height in (rows, rows, rows + rank))
+    places = [each.data_ptr() for each in (base, left, right, room, base, made)]
+    _BUILT.sweep_made(*places[:4], 1.0, columns, rank, _DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
+    product, transposed = left @ right, (right.T.contiguous() @ left.T.contiguous()).T
+    return bool(torch.equal(made, product) and torch.equal(made, transposed))
 
 
 def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[], object] | None:
@@ -181,10 +243,32 @@ def scan_factor(factor: Tensor) -> FactorSeen | None:
     if built is None or factor.element_size() < 4:
         return None
     rows, columns = factor.shape
-    lives = torch.empty(rows, dtype=torch.bool)
+    lives = factor.new_empty(rows, dtype=torch.bool)
     wide = factor.dtype == torch.float64
     square, silent = built.factor(factor.data_ptr(), lives.data_ptr(), rows, columns, wide)
     return None if wide and not _is_safe((square,)) else FactorSeen(math.sqrt(square), silent / columns, lives)
+
+
+_MOST_PRODUCTS: Final = 1 << 20
+"""Of entries of rows, each with each, that native code multiplies: of more BLAS does it sooner."""
+
+
+class ProductSeen(NamedTuple):
+    """square: ‖LᵀR‖². bound: Σ ‖l_i‖ ‖r_i‖ over the rows, which ‖LᵀR‖ does not exceed."""
+
+    square: float
+    bound: float
+
+
+def scan_product(left: Tensor, right: Tensor) -> ProductSeen | None:
+    """Of two small factors [rows, ..] in fp32, contiguous and on a CPU; from their Gram matrices, in double."""
+    rows, lefts, rights = left.shape[0], left.shape[1], right.shape[1]
+    built = _for(left)
+    if built is None or not (_fits(left, torch.float32) and _fits(right, torch.float32)) or not right.numel():
+        return None
+    if rows * rows * (lefts + rights) > _MOST_PRODUCTS:
+        return None
+    return ProductSeen(*built.product(left.data_ptr(), right.data_ptr(), rows, lefts, rights))
 
 
 class SoftmaxSums(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.native_scan import rows_alike, scan_extremes, sweep
+from stabilitylab.probes.native_scan import Swept, rows_alike, scan_extremes, sweep
 from stabilitylab.probes.triton_scan import sweep_on_device
 
 _CHUNK = 98_304  # entries on a CPU: of fp32 with two references and the scratch, 1.5 MiB, which fits a core's L2 cache
@@ -214,6 +214,11 @@ def _rows_of(columns: int, chunk: int) -> int:
     return max(1, chunk // columns)
 
 
+def rows_of_a_chunk(columns: int) -> int:
+    """Rows of a weight on a CPU that stay in a core's cache, with two references."""
+    return _rows_of(columns, _CHUNK)
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
     """`tensor` [rows, …] as a matrix [rows, columns]; anything below two dimensions is one row."""
     tensor = tensor.detach()
@@ -238,18 +243,26 @@ def _scan_on_cpu(
     # Nothing is made of the tensors before native code has them: with cold caches, each view costs what a tenth of a
     # small weight does.
     columns = math.prod(weight.shape[1:]) if weight.dim() > 1 else max(weight.numel(), 1)
-    swept = sweep(weight, references, _rows_of(columns, _CHUNK) * columns, keeps_moved=want_change)
+    swept = sweep(weight, references, rows_of_a_chunk(columns) * columns, keeps_moved=want_change)
     if swept is None:
         values, hottest = _scan_in_numpy(as_matrix(weight), references)
         return values, hottest.reshape(-1, columns) if want_change else None
-    bad = 0.0 if math.isfinite(swept.low) and math.isfinite(swept.high) else _nonfinite_in(as_matrix(weight))
-    low, high = (math.nan, math.nan) if math.isnan(swept.low) or math.isnan(swept.high) else (swept.low, swept.high)
     change = None if swept.moved is None else swept.moved.reshape(-1, columns)
-    return [*map(math.sqrt, swept.squares), low, high, bad], change
+    return told(swept, lambda: _pieces(as_matrix(weight), _rows_at_once(as_matrix(weight)))), change
 
 
-def _nonfinite_in(weight: Tensor) -> float:
-    return float(sum((~torch.isfinite(piece)).sum().item() for piece in _pieces(weight, _rows_at_once(weight))))
+def told(swept: Swept, pieces: Callable[[], Iterable[Tensor]]) -> list[float]:
+    """[‖W‖, other norms, low, high, non-finite] of a native sweep. pieces: gives W, to be looked at where an extreme
+    is not finite.
+    """
+    lost = math.isnan(swept.low) or math.isnan(swept.high)
+    low, high = (math.nan, math.nan) if lost else (swept.low, swept.high)
+    bad = 0 if math.isfinite(low) and math.isfinite(high) else sum(_nonfinite_in(piece) for piece in pieces())
+    return [*map(math.sqrt, swept.squares), low, high, float(bad)]
+
+
+def _nonfinite_in(piece: Tensor) -> int:
+    return int(torch.isfinite(piece).logical_not().sum().item())
 
 
 @torch.no_grad()

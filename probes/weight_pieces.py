@@ -1,4 +1,7 @@
-"""The pass over a weight that lies nowhere as a whole: each piece of it is made, and read while it is in the cache."""
+"""The pass over a weight that lies nowhere as a whole: each piece of it is made, and read while it is in the cache.
+
+Where all that is made is one product of few columns, native code does both in one sweep.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,16 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Host
-from stabilitylab.probes.weight_pass import Scanned, number_here, reduce_weight, same_bits, scan_weight
+from stabilitylab.probes.native_scan import LowRankSum, Swept, sweep_sum
+from stabilitylab.probes.weight_pass import (
+    Scanned,
+    number_here,
+    reduce_weight,
+    rows_of_a_chunk,
+    same_bits,
+    scan_weight,
+    told,
+)
 
 _TILE: Final = 16
 _PIECE: Final = 196_608
@@ -28,11 +40,15 @@ def rows_of_a_piece(columns: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class InPieces:
-    """A matrix on a CPU. make: gives its rows in order, some at a time; each piece is only valid until the next."""
+    """A matrix on a CPU. make: gives its rows in order, some at a time; each piece is only valid until the next.
+
+    sum: what it is the sum of, where that is all.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     make: Callable[[], Iterator[Tensor]]
+    sum: LowRankSum | None = None
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Each piece with the rows that it is."""
@@ -55,6 +71,9 @@ class InPieces:
 
 def scan_pieces(weight: InPieces) -> Tensor:
     """What `scan_weight` packs."""
+    swept = _swept(weight, None)
+    if swept is not None:
+        return torch.tensor(told(swept, weight.make), dtype=torch.float64)
     return torch.from_numpy(_together([scan_weight(piece).numpy() for piece in weight.make()]))
 
 
@@ -62,6 +81,25 @@ def reduce_pieces(
     weight: InPieces, reference: Tensor, previous: Tensor, reference_norm: Tensor, want_change: bool = False
 ) -> Scanned:
     """What `reduce_weight` gives; `previous` becomes W."""
+    swept = _swept(weight, (reference, previous), want_change)
+    if swept is not None:
+        values = told(swept, weight.make)
+        packed = torch.tensor([values[0], number_here(reference_norm), *values[1:]], dtype=torch.float64)
+        change = None if swept.moved is None else swept.moved.reshape(-1, weight.shape[1])
+        return Scanned(packed, values[2], change)
+    return _reduce_by_pieces(weight, reference, previous, reference_norm, want_change)
+
+
+def _swept(weight: InPieces, references: tuple[Tensor, Tensor] | None, want_change: bool = False) -> Swept | None:
+    """One sweep that makes the weight as it reads it, where native code can."""
+    if weight.sum is None:
+        return None
+    return sweep_sum(weight.sum, references, rows_of_a_chunk(weight.shape[1]), keeps_moved=want_change)
+
+
+def _reduce_by_pieces(
+    weight: InPieces, reference: Tensor, previous: Tensor, reference_norm: Tensor, want_change: bool
+) -> Scanned:
     parts, change, most = [], None, -1.0
     for rows, piece in weight.rows():
         seen = reduce_weight(piece, reference[rows], previous[rows], reference_norm, want_change)
@@ -69,9 +107,9 @@ def reduce_pieces(
         if not update <= most:
             change, most = seen.change, update
         parts.append(seen.packed.numpy())
-    packed = _together(parts)
-    packed[1] = number_here(reference_norm)
-    return Scanned(torch.from_numpy(packed), float(packed[3]), change)
+    together = _together(parts)
+    together[1] = number_here(reference_norm)
+    return Scanned(torch.from_numpy(together), float(together[3]), change)
 
 
 def _together(parts: list[Host]) -> Host:

@@ -109,8 +109,103 @@ KERNEL(chunk_bfloat16, uint16_t, float, int32_t, from_bfloat16, ordered)
 #define SAME_WIDE(value) (value)
 KERNEL(chunk_float64, double, double, int64_t, SAME_WIDE, ordered_wide)
 
+/* A weight that is made as it is read: base + scale * left @ right in float, chunk by chunk. It is rounded as torch.mm
+ * and the operators round it that would make it: each entry of the product is a chain of multiply-adds in order, then
+ * come the scale and the base. */
+typedef struct {
+    const void *base;          /* [rows, columns] */
+    const float *left, *right; /* [rows, rank] and [rank, columns] */
+    float *room, *strips;      /* of a chunk; of `right` */
+    float scale;
+    Py_ssize_t columns, rank;
+    int dtype; /* of the base */
+} LowRank;
+
+enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
+#ifdef __GNUC__
+#define MAKES 1
+/* A tile's sums are in registers together: of so many rows, and of twice the lanes of columns. The lanes are those of
+ * AVX2: wider ones would there be taken apart into single floats, which takes twenty times as long. */
+enum { LANES = 8, TILE = 4 };
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+/* `right` in strips as wide as a tile, one after the other: rows of it apart by powers of two would share few places in
+ * the cache. */
+static void cut_in_strips(const LowRank *m) {
+    float *strip = m->strips;
+    for (Py_ssize_t column = 0; column + 2 * LANES <= m->columns; column += 2 * LANES)
+        for (Py_ssize_t k = 0; k < m->rank; k++, strip += 2 * LANES)
+            memcpy(strip, m->right + k * m->columns + column, 2 * LANES * sizeof *strip);
+}
+
+/* base: of the tile, where it is of floats; else it is added later. */
+INLINE void make_tile(const LowRank *m, const float *left, const float *strip, const float *base, float *out, int rows) {
+    Lanes sums[TILE][2] = {0};
+    for (Py_ssize_t k = 0; k < m->rank; k++, strip += 2 * LANES) {
+        const Lanes near = *(const Lanes *)strip, far = *(const Lanes *)(strip + LANES);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+            sums[row][0] += left[row * m->rank + k] * near; /* a multiply-add: see `multiplies_and_adds` */
+            sums[row][1] += left[row * m->rank + k] * far;
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            Py_ssize_t at = row * m->columns + half * LANES;
+            Lanes made = sums[row][half];
+            if (m->scale != 1.0f) {
+                made *= m->scale;
+                __asm__("" : "+m"(made)); /* rounded here: with the sum below it must become no multiply-add */
+            }
+            if (base)
+                made += *(const Lanes *)(base + at);
+            *(Lanes *)(out + at) = made;
+        }
+}
+
+#define ADD_BASE(STORED, LOAD)                                                                                         \
+    for (Py_ssize_t at = 0; at < count; at++) out[at] += LOAD(((const STORED *)m->base)[from + at])
+
+INLINE void make_chunk(const LowRank *m, Py_ssize_t from, Py_ssize_t count) {
+    Py_ssize_t columns = m->columns, rows = count / columns, tiled = columns - columns % (2 * LANES);
+    const float *left = m->left + from / columns * m->rank, *base = m->dtype == FLOAT32 ? (const float *)m->base + from : NULL;
+    float *RESTRICT out = m->room;
+    for (Py_ssize_t row = 0, held; row < rows; row += held) {
+        held = rows - row < TILE ? 1 : TILE;
+        const float *own = left + row * m->rank;
+        for (Py_ssize_t column = 0; column < tiled; column += 2 * LANES) {
+            Py_ssize_t at = row * columns + column;
+            const float *strip = m->strips + column * m->rank, *below = base ? base + at : NULL;
+            if (held == TILE) make_tile(m, own, strip, below, out + at, TILE);
+            else make_tile(m, own, strip, below, out + at, 1);
+        }
+        for (Py_ssize_t each = 0; each < held; each++)
+            for (Py_ssize_t column = tiled; column < columns; column++) {
+                Py_ssize_t at = (row + each) * columns + column;
+                float sum = 0.0f;
+                for (Py_ssize_t k = 0; k < m->rank; k++)
+                    sum = fmaf(own[each * m->rank + k], m->right[k * columns + column], sum);
+                if (m->scale != 1.0f) {
+                    sum *= m->scale;
+                    __asm__("" : "+m"(sum));
+                }
+                out[at] = base ? sum + base[at] : sum;
+            }
+    }
+    if (m->dtype == BFLOAT16) ADD_BASE(uint16_t, from_bfloat16);
+    else if (m->dtype == FLOAT16) ADD_BASE(uint16_t, from_float16);
+}
+#else
+#define MAKES 0
+static void cut_in_strips(const LowRank *m) {}
+INLINE void make_chunk(const LowRank *m, Py_ssize_t from, Py_ssize_t count) {}
+#endif
+
 typedef struct {
     const void *weight, *first;
+    const LowRank *made;  /* in place of a weight, or NULL */
     void *before, *moved; /* moved: of two chunks, or NULL */
     Py_ssize_t count, chunk;
     int copied;
@@ -122,9 +217,9 @@ typedef struct {
 /* A chunk that is not finite is the hottest there is. */
 INLINE int is_hotter(double square, double most) { return !(square <= most); }
 
-#define SWEEP(NAME, CHUNK, STORED, VALUE, START_LOW, START_HIGH, BACK)                                                 \
+#define SWEEP(NAME, CHUNK, STORED, VALUE, START_LOW, START_HIGH, BACK, CHUNK_AT)                                       \
     INLINE void NAME(Sweep *s) {                                                                                       \
-        const STORED *w = s->weight, *first = s->first;                                                                \
+        const STORED *first = s->first;                                                                                \
         STORED *before = s->before;                                                                                    \
         VALUE *moved = s->moved;                                                                                       \
         Sums sums = {0.0, 0.0, 0.0, START_LOW, START_HIGH};                                                            \
@@ -132,14 +227,15 @@ INLINE int is_hotter(double square, double most) { return !(square <= most); }
         int free = 0;                                                                                                  \
         for (Py_ssize_t at = 0; at < s->count; at += s->chunk) {                                                       \
             Py_ssize_t count = s->count - at < s->chunk ? s->count - at : s->chunk;                                    \
+            const STORED *w = CHUNK_AT(s, at, count);                                                                  \
             if (!first) {                                                                                              \
-                CHUNK(w + at, NULL, NULL, count, NULL, &sums, 0, 0, 0);                                                \
+                CHUNK(w, NULL, NULL, count, NULL, &sums, 0, 0, 0);                                                     \
             } else if (!s->copied) {                                                                                   \
-                CHUNK(w + at, first + at, before + at, count, NULL, &sums, 1, 0, 0);                                   \
+                CHUNK(w, first + at, before + at, count, NULL, &sums, 1, 0, 0);                                        \
             } else if (!moved) {                                                                                       \
-                CHUNK(w + at, first + at, before + at, count, NULL, &sums, 1, 1, 0);                                   \
+                CHUNK(w, first + at, before + at, count, NULL, &sums, 1, 1, 0);                                        \
             } else {                                                                                                   \
-                CHUNK(w + at, first + at, before + at, count, moved + free * s->chunk, &sums, 1, 1, 1);                \
+                CHUNK(w, first + at, before + at, count, moved + free * s->chunk, &sums, 1, 1, 1);                     \
                 if (is_hotter(sums.update, most)) {                                                                    \
                     most = sums.update;                                                                                \
                     s->hottest = at, s->half = free;                                                                   \
@@ -151,13 +247,23 @@ INLINE int is_hotter(double square, double most) { return !(square <= most); }
         s->low = BACK(sums.low), s->high = BACK(sums.high);                                                            \
     }
 
-#define BACK32(order) from_ordered((int32_t)(order))
-SWEEP(sweep_float32, chunk_float32, float, float, INT32_MAX, INT32_MIN, BACK32)
-SWEEP(sweep_float16, chunk_float16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
-SWEEP(sweep_bfloat16, chunk_bfloat16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
-SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_ordered_wide)
+/* Where a chunk of the weight lies: of one that is made as it is read, once it is made. */
+#define LYING(STORED) (const STORED *)s->weight + at
+#define HALF_AT(s, at, count) LYING(uint16_t)
+#define DOUBLE_AT(s, at, count) LYING(double)
 
-enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
+INLINE const float *float_at(const Sweep *s, Py_ssize_t at, Py_ssize_t count) {
+    if (!s->made)
+        return LYING(float);
+    make_chunk(s->made, at, count);
+    return s->made->room;
+}
+
+#define BACK32(order) from_ordered((int32_t)(order))
+SWEEP(sweep_float32, chunk_float32, float, float, INT32_MAX, INT32_MIN, BACK32, float_at)
+SWEEP(sweep_float16, chunk_float16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32, HALF_AT)
+SWEEP(sweep_bfloat16, chunk_bfloat16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32, HALF_AT)
+SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_ordered_wide, DOUBLE_AT)
 
 #define SWEEPS(SUFFIX, TARGET)                                                                                         \
     TARGET static void float16_##SUFFIX(Sweep *s) { sweep_float16(s); }                                                \
@@ -370,6 +476,59 @@ static PyObject *factor(PyObject *module, PyObject *args) {
     Py_END_ALLOW_THREADS;
     PyMem_Free(f.met);
     return Py_BuildValue("dn", f.square, silent);
+}
+
+typedef struct {
+    const float *left, *right; /* of as many rows */
+    Py_ssize_t rows, lefts, rights;
+    double square, bound;
+} Product;
+
+INLINE double dot(const float *one, const float *other, Py_ssize_t count) {
+    double sum = 0.0;
+    for (Py_ssize_t at = 0; at < count; at++) sum += (double)one[at] * (double)other[at];
+    return sum;
+}
+
+/* The squared norm of left^T right as the inner product of the two Gram matrices, and what no such product exceeds. Of
+ * floats nothing in here over- or underflows. */
+INLINE void product_of_rows(Product *p) {
+    for (Py_ssize_t row = 0; row < p->rows; row++) {
+        const float *left = p->left + row * p->lefts, *right = p->right + row * p->rights;
+        double beside = 0.0;
+        for (Py_ssize_t other = 0; other < row; other++)
+            beside += dot(left, p->left + other * p->lefts, p->lefts) * dot(right, p->right + other * p->rights, p->rights);
+        double own = dot(left, left, p->lefts) * dot(right, right, p->rights);
+        p->square += own + 2.0 * beside;
+        p->bound += sqrt(own);
+    }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+AVX2 static void product_avx2(Product *p) { product_of_rows(p); }
+AVX512 static void product_avx512(Product *p) { product_of_rows(p); }
+#endif
+
+static PyObject *product(PyObject *module, PyObject *args) {
+    unsigned long long left, right;
+    Product p = {0};
+    if (!PyArg_ParseTuple(args, "KKnnn", &left, &right, &p.rows, &p.lefts, &p.rights))
+        return NULL;
+    if (p.rows <= 0 || p.lefts <= 0 || p.rights <= 0 || !left || !right) {
+        PyErr_SetString(PyExc_ValueError, "product: expected two matrices of as many rows");
+        return NULL;
+    }
+    p.left = (const float *)(uintptr_t)left;
+    p.right = (const float *)(uintptr_t)right;
+    Py_BEGIN_ALLOW_THREADS;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sweeps == sweeps_avx512) product_avx512(&p);
+    else if (sweeps == sweeps_avx2) product_avx2(&p);
+    else
+#endif
+    product_of_rows(&p);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("dd", p.square, p.bound);
 }
 
 typedef struct {
@@ -631,10 +790,51 @@ static PyObject *sweep(PyObject *module, PyObject *args) {
     return Py_BuildValue("dddddni", s.norm, s.drift, s.update, s.low, s.high, s.hottest, s.half);
 }
 
+/* Whether `sweep_made` is of use: without such an instruction it would round otherwise, and take longer than torch. */
+static int multiplies_and_adds(void) {
+#ifdef __FP_FAST_FMAF
+    return MAKES;
+#else
+    return MAKES && sweeps != sweeps_plain;
+#endif
+}
+
+static PyObject *sweep_made(PyObject *module, PyObject *args) {
+    unsigned long long base, left, right, room, first, before, moved;
+    LowRank made = {0};
+    Sweep s = {0};
+    if (!PyArg_ParseTuple(args, "KKKKfnniKKKnn", &base, &left, &right, &room, &made.scale, &made.columns, &made.rank,
+                          &made.dtype, &first, &before, &moved, &s.count, &s.chunk))
+        return NULL;
+    if (made.dtype < 0 || made.dtype >= FLOAT64 || made.columns <= 0 || made.rank <= 0 || s.chunk <= 0 || s.count <= 0 ||
+        s.chunk % made.columns || s.count % made.columns || !base || !left || !right || !room || !first != !before) {
+        PyErr_SetString(PyExc_ValueError, "sweep_made: expected whole rows of a base, its factors, both references or none");
+        return NULL;
+    }
+    made.base = (const void *)(uintptr_t)base;
+    made.left = (const float *)(uintptr_t)left;
+    made.right = (const float *)(uintptr_t)right;
+    made.room = (float *)(uintptr_t)room;
+    made.strips = made.room + s.chunk;
+    s.made = &made;
+    s.first = (const void *)(uintptr_t)first;
+    s.before = (void *)(uintptr_t)before;
+    s.moved = (void *)(uintptr_t)moved;
+    s.copied = 1;
+    Py_BEGIN_ALLOW_THREADS;
+    cut_in_strips(&made);
+    sweeps[FLOAT32](&s);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("dddddni", s.norm, s.drift, s.update, s.low, s.high, s.hottest, s.half);
+}
+
 static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(weight, first, before, moved, count, chunk, dtype, copied) -> (|W|^2, |W-W0|^2, |W-W-|^2, low, high, "
      "where the chunk begins that moved most, which half of `moved` has it)"},
+    {"sweep_made", sweep_made, METH_VARARGS,
+     "sweep_made(base, left, right, room, scale, columns, rank, dtype of the base, first, before, moved, count, chunk) -> "
+     "what `sweep` gives of base + scale * left @ right in float, which W- becomes; room: for a chunk, and then `right`"},
     {"rows", rows, METH_VARARGS,
      "rows(values, rows, columns, period, dtype) -> (sum of squares, low, high, and the same of the rows whose number is "
      "no multiple of the period)"},
@@ -644,6 +844,8 @@ static PyMethodDef methods[] = {
     {"factor", factor, METH_VARARGS,
      "factor(values, lives, rows, columns, wide) -> (sum of squares, columns that are all 0); lives: a byte a row, "
      "whether any entry of it is not 0"},
+    {"product", product, METH_VARARGS,
+     "product(left, right, rows, lefts, rights) -> (|left^T right|^2, the sum over rows of |left_i| |right_i|) in floats"},
     {"softmax", softmax, METH_VARARGS,
      "softmax(values, count, dtype) -> (largest, second, sum of e^d, sum of d e^d), d = value - largest"},
     {"alike", alike, METH_VARARGS,
@@ -663,7 +865,8 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_weight_scan", N
 PyMODINIT_FUNC PyInit__weight_scan(void) {
     PyObject *module = PyModule_Create(&definition);
     choose_instructions();
-    if (module && (PyModule_AddStringConstant(module, "ISA", isa) || PyModule_AddStringConstant(module, "SOURCE", SOURCE)))
+    if (module && (PyModule_AddStringConstant(module, "ISA", isa) || PyModule_AddStringConstant(module, "SOURCE", SOURCE) ||
+                   PyModule_AddIntConstant(module, "MULTIPLIES_AND_ADDS", multiplies_and_adds())))
         return NULL;
     return module;
 }

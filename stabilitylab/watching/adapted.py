@@ -17,8 +17,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.probes.native_scan import LowRankSum
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
+from stabilitylab.watching.walking import named_modules_of, named_tensors_of
 
 WRAPPER: Final = "base_model.model."
 """Where a `PeftModel` keeps the model that it wraps."""
@@ -135,8 +137,15 @@ def in_pieces(module: nn.Module) -> InPieces | None:
     if not added or None in added:
         return None
     dtype = dtype_of(module)
-    make = partial(_pieces, weight.detach(), [each for each in added if each is not None], dtype)
-    return InPieces((rows, columns), dtype, make)
+    known = [each for each in added if each is not None]
+    return InPieces((rows, columns), dtype, partial(_pieces, weight.detach(), known, dtype), _sum(weight, known, dtype))
+
+
+def _sum(weight: Tensor, added: Sequence[_LowRank], dtype: torch.dtype) -> LowRankSum | None:
+    """The same in one, where that is a sum of two in fp32."""
+    if len(added) != 1 or not added[0].left.dtype == added[0].dtype == dtype == torch.float32:
+        return None
+    return LowRankSum(weight.detach(), added[0].left, added[0].right, added[0].scale)
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ def _marks(base: nn.Module) -> list[tuple[int, int, int]]:
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     base = {id(tensor) for tensor in base_of(module).parameters()}
-    held = (*module.named_parameters(), *module.named_buffers())
+    held = named_tensors_of(named_modules_of(module))
     return ((name, tensor) for name, tensor in held if id(tensor) not in base)
 
 

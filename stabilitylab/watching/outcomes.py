@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import OutcomeKind
 from stabilitylab.watching.instruments.references import References
-from stabilitylab.watching.walking import NamedModules, parameters_of
+from stabilitylab.watching.walking import NamedModules
 
 Passes = Mapping[str, WeightPass]
 """What a look at each weight says, by site."""
@@ -28,11 +28,12 @@ def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKi
 
 
 Parts = list[tuple[str, tuple[int, ...]]]
-"""Which parameters a model has: each one's last name and shape, whatever it is wrapped in."""
+"""Which parameters the modules of a model have: each one's last name and shape, whatever they are wrapped in."""
 
 
 def _parts_of(named: NamedModules) -> Parts:
-    return [(leaf, tensor.shape) for leaf, tensor in parameters_of(named)]
+    held = [module._parameters for _, module in named if module._parameters]
+    return [(leaf, tensor.shape) for each in held for leaf, tensor in each.items() if tensor is not None]
 
 
 def _alike(left: Parts, right: Parts) -> bool:

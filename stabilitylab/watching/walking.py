@@ -50,17 +50,6 @@ def holding(named: Iterable[tuple[str, nn.Module]], attribute: str) -> NamedModu
     ]
 
 
-def parameters_of(named: NamedModules) -> list[tuple[str, Tensor]]:
-    """Each parameter of these modules once, under its last name alone."""
-    held: dict[int, tuple[str, Tensor]] = {}
-    for _, module in named:
-        if module._parameters:
-            for leaf, tensor in module._parameters.items():
-                if tensor is not None:
-                    held.setdefault(id(tensor), (leaf, tensor))
-    return list(held.values())
-
-
 def tensors_of(named: NamedModules) -> tuple[list[str | None], list[Tensor | None]]:
     """(all that a name of one is made of: nothing, its module's, its own; the tensors): the parameters of these modules
     and then their buffers, as often as they are held. Whoever looks again sees by it that all is as it was.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stabilitylab.probes import native_scan
 from stabilitylab.probes.gradient_factors import reduce_factors, reduce_size
+from stabilitylab.probes.gram import norm_of_product
 from stabilitylab.probes.logits_pass import reduce_logits
 from stabilitylab.probes.native_scan import (
     ASKED,
@@ -19,6 +20,7 @@ from stabilitylab.probes.native_scan import (
     rows_alike,
     scan_extremes,
     scan_factor,
+    scan_product,
     scan_rows,
     softmax_sums,
     table_of,
@@ -265,3 +267,48 @@ def test_the_worst_output_in_numbers() -> None:
     found = keeper.reduce()
     assert found is not None
     assert found.tolist() == [6, 2, 2.0, math.inf]
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 20),
+    widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    scale=st.sampled_from([1e-40, 1e-18, 1.0, 1e18, 1e36]),
+)
+def test_the_norm_of_a_small_product(path: str, seed: int, rows: int, widths: tuple[int, int], scale: float) -> None:
+    torch.manual_seed(seed)
+    left, right = scale * torch.randn(rows, widths[0]), torch.randn(rows, widths[1])
+    norm = float(torch.linalg.vector_norm(left.double().T @ right.double()))
+    assert float(norm_of_product(left, right)) == pytest.approx(norm, rel=1e-5)
+    seen = scan_product(left, right)
+    assert (seen is not None) == (path == "native")
+    if seen is not None:
+        assert math.sqrt(seen.square) == pytest.approx(norm, rel=1e-9)
+        assert seen.bound == pytest.approx(float((left.double().norm(dim=1) * right.double().norm(dim=1)).sum()))
+
+
+def test_a_small_product_of_rows_that_cancel_each_other(path: str) -> None:
+    torch.manual_seed(4)
+    left, right = torch.randn(1, 40).repeat(2, 1), torch.randn(1, 30).repeat(2, 1)
+    right[1] *= -1
+    right[1, 3] *= 1 + 1e-6
+    norm = float(torch.linalg.vector_norm(left.double().T @ right.double()))
+    assert 0 < norm < 1e-4
+    assert float(norm_of_product(left, right)) == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_not_finite_in_a_small_product(path: str, lost: float) -> None:
+    left, right = torch.randn(5, 40), torch.randn(5, 30)
+    left[2, 7] = lost
+    assert not math.isfinite(float(norm_of_product(left, right)))
+
+
+@pytest.mark.parametrize("silent", [0, 5, 99, 100])
+def test_the_norm_alone_of_many_tokens_some_of_them_without_a_gradient(path: str, silent: int) -> None:
+    torch.manual_seed(silent)
+    x, delta = torch.randn(100, 300), torch.randn(100, 200)
+    delta[:silent] = 0
+    packed, rebuild = reduce_size(x, delta)
+    assert rebuild(packed.numpy()).norm == pytest.approx(float((delta.double().T @ x.double()).norm()), rel=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from stabilitylab.watching.instruments.transfer import Arrived, Shipment
 
 Measured = list[tuple[str, Any]]
 """Measurements, each with its site."""
+_Asked = tuple[Probe[Any], str, Any]
+"""A probe, and what it is to read of a site."""
 
 
 class Reader:
@@ -53,12 +55,31 @@ class Reader:
             self._due = due
             self._of_kind.clear()
             self._reads.clear()
-        for site, seen in measured:
-            self._apply(self._reading(type(seen), site, due), site, seen, readings)
-        for key in [key for key in readings if key[0] in self._followed] if self._followed else ():
-            followers = [probe for probe in due if key[0] in probe.follows and self._bench.is_for(probe, key[1])]
-            self._apply(followers, key[1], self._remember(key, edit, readings[key]), readings)
+
+        def compute(asked: _Asked) -> None:
+            probe, site, seen = asked
+            for metric, value in _checked(probe.compute(seen), self._known[id(probe)]).items():
+                readings[metric, site] = value
+
+        # All of them in one go: of a small model each measurement takes less time than a round of its own.
+        asked = [(probe, site, seen) for site, seen in measured for probe in self._reading(type(seen), site, due)]
+        self._bench.each(asked, self._name_of, compute)
+        if self._followed:
+            self._bench.each(self._following(readings, due, edit), self._name_of, compute)
         return self._frames.packed(readings)
+
+    def _following(self, readings: Mapping[Key, float | Array], due: Sequence[Probe[Any]], edit: int) -> list[_Asked]:
+        """The probes that read what others have said so far, each with that."""
+        asked: list[_Asked] = []
+        for key, values in readings.items():
+            if key[0] in self._followed:
+                history = self._remember(key, edit, values)
+                followers = (probe for probe in due if key[0] in probe.follows and self._bench.is_for(probe, key[1]))
+                asked += [(probe, key[1], history) for probe in followers]
+        return asked
+
+    def _name_of(self, asked: _Asked) -> str:
+        return self._bench.name_of(asked[0])
 
     def _reading(self, kind: type[Any], site: str, due: Sequence[Probe[Any]]) -> list[Probe[Any]]:
         """The probes that read such a measurement of a site."""
@@ -74,14 +95,6 @@ class Reader:
         recent = self._history.setdefault(key, deque(maxlen=WINDOW + 1))
         recent.append((values if isinstance(values, float) else float(values[0]), float(edit)))
         return History(*np.array(recent).T)
-
-    def _apply(self, probes: Iterable[Probe[Any]], site: str, seen: Any, readings: dict[Key, float | Array]) -> None:
-        def compute(probe: Probe[Any]) -> None:
-            said = probe.compute(seen)
-            for metric, value in _checked(said, self._known[id(probe)]).items():
-                readings[metric, site] = value
-
-        self._bench.each(probes, self._bench.name_of, compute)
 
 
 def _name_of(one: Arrived) -> str:
