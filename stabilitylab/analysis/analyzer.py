@@ -15,6 +15,7 @@ from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict, severity
 from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
+from stabilitylab.analysis.landing import EDITS_LOST
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import SIZE_RULES, Ledger
 from stabilitylab.analysis.serving import Serving
@@ -131,6 +132,9 @@ class Analyzer:
         hits = self._harm.weigh(flat, hits + self._distance.observe(flat) + self._heading.observe(flat))
         self._put_back(flat)
         self._ledger.add(row.edit, hits)
+        if self._facts.landing.only_waited:
+            for hit in self._ledger.withdraw(EDITS_LOST):
+                self._facts.forget(hit)
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit

@@ -32,7 +32,7 @@ from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.redaction import Kept, Redaction
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
-from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
+from stabilitylab.watching.spread import FLATTENED, flattened, is_spread, part_of, spread_of, why_not_parts
 
 
 def attach(
@@ -91,9 +91,7 @@ def attach(
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
     resumed), UsageError for other unusable arguments; nothing is written then.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    _expect(run, sinks, config, references)
+    _expect(model, run, sinks, config, references)
     editor, watched = as_editor(editor), canaries.of(canary)
     chosen = _chosen(probes)
     limits = _limits(thresholds)
@@ -182,8 +180,15 @@ def _budget(
     return Budget(None if unlimited else allowed, probes)
 
 
-def _expect(run: object, sinks: Sequence[object], config: object, references: object) -> None:
-    """Raises UsageError for what can't be a run's path, a sink, a config or a place for the copies."""
+def _expect(model: object, run: object, sinks: Sequence[object], config: object, references: object) -> None:
+    """Raises UsageError for what can't be a model, a run's path, a sink, a config or a place for the copies, SiteError
+    for a model that has no layer whose weight is whole.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    piece = flattened(model)
+    if piece is not None:
+        raise SiteError(f"'{piece}': {FLATTENED}")
     if references not in HOMES:
         raise UsageError(f"references={references!r} is unknown; expected one of {', '.join(map(repr, HOMES))}")
     if not isinstance(run, str | Path | None):

@@ -167,7 +167,7 @@ class Rounds:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
         self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)
         if self._tracer is not None:
-            capture.watch_output(self.model, self._tracer.gave)
+            capture.watch_output(self._tracer.gave)
             capture.stack.enter_context(self._tracing.entered(self._tracer))
 
     def end(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -46,13 +46,27 @@ def sharded(mesh: DeviceMesh) -> nn.Sequential:
     return model
 
 
-def train(model: nn.Module, monitor: Monitor | None, rank: int, ranks: int) -> None:
-    """Each process has its share of one batch."""
+def flattened(model: nn.Module, original: bool = True) -> nn.Module:
+    """By FSDP1. original: whether the parameters are still there, each as its piece."""
+    made: nn.Module = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    return made
+
+
+def evaluate(model: nn.Module) -> None:
+    """What FSDP gathers for it stays where no backward follows."""
+    with torch.no_grad():
+        model(CANARY["input"])
+
+
+def train(model: nn.Module, monitor: Monitor | None, rank: int, ranks: int, evaluates: bool = False) -> None:
+    """Each process has its share of one batch. evaluates: before each edit."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for edit in range(EDITS):
         generator = torch.Generator().manual_seed(edit)
         x, y = torch.randn(BATCH, 24, generator=generator), torch.randn(BATCH, 3, generator=generator)
         mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        if evaluates:
+            evaluate(model)
         with contextlib.nullcontext() if monitor is None else monitor.edit():
             optimizer.zero_grad()
             (model(x[mine]) - y[mine]).pow(2).mean().backward()
@@ -212,6 +226,18 @@ def main(folder: Path) -> None:
     parallel = DistributedDataParallel(plain())
     with sl.attach(parallel, "module.[02]*", folder / "ddp", announce=False) as monitor:
         train(parallel, monitor, rank, ranks)
+    model = sharded(mesh)
+    model = sharded(mesh)
+    evaluate(model)
+    with sl.attach(model, "[02]*", folder / "evaluated", canary=CANARY, probes="deep", announce=False) as monitor:
+        let_go(model)  # an optimizer that is made of what is gathered would step with nothing
+        train(model, monitor, rank, ranks, evaluates=True)
+    with sl.attach(model := plain(), "[02]*", folder / "flattened-late", announce=False) as monitor:
+        train(flattened(model), monitor, rank, ranks)
+        said["flattened late"] = str(monitor.diagnosis().unwatched)
+    for original in (False, True):
+        said[f"flattened, {original}"] = refused(flattened(plain(), original), "*0", folder / "flattened")
+    said["flattened inside"] = refused(model, "0", folder / "flattened")
     model = sharded(mesh)
     said["sites=None"] = refused(model, None, folder / "none")
     said["exists"] = refused(model, "0", folder / "fsdp")

@@ -47,6 +47,7 @@ def assert_alike(one: Path, other: Path) -> None:
 def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Ranks) -> None:
     folder, told = ranks
     assert_alike(folder / "fsdp", folder / "plain")
+    assert_alike(folder / "evaluated", folder / "plain")
     if len(told) > 2:
         assert_alike(folder / "hybrid", folder / "plain")
 
@@ -138,8 +139,18 @@ def test_who_attached_too_early_is_told_so_and_not_that_all_is_well(ranks: Ranks
     folder, told = ranks
     run = sl.load(folder / "early")
     assert any(note.kind == "skipped-site" and "attach after fully_shard" in note.says for note in run.notes)
-    assert not any(key[0] == "update.norm" and np.isfinite(run.series(*key)[1:]).any() for key in run._keys)
+    read = {key[0] for key in run._keys if np.isfinite(run.series(*key)[1:]).any()}
+    assert not {name for name in read if name.startswith(("update.", "gradient."))}  # a part's would be too small
     assert all("DTensor" in each["early"] for each in told)
+
+
+@pytest.mark.parametrize("how", ["False", "True"])
+def test_pieces_of_a_flat_vector_are_not_taken_for_weights(ranks: Ranks, how: str) -> None:
+    folder, told = ranks
+    for each in told:
+        for name in (f"flattened, {how}", "flattened inside", "flattened late"):
+            assert "FullyShardedDataParallel (FSDP1) keeps it as pieces" in each[name]
+    assert not (folder / "flattened").exists()
 
 
 def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Ranks) -> None:

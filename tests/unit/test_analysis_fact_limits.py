@@ -249,7 +249,7 @@ CASES = (
         "stable",
         still(1.0, 0.0, 0.0, 0.0),
         [still(1.0, 0.0, 0.0), still(0.0, 0.0, 1.0, 0.0, 0.0)],
-        "Edits have no effect since edit 2, though edits did before: they do not move the watched site",
+        "Edits 2 to 4 had no effect, though edits did before: they did not move the watched site",
         since=2,
     ),
 )
