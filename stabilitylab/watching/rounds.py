@@ -45,7 +45,7 @@ from stabilitylab.watching.walking import NamedModules, named_modules_of
 from stabilitylab.watching.watched import Watched
 
 _CHANGED: Final = {
-    "restore": "after edit {edit} the weights changed to a state that was not seen before",
+    "restore": "after edit {edit} the weights changed: not back to what they were before it, or before any edit",
     MOVED_OUTSIDE: "edit {edit} moved no weight, and the weights moved after it had ended: put what applies it, such as"
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
