@@ -157,7 +157,7 @@ def attach(
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()
         raise
-    if folder != wanted:
+    if folder != wanted and writes:  # where another process writes, it may have just made the folder
         says = f"run folder '{wanted}' exists: this run is in '{folder}', and drift counts from the weights as they are"
         monitor.note("resumed", says)
         logger.warning("stabilitylab: %s", says)

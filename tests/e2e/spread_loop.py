@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -169,6 +170,21 @@ def out_of_step(mesh: DeviceMesh, folder: Path) -> str:
     return digest(model)
 
 
+def started_again(model: nn.Module, run: Path, rank: int) -> list[list[str]]:
+    """The folders of a loop that is started twice, and what was said. The first process has begun when others come."""
+    folders: list[str] = []
+    heard: list[str] = []
+    logging.getLogger("stabilitylab").addFilter(lambda record: heard.append(record.getMessage()) is None)
+    for _ in range(2):
+        if rank > 0:
+            dist.barrier()
+        with sl.attach(model, "module.0", run, resume=True, announce=False) as monitor:
+            folders.append(monitor.path.name)
+            if rank == 0:
+                dist.barrier()
+    return [folders, heard]
+
+
 def refused(*arguments: Any, **options: Any) -> str:
     try:
         sl.attach(*arguments, announce=False, **options).close()
@@ -231,6 +247,7 @@ def main(folder: Path) -> None:
     with sl.attach(parallel, "module.[02]*", folder / "ddp", announce=False) as monitor:
         train(parallel, monitor, rank, ranks)
     model = sharded(mesh)
+    said["again"] = started_again(parallel, folder / "again", rank)
     model = sharded(mesh)
     evaluate(model)
     with sl.attach(model, "[02]*", folder / "evaluated", canary=CANARY, probes="deep", announce=False) as monitor:

@@ -120,6 +120,14 @@ def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
         assert len(run.edits) == 5
 
 
+def test_of_a_loop_that_is_started_again_the_process_that_writes_says_where(ranks: Ranks) -> None:
+    _, told = ranks
+    assert [each["again"][0] for each in told] == [["again", "again-2"]] * len(told)
+    (said,) = told[0]["again"][1]
+    assert "this run is in" in said
+    assert [each["again"][1] for each in told[1:]] == [[]] * (len(told) - 1)
+
+
 @pytest.mark.parametrize("placed", ["rows", "columns", "copies"])
 def test_parts_make_up_the_whole_and_copies_count_once(ranks: Ranks, placed: str) -> None:
     before = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
