@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
+from stabilitylab.watching.adapted import is_adapted
 from stabilitylab.watching.budget import DEFAULT_SHARE, Budget, decisions_of, share_of
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
@@ -33,6 +34,11 @@ from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.redaction import Kept, Redaction
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
 from stabilitylab.watching.spread import FLATTENED, flattened, is_spread, part_of, spread_of, why_not_parts
+
+_SPREAD_ADAPTERS: Final = (
+    "it has adapters and is spread over processes, whose parts don't make the weight that it computes with; expected"
+    " the names of the adapters' own parts, such as '*.lora_A.*' and '*.lora_B.*'"
+)
 
 
 def attach(
@@ -278,7 +284,7 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     for site in sites:
         found = locate(model, site)
         if found is not None and is_spread(found[1]):
-            reason = _why_not(found[1])
+            reason = _SPREAD_ADAPTERS if is_adapted(found[0]) else _why_not(found[1])
         else:
             weight = weight_at(model, site)
             reason = weight if isinstance(weight, str) else None

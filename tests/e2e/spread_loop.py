@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -259,6 +260,9 @@ def main(folder: Path) -> None:
     for original in (False, True):
         said[f"flattened, {original}"] = refused(flattened(plain(), original), "*0", folder / "flattened")
     said["flattened inside"] = refused(model, "0", folder / "flattened")
+    with_adapters: Any = get_peft_model(plain(), LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
+    fully_shard(with_adapters, mesh=mesh)
+    said["adapters"] = refused(with_adapters, "*.0", folder / "adapters")
     model = sharded(mesh)
     said["sites=None"] = refused(model, None, folder / "none")
     said["exists"] = refused(model, "0", folder / "fsdp")

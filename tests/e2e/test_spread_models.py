@@ -169,6 +169,7 @@ def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Rank
     for each in told:
         assert "expected sites=" in each["sites=None"]
         assert "exists; expected a new one" in each["exists"]
+        assert "it has adapters and is spread over processes" in each["adapters"]
         assert "attached with sites=" in each["others"]
         assert "expected every=" in each["budget"]
 
