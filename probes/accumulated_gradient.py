@@ -39,7 +39,7 @@ class AccumulatedGradient:
     source: one of the codes above. norms: ‖.grad‖_F at each use, before clipping and without the loss scale; NaN or
     infinite where an entry is; empty where nothing was accumulated. stepped: the same as the optimizer got it, after
     clipping; empty where none stepped. scales: the loss scale that was divided out of each, 1 where none is known.
-    carried: how many backwards added to a gradient that a step had used already. learning_rate: the largest that an
+    carried: how many steps used what a step had used already. learning_rate: the largest that an
     optimizer stepped with, NaN where none is known.
     """
 

@@ -221,12 +221,12 @@ class OwnGradient(Probe[AccumulatedGradient]):
         ),
         Metric(
             "gradient.carried",
-            "backwards",
+            "steps",
             "count",
             "during",
-            "How many backwards added to a gradient that an optimizer's step had used already: nobody cleared it, and "
-            "the next step makes those before it once more.",
-            "#{backwards: .grad unwritten since step()}",
+            "How many of the optimizer's steps used a gradient once more that one had used already: nobody cleared it, "
+            "and backwards added to it.",
+            "#{steps: .grad not cleared since step()}",
             "PyTorch, torch.optim.Optimizer.zero_grad",
         ),
     )

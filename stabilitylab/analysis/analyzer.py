@@ -15,7 +15,7 @@ from stabilitylab.analysis.findings import Diagnosis, Finding, Verdict, severity
 from stabilitylab.analysis.forecast import Forecaster
 from stabilitylab.analysis.harm import Harm
 from stabilitylab.analysis.heading import HeadingBank
-from stabilitylab.analysis.landing import WITHOUT_EFFECT
+from stabilitylab.analysis.landing import EDITS_LOST
 from stabilitylab.analysis.leadin import LeadIn
 from stabilitylab.analysis.ledger import SIZE_RULES, Ledger
 from stabilitylab.analysis.serving import Serving
@@ -135,6 +135,9 @@ class Analyzer:
         hits = self._harm.weigh(flat, hits + self._distance.observe(flat) + self._heading.observe(flat))
         self._put_back(flat)
         self._ledger.add(row.edit, hits)
+        if self._facts.landing.only_waited:
+            for hit in self._ledger.withdraw(EDITS_LOST):
+                self._facts.forget(hit)
         worst = self._ledger.worst
         if self._alarm is None and severity(worst) >= severity("diverging"):
             self._alarm = row.edit
@@ -178,20 +181,13 @@ class Analyzer:
     def found_at(self, edit: int) -> list[Finding]:
         """The findings of `diagnosis` that are about one edit, in whatever order."""
         # One that is not in the ledger is made only where a bad reading is the whole model's.
-        listed = self._findings() if self._ledger.first_bad() is None else self._judgement().findings
+        listed = self._ledger.findings() if self._ledger.first_bad() is None else self._judgement().findings
         return [finding for finding in listed if finding.edit == edit]
-
-    def _findings(self) -> tuple[Finding, ...]:
-        found = self._ledger.findings()
-        if not self._facts.landing.in_turn:
-            return found
-        # That edits wait for each n-th one's step is known later than that the first had no effect.
-        return tuple(finding for finding in found if finding.rule != WITHOUT_EFFECT)
 
     def _judgement(self) -> Judgement:
         if self._judged is None:
             worst, first_bad = self._ledger.worst, self._ledger.first_bad()
-            findings, landing = self._findings(), self._facts.landing
+            findings, landing = self._ledger.findings(), self._facts.landing
             evidence = self._lead_in.evidence(worst, findings, first_bad, landing, self._operations)
             cause, causes = self._story.tell(evidence)
             self._judged = judge(

@@ -34,7 +34,7 @@ from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.facts_gradients import RIGHT, GradientFacts
 from stabilitylab.analysis.facts_normaliser import NormaliserFacts
 from stabilitylab.analysis.facts_restoring import RestoringFacts
-from stabilitylab.analysis.landing import WITHOUT_EFFECT, Landing, Landings
+from stabilitylab.analysis.landing import EDITS_LOST, Landing, Landings
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.limits import AGREEMENT, KL_COLLAPSED, LimitFacts
 from stabilitylab.analysis.lookup import Lookup
@@ -304,7 +304,7 @@ class FactRules:
         landing, at = self._landings.now, self._lookup.at("update.norm")
         if landing.lost < STILL or landing.in_turn or landing.since is None or not at.size:
             return
-        for place, value, metric, _ in self._lookup.new(WITHOUT_EFFECT, row, at[:1]):
+        for place, value, metric, _ in self._lookup.new(EDITS_LOST, row, at[:1]):
             before = ", though edits did before" if landing.landed else ""
             sites = "the watched site" if at.size == 1 else f"any of the {at.size} watched sites"
             what = f"they did not move {sites}"
@@ -314,7 +314,7 @@ class FactRules:
                 what = f"gradients were not finite, and {what}"
             here = " on what is watched" if landing.others_moved else ""
             says = f"Edits {landing.since} to {row.edit} had no effect{here}{before}: {what}."
-            yield Hit(WITHOUT_EFFECT, metric, place, value, 0.0, "stable", says, landing.since)
+            yield Hit(EDITS_LOST, metric, place, value, 0.0, "stable", says, landing.since)
 
     def _cache(self, row: Flat) -> Iterator[Hit]:
         """A cache of edited keys that grows while edits are put back."""

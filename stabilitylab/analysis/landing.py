@@ -19,6 +19,8 @@ from stabilitylab.analysis.findings import Landed
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, EditRow
 
+EDITS_LOST: Final = "edits-lost"
+"""The rule that says of edits in a row that none had an effect."""
 LAST: Final = 10
 """Edits in a row without effect that are told of, however many landed before; of a shorter run, all of them."""
 FEWEST: Final = 3
@@ -31,8 +33,6 @@ ALREADY: Final = 0.1
 STILL: Final = 1e-4
 """Nats between two answers of one model, at most: sums in another order give some 1e-7."""
 WORDS: Final = 120
-WITHOUT_EFFECT: Final = "edits-lost"
-"""The rule that tells of edits without effect."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Landing:
     huge: how many had a gradient whose norm over all watched layers is past what float16 holds. clipped: how many had
     finite ones above zero that were exactly 0 when the optimizer got them. elsewhere: whether no edit ever ran the
     model that is watched. gap: edits from each of the last landings to the next, where these are as many: a loop that
-    steps at each n-th. whole: whether the whole model was looked at, for want of a layer that is watched. answers: of
-    edits of which none landed: how far the canary's answers are from the original's all the same, in nats.
+    steps at each n-th. longest: edits in the longest run without effect. whole: whether the whole model was looked
+    at, for want of a layer that is watched. answers: of edits of which none landed: how far the canary's answers
+    are from the original's all the same, in nats.
     """
 
     tried: int = 0
@@ -66,6 +67,7 @@ class Landing:
     clipped: int = 0
     elsewhere: bool = False
     gap: int | None = None
+    longest: int = 0
     whole: bool = False
     answers: float = 0.0
 
@@ -93,6 +95,11 @@ class Landing:
         """
         waits = self.gap is not None and self.gap > 1 and self.lost < 2 * self.gap
         return waits and not self.failed and not self.written
+
+    @property
+    def only_waited(self) -> bool:
+        """Whether none of the run's edits was without effect but those that waited for their step."""
+        return self.in_turn and self.gap is not None and self.longest < self.gap
 
     @property
     def gone(self) -> int:
@@ -187,6 +194,7 @@ class Landings:
             clipped=before.clipped + (sound and stepped.size > 0 and bool((stepped == 0).all())),
             elsewhere=before.elsewhere,
             gap=before.gap,
+            longest=max(before.longest, before.lost + 1),
             written=before.written + bool((flat.values[self._lookup.at("update.writes")] > 0).any()),
             answers=self._answers(before, flat),
         )

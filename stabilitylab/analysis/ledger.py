@@ -121,6 +121,11 @@ class Ledger:
             self.add(edit, [replace(hit, rule=f"{hit.rule}{UNDONE}", verdict="drifting", says=says)])
         return [hit for _, hit, _, _ in undone]
 
+    def withdraw(self, rule: str) -> list[Hit]:
+        """What this rule claimed, and counts for nothing, was seen to mean nothing. Returns the claims."""
+        gone = [key for key in self._groups if key[0] == rule]
+        return [hit for key in gone for _, hit in self._groups.pop(key).sites.values()]
+
     def has_hard_fact(self) -> bool:
         """Whether any finding that is ``diverging`` or worse is a hard fact."""
         bad = self.first_bad()

@@ -45,6 +45,15 @@ MOST_SHOWN: Final = 1 << 24
 MOST_SERIES: Final = 1 << 27
 """Values of a series, whose readings may be far fewer."""
 
+WRAPPERS: Final = frozenset({"base_model", "model", "module", "_orig_mod"})
+"""What PEFT, data parallelism and ``torch.compile`` put in front of the names of the model inside."""
+
+
+def _in_front_of(site: str, name: str) -> set[str]:
+    """The steps that `name` has in front of `site`; all of its own where it does not end in that."""
+    front = name.removesuffix(site) if name.endswith(f".{site}") else f"{name}.."
+    return set(front.split(".")[:-1])
+
 
 def thresholds_of(manifest: Mapping[str, Any], path: Path) -> Thresholds:
     """The limits that a manifest names, else those of the package. Raises UsageError where it holds some that are none.
@@ -237,8 +246,9 @@ class Run:
         choices = self.sites_of(metric)
         if site in choices:
             return str(site)
-        if site is None and len(choices) == 1:
-            return choices[0]
+        inside = [name for name in choices if site is None or _in_front_of(site, name) <= WRAPPERS]
+        if len(inside) == 1:
+            return inside[0]
         if not choices:
             raise UsageError(f"metric {metric!r} was never read in this run; `run.notes` may say why")
         if site is None:
@@ -250,7 +260,8 @@ class Run:
 
         Returns float64 of shape [edits], or [edits, length] for a metric that holds several values, such as a
         spectrum. NaN where the reading is NaN and where none was taken: `present` tells them apart. site may be left
-        out when there is only one. Raises UsageError with the nearest valid name.
+        out when there is only one, and of its name what a wrapper of the model has put in front. Raises UsageError with
+        the nearest valid name.
         """
         place = self._site(metric, site)
         read = [(alike, at) for alike in self._alike if (at := alike.frame.place((metric, place))) is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
+from stabilitylab.watching.adapted import is_adapted
 from stabilitylab.watching.budget import DEFAULT_SHARE, Budget, decisions_of, share_of
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
@@ -32,7 +33,12 @@ from stabilitylab.watching.monitor import Monitor
 from stabilitylab.watching.one_hook import logger
 from stabilitylab.watching.redaction import Kept, Redaction
 from stabilitylab.watching.sites import Patterns, Site, find_sites, locate, weight_at, why_unmeasurable
-from stabilitylab.watching.spread import is_spread, part_of, spread_of, why_not_parts
+from stabilitylab.watching.spread import FLATTENED, flattened, is_spread, part_of, spread_of, why_not_parts
+
+_SPREAD_ADAPTERS: Final = (
+    "it has adapters and is spread over processes, whose parts don't make the weight that it computes with; expected"
+    " the names of the adapters' own parts, such as '*.lora_A.*' and '*.lora_B.*'"
+)
 
 
 def attach(
@@ -91,9 +97,7 @@ def attach(
     the monitor. Raises SiteError for a pattern that matches nothing, RunError for a run folder that exists (unless
     resumed), UsageError for other unusable arguments; nothing is written then.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    _expect(run, sinks, config, references)
+    _expect(model, run, sinks, config, references)
     editor, watched = as_editor(editor), canaries.of(canary)
     chosen = _chosen(probes)
     limits = _limits(thresholds)
@@ -159,7 +163,7 @@ def attach(
     except BaseException:  # such as a canary that can't be run, or Ctrl-C: nothing was measured yet
         writer.discard()
         raise
-    if folder != wanted:
+    if folder != wanted and writes:  # where another process writes, it may have just made the folder
         says = f"run folder '{wanted}' exists: this run is in '{folder}', and drift counts from the weights as they are"
         monitor.note("resumed", says)
         logger.warning("stabilitylab: %s", says)
@@ -182,8 +186,15 @@ def _budget(
     return Budget(None if unlimited else allowed, probes)
 
 
-def _expect(run: object, sinks: Sequence[object], config: object, references: object) -> None:
-    """Raises UsageError for what can't be a run's path, a sink, a config or a place for the copies."""
+def _expect(model: object, run: object, sinks: Sequence[object], config: object, references: object) -> None:
+    """Raises UsageError for what can't be a model, a run's path, a sink, a config or a place for the copies, SiteError
+    for a model that has no layer whose weight is whole.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    piece = flattened(model)
+    if piece is not None:
+        raise SiteError(f"'{piece}': {FLATTENED}")
     if references not in HOMES:
         raise UsageError(f"references={references!r} is unknown; expected one of {', '.join(map(repr, HOMES))}")
     if not isinstance(run, str | Path | None):
@@ -273,7 +284,7 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     for site in sites:
         found = locate(model, site)
         if found is not None and is_spread(found[1]):
-            reason = _why_not(found[1])
+            reason = _SPREAD_ADAPTERS if is_adapted(found[0]) else _why_not(found[1])
         else:
             weight = weight_at(model, site)
             reason = weight if isinstance(weight, str) else None

@@ -134,6 +134,19 @@ def _product_at(node: Any) -> tuple[Any, int | None]:
     return node, None if at is None or node.next_functions[at][0] is None else at
 
 
+_known_ids: list[int] = []
+"""Of hooks on all optimizers, those that no open edit has now."""
+
+
+def _take_known_id(handle: RemovableHandle) -> None:
+    """A compiled step is guarded by the ids of these hooks: a new one would have it compiled anew at each edit."""
+    table = handle.hooks_dict_ref()
+    if _known_ids and table is not None:
+        hook = table.pop(handle.id)
+        handle.id = _known_ids.pop()
+        table[handle.id] = hook
+
+
 class Capture:
     """The hooks of one edit. A context manager; what it caught stays readable after it is left, until `clear`.
 
@@ -161,6 +174,7 @@ class Capture:
         self._compiled = compiled or {}
         self._tokens: tuple[int, int] | None = None
         self._watcher = watcher
+        self._gave: Callable[[Any], None] | None = None
         self._left = False
         self._backward = -1
         self._stack = contextlib.ExitStack()
@@ -273,7 +287,10 @@ class Capture:
         def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._watcher.optimizer_steps(optimizer)
 
-        self.own(register_optimizer_step_pre_hook(self.hook(before_step)))
+        handle = register_optimizer_step_pre_hook(self.hook(before_step))
+        _take_known_id(handle)
+        self._stack.callback(_known_ids.append, handle.id)
+        self.own(handle)
 
     def _await_delta(self, site: str, fired: int, x: Tensor, y: Tensor) -> None:
         node, values = _node_of(y), plain(x)
@@ -329,6 +346,8 @@ class Capture:
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model_call is None:
                 self.model_call = self._call
+            if self._gave is not None:
+                self._gave(output)
             self._watcher.model_output(kwargs, output)
             self._await_loss(output)
 
@@ -347,16 +366,9 @@ class Capture:
 
         self.own(loss.grad_fn.register_prehook(self.hook(answered)))
 
-    def watch_output(self, model: nn.Module, gave: Callable[[Any], None]) -> None:
-        """Hook the whole model: what it returns, as it is."""
-
-        if id(model) in self._compiled:
-            return
-
-        def after_forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            gave(output)
-
-        self._put(model, self.hook(after_forward))
+    def watch_output(self, gave: Callable[[Any], None]) -> None:
+        """Tell what the whole model returns, as it is, by the hook that it has: one more would be compiled anew."""
+        self._gave = gave
 
     def watch_norms(self, named: NamedModules) -> None:
         """Hook each normalisation among a model's modules, known by its class's name: what enters it, as long as anyone

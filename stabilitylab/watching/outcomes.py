@@ -16,7 +16,7 @@ Passes = Mapping[str, WeightPass]
 
 
 def outcome_of(looks: Passes, left: Passes, references: References) -> OutcomeKind | None:
-    """What became of the last edit; None when the weights went to a state that was not seen before.
+    """What became of the last edit; None when the weights went to none of the states that are kept.
 
     looks: at the weights now. left: what the edit left, where they need not differ from it.
     """

@@ -45,7 +45,7 @@ from stabilitylab.watching.walking import NamedModules, named_modules_of
 from stabilitylab.watching.watched import Watched
 
 _CHANGED: Final = {
-    "restore": "after edit {edit} the weights changed to a state that was not seen before",
+    "restore": "after edit {edit} the weights changed: not back to what they were before it, or before any edit",
     MOVED_OUTSIDE: "edit {edit} moved no weight, and the weights moved after it had ended: put what applies it, such as"
     " the optimizer's step, inside of it, or call monitor.step() at the top of each round",
 }
@@ -167,7 +167,7 @@ class Rounds:
         """Enter the tracer, if it is on: last, so that it is left first, and sees nothing of what we do around."""
         self._tracer = self._tracing.begin(self._recorder.edits + 1, self.model)
         if self._tracer is not None:
-            capture.watch_output(self.model, self._tracer.gave)
+            capture.watch_output(self._tracer.gave)
             capture.stack.enter_context(self._tracing.entered(self._tracer))
 
     def end(

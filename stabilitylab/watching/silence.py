@@ -20,6 +20,7 @@ class Silence:
     def __init__(self, has_canary: bool) -> None:
         self._has_canary = has_canary
         self._silent = 0
+        self._compiled = frames_compiled()
         self._moved = False
         self._over = False
 
@@ -35,7 +36,10 @@ class Silence:
         self._silent, self._moved = self._silent + 1, self._moved or moved
         # A copy that is run may be what is handed over in the end; one that never is, is another model.
         self._over = heard_itself or (heard and self._moved)
-        if compiled or (self._moved and self._silent >= FEWEST and not heard and frames_compiled() > 0):
+        before, self._compiled = self._compiled, frames_compiled()
+        # What was compiled in this very edit is no accident.
+        patience = FEWEST if self._compiled == before else 1
+        if compiled or (self._moved and self._silent >= patience and not heard and self._compiled > 0):
             self._over = True
             return COMPILED if self._has_canary else HOOKS_SILENT, _compiled_says(compiled)
         if self._over or self._silent < FEWEST:

@@ -25,6 +25,7 @@ from stabilitylab.errors import SiteError, did_you_mean, nearest
 from stabilitylab.probes.weight_pieces import InPieces
 from stabilitylab.watching import adapted
 from stabilitylab.watching.offloaded import values_of
+from stabilitylab.watching.spread import is_managed, is_spread, parameters_at_rest
 
 Patterns = str | Sequence[str]
 Orientation = Literal["out_in", "in_out", "none"]
@@ -115,6 +116,7 @@ def _packed_weight(module: nn.Module) -> tuple[str, Tensor] | None:
 def all_sites(model: nn.Module) -> dict[str, Site]:
     """Every site that the model offers, by name, in the order in which the model registers its parameters."""
     offered: dict[str, Site] = {}
+    at_rest = parameters_at_rest(model)
     for owner, module in model.named_modules(remove_duplicate=False):
         if owner and adapted.is_adapted(module):
             held = adapted.shape_of(module), adapted.dtype_of(module), orientation_of(adapted.base_of(module))
@@ -124,7 +126,8 @@ def all_sites(model: nn.Module) -> dict[str, Site]:
                 site = _site_of_parameter(copy, name, tensor)
                 offered[site.name] = site
         for name, tensor in module.named_parameters(owner, recurse=False, remove_duplicate=False):
-            site = _site_of_parameter(module, name, tensor)
+            leaf = name.rpartition(".")[2]
+            site = _site_of_parameter(module, name, at_rest.get((id(module), leaf), tensor))
             offered[site.name] = site
         packed = _packed_weight(module) if owner else None
         if packed is not None:
@@ -298,8 +301,17 @@ def locate(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     """The module and tensor that a site names in `model` as it is now, or None when they are gone.
 
     Found by name anew each time: an edit may swap a layer for an adapter, deep-copy it, or wrap the model. Of a weight
-    that is offloaded these are the values that the next forward takes.
+    that is offloaded these are the values that the next forward takes; of one that FSDP has gathered, as after a
+    forward without a backward, it is what it is spread as.
     """
+    found = _located(model, site)
+    if found is None or is_spread(found[1]) or not is_managed(found[0]):
+        return found
+    return found[0], parameters_at_rest(model).get((id(found[0]), site.within[1]), found[1])
+
+
+def _located(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
+    """The same, as the module holds it now."""
     owner = _by_name(model, site.module) if site.module else model
     owner = None if owner is None else adapted.running(owner)
     inner, leaf = site.within

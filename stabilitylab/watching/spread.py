@@ -9,12 +9,12 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.watching.walking import modules_of
+from stabilitylab.watching.walking import modules_of, named_modules_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,41 @@ def whole_of(tensor: Tensor, part: Tensor | None = None) -> Tensor:
     return gathered
 
 
-# -- FSDP (`fully_shard`) -----------------------------------------------------------------------------------------
+# -- FSDP1 (`FullyShardedDataParallel`) ---------------------------------------------------------------------------
+
+FLATTENED: Final = (
+    "FullyShardedDataParallel (FSDP1) keeps it as pieces of one flat vector, of which no process has the whole; "
+    "expected fully_shard (FSDP2) in its place"
+)
+
+
+def flattened(model: nn.Module) -> str | None:
+    """The name of a parameter of which FSDP1 has left no process the whole; None where there is none.
+
+    It marks each parameter that it takes. Where nothing is sharded, as in one process, layers have theirs as ever.
+    """
+    named = named_modules_of(model)
+    handles = [handle for _, module in named if (handle := getattr(module, "_handle", None)) is not None]
+    whole = {
+        id(module)
+        for handle in handles
+        if not getattr(handle, "uses_sharded_strategy", True)
+        for module in handle.flat_param._modules
+    }
+    for owner, module in named:
+        if id(module) not in whole:
+            for leaf, parameter in module._parameters.items():
+                if hasattr(parameter, "_fsdp_flattened"):
+                    return f"{owner}.{leaf}" if owner else leaf
+    return None
+
+
+# -- FSDP2 (`fully_shard`) ----------------------------------------------------------------------------------------
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether the module's parameters are FSDP's to gather and to let go of."""
+    return "_is_fsdp_managed_module" in vars(module)
 
 
 def _groups(module: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -46,16 +48,34 @@ def sharded(mesh: DeviceMesh) -> nn.Sequential:
     return model
 
 
-def train(model: nn.Module, monitor: Monitor | None, rank: int, ranks: int) -> None:
-    """Each process has its share of one batch."""
+def flattened(model: nn.Module, original: bool = True) -> nn.Module:
+    """By FSDP1. original: whether the parameters are still there, each as its piece."""
+    made: nn.Module = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    return made
+
+
+def evaluate(model: nn.Module) -> None:
+    """What FSDP gathers for it stays where no backward follows."""
+    with torch.no_grad():
+        model(CANARY["input"])
+
+
+def train(model: nn.Module, monitor: Monitor | None, rank: int, ranks: int, evaluates: bool = False) -> None:
+    """Each process has its share of one batch. evaluates: before each edit, and accumulates over halves of that."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for edit in range(EDITS):
         generator = torch.Generator().manual_seed(edit)
         x, y = torch.randn(BATCH, 24, generator=generator), torch.randn(BATCH, 3, generator=generator)
         mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        if evaluates:
+            evaluate(model)
         with contextlib.nullcontext() if monitor is None else monitor.edit():
             optimizer.zero_grad()
-            (model(x[mine]) - y[mine]).pow(2).mean().backward()
+            halves = 2 if evaluates else 1
+            for half, (own, wanted) in enumerate(zip(x[mine].chunk(halves), y[mine].chunk(halves), strict=True), 1):
+                if isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(half == halves)
+                ((model(own) - wanted).pow(2).mean() / halves).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
 
@@ -151,6 +171,21 @@ def out_of_step(mesh: DeviceMesh, folder: Path) -> str:
     return digest(model)
 
 
+def started_again(model: nn.Module, run: Path, rank: int) -> list[list[str]]:
+    """The folders of a loop that is started twice, and what was said. The first process has begun when others come."""
+    folders: list[str] = []
+    heard: list[str] = []
+    logging.getLogger("stabilitylab").addFilter(lambda record: heard.append(record.getMessage()) is None)
+    for _ in range(2):
+        if rank > 0:
+            dist.barrier()
+        with sl.attach(model, "module.0", run, resume=True, announce=False) as monitor:
+            folders.append(monitor.path.name)
+            if rank == 0:
+                dist.barrier()
+    return [folders, heard]
+
+
 def refused(*arguments: Any, **options: Any) -> str:
     try:
         sl.attach(*arguments, announce=False, **options).close()
@@ -212,6 +247,22 @@ def main(folder: Path) -> None:
     parallel = DistributedDataParallel(plain())
     with sl.attach(parallel, "module.[02]*", folder / "ddp", announce=False) as monitor:
         train(parallel, monitor, rank, ranks)
+    model = sharded(mesh)
+    said["again"] = started_again(parallel, folder / "again", rank)
+    model = sharded(mesh)
+    evaluate(model)
+    with sl.attach(model, "[02]*", folder / "evaluated", canary=CANARY, probes="deep", announce=False) as monitor:
+        let_go(model)  # an optimizer that is made of what is gathered would step with nothing
+        train(model, monitor, rank, ranks, evaluates=True)
+    with sl.attach(model := plain(), "[02]*", folder / "flattened-late", announce=False) as monitor:
+        train(flattened(model), monitor, rank, ranks)
+        said["flattened late"] = str(monitor.diagnosis().unwatched)
+    for original in (False, True):
+        said[f"flattened, {original}"] = refused(flattened(plain(), original), "*0", folder / "flattened")
+    said["flattened inside"] = refused(model, "0", folder / "flattened")
+    with_adapters: Any = get_peft_model(plain(), LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
+    fully_shard(with_adapters, mesh=mesh)
+    said["adapters"] = refused(with_adapters, "*.0", folder / "adapters")
     model = sharded(mesh)
     said["sites=None"] = refused(model, None, folder / "none")
     said["exists"] = refused(model, "0", folder / "fsdp")

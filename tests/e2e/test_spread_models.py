@@ -47,6 +47,7 @@ def assert_alike(one: Path, other: Path) -> None:
 def test_a_sharded_run_reads_what_a_plain_run_of_the_same_loop_reads(ranks: Ranks) -> None:
     folder, told = ranks
     assert_alike(folder / "fsdp", folder / "plain")
+    assert_alike(folder / "evaluated", folder / "plain")
     if len(told) > 2:
         assert_alike(folder / "hybrid", folder / "plain")
 
@@ -119,6 +120,14 @@ def test_one_process_writes_and_the_others_know_the_same(ranks: Ranks) -> None:
         assert len(run.edits) == 5
 
 
+def test_of_a_loop_that_is_started_again_the_process_that_writes_says_where(ranks: Ranks) -> None:
+    _, told = ranks
+    assert [each["again"][0] for each in told] == [["again", "again-2"]] * len(told)
+    (said,) = told[0]["again"][1]
+    assert "this run is in" in said
+    assert [each["again"][1] for each in told[1:]] == [[]] * (len(told) - 1)
+
+
 @pytest.mark.parametrize("placed", ["rows", "columns", "copies"])
 def test_parts_make_up_the_whole_and_copies_count_once(ranks: Ranks, placed: str) -> None:
     before = torch.linspace(-2, 2, 33 * 24).reshape(33, 24).bfloat16()
@@ -138,8 +147,18 @@ def test_who_attached_too_early_is_told_so_and_not_that_all_is_well(ranks: Ranks
     folder, told = ranks
     run = sl.load(folder / "early")
     assert any(note.kind == "skipped-site" and "attach after fully_shard" in note.says for note in run.notes)
-    assert not any(key[0] == "update.norm" and np.isfinite(run.series(*key)[1:]).any() for key in run._keys)
+    read = {key[0] for key in run._keys if np.isfinite(run.series(*key)[1:]).any()}
+    assert not {name for name in read if name.startswith(("update.", "gradient."))}  # a part's would be too small
     assert all("DTensor" in each["early"] for each in told)
+
+
+@pytest.mark.parametrize("how", ["False", "True"])
+def test_pieces_of_a_flat_vector_are_not_taken_for_weights(ranks: Ranks, how: str) -> None:
+    folder, told = ranks
+    for each in told:
+        for name in (f"flattened, {how}", "flattened inside", "flattened late"):
+            assert "FullyShardedDataParallel (FSDP1) keeps it as pieces" in each[name]
+    assert not (folder / "flattened").exists()
 
 
 def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Ranks) -> None:
@@ -150,6 +169,7 @@ def test_what_can_not_be_is_refused_on_each_process_and_nobody_hangs(ranks: Rank
     for each in told:
         assert "expected sites=" in each["sites=None"]
         assert "exists; expected a new one" in each["exists"]
+        assert "it has adapters and is spread over processes" in each["adapters"]
         assert "attached with sites=" in each["others"]
         assert "expected every=" in each["budget"]
 

@@ -273,6 +273,49 @@ def test_gradients_that_nobody_clears(tmp_path: Path, clear: str, carried: list[
     assert read(run, "carried").tolist() == carried
 
 
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("first", ["own", "other"])
+def test_a_gradient_that_another_loss_leaves_is_cleared_before_the_next_step(
+    tmp_path: Path, first: str, anew: bool
+) -> None:
+    """Two players: the loss of one sends a gradient through the other, after its step or before it."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+
+    def own() -> None:
+        optimizer.zero_grad(set_to_none=anew)
+        for _ in range(2):
+            loss_of(net).backward()
+        optimizer.step()
+
+    def other() -> None:
+        net(batch(0)).sum().backward()
+
+    def loop() -> float:
+        for player in (own, other) if first == "own" else (other, own):
+            player()
+        return 0.0
+
+    run, _ = edits(tmp_path, net, loop)
+    assert read(run, "carried").tolist() == [0, 0]
+
+
+def test_gradients_that_nobody_clears_are_found_where_each_edit_is_one_backward(tmp_path: Path) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    made: list[int] = []
+
+    def loop() -> float:
+        loss_of(net).backward()
+        made.append(1)
+        if len(made) % 2 == 0:
+            optimizer.step()
+        return 0.0
+
+    run, _ = edits(tmp_path, net, loop, times=6)
+    assert read(run, "carried")[1::2].tolist() == [0, 1, 1]
+
+
 def test_a_functional_gradient_is_that_of_the_factors(tmp_path: Path) -> None:
     net = Net()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import stabilitylab as sl
-from stabilitylab.errors import SiteError
+from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.weight_pass import reduce_weight, same_bits, scan_weight
 from stabilitylab.probes.weight_pieces import reduce_pieces, scan_pieces
 from stabilitylab.watching.adapted import effective_weight, in_pieces
@@ -174,6 +174,18 @@ def test_an_optimizer_that_leaps_in_one_direction_repeats_no_update(tmp_path: Pa
 @pytest.mark.parametrize("pattern", ["*.down_proj", "mlp.down_proj", "mlp.down_proj.weight", f"{SITE}*"])
 def test_names_that_users_give_resolve_inside_the_wrapper(pattern: str) -> None:
     assert [site.name for site in find_sites(adapted(), pattern)] == [SITE]
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.DataParallel])
+def test_a_run_is_asked_by_the_name_inside_the_wrappers(tmp_path: Path, around: Callable[[Any], nn.Module]) -> None:
+    with sl.attach(around(adapted()), "*.down_proj", tmp_path / "run", announce=False):
+        pass
+    run = sl.load(tmp_path / "run")
+    for asked in ("mlp.down_proj", "model.mlp.down_proj", SITE):
+        assert run.present("weight.norm", asked).all()
+    for asked in ("down_proj", "p.down_proj", "base.mlp.down_proj", ""):
+        with pytest.raises(UsageError, match="has no site"):
+            run.present("weight.norm", asked)
 
 
 def test_the_parts_of_a_layer_are_watched_where_they_are_named() -> None:

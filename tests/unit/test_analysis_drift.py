@@ -159,7 +159,7 @@ def test_failed_edits_do_not_make_the_baseline() -> None:
     rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(8, 14)]
     assert "baseline to compare with exists" in diagnose(rows).says
     rows += [row(edit, {("update.norm", A): 1.0}) for edit in range(14, 20)]
-    assert diagnose(rows).says.startswith("Stable over 19 edits. Worth knowing: Edits 1 to 3 had no effect")
+    assert diagnose(rows).says.startswith("Stable over 19 edits. Worth knowing: Edits 1 to 3 had no effect: each")
 
 
 def test_values_at_the_ends_of_float64_raise_nothing() -> None:

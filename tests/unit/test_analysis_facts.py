@@ -147,6 +147,17 @@ def test_weights_that_never_move_are_a_note() -> None:
     assert not run(still, still, still).nothing_lands
 
 
+def test_edits_that_wait_for_their_step_are_not_lost() -> None:
+    """A loop that accumulates over four edits: what was said before that could be seen is withdrawn."""
+    waits, steps = {("update.norm", A): 0.0}, {("update.norm", A): 1.0}
+    once = [waits, waits, waits, steps]
+    assert rules(run({}, *once, *once)) == [("edits-lost", A, 3)]
+    diagnosis = run({}, *once * 3, waits)
+    assert (diagnosis.findings, diagnosis.landed) == ((), "some")
+    assert rules(run({}, *once * 3, *[waits] * 20)) == [("edits-lost", A, 20)]
+    assert rules(run({}, *[waits] * 5, *once * 3)) == [("edits-lost", A, 3)]
+
+
 def test_edits_that_stop_landing_are_no_harm_to_the_model() -> None:
     still, moved = (
         {("update.norm", A): 0.0, ("update.norm", B): 0.0},

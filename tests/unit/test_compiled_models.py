@@ -64,6 +64,17 @@ def by_block(model: nn.Sequential) -> nn.Module:
     return model
 
 
+def as_a_function(model: nn.Sequential) -> nn.Module:
+    """Nothing tells of the model that is called inside."""
+
+    def forward(x: Tensor) -> Tensor:
+        found: Tensor = model(x)
+        return found
+
+    compiled: nn.Module = torch.compile(forward, backend="eager")  # type: ignore[assignment]
+    return compiled
+
+
 WAYS = [around, in_place, by_block]
 
 
@@ -122,7 +133,16 @@ FIRST, THEN, ON_TOP = "attach first", "compile first", "attach to what is compil
 
 @pytest.mark.parametrize(
     ("way", "order"),
-    [(around, FIRST), (around, THEN), (around, ON_TOP), (in_one_graph, FIRST), (in_place, FIRST), (by_block, THEN)],
+    [
+        (around, FIRST),
+        (around, THEN),
+        (around, ON_TOP),
+        (in_one_graph, FIRST),
+        (in_place, FIRST),
+        (by_block, THEN),
+        (as_a_function, FIRST),
+        (as_a_function, THEN),
+    ],
 )
 def test_graphs_and_bits_are_those_without_us_and_what_is_not_seen_is_said_after_one_edit(
     tmp_path: Path, way: Callable[[nn.Sequential], nn.Module], order: str
@@ -140,6 +160,27 @@ def test_graphs_and_bits_are_those_without_us_and_what_is_not_seen_is_said_after
     np.testing.assert_allclose(run.series("gradient.norm", site)[1:], watched.gradients, rtol=1e-5)
     assert "probe-off" not in {note.kind for note in run.notes}
     assert run.diagnosis().unwatched
+
+
+def test_an_optimizers_step_that_is_compiled_is_compiled_once(tmp_path: Path) -> None:
+    made = []
+    for run in (None, tmp_path / "run"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = two_blocks()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        step = torch.compile(optimizer.step, backend="eager")
+        monitor = None if run is None else sl.attach(model, "*fc*", run, announce=False)
+        for _ in range(EDITS):
+            with contextlib.nullcontext() if monitor is None else monitor.edit():
+                optimizer.zero_grad()
+                model(torch.ones(4, 8)).pow(2).mean().backward()
+                step()
+        if monitor is not None:
+            monitor.close()
+        made.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    assert made[1] == made[0]
+    assert (sl.load(tmp_path / "run").series("update.norm", "0.fc1")[1:] > 0).all()
 
 
 def test_a_layer_beside_what_is_compiled_is_seen_as_ever(tmp_path: Path) -> None:

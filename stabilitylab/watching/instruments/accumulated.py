@@ -49,7 +49,7 @@ class _Weight:
     whether `.grad` held something before the edit's first backward. fresh: whether a backward has added to it since it
     was last used; just_now: whether the one that is under way has. added: whether it was written to after it was made:
     a sum over backwards, or zeroed in place. last: that gradient, as long as anyone else holds it. carried: how many
-    backwards added to a gradient that a step had used already. looks: as each backward since the last step left it.
+    steps used what a step had used already. looks: as each backward since the last step left it.
     steps: each time that an optimizer used it. rate: the largest learning rate that it did that with, NaN where none
     is known.
     """
@@ -77,6 +77,29 @@ class _Weight:
         unreadable = part.layout != torch.strided or why_unmeasurable(part) is not None
         # An empty part of what is spread is a part all the same: the others have theirs.
         return None if unreadable and not (is_spread(found) and not part.numel()) else part
+
+
+@dataclass
+class _Used:
+    """Whether `.grad` still holds what a step has used, told by how often it was written.
+
+    version: of the gradient, as the last step or backward left it. holds: whether nobody has cleared it since that
+    step: a backward adds in one write, clearing in place is another, and a new gradient has none before it.
+    """
+
+    version: int = -1
+    holds: bool = False
+
+    def added(self, gradient: Tensor) -> None:
+        """A backward has added to it."""
+        self.holds = self.holds and gradient._version - 1 == self.version
+        self.version = gradient._version
+
+    def stepped(self, gradient: Tensor | None) -> bool:
+        """A step uses it. Returns whether it holds what one has used before."""
+        again, self.holds = self.holds, gradient is not None
+        self.version = -1 if gradient is None else gradient._version
+        return again
 
 
 @dataclass(frozen=True)
@@ -116,7 +139,7 @@ class AccumulatedInstrument:
         self._scaler = None if scaler is None else weakref.ref(scaler)
         self._stepped = False
         self._first_scale: Tensor | None = None
-        self._version_used: dict[str, int] = {}
+        self._used: dict[str, _Used] = {}
         self._parts: dict[str, frozenset[int]] = {}
         self._parts_stepped: dict[str, float] = {}
 
@@ -152,9 +175,8 @@ class AccumulatedInstrument:
         # added up the passes of one backward.)
         one.added = one.added or (weight.grad is not None and weight.grad is one.last())
         one.last = _weakly(weight.grad)
-        # Adding is one write; clearing in place is another, and a new gradient has none before it.
-        if weight.grad is not None and weight.grad._version - 1 == self._version_used.get(site):
-            one.carried += 1
+        if weight.grad is not None:
+            self._used.setdefault(site, _Used()).added(weight.grad)
 
     def backward_ended(self) -> None:
         """The backward that added to gradients is over."""
@@ -190,7 +212,7 @@ class AccumulatedInstrument:
                     self._look_closer(site, one, gradient, use, first.get(site))
                 one.steps.append(use)
                 one.rate = np.fmax(one.rate, mine[key]).item()
-                self._version_used[site] = -1 if one.weight.grad is None else one.weight.grad._version
+                one.carried += self._used.setdefault(site, _Used()).stepped(one.weight.grad)
                 one.fresh = False
                 one.looks = []
 
@@ -206,7 +228,9 @@ class AccumulatedInstrument:
 
     def after(self, site: str, first: FirstPass | None) -> Accumulated | None:
         """What became known of one site; None where it had no gradient at all."""
-        one = next((one for one in self._weights.get(site, {}).values() if one.steps or one.looks), None)
+        known = self._weights.get(site, {}).values()
+        # What FSDP gathers has a gradient for a while too, and no optimizer steps with it.
+        one = next((one for one in known if one.steps), None) or next((one for one in known if one.looks), None)
         if one is not None and one.steps:
             return self._of(one.steps, STEP, one, one.rate)
         if one is not None and self._is_used(one):

@@ -41,6 +41,7 @@ from stabilitylab.watching.instruments.state import StateInstrument
 from stabilitylab.watching.instruments.transfer import Shipment
 from stabilitylab.watching.instruments.weights import WeightInstrument
 from stabilitylab.watching.sites import Site, locate
+from stabilitylab.watching.spread import is_spread
 from stabilitylab.watching.walking import NamedModules, named_modules_of
 
 
@@ -139,17 +140,21 @@ class Instruments:
             any_gradient = False
             for site in sites:
                 found = locate(model, site)
-                if found is not None and self._weights.has_placeholder(site):
-                    look = functools.partial(self._weights.look_at_placeholder, site, found[0])
-                    capture.before_calls(found[0], look)
+                if found is None or self._weights.is_gone(site, found[1]):
+                    continue
+                layer, weight = found
+                if self._weights.has_placeholder(site):
+                    look = functools.partial(self._weights.look_at_placeholder, site, layer)
+                    capture.before_calls(layer, look)
                 factors = site.is_layer and self._gradients.needs_factors(site)
-                if found is not None and self._gradients.needs(site):
-                    self._gradients.watch(site, found[0])
+                needed = self._gradients.needs(site)
+                if needed:
+                    self._gradients.watch(site, layer)
                     any_gradient = True
-                if found is not None and site.is_layer and (factors or self._outputs.wants(site.name)):
-                    capture.watch_layer(site.name, found[0], factors)
-                if found is not None and not factors and self._gradients.needs(site):
-                    capture.watch_leaf(site.name, found[1])
+                if site.is_layer and (factors or self._outputs.wants(site.name)):
+                    capture.watch_layer(site.name, layer, factors)
+                if needed and (not factors or is_spread(weight)):  # the layer may hold a gathered copy in its place
+                    capture.watch_leaf(site.name, weight)
             if any_gradient:
                 capture.watch_optimizers()
             capture.watch_model(model)

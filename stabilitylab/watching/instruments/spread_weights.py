@@ -6,7 +6,7 @@ What no parts can give (singular values) is found from the whole weight, gathere
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from stabilitylab.watching.instruments.exchange import Exchange, How
 from stabilitylab.watching.instruments.references import References
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.sites import Site, locate
-from stabilitylab.watching.spread import Spread, is_spread, parameters_at_rest, part_of, spread_of, whole_of
+from stabilitylab.watching.spread import Spread, is_spread, part_of, spread_of, whole_of
 
 GATHERED_BYTES: Final = 1 << 28
 """The largest weight that is gathered whole, by each process."""
@@ -95,18 +95,11 @@ class SpreadWeights:
 
     def found(self, model: nn.Module, sites: Iterable[Site]) -> list[Found]:
         """Those of the sites that were adopted, as they are now. One that is gone, or spread in another way, is not."""
-        located = [(site, at) for site in sites if site.name in self._shapes and (at := locate(model, site))]
-        at_rest: Mapping[tuple[int, str], Tensor] = {}
-        if not all(is_spread(weight) for _, (_, weight) in located):
-            at_rest = parameters_at_rest(model)
-        weights = [
-            (site, weight if is_spread(weight) else at_rest.get((id(owner), site.parameter.rpartition(".")[2])))
-            for site, (owner, weight) in located
-        ]
+        located = [(site, at[1]) for site in sites if site.name in self._shapes and (at := locate(model, site))]
         return [
             (site, weight)
-            for site, weight in weights
-            if weight is not None and tuple(part_of(weight).shape) == self._shapes[site.name]
+            for site, weight in located
+            if is_spread(weight) and tuple(part_of(weight).shape) == self._shapes[site.name]
         ]
 
     def look(self, found: Iterable[Found], moved: Callable[[str, float | None], None]) -> None:

@@ -36,7 +36,7 @@ from stabilitylab.watching.instruments.spread_weights import SpreadWeights, Weig
 from stabilitylab.watching.instruments.transfer import Stack
 from stabilitylab.watching.offloaded import mark_of, written_in_vain
 from stabilitylab.watching.sites import Site, locate, weight_at, weight_in, weight_to_pass, why_unmeasurable
-from stabilitylab.watching.spread import is_spread, whole_of
+from stabilitylab.watching.spread import FLATTENED, flattened, is_spread, whole_of
 
 _COMPARING = (WeightPass, TopSingular, LeadingSubspace, AbsorptionPass, MovedEntries, Alignment, FeedbackPass)
 """The measurements that need W₀ or W₋."""
@@ -178,6 +178,10 @@ class WeightInstrument:
         """What the exchange made of looks at weights that are spread."""
         return self._spread.looks
 
+    def is_gone(self, site: Site, weight: Tensor) -> bool:
+        """Whether the weight is spread, and was not when it was adopted: no part of it is the weight."""
+        return is_spread(weight) and not self._spread.watches(site)
+
     def has_placeholder(self, site: Site) -> bool:
         """Whether a site's weight was offloaded when the edit began."""
         return site.name in self._placeholders
@@ -219,6 +223,8 @@ class WeightInstrument:
     @staticmethod
     def _why_not(model: nn.Module, site: Site) -> str | None:
         found = locate(model, site)
+        if found is None and flattened(model) is not None:
+            return FLATTENED
         if found is None or not is_spread(found[1]):
             return None
         return (
