@@ -11,6 +11,7 @@ import altair as alt
 
 from stabilitylab.reports.spec_parts import (
     SCALES,
+    TICK,
     VERDICT_COLOURS,
     Spec,
     edit_axis,
@@ -53,7 +54,7 @@ def trade() -> Spec:
         "drift:Q",
         scale=alt.Scale(type="log", nice=False),
         title="drift.ratio, largest of all layers",
-        axis=alt.Axis(format=".3~g", tickCount=6, grid=False),
+        axis=alt.Axis(labelExpr=TICK, tickCount=6, grid=False),
     )
     path = (
         alt.Chart(alt.NamedData("steps"))

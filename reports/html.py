@@ -28,6 +28,7 @@ from markupsafe import Markup
 from stabilitylab.analysis.findings import VERDICTS, Finding, Link, severity
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
+from stabilitylab.record.homes import homeless
 from stabilitylab.record.plain_files import begins_otherwise
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, operations, verdicts
@@ -220,13 +221,17 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},
         places=places,
-        sentence=headline.sentence(diagnosis, places),
+        sentence=headline.sentence(diagnosis),
+        place=headline.place(diagnosis, places),
         anchors=anchors,
         why=verdicts.why_apart(diagnosis),
         causes=[
-            (*told, _anchor(link, anchors), link.cause == diagnosis.cause)
-            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=True)
+            (*told, _anchor(link, anchors))
+            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=False)
         ],
+        shown=next(
+            (_anchor(link, anchors) for link in diagnosis.causes if link.cause == verdicts.told_first(diagnosis)), None
+        ),
         curve=telling_curve(run),
         lead=headline.lead(diagnosis),
         confidence=headline.CONFIDENCE[diagnosis.confidence],
@@ -257,6 +262,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         left_out=left_out,
         environment=manifest.environment(run.manifest),
         reproduce=manifest.reproduce(run.manifest),
+        limits=diagnosis.thresholds.removeprefix("limits "),
+        made_from=homeless(str(run.path)),
     )
 
 

@@ -20,6 +20,11 @@ LINES: Final = ("#2f8fe0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"
 VERDICT_COLOURS: Final = (GOOD, ONSET, "#e8692a", "#b45fa3", BAD)
 """From stable to non-finite."""
 SCALES: Final = ("log", "linear")
+TICK: Final = (
+    "abs(datum.value) >= 1e5 || (datum.value != 0 && 1e-3 > abs(datum.value))"
+    " ? replace(format(datum.value, '.3~e'), '+', '') : format(datum.value, ',.6~g')"
+)
+"""How a value stands at its axis: ``0.01``, ``6,000``, ``3.2e5``, as in `text.number`."""
 
 Spec = dict[str, Any]
 
@@ -99,5 +104,5 @@ def value_axis(scale: str) -> alt.Y:
     return alt.Y(
         "value:Q",
         scale=value_scale(scale, nice=False, padding=6),
-        axis=alt.Axis(title=None, format=".4~g", tickCount=4, domain=False, ticks=False, **_grid(scale)),
+        axis=alt.Axis(title=None, labelExpr=TICK, tickCount=4, domain=False, ticks=False, **_grid(scale)),
     )

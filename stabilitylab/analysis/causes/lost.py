@@ -10,6 +10,8 @@ from stabilitylab.analysis.causes.rule import Claim, Rule
 from stabilitylab.analysis.landing import FEWEST, Landing
 from stabilitylab.analysis.words import number
 
+EDITS_FAILING: Final = "edits-failing"
+"""The name of a cause that the verdict's sentence tells whole, with the exception."""
 NEARLY_ALL: Final = 0.9
 """Of the edits without effect: as many must show a reason for it."""
 
@@ -142,7 +144,7 @@ RULES = (
         "Norm gains that stay exactly 1.0 when a model is trained in pure bfloat16.",
     ),
     Rule(
-        "edits-failing",
+        EDITS_FAILING,
         "lost edits",
         "trigger",
         _failing,
