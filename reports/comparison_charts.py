@@ -10,8 +10,9 @@ from typing import Any, Final
 import altair as alt
 
 from stabilitylab.reports.spec_parts import (
+    LABEL,
+    NAMED_TICK,
     SCALES,
-    TICK,
     VERDICT_COLOURS,
     Spec,
     edit_axis,
@@ -54,7 +55,7 @@ def trade() -> Spec:
         "drift:Q",
         scale=alt.Scale(type="log", nice=False),
         title="drift.ratio, largest of all layers",
-        axis=alt.Axis(labelExpr=TICK, tickCount=6, grid=False),
+        axis=alt.Axis(format=LABEL, labelExpr=NAMED_TICK, tickCount=6, grid=False),
     )
     path = (
         alt.Chart(alt.NamedData("steps"))

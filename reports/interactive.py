@@ -18,10 +18,11 @@ from stabilitylab.reports.spec_parts import (
     BAD,
     CHOSEN,
     GOOD,
+    LABEL,
     LINES,
+    NAMED_TICK,
     ONSET,
     SCALES,
-    TICK,
     VERDICT_COLOURS,
     Spec,
     edit_axis,
@@ -108,7 +109,8 @@ def heatmap(scale: str) -> Spec:
         orient="bottom",
         direction="horizontal",
         title=None,
-        labelExpr=TICK,
+        format=LABEL,
+        labelExpr=NAMED_TICK,
         tickCount=4,
         gradientLength=alt.ExprRef("min(width, 260)"),
     )
@@ -198,7 +200,7 @@ def lines(scale: str) -> Spec:
 def band() -> Spec:
     """``band`` (edit, low, high, middle, above): smallest to largest logit, and the log-sum-exp as a line."""
     rows = alt.NamedData("band")
-    axis = alt.Axis(title=None, labelExpr=TICK, tickCount=5, domain=False, ticks=False)
+    axis = alt.Axis(title=None, format=LABEL, labelExpr=NAMED_TICK, tickCount=5, domain=False, ticks=False)
     low = alt.Y("low:Q", scale=alt.Scale(zero=False, nice=False, padding=6), axis=axis)
     gaps: Any = "break-paths-show-path-domains"
     area = alt.Chart(rows).mark_area(opacity=0.3, color=LINES[0], clip=True, invalid=gaps).encode(
