@@ -97,6 +97,7 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
 
     lines: list[RenderableType] = [
         verdict_text(diagnosis.verdict),
+        *([Text("▲ no edit takes effect", style="bold dark_orange3")] if diagnosis.nothing_lands else []),
         Text(told(diagnosis.says, 700), style="bold"),
     ]
     if not run.closed:

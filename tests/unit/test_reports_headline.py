@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from stabilitylab.analysis.findings import Finding, Verdict
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports import headline, html, verdicts
+from stabilitylab.reports.console import diagnosis_text
 from stabilitylab.reports.events import short_places
 from stabilitylab.reports.verdicts import strip
 from tests.synthetic import make_run
@@ -127,6 +130,11 @@ def test_a_loop_in_which_every_edit_raises_says_so_once_beside_the_verdict(tmp_p
     screen = page[page.index("<main>") : page.index("How it went</h2>")]
     assert screen.count("KeyError: no subject") == 1
     assert "No edit takes effect" in screen
+    terminal = Console(width=200, record=True, file=io.StringIO())
+    terminal.print(diagnosis_text(run, run.diagnosis()))
+    shown = terminal.export_text()
+    assert shown.count("KeyError: no subject") == 1
+    assert "no edit takes effect" in shown
     assert "there is no baseline yet" in page
 
 
