@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,6 +166,7 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         loader=jinja2.FunctionLoader(source),
     )  # fmt: skip
     environment.filters.update(
+        breakable=_breakable,
         sort_key=_sort_key,
         number=number,
         clean=clean,
@@ -186,6 +188,11 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         policy=Markup(policy), sheet=Markup(sheet), scripts=[Markup(each) for each in scripts],
         vega=_packed_vega() if drawn else "", **values,
     )  # fmt: skip  # our own files, never a run's text
+
+
+def _breakable(name: str) -> Markup:
+    """A name whose lines end after a dot or an underscore, if they must end within it."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])", name))
 
 
 def _sort_key(value: float) -> str:
