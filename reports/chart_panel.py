@@ -21,7 +21,6 @@ from stabilitylab.reports.chart_parts import (
     HEIGHT,
     NAMED,
     SHAPES,
-    TICK,
     about_edits,
     edit_axis,
     edit_tips,
@@ -34,7 +33,7 @@ from stabilitylab.reports.chart_parts import (
     unfold,
 )
 from stabilitylab.reports.drawing import Line
-from stabilitylab.reports.spec_parts import ALARM, BAD
+from stabilitylab.reports.spec_parts import ALARM, BAD, TICK
 from stabilitylab.reports.text import clean, number
 
 NEAREST: Final = 4_000

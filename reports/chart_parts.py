@@ -40,10 +40,6 @@ ZEROS: Final = frozenset({"0", "negative"})
 GAPS: Final[Any] = "break-paths-show-path-domains"
 FARTHEST: Final = 1e300
 """What lies beyond stands at the edge: an axis has to be able to take the difference of its ends."""
-TICK: Final = (
-    "abs(datum.value) >= 1e5 || (datum.value != 0 && 1e-3 > abs(datum.value))"
-    " ? format(datum.value, '.3~e') : format(datum.value, ',.6~g')"
-)
 
 
 def inline(rows: list[dict[str, Any]]) -> alt.InlineData:

@@ -75,6 +75,9 @@ _STYLE: Final[Any] = {
     "svg.hashsalt": "stabilitylab",
 }
 
+_EDGE: Final = 2.0
+"""Pixels between a figure's left edge and what stands there."""
+
 _OVER: Final[ContextVar[Any]] = ContextVar("over", default=MappingProxyType({}))
 
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -168,11 +171,14 @@ def value_axis(axis: Axes, finite: Array, log: bool, lanes: tuple[float, float])
         axis.set_ylim(0, 1)
         return
     if not log and needs_symlog(values):
-        typical = float(np.median(np.abs(values[values != 0])))
-        axis.set_yscale("symlog", linthresh=max(typical, 1e-300))
-        axis.margins(y=0.05)
-        axis.relim()
-        axis.autoscale_view(scalex=False)
+        typical = max(float(np.median(np.abs(values[values != 0]))), 1e-300)
+        axis.set_yscale("symlog", linthresh=typical)
+        scale = axis.yaxis.get_transform()
+        low, high = scale.transform(np.array([values.min(), values.max()]))
+        pad = 0.05 * (high - low)
+        with np.errstate(over="ignore"):
+            ends = scale.inverted().transform(np.array([low - pad, high + pad]))
+        axis.set_ylim(*np.clip(ends, -1e307, 1e307).tolist())
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_locator(FixedLocator(symlog_ticks(values, typical)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"−{tick_text(-v)}" if v < 0 else tick_text(v)))
@@ -256,9 +262,18 @@ def mark_edits(axis: Axes, marks: Sequence[Mark], *, named: bool = True) -> None
             color=names[-1][1], fontsize=8, va="bottom", annotation_clip=False,
         )  # fmt: skip
     figure = axis.figure
-    if named and isinstance(figure, Figure):
-        rows = sum(end >= 0 for end in taken)
-        figure.subplots_adjust(top=1.0 - (0.1 + 0.13 * rows) / float(figure.get_figheight()))
+    if isinstance(figure, Figure):
+        _keep_in_view(figure, axis)
+        if named:
+            rows = sum(end >= 0 for end in taken)
+            figure.subplots_adjust(top=1.0 - (0.1 + 0.13 * rows) / float(figure.get_figheight()))
+
+
+def _keep_in_view(figure: Figure, axis: Axes) -> None:
+    """Make room at the left for the value axis's own words, where they need more than there is."""
+    box = axis.yaxis.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    if box is not None and box.x0 < _EDGE:
+        figure.subplots_adjust(left=figure.subplotpars.left + (_EDGE - float(box.x0)) / float(figure.bbox.width))
 
 
 def lane(axis: Axes, share: float, words: str, *, top: bool = True) -> None:

@@ -22,7 +22,6 @@ from stabilitylab.reports.chart_parts import (
     GAPS,
     NAMED,
     SHAPES,
-    TICK,
     ZEROS,
     about_edits,
     edit_axis,
@@ -38,7 +37,7 @@ from stabilitylab.reports.chart_parts import (
     unfold,
 )
 from stabilitylab.reports.drawing import Line
-from stabilitylab.reports.spec_parts import LINES, ONSET
+from stabilitylab.reports.spec_parts import LINES, ONSET, TICK
 from stabilitylab.reports.text import clean, short_names, shorten
 
 _DEPTHS: Final = (1, 2, 4, 8, 16, 32)

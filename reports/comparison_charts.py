@@ -10,6 +10,8 @@ from typing import Any, Final
 import altair as alt
 
 from stabilitylab.reports.spec_parts import (
+    LABEL,
+    NAMED_TICK,
     SCALES,
     VERDICT_COLOURS,
     Spec,
@@ -53,7 +55,7 @@ def trade() -> Spec:
         "drift:Q",
         scale=alt.Scale(type="log", nice=False),
         title="drift.ratio, largest of all layers",
-        axis=alt.Axis(format=".3~g", tickCount=6, grid=False),
+        axis=alt.Axis(format=LABEL, labelExpr=NAMED_TICK, tickCount=6, grid=False),
     )
     path = (
         alt.Chart(alt.NamedData("steps"))

@@ -93,10 +93,11 @@ def diagnosis_text(run: Run, diagnosis: Diagnosis) -> RenderableType:
     places = short_places(run.sites)
 
     def told(words: str, limit: int) -> str:
-        return with_short_names(clean(words, limit), places)
+        return clean(with_short_names(clean(words, 4 * limit), places), limit)  # short first: more of it fits
 
     lines: list[RenderableType] = [
         verdict_text(diagnosis.verdict),
+        *([Text("▲ no edit takes effect", style="bold dark_orange3")] if diagnosis.nothing_lands else []),
         Text(told(diagnosis.says, 700), style="bold"),
     ]
     if not run.closed:

@@ -13,11 +13,11 @@ import numpy as np
 
 from stabilitylab.analysis.findings import Confidence, Diagnosis, Finding
 from stabilitylab.analysis.leading import reading
-from stabilitylab.record.readings import MODEL_SITE
+from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE
 from stabilitylab.record.run import Run
 from stabilitylab.reports.events import begins
 from stabilitylab.reports.text import clean, shorten
-from stabilitylab.reports.verdicts import collapse
+from stabilitylab.reports.verdicts import COLLAPSE, collapse, end
 
 CONFIDENCE: Final[dict[Confidence, str]] = {
     "high": "high: the readings show the mechanism itself",
@@ -26,9 +26,7 @@ CONFIDENCE: Final[dict[Confidence, str]] = {
     "none": "none: no rule speaks",
 }
 
-_STATES: Final = {
-    "drifting": "Drifting", "diverging": "Diverging", "collapsed": "Collapsed", "non-finite": "Diverging"
-}  # fmt: skip
+_BAD: Final = frozenset({"drifting", "diverging", "collapsed", "non-finite"})
 _TELLING: Final = (
     "canary.agreement", "canary.kl", "drift.ratio", "update.norm", "activation.max_abs", "gradient.norm"
 )  # fmt: skip
@@ -44,36 +42,53 @@ class Part:
     title: str = ""
 
 
-def sentence(diagnosis: Diagnosis, places: Mapping[str, str]) -> tuple[Part, ...]:
-    """One sentence: since when, when it ended, and where first. places: the short name of each site."""
-    if diagnosis.verdict not in _STATES or not diagnosis.findings or diagnosis.nothing_lands:
+def sentence(diagnosis: Diagnosis) -> tuple[Part, ...]:
+    """One sentence: since when, and when it ended."""
+    if not _is_bad(diagnosis):
         return (Part(clean(diagnosis.says, 700)),)
-    return tuple(_parts(diagnosis, places))
+    return (Part("The model "), *_course(diagnosis), Part("."))
+
+
+def place(diagnosis: Diagnosis, places: Mapping[str, str]) -> tuple[Part, ...]:
+    """A second one: where to look first, and the reading there. Empty for a sound run. places: sites' short names."""
+    if not _is_bad(diagnosis):
+        return ()
+    first = diagnosis.findings[0]
+    name, whole = places.get(first.site) or shorten(first.site, 60), clean(first.site, 300)
+    kind = "" if first.site in {MODEL_SITE, EDITOR_SITE} else "layer "
+    if first.site.startswith(f"{EDITOR_SITE}."):
+        kind = "the editor's "
+    return (Part(f"Look first at {kind}"), Part(name, first, whole), Part(f": {clean(reading(first), 120)}."))
 
 
 def headline(diagnosis: Diagnosis, places: Mapping[str, str]) -> str:
-    """The sentence as text."""
-    return "".join(part.words for part in sentence(diagnosis, places))
+    """Both sentences as text."""
+    said = ["".join(part.words for part in parts) for parts in (sentence(diagnosis), place(diagnosis, places))]
+    return " ".join(filter(None, said))
 
 
-def _parts(diagnosis: Diagnosis, places: Mapping[str, str]) -> Iterator[Part]:
-    findings, first = diagnosis.findings, diagnosis.findings[0]
+def _is_bad(diagnosis: Diagnosis) -> bool:
+    return diagnosis.verdict in _BAD and bool(diagnosis.findings) and not diagnosis.nothing_lands
+
+
+def _course(diagnosis: Diagnosis) -> Iterator[Part]:
+    """What the model was, from when on. What comes at the onset itself is not said to follow it."""
     since = diagnosis.onset_edit if diagnosis.onset_edit is not None else diagnosis.first_bad_edit
-    gone = collapse(diagnosis)
-    state = _STATES[diagnosis.verdict]
-    if diagnosis.verdict == "collapsed" and gone not in {None, since}:
-        state = "Diverging"
-    yield Part(f"{state} since edit {since}" if since is not None else "Bad from the start", begins(findings, since))
-    if state == "Diverging" and diagnosis.verdict == "collapsed":
-        yield Part(", ")
-        yield Part(f"of no use from edit {gone} on", begins(_of("collapsed", diagnosis), gone))
-    if diagnosis.first_nonfinite_edit is not None:
-        yield Part(", ")
-        end = diagnosis.first_nonfinite_edit
-        yield Part(f"NaN or ∞ at edit {end}", begins(_of("non-finite", diagnosis), end))
-    yield Part("; first in ")
-    yield Part(places.get(first.site) or shorten(first.site, 60), first, clean(first.site, 300))
-    yield Part(f" ({clean(reading(first), 120)}).")
+    last, how = end(diagnosis)
+    if last is None:
+        doing = f"has been {diagnosis.verdict} since edit {since}" if since is not None else "was bad from the start"
+        yield Part(doing, begins(diagnosis.findings, since))
+        return
+    if since is not None and since < last:
+        yield Part(f"was diverging from edit {since}", begins(diagnosis.findings, since))
+        yield Part(" and ")
+    if how == COLLAPSE:
+        yield Part(
+            f"{'' if since is not None and since < last else 'was '}of no use from edit {last} on",
+            begins(_of("collapsed", diagnosis), last),
+        )
+    else:
+        yield Part(f"came to NaN or ∞ at edit {last}", begins(_of("non-finite", diagnosis), last))
 
 
 def _of(verdict: str, diagnosis: Diagnosis) -> tuple[Finding, ...]:
@@ -82,12 +97,12 @@ def _of(verdict: str, diagnosis: Diagnosis) -> tuple[Finding, ...]:
 
 def lead(diagnosis: Diagnosis) -> str | None:
     """How long before the end the alarm was raised, where a run had an end."""
-    end, name = diagnosis.first_nonfinite_edit, "first NaN or ∞"
-    if end is None and diagnosis.verdict == "collapsed":
-        end, name = collapse(diagnosis), "collapse"
-    if end is None or diagnosis.alarm_edit is None:
+    last, name = diagnosis.first_nonfinite_edit, "first NaN or ∞"
+    if last is None and diagnosis.verdict == "collapsed":
+        last, name = collapse(diagnosis), COLLAPSE
+    if last is None or diagnosis.alarm_edit is None:
         return None
-    ahead = end - diagnosis.alarm_edit
+    ahead = last - diagnosis.alarm_edit
     if ahead <= 0:
         return f"none: raised with the {name}"
     return f"{ahead} edit{'s' if ahead != 1 else ''} before the {name}"
@@ -100,11 +115,17 @@ def telling(run: Run, diagnosis: Diagnosis) -> tuple[str, str] | None:
     """
     findings = diagnosis.findings[:1]
     site = findings[0].site if findings else MODEL_SITE
-    tries = [(finding.metric, finding.site) for finding in findings]
+    tries = [(metric, site) for finding in findings for metric in (*_sizes(finding.metric), finding.metric)]
     for metric in _TELLING:
         sites = run.sites_of(metric)
         tries += [(metric, site if site in sites else sites[0])] if sites else []
     return next((each for each in tries if _moves(run, *each)), None)
+
+
+def _sizes(metric: str) -> tuple[str, ...]:
+    """What led to a count of values that are not finite: how large the values were."""
+    family, _, what = metric.partition(".")
+    return tuple(f"{family}.{size}" for size in ("max_abs", "norm", "max")) if what == "nonfinite" else ()
 
 
 def _moves(run: Run, metric: str, site: str) -> bool:

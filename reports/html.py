@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from markupsafe import Markup
 from stabilitylab.analysis.findings import VERDICTS, Finding, Link, severity
 from stabilitylab.analysis.grouping import grouped
 from stabilitylab.errors import RunError
+from stabilitylab.record.homes import homeless
 from stabilitylab.record.plain_files import begins_otherwise
 from stabilitylab.record.run import Run
 from stabilitylab.reports import events, headline, manifest, operations, verdicts
@@ -164,6 +166,7 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         loader=jinja2.FunctionLoader(source),
     )  # fmt: skip
     environment.filters.update(
+        breakable=_breakable,
         sort_key=_sort_key,
         number=number,
         clean=clean,
@@ -185,6 +188,11 @@ def fill(template: str, script: str, *, drawn: bool = True, **values: Any) -> st
         policy=Markup(policy), sheet=Markup(sheet), scripts=[Markup(each) for each in scripts],
         vega=_packed_vega() if drawn else "", **values,
     )  # fmt: skip  # our own files, never a run's text
+
+
+def _breakable(name: str) -> Markup:
+    """A name whose lines end after a dot or an underscore, if they must end within it."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])", name))
 
 
 def _sort_key(value: float) -> str:
@@ -220,13 +228,17 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         looks=verdicts.LOOKS,
         severities={verdict: severity(verdict) for verdict in VERDICTS},
         places=places,
-        sentence=headline.sentence(diagnosis, places),
+        sentence=headline.sentence(diagnosis),
+        place=headline.place(diagnosis, places),
         anchors=anchors,
         why=verdicts.why_apart(diagnosis),
         causes=[
-            (*told, _anchor(link, anchors), link.cause == diagnosis.cause)
-            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=True)
+            (*told, _anchor(link, anchors))
+            for told, link in zip(verdicts.causes(diagnosis, places), diagnosis.causes, strict=False)
         ],
+        shown=next(
+            (_anchor(link, anchors) for link in diagnosis.causes if link.cause == verdicts.told_first(diagnosis)), None
+        ),
         curve=telling_curve(run),
         lead=headline.lead(diagnosis),
         confidence=headline.CONFIDENCE[diagnosis.confidence],
@@ -257,6 +269,8 @@ def _page(run: Run, plain: dict[str, Any]) -> str:
         left_out=left_out,
         environment=manifest.environment(run.manifest),
         reproduce=manifest.reproduce(run.manifest),
+        limits=diagnosis.thresholds.removeprefix("limits "),
+        made_from=homeless(str(run.path)),
     )
 
 

@@ -18,7 +18,9 @@ from stabilitylab.reports.spec_parts import (
     BAD,
     CHOSEN,
     GOOD,
+    LABEL,
     LINES,
+    NAMED_TICK,
     ONSET,
     SCALES,
     VERDICT_COLOURS,
@@ -67,13 +69,13 @@ def _rules() -> list[alt.Chart]:
 
 def timeline() -> Spec:
     """``phases`` (start, end, kind) behind ``events`` (edit, kind): a row per kind of finding, and of lost edits."""
-    kinds = ["quiet", "onset", "bad"]
+    kinds = alt.Scale(domain=["quiet", "onset", "bad", "ended"], range=[GOOD, ONSET, VERDICT_COLOURS[2], BAD])
     phases = (
         alt.Chart(alt.NamedData("phases"))
         .mark_rect(opacity=0.16, clip=True)
         .encode(
             x=edit_axis("start"), x2="end:Q",
-            color=alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[GOOD, ONSET, BAD]), legend=None),
+            color=alt.Color("kind:N", scale=kinds, legend=None),
         )
     )  # fmt: skip
     events = (
@@ -107,7 +109,8 @@ def heatmap(scale: str) -> Spec:
         orient="bottom",
         direction="horizontal",
         title=None,
-        format=".3~g",
+        format=LABEL,
+        labelExpr=NAMED_TICK,
         tickCount=4,
         gradientLength=alt.ExprRef("min(width, 260)"),
     )
@@ -197,7 +200,7 @@ def lines(scale: str) -> Spec:
 def band() -> Spec:
     """``band`` (edit, low, high, middle, above): smallest to largest logit, and the log-sum-exp as a line."""
     rows = alt.NamedData("band")
-    axis = alt.Axis(title=None, format=".3~g", tickCount=5, domain=False, ticks=False)
+    axis = alt.Axis(title=None, format=LABEL, labelExpr=NAMED_TICK, tickCount=5, domain=False, ticks=False)
     low = alt.Y("low:Q", scale=alt.Scale(zero=False, nice=False, padding=6), axis=axis)
     gaps: Any = "break-paths-show-path-domains"
     area = alt.Chart(rows).mark_area(opacity=0.3, color=LINES[0], clip=True, invalid=gaps).encode(

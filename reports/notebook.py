@@ -118,7 +118,7 @@ def _page(
             diagnosis.verdict,
             with_short_names(headline(diagnosis, places), places),
             f"Why: {clean(diagnosis.cause, 60)}" if known else "Why",
-            f"{sentence(why)} Confidence {CONFIDENCE[diagnosis.confidence]}." if known else sentence(why),
+            f"{sentence(why)} Confidence {CONFIDENCE[diagnosis.confidence]}." if known and why else sentence(why),
             with_short_names(clean(diagnosis.advice, 900), places),
             curve,
             causes(diagnosis, places),

@@ -9,7 +9,7 @@ from stabilitylab.record.note_kinds import NOT_PUT_BACK, NOTHING_MOVED
 from stabilitylab.record.readings import Note
 from stabilitylab.record.serving import SERVES
 
-_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", NOT_PUT_BACK})
+_EVENTS: Final = frozenset({"calibrated", "sites-discovered", "restore", "resumed", NOT_PUT_BACK})
 """Kinds of note that tell what happened; all others tell what was not measured, or not as asked."""
 _PLAIN: Final = "moved no parameter of the model"
 

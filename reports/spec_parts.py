@@ -20,6 +20,15 @@ LINES: Final = ("#2f8fe0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"
 VERDICT_COLOURS: Final = (GOOD, ONSET, "#e8692a", "#b45fa3", BAD)
 """From stable to non-finite."""
 SCALES: Final = ("log", "linear")
+LABEL: Final = ".4~g"
+"""An axis's own format. On a logarithmic one it leaves out the ticks between, which `NAMED_TICK` leaves out too."""
+TICK: Final = (
+    "abs(datum.value) >= 1e5 || (datum.value != 0 && 1e-3 > abs(datum.value))"
+    " ? replace(format(datum.value, '.3~e'), '+', '') : format(datum.value, ',.6~g')"
+)
+"""How a value stands at its axis: ``0.01``, ``6,000``, ``3.2e5``, as in `text.number`."""
+NAMED_TICK: Final = f"datum.label == '' ? '' : {TICK}"
+"""The same, of ticks that have a label."""
 
 Spec = dict[str, Any]
 
@@ -99,5 +108,7 @@ def value_axis(scale: str) -> alt.Y:
     return alt.Y(
         "value:Q",
         scale=value_scale(scale, nice=False, padding=6),
-        axis=alt.Axis(title=None, format=".4~g", tickCount=4, domain=False, ticks=False, **_grid(scale)),
+        axis=alt.Axis(
+            title=None, format=LABEL, labelExpr=NAMED_TICK, tickCount=4, domain=False, ticks=False, **_grid(scale)
+        ),
     )

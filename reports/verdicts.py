@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from stabilitylab.analysis.causes.lost import EDITS_FAILING
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Verdict, severity
 from stabilitylab.analysis.leading import edit_of
 from stabilitylab.analysis.ledger import DRIFT_RULES
-from stabilitylab.analysis.operation import says as operation_says
+from stabilitylab.analysis.operation import OPERATION
 from stabilitylab.analysis.operation import where as operation_where
 from stabilitylab.record.run import Run
 from stabilitylab.reports.text import clean, number, sentence, shorten, with_short_names
@@ -51,6 +52,10 @@ LOOKS: Final[dict[Verdict, Look]] = {
 }  # fmt: skip
 
 
+COLLAPSE: Final = "collapse"
+"""The end of a run whose numbers stay finite."""
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Edits `first` to `last` (both included) of one kind, with their place on a strip that is 1,000 wide."""
@@ -64,10 +69,11 @@ class Stretch:
 
 
 def strip(run: Run) -> list[Stretch]:
-    """The run from its first to its last edit: quiet, then trouble from the onset, then bad from the first bad edit."""
+    """The run from its first to its last edit: quiet, trouble from the onset, past a limit, then what it ended in."""
     if not run.edits:
         return []
-    diagnosis, start, end = run.diagnosis(), run.edits[0].edit, run.edits[-1].edit
+    diagnosis, start, stop = run.diagnosis(), run.edits[0].edit, run.edits[-1].edit
+    ended, how = end(diagnosis)
     bad = _bad_from(diagnosis)
     onset = diagnosis.onset_edit if diagnosis.onset_edit is not None else bad
     flagged = [finding.start for finding in diagnosis.findings if severity(finding.verdict) > 0]
@@ -76,14 +82,15 @@ def strip(run: Run) -> list[Stretch]:
     cuts = [
         ("quiet", quiet, start),
         ("onset", "trouble building", onset),
-        ("bad", "past the first bad value", bad),
+        ("bad", "past a limit", bad),
+        ("ended", "collapsed" if how == COLLAPSE else how, ended),
     ]
     known = [(kind, words, max(at, start)) for kind, words, at in cuts if at is not None]
     stretches = []
     for place, (kind, words, first) in enumerate(known):
-        last = known[place + 1][2] - 1 if place + 1 < len(known) else end
+        last = min((at for _, _, at in known[place + 1 :]), default=stop + 1) - 1
         if last >= first:
-            scale = 1000.0 / (end - start + 1)
+            scale = 1000.0 / (stop - start + 1)
             stretches.append(Stretch(kind, words, first, last, (first - start) * scale, (last - first + 1) * scale))
     return stretches
 
@@ -104,38 +111,53 @@ def end(diagnosis: Diagnosis) -> tuple[int | None, str]:
     """The edit at which the run came to its end, and what that is: the first NaN or infinity, or the collapse."""
     if diagnosis.first_nonfinite_edit is not None:
         return diagnosis.first_nonfinite_edit, "NaN or ∞"
-    return collapse(diagnosis), "collapse"
+    return collapse(diagnosis), COLLAPSE
 
 
 def why(diagnosis: Diagnosis) -> str:
-    """What the cause says; empty where the verdict's sentence has said it."""
+    """What the cause says; empty where the verdict's sentence has said it, or what the traced operation did."""
+    if told_first(diagnosis) == OPERATION or _raised(diagnosis):
+        return ""
     says = diagnosis.cause_says
     return "" if says.rstrip(".").lower() in diagnosis.says.lower() else says
 
 
 def why_apart(diagnosis: Diagnosis) -> str:
     """What the cause says, or without one what the traced operation did: where the headline does not say why."""
-    if diagnosis.cause == UNKNOWN_CAUSE and diagnosis.operation is not None:
-        return operation_says(diagnosis.operation)
-    return diagnosis.cause_says
+    if _raised(diagnosis):
+        return ""
+    first = told_first(diagnosis)
+    return next((link.says for link in diagnosis.causes if link.cause == first), diagnosis.cause_says)
+
+
+def told_first(diagnosis: Diagnosis) -> str:
+    """The name of the link that is told before the chain: the cause, or without one the traced operation."""
+    return OPERATION if diagnosis.cause == UNKNOWN_CAUSE and diagnosis.operation is not None else diagnosis.cause
+
+
+def _raised(diagnosis: Diagnosis) -> bool:
+    """Whether no edit lands because each raises: the verdict's sentence says so, with the exception."""
+    return diagnosis.nothing_lands and diagnosis.cause == EDITS_FAILING
 
 
 def chain(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    """(role, what it says) of each cause but the one that is named first."""
-    return [(link.role, link.says) for link in diagnosis.causes if link.cause != diagnosis.cause]
+    """(role, what it says) of each cause but the one that is told first."""
+    return [(link.role, link.says) for link in diagnosis.causes if link.cause != told_first(diagnosis)]
 
 
 def causes(diagnosis: Diagnosis, places: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """The chain of causes: (role and edit, its name, what it says). places: the short name of each site.
 
-    Of the one to act on first, what it says stands above already.
+    Of the one that is told first, what it says stands above already; where it is the only one, there is no chain.
     """
+    if [link.cause for link in diagnosis.causes] == [told_first(diagnosis)]:
+        return []
     return [
         (
             clean(link.role, 20) + ("" if link.edit is None else f", edit {link.edit}"),
             clean(link.cause, 60),
             "Told above; what to act on first."
-            if link.cause == diagnosis.cause
+            if link.cause == told_first(diagnosis)
             else sentence(with_short_names(clean(link.says, 500), places)),
         )
         for link in diagnosis.causes

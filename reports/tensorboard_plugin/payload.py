@@ -52,9 +52,10 @@ def summary(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
         "sign": look.sign,
         "onset_edit": diagnosis.onset_edit,
         "first_bad_edit": diagnosis.first_bad_edit,
-        "first_bad_site": None if where is None else shorten(where, 60),
+        "first_bad_site": None if where is None else events.short_places(run.sites).get(where) or shorten(where, 60),
         "cause": clean(diagnosis.cause, 80),
         "landed": verdicts.landed_words(diagnosis),
+        "nothing_lands": diagnosis.nothing_lands,
         "forecast": _forecast(diagnosis),
     }
 

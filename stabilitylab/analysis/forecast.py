@@ -335,7 +335,7 @@ class Forecaster:
             return self._silent("Nothing that has a limit is read: no headroom, no canary.")
         most = int(state["count"].max())
         if most < LEAST:
-            return self._silent(f"A forecast needs {LEAST} readings in applied edits; so far there are {most}.")
+            return self._silent(f"A forecast needs {LEAST} readings in applied edits; {most or 'none'} so far.")
         unsure: Forecast | None = None
         for series in self._nearest():
             edits, path = self._history(series)

@@ -171,17 +171,31 @@ def _such_as(sites: Mapping[str, Site]) -> str:
 
 
 def _near_patterns(pattern: str, sites: Mapping[str, Site]) -> str:
-    """``; did you mean '*.fc1' (12 layers)?``: patterns that end like the wrong one, and lead somewhere."""
-    stem, _, leaf = pattern.rpartition(".")
+    """``; did you mean '*.fc1' (12 layers)?``: patterns like the wrong one that lead somewhere."""
     layers = [site.name for site in sites.values() if site.is_layer]
+    known = {part for name in layers for part in name.split(".")}
+    stem, _, leaf = pattern.rpartition(".")
+    leaves = {name.rpartition(".")[2] for name in layers}
     told = []
-    for near in sorted(nearest(leaf, {name.rpartition(".")[2] for name in layers})):
-        for tried in (f"{stem}.{near}", f"*.{near}", near):
+    for near in [leaf] if leaf in leaves or _has_wildcard(leaf) else sorted(nearest(leaf, leaves)):
+        mended = ".".join(_known_part(part, known) for part in stem.split("."))
+        for tried in (f"{stem}.{near}", f"{mended}.{near}", f"*.{near}", near):
             count = len(fnmatch.filter(layers, tried))
             if count:
                 told.append(f"'{tried}' ({count} layer{'s' if count > 1 else ''})")
                 break
     return f"; did you mean {', '.join(told)}?" if told else ""
+
+
+def _known_part(part: str, known: Collection[str]) -> str:
+    """A part of a pattern, or where no name has it, the most similar one that some name has."""
+    if part in known or _has_wildcard(part):
+        return part
+    return next(iter(nearest(part, known, n=1)), part)
+
+
+def _has_wildcard(text: str) -> bool:
+    return any(sign in text for sign in "*?[")
 
 
 def _as_patterns(model: nn.Module, patterns: object) -> list[str]:
@@ -215,7 +229,7 @@ def _no_match(pattern: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
             f"site pattern '{pattern}' matches '{containers[0]}', a {kind} that has no parameter (quantised?); "
             f"expected a layer with a weight{_such_as(sites)}"
         )
-    hint = (did_you_mean(pattern, sites) if "*" not in pattern else "") or _near_patterns(pattern, sites)
+    hint = ("" if _has_wildcard(pattern) else did_you_mean(pattern, sites)) or _near_patterns(pattern, sites)
     some = next(iter(sites), None)
     fallback = f"; its first layer is '{some}'" if some else "; the model has no parameters"
     return SiteError(

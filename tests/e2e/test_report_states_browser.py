@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 from benchmarks.analysis import rows_of
 from benchmarks.docs_assets import kept
 from stabilitylab.probes.registry import probes_of
-from stabilitylab.record.readings import EditRow
+from stabilitylab.record.readings import EditRow, Note
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import RunWriter
 from stabilitylab.reports.comparison import write_comparison
@@ -181,3 +181,47 @@ def test_a_metric_that_a_single_run_has_says_which(page_of: Callable[[str], Path
                 .filter((mark) => mark.role === "legend").flatMap((mark) => mark.items).length;
         }""")
         assert names >= 1
+
+
+def test_ticks_are_written_as_numbers_are_elsewhere(page_of: Callable[[str], Path]) -> None:
+    with visit(page_of("demo")) as seen:
+        page = ready(seen)
+        told = page.evaluate("""async () => {
+            const charts = new Charts(page.json("report-charts"), {});
+            const words = {};
+            for (const [kind, values] of [["linear", [-8000, 6000]], ["log", [0.03, 4e9]]]) {
+                const points = values.map((value, edit) => ({ edit, site: "a", value, lane: 4 }));
+                await charts.draw("band", `lines.${kind}`, { points }, { first: 0, last: 1 });
+                const all = [];
+                const walk = (item) => {
+                    if (item.role === "axis-label") all.push(...item.items.map((each) => each.text));
+                    (item.items ?? []).forEach(walk);
+                };
+                walk(charts.view("band").scenegraph().root);
+                words[kind] = all.filter((each) => each !== "");
+            }
+            return words;
+        }""")
+        assert {"5,000", "−5,000"} <= set(told["linear"])
+        powers = [each for each in told["log"] if "e" in each]
+        assert powers
+        assert all(re.fullmatch(r"1e\d+", each) for each in powers)  # none of the ticks between, and no plus
+        assert not seen.said
+
+
+def test_long_names_do_not_widen_a_phones_page(tmp_path: Path) -> None:
+    names = [f"a_name_of_a_container_that_is_long.the_{place}_output_projection_that_has_a_name" for place in range(5)]
+    metrics = tuple(
+        metric for probe in probes_of("default") for metric in probe.metrics if metric.name == "update.norm"
+    )
+    writer = RunWriter(tmp_path / "run", {"closed": True, "sites": names}, metrics)
+    writer.note(Note(0, "sites-discovered", f"edit 1 moved {', '.join(names)}"))
+    for edit in range(4):
+        readings = {("update.norm", name): np.array([1.0 + edit]) for name in names}
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    with visit(write_report(load(tmp_path / "run"), tmp_path / "page.html"), width=400) as seen:
+        page = ready(seen)
+        page.locator("details").evaluate_all("all => all.forEach((each) => { each.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert not seen.said

@@ -178,6 +178,36 @@ def test_a_linear_metric_that_explodes_keeps_its_beginning_readable(tmp_path: Pa
     ElementTree.fromstring(to_svg(figure))
 
 
+@pytest.mark.parametrize("values", [[1.37, 4.5e-297, 4.5e-297], [1e308, 3.0, 2.0, 1.0, -1e308], [1e-308, 2e-308, 1.0]])
+def test_an_axis_holds_whatever_floats_can(values: list[float], tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {"closed": True}, [Metric("mine.size", "1", "linear", "after", "", "", "")])
+    for edit, value in enumerate(values):
+        readings = {("mine.size", "model"): np.array([value])}
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    figure = figures.lines(load(tmp_path / "run"), "mine.size")
+    low, high = figure.axes[0].get_ylim()
+    assert low <= min(values) * (1 - 1e-9) or low <= -1e307
+    assert high >= max(values) * (1 - 1e-9) or high >= 1e307
+    ElementTree.fromstring(to_svg(figure))
+
+
+def test_the_words_beside_an_axis_are_within_the_picture(tmp_path: Path) -> None:
+    metrics = [Metric(f"canary.{name}", "logit", "linear", "after", "", "", "") for name in ("min", "max")]
+    writer = RunWriter(tmp_path / "run", {"closed": True}, metrics)
+    for edit in range(9):
+        readings = {
+            (f"canary.{name}", "model"): np.array([sign * 8e3 * edit]) for name, sign in (("min", -1), ("max", 1))
+        }
+        writer.append(EditRow(edit, "", "applied", 0.0, 1.0, 0.0, 0.0, readings=readings))
+    writer.close()
+    figure = figures.logit_range(load(tmp_path / "run"))
+    with charting.style():
+        box = figure.axes[0].yaxis.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    assert box is not None
+    assert box.x0 >= 0
+
+
 def test_many_points_become_a_picture_and_stay_small(tmp_path: Path) -> None:
     names = [f"layers.{place}.fc" for place in range(100)]
     writer = RunWriter(tmp_path / "run", {"sites": names}, [Metric("update.norm", "1", "log", "after", "", "", "")])

@@ -28,7 +28,7 @@ from tests.synthetic import make_run
 
 HARMLESS = frozenset(
     "html head meta title style body header main section nav footer a h1 h2 h3 p strong span ul ol li dl dt dd div svg"  # noqa: SIM905
-    " rect details summary table thead tbody tr th td script".split()
+    " rect details summary table thead tbody tr th td script wbr".split()
 )
 
 
@@ -109,6 +109,10 @@ class TestPage:
         text = Page(page(scan, cautioned)).text
         assert "whether edits feed on one another" in text
         assert ("Nothing is known here of activations" in text) == (not scan.activations)
+
+    def test_a_columns_name_ends_its_lines_between_its_parts(self) -> None:
+        names = re.findall(r'<span class="name">(.*?)</span>', page(*healthy()))
+        assert any("_<wbr>" in name or ".<wbr>" in name for name in names)
 
     def test_sort_keys_are_the_numbers_of_the_cells(self) -> None:
         text = page(*dying())

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import unicodedata
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,7 +13,6 @@ from stabilitylab.reports import SINKS, sink_class
 from stabilitylab.reports.manifest import environment, reproduce
 from stabilitylab.reports.noted import folded
 from stabilitylab.reports.text import clean, number, percent, sentence, short_names, shorten, with_short_names
-from stabilitylab.reports.verdicts import strip
 
 
 @pytest.mark.parametrize(
@@ -145,25 +142,6 @@ def test_sinks_are_found_by_name() -> None:
     assert {sink_class(name).__name__ for name in SINKS} == {"TensorBoardSink", "ProgressSink", "AlarmSink"}
     with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
         sink_class("tensorbord")
-
-
-@pytest.mark.parametrize(
-    ("starts", "verdict", "words"),
-    [
-        ([12, 14], "drifting", "nothing flagged"),
-        ([3, 12], "drifting", "before the onset"),  # odd, long before, and no part of what began at 12
-        ([3, 12], "stable", "nothing flagged"),  # worth knowing, but no flag
-    ],
-)
-def test_the_strip_calls_nothing_unflagged_that_was_flagged(starts: list[int], verdict: str, words: str) -> None:
-    findings = [SimpleNamespace(start=start, verdict=verdict) for start in starts]
-    diagnosis = SimpleNamespace(onset_edit=12, first_bad_edit=15, findings=findings)
-    run: Any = SimpleNamespace(edits=[SimpleNamespace(edit=edit) for edit in range(21)], diagnosis=lambda: diagnosis)
-    assert [(part.words, part.first, part.last) for part in strip(run)] == [
-        (words, 0, 11),
-        ("trouble building", 12, 14),
-        ("past the first bad value", 15, 20),
-    ]
 
 
 def test_what_each_edit_notes_anew_is_said_once() -> None:

@@ -109,7 +109,9 @@ def test_what_can_not_be_measured_says_why() -> None:
     [
         ("*.fcl", r"did you mean '\*\.fc1' \(2 layers\), '\*\.fc2' \(2 layers\)"),
         ("decoder.*.fcl", r"did you mean 'decoder\.\*\.fc1' \(2 layers\)"),
-        ("encoder.*.fc1", r"did you mean '\*\.fc1' \(2 layers\)"),
+        ("encoder.*.fc1", r"did you mean 'decoder\.\*\.fc1' \(2 layers\)\?"),
+        ("decodr.*", r"did you mean 'decoder\.\*' \(\d+ layers\)\?"),
+        ("decoder.[01].fc1", r"did you mean '\*\.fc1' \(2 layers\)\?"),
     ],
 )
 def test_a_wrong_pattern_is_answered_by_patterns_and_what_each_would_match(wrong: str, near: str) -> None:

@@ -14,6 +14,8 @@ from stabilitylab.analysis.words import number
 from stabilitylab.record.readings import MODEL_SITE
 
 _OF_WEIGHTS: Final = ("update", "drift", "weight")
+EDITS_FAILING: Final = "edits-failing"
+"""The name of a cause that the verdict's sentence tells whole, with the exception."""
 NEARLY_ALL: Final = 0.9
 """Of the edits without effect: as many must show a reason for it."""
 
@@ -160,7 +162,7 @@ RULES = (
         "Norm gains that stay exactly 1.0 when a model is trained in pure bfloat16.",
     ),
     Rule(
-        "edits-failing",
+        EDITS_FAILING,
         "lost edits",
         "trigger",
         _failing,
