@@ -12,14 +12,15 @@ from stabilitylab.record.readings import Note
 from stabilitylab.record.tables import ALARM, NOTE, OPERATION, OUTCOME, Table
 
 _WORDS: Final = {NOTE: "note", ALARM: "alarm", OUTCOME: "outcome", OPERATION: "traced operation"}
+_FIRST: Final = {"edit": 0, "dry edit": 1}
+"""What the first of them is numbered."""
 _CHANGED: Final = "can't be read any more: {} of the run file changed after it was written"
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Rows that can't be read. what: ``edit`` or ``dry edit``. after, before: the edits that were written next to them;
-    before is None where it is not known that any was. rows: how many. layout: of their readings, where it is that
-    which is damaged.
+    """Rows that can't be read. what: ``edit`` or ``dry edit``. after, before: the edits that were written next to them,
+    −1 and None where none is known. rows: how many. layout: of their readings, where it is that which is damaged.
     """
 
     what: str
@@ -31,10 +32,10 @@ class Gap:
     @property
     def says(self) -> str:
         """In one sentence."""
-        first = self.after + 1
+        first = max(self.after + 1, _FIRST[self.what])
         if self.before is None:
             which = f"the last {_counted(self.rows, self.what)}" if self.rows > 1 else f"the last {self.what}"
-            which += f", after {self.what} {self.after}," if self.after >= 0 else ""
+            which += f", after {self.what} {self.after}," if self.after >= _FIRST[self.what] else ""
         elif self.before - first > self.rows:
             which = f"{self.rows} of the {self.what}s {first} to {self.before - 1}"
         else:

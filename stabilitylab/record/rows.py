@@ -43,7 +43,7 @@ class Rows:
         self._what = "edit" if table is EDIT else "dry edit"
         self._unpack = Unpacker({})
         self._expect = expect_columns(_KINDS)
-        self._position = self._unread = 0
+        self._position = self._passed = self._unread = 0
         self._gaps: list[Gap] = []
 
     @property
@@ -66,10 +66,12 @@ class Rows:
             elif not checked:
                 rows.append(self._row(record))
             elif record[1] > self._position:  # else a copy, in place of another
-                unread = 0
+                self._passed, unread = self._passed + unread, 0
                 if self._comes_next(record):
                     rows.append(self._row(record))
         damage.gaps(self._gaps)
+        # One that stands where it does not belong may be one of those that are missing.
+        unread += self._passed - sum(gap.rows for gap in self._gaps if gap.layout is None)
         self._unread = max(unread, damage.counted(self._table) - self._position, 0)
         if self._unread:
             damage.gaps([Gap(self._what, self.last, None, self._unread)])
