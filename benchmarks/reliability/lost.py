@@ -15,7 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -200,7 +200,7 @@ def _what_is_rotten(found: sl.Run, sound: sl.Run) -> str:
     """Empty where all that a changed run holds is as in the sound one, and it says of what it does not hold."""
     manifest = {key: value for key, value in found.manifest.items() if key != DAMAGED_ENTRY}
     said = [note for note in found.notes if note.kind == DAMAGED]
-    parts = {
+    parts: dict[str, tuple[list[Any], list[Any]]] = {
         "edits": (_edits(found), _edits(sound)),
         "alarms": (list(found.alarms), list(sound.alarms)),
         "notes": ([note for note in found.notes if note.kind != DAMAGED], list(sound.notes)),
