@@ -104,7 +104,7 @@ def ends(files: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("", EXIT_USAGE),
         ("lab", EXIT_USAGE),
         ("chekc healthy", EXIT_USAGE),
-        *[(f"{verb} missing", EXIT_USAGE) for verb in ENTRIES],
+        *[(f"{verb} missing", EXIT_USAGE) for verb in (*ENTRIES, "tail --once") if verb != "tail"],
         *[(f"{verb} no-run", EXIT_USAGE) for verb in ("check", "tail --once", "compare", "report", "calibrate")],
         *[(f"{verb} healthy --no-such-option", EXIT_USAGE) for verb in ENTRIES],
         *[(verb, EXIT_USAGE) for verb in ENTRIES if verb != "probes"],
