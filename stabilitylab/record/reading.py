@@ -49,6 +49,8 @@ def read_records(
     """
     checked = is_checked(db)
     held = {name for (name,) in db.execute("SELECT name FROM pragma_table_info(?)", (table.name,))}
+    if not checked and "crc" in held:
+        raise ValueError("the number of its schema is not as it was written")
     if not held and not checked:
         return
     # A column that has no business to be missing is an error of SQLite's.

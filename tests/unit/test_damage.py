@@ -133,6 +133,7 @@ def test_what_is_of_one_edit_is_left_out_and_named(run: Path, statement: str, go
         ("UPDATE edit SET trace_seconds = 1", "the last 10 edits can't be read any more"),
         ("ALTER TABLE edit DROP COLUMN crc", "crc"),
         ("DROP TABLE note", "note"),
+        ("PRAGMA user_version = 0", "the number of its schema is not as it was written"),
     ],
 )  # fmt: skip
 def test_what_is_of_the_whole_run_refuses_it_in_one_line(run: Path, statement: str, says: str) -> None:

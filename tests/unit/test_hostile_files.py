@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import sqlite3
 import subprocess
@@ -22,7 +24,7 @@ import pytest
 from stabilitylab.acting.scanning import archives
 from stabilitylab.acting.scanning.archives import open_archive
 from stabilitylab.acting.scanning.editors import scan_archive
-from stabilitylab.acting.scanning.opening import open_folder, read_json
+from stabilitylab.acting.scanning.opening import load_pickle, open_folder, read_json
 from stabilitylab.acting.scanning.places import of_hparams
 from stabilitylab.analysis.thresholds import from_json, read, shipped, write
 from stabilitylab.commands import check, cli
@@ -358,6 +360,21 @@ def test_an_archive_with_a_broken_part_is_one_line(tmp_path: Path, header: bytes
         held.writestr("mom2.mom2.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with pytest.raises(UsageError, match=r"can't be read as \.npz|no editor"):
         scan_archive(open_archive(tmp_path / "moments.npz"))
+
+
+def test_a_pickle_that_was_cut_or_changed_anywhere_is_one_line(tmp_path: Path) -> None:
+    file, whole, draw = (
+        tmp_path / "editor.pt",
+        pickle.dumps({"model": {"u_std": [1.0, 2.0]}}, protocol=2),
+        random.Random(0),
+    )
+    changed = [
+        whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :] for at in range(len(whole)) for _ in range(8)
+    ]
+    for held in [*(whole[:at] for at in range(len(whole))), *changed]:
+        file.write_bytes(held)
+        with contextlib.suppress(UsageError):
+            load_pickle(file)
 
 
 @pytest.mark.parametrize(
