@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from stabilitylab.record.store import FILE_NAME
+from tests.sealing import seal
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 KEPT: Final = DOCS / "kept"
@@ -65,4 +66,5 @@ def _keep(run: Path, name: str) -> None:
                 here = (f"{DOCS.parent}/", "~/stabilitylab/")
                 db.execute("UPDATE manifest SET value = replace(value, ?, ?) WHERE key = 'command'", here)
             db.execute("VACUUM")
+        seal(copy)
         (KEPT / f"{name}.db.xz").write_bytes(lzma.compress(copy.read_bytes(), preset=9 | lzma.PRESET_EXTREME))

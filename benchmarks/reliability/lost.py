@@ -12,9 +12,10 @@ import re
 import shutil
 import signal
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,10 +25,16 @@ from benchmarks.reliability.lost_loops import EDITS
 from benchmarks.reliability.promise import Effort, Result, counted
 from stabilitylab.errors import RunError
 from stabilitylab.record.making import is_taken
+from stabilitylab.record.note_kinds import DAMAGED, DAMAGED_ENTRY
 from stabilitylab.record.store import FILE_NAME
 
 LOOPS: Final = "benchmarks.reliability.lost_loops"
 LOST: Final = re.compile(r"edits? (\d+)(?: to (\d+))? (?:was|were) not recorded")
+UNREAD: Final = re.compile(
+    r"(?:edits? (?P<first>\d+)(?: to (?P<last>\d+))?|the last (?:(?P<count>\d+) )?edits?, after edit (?P<after>\d+),)"
+    r" can't be read"
+)
+_ROW: Final = ("edit", "label", "status", "started", "seconds", "probe_seconds", "canary_seconds", "error")
 _MOST_SECONDS: Final = 0.25
 _HEADER, _FRAME = 32, 24
 """Bytes before SQLite's log, and before each page in it."""
@@ -165,10 +172,11 @@ def _torn(old: bytes, new: bytes, log: bytes, chance: random.Random) -> bytes:
 
 
 def rotten_files(effort: Effort, forks: Forks, truth: Mapping[int, Readings]) -> Iterator[Result]:
-    """A closed file of which some bytes have changed: it is called damaged, or what it says is right."""
+    """A closed file of which some bytes have changed: what it says is right, and what it can no longer say is named."""
     folder, chance, tries = effort.folder("rotten"), effort.chance("rotten"), effort.pick(60, 1_000)
     forks.run(f"{LOOPS}:loop", {"run": str(folder / "run")})
-    whole, breaks, called = (folder / "run" / FILE_NAME).read_bytes(), [], 0
+    whole, breaks, ends = (folder / "run" / FILE_NAME).read_bytes(), [], Counter[str]()
+    sound = sl.load(folder / "run")
     for number in range(tries):
         effort.tell("rotten files", number / tries)
         data, at = bytearray(whole), chance.randrange(100, len(whole))
@@ -176,11 +184,54 @@ def rotten_files(effort: Effort, forks: Forks, truth: Mapping[int, Readings]) ->
         piece = chance.choice((bytes(length), chance.randbytes(length), whole[-length:]))
         data[at : at + length] = piece
         (folder / "run" / FILE_NAME).write_bytes(data[: len(whole)])
-        said = what_is_wrong(folder / "run", EDITS, truth)
-        called += said.startswith("can't be read")
-        if said and not said.startswith("can't be read"):
-            breaks.append(f"{length} bytes at {at}: {said}")
-    yield counted("bytes of a closed file changed", "wrong values", tries, breaks, f"{called} called damaged")
+        try:
+            found = sl.load(folder / "run")
+        except RunError:
+            ends["called damaged"] += 1
+            continue
+        ends["with named losses" if DAMAGED_ENTRY in found.manifest else "read whole"] += 1
+        said = _what_is_rotten(found, sound)
+        breaks += [f"{length} bytes at {at}: {said}"] if said else []
+    note = ", ".join(f"{ends[how]} {how}" for how in ("called damaged", "with named losses", "read whole"))
+    yield counted("bytes of a closed file changed", "wrong values, or losses unsaid", tries, breaks, note)
+
+
+def _what_is_rotten(found: sl.Run, sound: sl.Run) -> str:
+    """Empty where all that a changed run holds is as in the sound one, and it says of what it does not hold."""
+    manifest = {key: value for key, value in found.manifest.items() if key != DAMAGED_ENTRY}
+    said = [note for note in found.notes if note.kind == DAMAGED]
+    parts: dict[str, tuple[list[Any], list[Any]]] = {
+        "edits": (_edits(found), _edits(sound)),
+        "alarms": (list(found.alarms), list(sound.alarms)),
+        "notes": ([note for note in found.notes if note.kind != DAMAGED], list(sound.notes)),
+        "operations": (list(found.operations), list(sound.operations)),
+    }
+    if manifest != sound.manifest or found.metrics != sound.metrics:
+        return "says something else of the run as a whole"
+    for what, (held, right) in parts.items():
+        if [each for each in right if each in held] != held:
+            return f"holds other {what}"
+    lacks = parts["edits"][0] != parts["edits"][1] or len(found.edits) < len(sound.edits)
+    if lacks and (not said or found.complete):
+        return "lacks edits, or what became of them, unsaid"
+    named = {edit for note in said for match in UNREAD.finditer(note.says) for edit in _unread(match)}
+    missing = {edit.edit for edit in sound.edits} - {edit.edit for edit in found.edits} - named
+    return f"does not name edits {sorted(missing)[:5]}" if missing else ""
+
+
+def _edits(run: sl.Run) -> list[tuple[object, ...]]:
+    """Of each edit: what its row holds, its readings as bytes; and of each that has one, its outcome."""
+    rows = [
+        (*(getattr(edit.row, name) for name in _ROW), *sorted(readings.items()))
+        for edit, readings in zip(run.edits, readings_of(run).values(), strict=True)
+    ]
+    return [*rows, *((edit.edit, edit.outcome) for edit in run.edits if edit.outcome is not None)]
+
+
+def _unread(match: re.Match[str]) -> range:
+    if match["after"] is not None:
+        return range(int(match["after"]) + 1, int(match["after"]) + 1 + int(match["count"] or 1))
+    return range(int(match["first"]), int(match["last"] or match["first"]) + 1)
 
 
 def full_disks(effort: Effort, forks: Forks, truth: Mapping[int, Readings]) -> Iterator[Result]:

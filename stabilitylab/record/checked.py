@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -67,6 +67,18 @@ def expect(kind: Any, value: Any, what: str) -> Any:
     if not _test(kind)(value):
         raise ValueError(f"{what} is {_shown(value)}")
     return value
+
+
+def expect_columns(kinds: Mapping[str, Any]) -> Callable[[Sequence[object]], None]:
+    """`expect` for very many records: raises ValueError naming the first column that holds no value of its kind."""
+    tests = [(place, name, _test(kind)) for place, (name, kind) in enumerate(kinds.items())]
+
+    def expect_them(record: Sequence[object]) -> None:
+        for place, name, test in tests:
+            if not test(record[place]):
+                raise ValueError(f"column {name!r} of a row is {_shown(record[place])}")
+
+    return expect_them
 
 
 def entry(key: object, value: object) -> tuple[str, Any]:

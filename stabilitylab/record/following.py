@@ -13,20 +13,9 @@ import numpy as np
 from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.errors import RunError
 from stabilitylab.record.acknowledged import acknowledged
-from stabilitylab.record.note_kinds import LOST_ENTRY
+from stabilitylab.record.growing import Growing, New
 from stabilitylab.record.operations import Operation
-from stabilitylab.record.packing import Unpacker
-from stabilitylab.record.reading import (
-    read_alarms,
-    read_layouts,
-    read_manifest,
-    read_metrics,
-    read_notes,
-    read_operations,
-    read_outcomes,
-    read_rows,
-)
-from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
+from stabilitylab.record.readings import Alarm, EditRow, Note, OutcomeKind
 from stabilitylab.record.run import (
     DAMAGE,
     Contents,
@@ -34,9 +23,9 @@ from stabilitylab.record.run import (
     analyzer_of,
     fed,
     in_order,
+    is_complete,
     keys_of,
     thresholds_of,
-    with_missing,
 )
 from stabilitylab.record.runfile import connect, damaged, find_file
 
@@ -75,25 +64,27 @@ class Follower:
         """How many of them failed."""
         self._keeps_rows = keeps_rows
         self._run: Run | None = None
-        self._metrics: tuple[Metric, ...] = ()
         self._told = -1
-        self._begin(())
+        self._begin(Growing(), ())
 
-    def _begin(self, metrics: tuple[Metric, ...]) -> None:
-        self._metrics = metrics
-        self._analyzer = analyzer_of(metrics, self.manifest, thresholds_of(self.manifest, self.path))
-        self._unpack, self._unpack_dry = Unpacker({}), Unpacker({})
+    def _begin(self, file: Growing, lacks: tuple[Note, ...]) -> None:
+        """lacks: what can't be read of the file any more: the analyzer is told of it at the start."""
+        self._file, self._lacks, self._began = file, lacks, False
+        self._metrics = file.metrics
+        self._analyzer = analyzer_of(file.metrics, file.manifest, thresholds_of(file.manifest, self.path))
         self._rows: list[EditRow] = []
         self._dry: list[EditRow] = []
-        self._last = self._last_dry = -1
-        self._noted = self._named = 0
+        self._notes: list[Note] = []
+        self._operations: list[Operation] = []
+        self._outcomes: dict[int, OutcomeKind] = {}
+        self.alarms = ()
         self.edits = self.failed = 0
         self._started: deque[float] = deque(maxlen=PACE_EDITS + 1)
 
     @property
     def complete(self) -> bool:
-        """Whether it was closed, and no row of it was lost on the way."""
-        return self.closed and not self.manifest.get(LOST_ENTRY)
+        """Whether it was closed, and nothing of it was lost on the way or is damaged."""
+        return is_complete(self.manifest)
 
     @property
     def closed(self) -> bool:
@@ -103,7 +94,7 @@ class Follower:
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site that has a reading so far, as `Run.sites`."""
-        return in_order(keys_of(self._unpack.frames), self.manifest)
+        return in_order(keys_of(self._file.frames), self.manifest)
 
     @property
     def last_started(self) -> float | None:
@@ -143,49 +134,62 @@ class Follower:
                 raise damaged(file, error) from error
 
     def _read(self, db: sqlite3.Connection, file: Path, keep: int | None, known: int) -> list[Seen]:
-        before, self.manifest, metrics = self.manifest, read_manifest(db), read_metrics(db)
+        before, metrics = self.manifest, self._metrics
+        self._file.open(db)
+        self.manifest = self._file.manifest
         (last,) = db.execute("SELECT max(edit) FROM edit").fetchone()
-        another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._last)
-        if another or metrics != self._metrics or before.get("thresholds") != self.manifest.get("thresholds"):
-            self._begin(metrics)
+        another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._file.last)
+        if another or self._file.metrics != metrics or before.get("thresholds") != self.manifest.get("thresholds"):
+            self._begin_anew(db, ())
             self._told = -1 if another else self._told
-        self.alarms = read_alarms(db)
-        layouts = read_layouts(db)
-        for unpack in (self._unpack, self._unpack_dry):
-            unpack.learn(layouts)
-        rows = list(read_rows(db, "edit", self._unpack, self._last))
-        dry = list(read_rows(db, "dry", self._unpack_dry, self._last_dry)) if self._last < 1 else []
-        shown = [row.edit for row in rows if row.edit > self._told]
+        new = self._file.read(db, known)
+        if self._file.lacks != self._lacks:
+            self._begin_anew(db, self._file.lacks)
+            new = self._file.read(db, known)
+        self.manifest = self._file.manifest
+        seen = self._take(new, keep)
+        if self._keeps_rows:
+            self._run = Run(file.parent, self._contents())
+        return seen
+
+    def _begin_anew(self, db: sqlite3.Connection, lacks: tuple[Note, ...]) -> None:
+        file = Growing()
+        file.open(db)
+        self._begin(file, lacks)
+
+    def _take(self, new: New, keep: int | None) -> list[Seen]:
+        """Tell the analyzer what is new."""
+        shown = [row.edit for row in new.rows if row.edit > self._told]
         shown = shown if keep is None else shown[max(0, len(shown) - keep) :]
-        self.manifest, notes = with_missing(self.manifest, read_notes(db), -1 if last is None else last, known)
-        operations = read_operations(db)
+        said = [*new.notes, *(() if self._began else self._lacks)]
         seen = []
-        for row in fed(self._analyzer, rows, dry, notes[self._noted :], operations[self._named :]):
+        for row in fed(self._analyzer, new.rows, new.dry, said, new.operations):
             if row.edit > 0:
                 self.edits += 1
                 self.failed += row.status == "failed"
                 self._started.append(row.started)
             if row.edit in shown:
                 seen.append(Seen(row, self._analyzer.diagnosis(), self.failed))
-        self._last = rows[-1].edit if rows else self._last
-        self._last_dry = dry[-1].edit if dry else self._last_dry
-        self._noted, self._named = len(notes), len(operations)
-        self._told = max(self._told, self._last)
+        self._began = True
+        self._told = max(self._told, self._file.last)
+        self.alarms += tuple(new.alarms)
+        self._notes += new.notes
+        self._operations += new.operations
         if self._keeps_rows:
-            self._rows += rows
-            self._dry += dry
-            self._run = Run(file.parent, self._contents(db, notes, operations))
+            self._rows += new.rows
+            self._dry += new.dry
+            self._outcomes.update(new.outcomes)
         return seen
 
-    def _contents(self, db: sqlite3.Connection, notes: tuple[Note, ...], operations: tuple[Operation, ...]) -> Contents:
+    def _contents(self) -> Contents:
         return Contents(
             manifest=self.manifest,
             metrics=self._metrics,
-            keys=keys_of(self._unpack.frames),
+            keys=keys_of(self._file.frames),
             rows=tuple(self._rows),
             dry=tuple(self._dry),
-            outcomes=read_outcomes(db),
+            outcomes=dict(self._outcomes),
             alarms=self.alarms,
-            notes=notes,
-            operations=operations,
+            notes=(*self._notes, *self._lacks),
+            operations=tuple(self._operations),
         )

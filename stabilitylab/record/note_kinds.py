@@ -38,7 +38,13 @@ LOST_ROWS: Final = "lost-rows"
 """Rows of edits that could not be written, and are not in the run."""
 LOST_ENTRY: Final = "lost_rows"
 """The manifest's entry of how many those are."""
+DAMAGED: Final = "damaged"
+"""Records of the run file that are not as they were written; said by whoever reads it."""
+DAMAGED_ENTRY: Final = "damaged_records"
+"""The manifest's entry, which the reader makes, of how many those are."""
 EXCHANGE_OFF: Final = "exchange-off"
 """Processes that weights are spread over have told each other no more of them since."""
-UNWATCHED: Final = frozenset({LOST_ROWS, "canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL, EXCHANGE_OFF})
+UNWATCHED: Final = frozenset(
+    {LOST_ROWS, DAMAGED, "canary-off", "skipped-site", HOOKS_SILENT, OTHER_MODEL, EXCHANGE_OFF}
+)
 """Something that was asked for could not be watched."""

@@ -76,6 +76,10 @@ class Unpacker:
         """Take in layouts that were added since."""
         self._layouts.update(layouts)
 
+    def knows(self, number: int) -> bool:
+        """Whether rows can refer to this layout."""
+        return number in self._layouts
+
     def __call__(self, number: int, present: bytes, data: bytes) -> PackedReadings:
         """The readings of one row; those that were not taken are left out."""
         values, kind = np.frombuffer(data, dtype="<f8"), (number, present, len(data))

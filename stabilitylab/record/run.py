@@ -18,23 +18,13 @@ from stabilitylab.analysis.findings import Diagnosis
 from stabilitylab.analysis.restoring import means_single_edits
 from stabilitylab.analysis.thresholds import Thresholds, from_json, shipped
 from stabilitylab.errors import RunError, UsageError, did_you_mean
-from stabilitylab.record.acknowledged import acknowledged, missing_says
+from stabilitylab.record.acknowledged import acknowledged
 from stabilitylab.record.catalogue import Catalogue
 from stabilitylab.record.display import Library, Plot, frame, html
-from stabilitylab.record.note_kinds import LOST_ENTRY, LOST_ROWS
+from stabilitylab.record.growing import Growing
+from stabilitylab.record.note_kinds import DAMAGED_ENTRY, LOST_ENTRY
 from stabilitylab.record.operations import Operation
 from stabilitylab.record.packed import Alike, Frame, by_frame
-from stabilitylab.record.packing import Unpacker
-from stabilitylab.record.reading import (
-    read_alarms,
-    read_layouts,
-    read_manifest,
-    read_metrics,
-    read_notes,
-    read_operations,
-    read_outcomes,
-    read_rows,
-)
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.runfile import connect, damaged, find_file
 
@@ -148,30 +138,25 @@ class Contents:
     operations: tuple[Operation, ...] = ()
 
 
-def with_missing(
-    manifest: dict[str, Any], notes: tuple[Note, ...], last: int, known: int
-) -> tuple[dict[str, Any], tuple[Note, ...]]:
-    """Both, with what is to be said where a run ends at edit `last` and edit `known` had been acknowledged."""
-    if known <= last:
-        return manifest, notes
-    lost = int(manifest.get(LOST_ENTRY, 0)) + known - last
-    return manifest | {LOST_ENTRY: lost}, (*notes, Note(known, LOST_ROWS, missing_says(last, known)))
+def is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run was closed, and nothing of it was lost on the way or can't be read any more."""
+    return bool(manifest.get("closed")) and not manifest.get(LOST_ENTRY) and not manifest.get(DAMAGED_ENTRY)
 
 
 def _read(db: sqlite3.Connection, known: int) -> Contents:
-    edits, dry = Unpacker(read_layouts(db)), Unpacker(read_layouts(db))
-    rows = tuple(read_rows(db, "edit", edits))
-    manifest, notes = with_missing(read_manifest(db), read_notes(db), rows[-1].edit if rows else -1, known)
+    file = Growing()
+    file.open(db)
+    new = file.read(db, known)
     return Contents(
-        manifest=manifest,
-        metrics=read_metrics(db),
-        keys=keys_of(edits.frames),
-        rows=rows,
-        dry=tuple(read_rows(db, "dry", dry)),
-        outcomes=read_outcomes(db),
-        alarms=read_alarms(db),
-        notes=notes,
-        operations=read_operations(db),
+        manifest=file.manifest,
+        metrics=file.metrics,
+        keys=keys_of(file.frames),
+        rows=tuple(new.rows),
+        dry=tuple(new.dry),
+        outcomes=dict(new.outcomes),
+        alarms=tuple(new.alarms),
+        notes=(*new.notes, *file.lacks),
+        operations=tuple(new.operations),
     )
 
 
@@ -209,8 +194,8 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether all of the run is here: it was closed, and no row of it was lost on the way."""
-        return self.closed and not self.manifest.get(LOST_ENTRY)
+        """Whether all of the run is here: it was closed, and nothing of it was lost on the way or is damaged."""
+        return is_complete(self.manifest)
 
     @property
     def closed(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from stabilitylab.errors import RunError, nearest
 from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION
+from stabilitylab.record.tables import CHECKED_SINCE
 
 __all__ = ["COPY_TRIES", "FILE_NAME", "LOCK_SECONDS", "connect", "damaged", "find_file", "find_runs"]
 
@@ -70,6 +71,8 @@ def _check(db: sqlite3.Connection, file: Path) -> None:
         raise RunError(
             f"'{file}' has run schema {version}, this stabilitylab reads up to {SCHEMA_VERSION}; upgrade stabilitylab"
         )
+    if version >= CHECKED_SINCE:  # text that is no UTF-8 any more is for the checksums to find, record by record
+        db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
     try:
         _expect_tables_alone(db)
         _expect_few_rows(db)

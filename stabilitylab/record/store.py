@@ -1,7 +1,8 @@
 """The run file: SQLite, one float64 BLOB row per edit. Every commit survives the process being killed.
 
 A row's values follow an immutable layout (metric, site, length) with a presence mask of one bit per value, so that
-absent is not NaN. ``PRAGMA application_id`` marks the file as ours, ``PRAGMA user_version`` is the schema's version.
+absent is not NaN. Each record carries a checksum, and the manifest says how many there are at least, see `tables`.
+``PRAGMA application_id`` marks the file as ours, ``PRAGMA user_version`` is the schema's version.
 """
 
 from __future__ import annotations
@@ -26,41 +27,29 @@ from stabilitylab.record.packed import PerFrame, as_packed
 from stabilitylab.record.packing import Layout, Placed
 from stabilitylab.record.readings import Alarm, Array, EditRow, Key, Metric, Note, OutcomeKind
 from stabilitylab.record.spelling import logger
+from stabilitylab.record.tables import (
+    ALARM,
+    COUNTS_ENTRY,
+    DRY,
+    EDIT,
+    LAYOUT,
+    MANIFEST,
+    METRIC,
+    NOTE,
+    OPERATION,
+    OUTCOME,
+    TABLES,
+    Table,
+)
 
 FILE_NAME = "run.db"
 APPLICATION_ID = 0x57AB1AB0
-SCHEMA_VERSION = 3
-"""2 added the table `dry`, 3 the table `operation` and the time that tracing took; an older file has none of them."""
+SCHEMA_VERSION = 4
+"""2 added the table `dry`, 3 the table `operation` and the time that tracing took, 4 the position of a row and what is
+checked when it is read (`stabilitylab.record.tables`); an older file has none of them."""
 LABEL_LIMIT = 4_000
 WAIT_SECONDS: Final = 0.02
 """How long a write waits for a reader of a file without a write-ahead log: nobody's edit is held up for longer."""
-
-_ROW = """(
-    edit INTEGER PRIMARY KEY, label TEXT NOT NULL, status TEXT NOT NULL, started REAL NOT NULL, seconds REAL NOT NULL,
-    probe_seconds REAL NOT NULL, canary_seconds REAL NOT NULL, error TEXT,
-    layout INTEGER NOT NULL REFERENCES layout (id), present BLOB NOT NULL, data BLOB NOT NULL,
-    trace_seconds REAL NOT NULL
-)"""
-
-_SCHEMA = f"""
-CREATE TABLE manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE metric (
-    name TEXT PRIMARY KEY, unit TEXT NOT NULL, scale TEXT NOT NULL, phase TEXT NOT NULL,
-    meaning TEXT NOT NULL, formula TEXT NOT NULL, source TEXT NOT NULL, length INTEGER NOT NULL
-);
-CREATE TABLE layout (id INTEGER PRIMARY KEY, entries TEXT NOT NULL);
-CREATE TABLE edit {_ROW};
-CREATE TABLE dry {_ROW};
-CREATE TABLE outcome (
-    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, outcome TEXT NOT NULL, observed_at REAL NOT NULL
-);
-CREATE TABLE alarm (
-    id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, verdict TEXT NOT NULL, metric TEXT NOT NULL, site TEXT NOT NULL,
-    says TEXT NOT NULL
-);
-CREATE TABLE operation (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, says TEXT NOT NULL);
-CREATE TABLE note (id INTEGER PRIMARY KEY, edit INTEGER NOT NULL, kind TEXT NOT NULL, says TEXT NOT NULL);
-"""
 
 
 def _spelled(text: str) -> str:
@@ -113,16 +102,17 @@ class RunWriter:
         self._closed = False
         self._together = False
         self._committed = -1
+        self._numbers: dict[str, int] = {}
         with making(self.path) as scratch:
             journal = "WAL" if wal_works(scratch.parent) else "TRUNCATE"
             with contextlib.closing(sqlite3.connect(scratch)) as self._connection:
                 with self._connection as db:
-                    db.executescript(_SCHEMA)
+                    db.executescript(";".join(table.schema for table in TABLES))
                     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
                 with self._connection as db:
-                    self._set_manifest(db, manifest)
                     self._add_metrics(db, metrics)
+                    self._set_manifest(db, manifest)
         self._open(journal)
         try:
             # Once more: its log is there then. A disk without room for that is an error here, not at the first edit.
@@ -183,9 +173,25 @@ class RunWriter:
         """One of its own, or that of `together`."""
         if self._together:
             yield self._connection
-        else:
+            return
+        try:
             with self._db as db:
                 yield db
+        except BaseException:
+            self._numbers.clear()  # whether it was rolled back is asked of the file
+            raise
+
+    def _number(self, db: sqlite3.Connection, table: Table) -> int:
+        """The number of the next record of a table, from 1."""
+        if table.name not in self._numbers:
+            last = db.execute(f"SELECT {table.number} FROM {table.name} ORDER BY rowid DESC LIMIT 1").fetchone()
+            self._numbers[table.name] = last[0] + 1 if last else 1
+        return self._numbers[table.name]
+
+    def _add(self, db: sqlite3.Connection, table: Table, number: int, record: tuple[Any, ...]) -> None:
+        """Append a record, with the number that `_number` gave."""
+        db.execute(table.insert, table.signed(record))
+        self._numbers[table.name] = number + 1
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -200,6 +206,7 @@ class RunWriter:
                 yield
         except BaseException:
             (self._layout, self._layout_id, self._places), self._committed = layout, committed
+            self._numbers.clear()
             raise
         finally:
             self._together = False
@@ -211,25 +218,30 @@ class RunWriter:
         with self._transaction() as db:
             self._set_manifest(db, manifest)
 
-    @staticmethod
-    def _set_manifest(db: sqlite3.Connection, manifest: Mapping[str, Any]) -> None:
-        rows = [(key, as_json(key, value)) for key, value in manifest.items()]
-        db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
+    def _set_manifest(self, db: sqlite3.Connection, manifest: Mapping[str, Any]) -> None:
+        rows = [MANIFEST.signed((key, as_json(key, value))) for key, value in manifest.items()]
+        db.executemany(MANIFEST.replace, rows)
+        self._count(db)
+
+    def _count(self, db: sqlite3.Connection) -> None:
+        """Write how many records each table holds by now, and how many other entries the manifest."""
+        counts = {table.name: self._number(db, table) - 1 for table in TABLES if table.number}
+        (counts["metric"],) = db.execute("SELECT count(*) FROM metric").fetchone()
+        (counts["manifest"],) = db.execute("SELECT count(*) FROM manifest WHERE key != ?", (COUNTS_ENTRY,)).fetchone()
+        db.execute(MANIFEST.replace, MANIFEST.signed((COUNTS_ENTRY, as_json(COUNTS_ENTRY, counts))))
 
     def add_metrics(self, metrics: Sequence[Metric]) -> None:
         """Describe metrics, so that the file can be read without the probes that wrote it."""
         with self._transaction() as db:
             self._add_metrics(db, metrics)
+            self._count(db)
 
     def _add_metrics(self, db: sqlite3.Connection, metrics: Sequence[Metric]) -> None:
         described = [
-            {field: _spelled(value) if isinstance(value, str) else value for field, value in asdict(metric).items()}
+            tuple(_spelled(value) if isinstance(value, str) else value for value in asdict(metric).values())
             for metric in metrics
         ]
-        db.executemany(
-            "INSERT OR REPLACE INTO metric VALUES (:name, :unit, :scale, :phase, :meaning, :formula, :source, :length)",
-            described,
-        )
+        db.executemany(METRIC.replace, map(METRIC.signed, described))
         self._metrics.update({metric.name: metric for metric in metrics})
 
     def _grown(self, readings: Mapping[Key, Array], layout: Layout) -> Layout:
@@ -242,21 +254,21 @@ class RunWriter:
         return tuple((metric, site, length) for (metric, site), length in places.items())
 
     def append(self, row: EditRow) -> None:
-        """Commit one edit's row.
+        """Commit one edit's row, whose number is above those of all rows before.
 
         Raises sqlite3.Error when it can't be written; the file then is as it was, and later rows can still be written.
         """
-        self._insert("edit", [row])
+        self._insert(EDIT, [row])
         self._committed = row.edit
         if not self._together:
             acknowledge(self.path, row.edit)
 
     def append_dry(self, rows: Sequence[EditRow]) -> int:
         """Commit the rows of all dry edits at once; returns how many. Raises as `append` does, with none written."""
-        self._insert("dry", rows)
+        self._insert(DRY, rows)
         return len(rows)
 
-    def _insert(self, table: str, rows: Sequence[EditRow]) -> None:
+    def _insert(self, table: Table, rows: Sequence[EditRow]) -> None:
         layout, number, places = self._layout, self._layout_id, self._places
         with self._transaction() as db:
             for row in rows:
@@ -268,56 +280,53 @@ class RunWriter:
                     placed = places.of(packed.frame)
                     named = [(_spelled(metric), site, length) for metric, site, length in layout]
                     entries = json.dumps(named, ensure_ascii=True)
-                    number = db.execute("INSERT INTO layout (entries) VALUES (?)", (entries,)).lastrowid
+                    number = self._number(db, LAYOUT)
+                    self._add(db, LAYOUT, number, (number, entries))
                 assert placed is not None  # the layout has grown for it
-                db.execute(
-                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        row.edit,
-                        plain_text(row.label),
-                        row.status,
-                        row.started,
-                        row.seconds,
-                        row.probe_seconds,
-                        row.canary_seconds,
-                        None if row.error is None else plain_text(row.error),
-                        number,
-                        placed.present,
-                        placed.data(packed.flat),
-                        row.trace_seconds,
-                    ),
+                position = self._number(db, table)
+                record = (
+                    row.edit,
+                    position,
+                    plain_text(row.label),
+                    row.status,
+                    # SQLite keeps no −0.0, and the checksum is of what it keeps.
+                    row.started + 0.0,
+                    row.seconds + 0.0,
+                    row.probe_seconds + 0.0,
+                    row.canary_seconds + 0.0,
+                    row.trace_seconds + 0.0,
+                    None if row.error is None else plain_text(row.error),
+                    number,
+                    placed.present,
+                    placed.data(packed.flat),
                 )
+                self._add(db, table, position, record)
         # Only now: where the rows were rolled back, their new layouts are not in the file either.
         self._layout, self._layout_id, self._places = layout, number, places
 
+    def _append(self, table: Table, *values: Any) -> None:
+        """A record of what was said of an edit: its number, then these."""
+        with self._transaction() as db:
+            number = self._number(db, table)
+            self._add(db, table, number, (number, *values))
+
     def outcome(self, edit: int, outcome: OutcomeKind) -> None:
         """Append what became of an edit."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO outcome (edit, outcome, observed_at) VALUES (?, ?, ?)", (edit, outcome, time.time())
-            )
+        self._append(OUTCOME, edit, outcome, time.time())
 
     def alarm(self, alarm: Alarm) -> None:
         """Append a verdict as it was raised online."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (?, ?, ?, ?, ?)",
-                (alarm.edit, alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site), plain_text(alarm.says)),
-            )
+        named = alarm.verdict, _spelled(alarm.metric), _spelled(alarm.site)
+        self._append(ALARM, alarm.edit, *named, plain_text(alarm.says))
 
     def operation(self, operation: Operation) -> None:
         """Append an operation that tracing has named."""
         says = json.dumps(operation.to_json(), allow_nan=False, ensure_ascii=True)
-        with self._transaction() as db:
-            db.execute("INSERT INTO operation (edit, says) VALUES (?, ?)", (operation.edit, says))
+        self._append(OPERATION, operation.edit, says)
 
     def note(self, note: Note) -> None:
         """Append what was not measured, and why."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO note (edit, kind, says) VALUES (?, ?, ?)",
-                (note.edit, _spelled(note.kind), plain_text(note.says)),
-            )
+        self._append(NOTE, note.edit, _spelled(note.kind), plain_text(note.says))
 
     def discard(self) -> None:
         """Close, and remove the file; its folder too, unless something else is in it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import sqlite3
 import subprocess
@@ -11,7 +13,7 @@ import sys
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,23 @@ import pytest
 from stabilitylab.acting.scanning import archives
 from stabilitylab.acting.scanning.archives import open_archive
 from stabilitylab.acting.scanning.editors import scan_archive
-from stabilitylab.acting.scanning.opening import open_folder, read_json
+from stabilitylab.acting.scanning.opening import load_pickle, open_folder, read_json
 from stabilitylab.acting.scanning.places import of_hparams
 from stabilitylab.analysis.thresholds import from_json, read, shipped, write
 from stabilitylab.commands import check, cli
 from stabilitylab.errors import RecordError, RunError, UsageError, nearest
 from stabilitylab.record import plain_files, runfile
 from stabilitylab.record.following import Follower
+from stabilitylab.record.note_kinds import DAMAGED, DAMAGED_ENTRY
 from stabilitylab.record.run import load
 from stabilitylab.record.scanned import Scan, scan_from_json
 from stabilitylab.record.store import FILE_NAME
+from stabilitylab.record.tables import EDIT
 from stabilitylab.reports.comparison import write_comparison
 from stabilitylab.reports.html import write_pages, write_report
 from stabilitylab.testbed.compare import expect_writable
 from stabilitylab.testbed.records import load_records
+from tests.sealing import seal
 from tests.synthetic import make_run
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -46,10 +51,11 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", edits=4, sites=1, dies_at=None)
 
 
-def change(run: Path, *statements: str, values: tuple[Any, ...] = ()) -> None:
+def change(run: Path, *statements: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
     with closing(sqlite3.connect(run / FILE_NAME)) as db, db:
         for statement in statements:
-            db.execute(statement, values)
+            db.executemany(statement, values)
+    seal(run / FILE_NAME)  # whoever means it does that too
 
 
 @pytest.mark.parametrize(
@@ -59,13 +65,13 @@ def change(run: Path, *statements: str, values: tuple[Any, ...] = ()) -> None:
         ("UPDATE metric SET length = ?", 100_000_000),
         ("UPDATE metric SET length = ?", 0),
         ("UPDATE metric SET unit = ?", b"\xff"),
-        ("INSERT OR REPLACE INTO manifest VALUES ('config', ?)", "[1]"),
-        ("INSERT OR REPLACE INTO manifest VALUES ('sites', ?)", "5"),
-        ("INSERT OR REPLACE INTO manifest VALUES ('sites', ?)", "[5]"),
-        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?)", DEEP),
-        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?)", '{"rate": NaN}'),
-        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?)", "1e999"),
-        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?)", "9" * 4_000),
+        ("INSERT OR REPLACE INTO manifest VALUES ('config', ?, 0)", "[1]"),
+        ("INSERT OR REPLACE INTO manifest VALUES ('sites', ?, 0)", "5"),
+        ("INSERT OR REPLACE INTO manifest VALUES ('sites', ?, 0)", "[5]"),
+        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?, 0)", DEEP),
+        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?, 0)", '{"rate": NaN}'),
+        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?, 0)", "1e999"),
+        ("INSERT OR REPLACE INTO manifest VALUES ('x', ?, 0)", "9" * 4_000),
         ("UPDATE layout SET entries = ?", DEEP),
         ("UPDATE layout SET entries = ?", "5"),
         ("UPDATE layout SET entries = ?", '[["update.norm", 5, 1]]'),
@@ -78,20 +84,40 @@ def change(run: Path, *statements: str, values: tuple[Any, ...] = ()) -> None:
         ("UPDATE edit SET data = ?", "text"),
         ("UPDATE edit SET present = ?", 3),
         ("UPDATE edit SET layout = ?", 77),
-        ("INSERT INTO outcome (edit, outcome, observed_at) VALUES (1, ?, 0)", "evaporated"),
-        ("INSERT INTO note (edit, kind, says) VALUES (1, 'x', ?)", b"\0"),
-        ("INSERT INTO alarm (edit, verdict, metric, site, says) VALUES (1, 'x', ?, '', '')", b"\0"),
-        ("INSERT INTO operation (edit, says) VALUES (1, ?)", '{"edit": 1}'),
-        ("INSERT INTO operation (edit, says) VALUES (1, ?)", DEEP),
+        ("INSERT INTO outcome (edit, outcome, observed_at, crc) VALUES (1, ?, 0, 0)", "evaporated"),
+        ("INSERT INTO operation (edit, says, crc) VALUES (1, ?, 0)", '{"edit": 1}'),
+        ("INSERT INTO operation (edit, says, crc) VALUES (1, ?, 0)", DEEP),
     ],
 )
 def test_what_is_of_another_kind_is_called_damaged(run: Path, statement: str, value: object) -> None:
-    change(run, statement, values=(value,))
+    change(run, statement, values=[(value,)])
     with pytest.raises(RunError, match="is damaged") as raised:
         load(run)
     assert len(str(raised.value)) < 400
     with pytest.raises(RunError, match="is damaged"):
         Follower(run, keeps_rows=True).look()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE edit SET data = 'text' WHERE edit = 2",
+        "UPDATE edit SET seconds = 'long' WHERE edit = 2",
+        "UPDATE edit SET label = x'00' WHERE edit = 2",
+        "INSERT INTO note (edit, kind, says, crc) VALUES (1, 'x', x'00', 0)",
+        "INSERT INTO alarm (edit, verdict, metric, site, says, crc) VALUES (1, 'x', x'00', '', '', 0)",
+    ],
+)
+def test_what_no_checksum_can_be_of_is_left_out_and_said(run: Path, statement: str) -> None:
+    sound = load(run)
+    change(run, statement)
+    follower = Follower(run, keeps_rows=True)
+    follower.look()
+    for found in (load(run), follower.run):
+        assert found.manifest[DAMAGED_ENTRY] == 1
+        assert [note.kind for note in found.notes if note not in sound.notes] == [DAMAGED]
+        assert len(found.edits) == len(sound.edits) - ("UPDATE edit" in statement)
+        assert found.alarms == sound.alarms
 
 
 @pytest.mark.parametrize("byte", [b"\xff", b"["])
@@ -134,14 +160,13 @@ def test_a_file_of_very_many_rows_of_nothing_is_refused_and_one_of_as_many_that_
 ) -> None:
     monkeypatch.setattr(runfile, "_MOST_ROWS", 100)
     again = "INSERT INTO edit SELECT edit + 1000 * ?, {columns} FROM edit WHERE edit BETWEEN 1 AND 4"
-    for number in range(1, 200):
-        columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, layout, present, data, 0"
-        change(run, again.format(columns=columns), values=(number,))
+    columns = ", ".join(EDIT.columns[1:]) + ", crc"
+    change(run, again.format(columns=columns), values=[(number,) for number in range(1, 200)])
     assert len(load(run)) == 800
     change(
         run,
         "INSERT INTO note WITH RECURSIVE n (e) AS (SELECT 1 UNION ALL SELECT e + 1 FROM n WHERE e < 60000)"
-        " SELECT 1000 + e, 1, '', '' FROM n",
+        " SELECT 1000 + e, 1, '', '', 0 FROM n",
     )
     for read_it in (load, lambda path: Follower(path).look()):
         with pytest.raises(RunError, match="is damaged: table 'note' holds 60,002 rows"):
@@ -150,13 +175,10 @@ def test_a_file_of_very_many_rows_of_nothing_is_refused_and_one_of_as_many_that_
 
 def test_rows_of_which_each_holds_other_readings_take_no_more_memory_than_files_may(run: Path) -> None:
     width, draw = 2_000, random.Random(0)
-    change(run, "INSERT INTO layout VALUES (9, ?)", values=(json.dumps([["m", str(n), 1] for n in range(width)]),))
-    columns = "label, status, started, seconds, probe_seconds, canary_seconds, error, 9, ?, ?, 0"
-    for edit in range(100, 400):
-        mask = draw.randbytes(width // 8)
-        change(
-            run, f"INSERT INTO edit SELECT {edit}, {columns} FROM edit WHERE edit = 1", values=(mask, bytes(8 * width))
-        )
+    change(run, "INSERT INTO layout VALUES (9, ?, 0)", values=[(json.dumps([["m", str(n), 1] for n in range(width)]),)])
+    columns = ", ".join({"layout": "9", "present": "?", "data": "?"}.get(each, each) for each in EDIT.columns[1:])
+    masks = [(edit, draw.randbytes(width // 8), bytes(8 * width)) for edit in range(100, 400)]
+    change(run, f"INSERT INTO edit SELECT ?, {columns}, crc FROM edit WHERE edit = 1", values=masks)
     load(run)  # what is imported is no part of it
     tracemalloc.start()
     found = load(run)
@@ -164,7 +186,7 @@ def test_rows_of_which_each_holds_other_readings_take_no_more_memory_than_files_
     tracemalloc.stop()
     assert peak < 4 * (run / FILE_NAME).stat().st_size
     last = found.edits[-1].row.readings
-    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8)).astype(bool)
+    bits = np.unpackbits(np.frombuffer(masks[-1][1], dtype=np.uint8)).astype(bool)
     assert list(last) == [("m", str(number)) for number in np.flatnonzero(bits)]
     assert ("m", str(np.flatnonzero(~bits)[0])) not in last
 
@@ -338,6 +360,21 @@ def test_an_archive_with_a_broken_part_is_one_line(tmp_path: Path, header: bytes
         held.writestr("mom2.mom2.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with pytest.raises(UsageError, match=r"can't be read as \.npz|no editor"):
         scan_archive(open_archive(tmp_path / "moments.npz"))
+
+
+def test_a_pickle_that_was_cut_or_changed_anywhere_is_one_line(tmp_path: Path) -> None:
+    file, whole, draw = (
+        tmp_path / "editor.pt",
+        pickle.dumps({"model": {"u_std": [1.0, 2.0]}}, protocol=2),
+        random.Random(0),
+    )
+    changed = [
+        whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :] for at in range(len(whole)) for _ in range(8)
+    ]
+    for held in [*(whole[:at] for at in range(len(whole))), *changed]:
+        file.write_bytes(held)
+        with contextlib.suppress(UsageError):
+            load_pickle(file)
 
 
 @pytest.mark.parametrize(

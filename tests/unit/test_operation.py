@@ -16,6 +16,7 @@ from stabilitylab.analysis import operation as traced
 from stabilitylab.analysis.findings import Finding
 from stabilitylab.record.following import Follower
 from stabilitylab.record.operations import Operation, Place, Precision, Step, Values, operation_from_json
+from stabilitylab.record.tables import TABLES
 from stabilitylab.reports.operations import facts, untraced
 
 HALF = Values("mat1", (4, 8), "float16", -300.0, 400.0, 0)
@@ -119,6 +120,10 @@ def test_of_a_file_that_was_written_before_there_was_a_tracer_nothing_is_missed(
         db.execute("DROP TABLE operation")
         for table in ("edit", "dry"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN trace_seconds")
+            db.execute(f"ALTER TABLE {table} DROP COLUMN position")
+        for table in TABLES:
+            if table.name != "operation":
+                db.execute(f"ALTER TABLE {table.name} DROP COLUMN crc")
         db.execute("PRAGMA user_version=2")
     old = sl.load(tmp_path / "run")
     assert old.operations == ()

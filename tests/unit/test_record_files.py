@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from stabilitylab.errors import RunError
-from stabilitylab.record import plain_files, runfile
+from stabilitylab.record import plain_files, reading, runfile
+from stabilitylab.record.damage import Damage
 from stabilitylab.record.plain_files import expect_few_parts, read_json, read_text
-from stabilitylab.record.reading import read_layouts, read_metrics, read_notes, read_outcomes
+from stabilitylab.record.reading import read_layouts, read_metrics
 from stabilitylab.record.runfile import connect, damaged, find_file, find_runs
 from stabilitylab.record.store import APPLICATION_ID, FILE_NAME, SCHEMA_VERSION, RunWriter
 
@@ -171,11 +172,11 @@ def test_a_killed_writers_journal_is_rolled_back_in_a_copy(tmp_path: Path) -> No
     file = run(tmp_path / "run") / FILE_NAME
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = DELETE")
-        db.execute("INSERT INTO note (edit, kind, says) VALUES (1, 'a', 'kept')")
+        db.execute("INSERT INTO note (edit, kind, says, crc) VALUES (1, 'a', 'kept', 0)")
         db.execute("PRAGMA cache_size = 1")
         db.execute("BEGIN IMMEDIATE")
         for _ in range(200):
-            db.execute("INSERT INTO note (edit, kind, says) VALUES (2, 'b', ?)", ("x" * 4_000,))
+            db.execute("INSERT INTO note (edit, kind, says, crc) VALUES (2, 'b', ?, 0)", ("x" * 4_000,))
         torn = tmp_path / "torn"
         torn.mkdir()
         for ending in ("", "-journal"):
@@ -213,20 +214,21 @@ def test_how_many_values_a_metric_may_be_said_to_hold(length: int, read: bool) -
     columns = "name, unit, scale, phase, meaning, formula, source, length"
     with closing(of_table("metric", columns, described)) as db:
         if read:
-            assert [metric.length for metric in read_metrics(db)] == [length]
+            assert [metric.length for metric in read_metrics(db, Damage({}))] == [length]
             return
         with pytest.raises(ValueError, match=f"metric 'm.x' is said to hold {length} values"):
-            read_metrics(db)
+            read_metrics(db, Damage({}))
 
 
 def test_of_several_outcomes_the_last_counts_and_notes_and_alarms_are_in_their_order() -> None:
-    rows = [(2, 1, "restored"), (1, 1, "committed"), (3, 4, "rolled_back")]
-    with closing(of_table("outcome", "id, edit, outcome", *rows)) as db:
-        assert read_outcomes(db) == {1: "restored", 4: "rolled_back"}
+    rows = [(2, 1, "restored", 0.0), (1, 1, "committed", 0.0), (3, 4, "rolled_back", 0.0)]
+    columns = "id, edit, outcome, observed_at"
+    with closing(of_table("outcome", columns, *rows)) as db:
+        assert dict(reading.outcomes().read(db, Damage({}))) == {1: "restored", 4: "rolled_back"}
     with (
-        closing(of_table("outcome", "id, edit, outcome", (1, 1, "lost"))) as db,
+        closing(of_table("outcome", columns, (1, 1, "lost", 0.0))) as db,
         pytest.raises(ValueError, match="outcome"),
     ):
-        read_outcomes(db)
+        reading.outcomes().read(db, Damage({}))
     with closing(of_table("note", "id, edit, kind, says", (2, 1, "b", "y"), (1, 9, "a", "x"))) as db:
-        assert [note.kind for note in read_notes(db)] == ["a", "b"]
+        assert [note.kind for note in reading.notes().read(db, Damage({}))] == ["a", "b"]

@@ -349,18 +349,6 @@ def test_dry_edits_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load(tmp_path / "run").series("update.norm", "b"), [2.0])
 
 
-def test_a_file_of_schema_1_has_no_dry_edits(tmp_path: Path) -> None:
-    run = writer(tmp_path / "run")
-    run.append(row(1, {("update.norm", "a"): 1.0}))
-    run.close()
-    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME)) as db, db:
-        db.execute("DROP TABLE dry")
-        db.execute("PRAGMA user_version=1")
-    found = load(tmp_path / "run")
-    assert found.dry_edits == ()
-    assert found.diagnosis().verdict == "stable"
-
-
 def test_a_reading_may_have_more_values_than_a_spectrum(tmp_path: Path) -> None:
     run = writer(tmp_path / "run")
     run.append(row(1, {("gradient.spectrum", "a"): range(1_000)}))

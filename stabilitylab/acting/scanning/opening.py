@@ -273,7 +273,7 @@ def load_pickle(file: Path) -> Any:
                 " torch.is_tensor(v)}"
             ) from None
         raise UsageError(f"{file} can't be read as a file of torch.save: no pickled tensors") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch's reader takes what a damaged pickle says as it comes
         raise UsageError(f"{file} can't be read as a file of torch.save: {one_line(error)}") from None
 
 
