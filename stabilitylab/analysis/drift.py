@@ -12,8 +12,7 @@ Everything is on natural logs, per series (a metric at a site):
 - ``jump`` (verdict ``diverging``): one update does.
 - ``shrink``: a gradient may rightly be small when an edit was right already, but logits that draw together die.
 
-A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
-out on purpose; the canary has detectors of its own, without a baseline. A weight that is exactly zero before the first
+Which series these are: see `drift_series`. A weight that is exactly zero before the first
 edit, such as the one half of an adapter, and what its layer answers, are left out too: all of that is edits, and grows
 as drift does. So is an update of zero, or of less than ``ROUNDING`` beside its weight: that edit did not land, or was
 undone but for rounding, see `landing`.
@@ -22,15 +21,34 @@ undone but for rounding, see `landing`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.analysis import detectors
+from stabilitylab.analysis import detectors, drift_ahead
 from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
 from stabilitylab.analysis.detectors import LAST, LEAST
+from stabilitylab.analysis.drift_series import (
+    BAND_LOG,
+    BAND_SPREADS,
+    BASELINE,
+    DOWN,
+    DRIFT_LOG,
+    DRIFT_SPREADS,
+    FIXED,
+    LONG,
+    LONG_EVERY,
+    PRIOR_WEIGHT,
+    ROUNDING,
+    SHORT,
+    STATE,
+    TRACKED,
+    UP,
+    VANISHED,
+)
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
@@ -38,82 +56,11 @@ from stabilitylab.analysis.trends import medians
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.record.readings import Array
 
-BASELINE: Final = 8
-PRIOR_WEIGHT: Final = 4.0
-SHORT: Final = 12
-LONG: Final = 30
-LONG_EVERY: Final = 4
-
-DRIFT_SPREADS: Final = 4.0
-DRIFT_LOG: Final = math.log(3.0)
-BAND_SPREADS: Final = 2.0
-BAND_LOG: Final = math.log(1.5)
-ROUNDING: Final = 2.0**-23
-"""Of a weight's norm: one unit of rounding of float32."""
-VANISHED: Final = 1e-30
-"""Stands for zero, which has no log."""
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """How a metric is watched.
-
-    spread: prior standard deviation of its log from edit to edit. shrinks: the factor by which it must fall to count,
-    infinite where a fall means nothing. fallen: what such a fall is. minus: the metric to subtract, for a range.
-    trend: whether its slope is tested. jumps: whether one reading alone may be a jump.
-    """
-
-    spread: float
-    shrinks: float = math.inf
-    fallen: Verdict = "drifting"
-    minus: str | None = None
-    trend: bool = True
-    jumps: bool = False
-
-
-TRACKED: Final = {
-    "update.norm": Tracked(0.5, 1e4, jumps=True),
-    "weight.max_abs": Tracked(0.1),
-    "weight.spectral_norm": Tracked(0.1),
-    "activation.rms": Tracked(0.2, 100.0),
-    "activation.max_abs": Tracked(0.3, 100.0),
-    "activation.rms_beyond_first": Tracked(0.2, 100.0),
-    "activation.max_abs_beyond_first": Tracked(0.3, 100.0),
-    "gradient.norm": Tracked(1.0, 1e6, trend=False),  # leads by an edit or two at most, and is the noisiest of all
-    "logits.max": Tracked(0.2, 30.0, "diverging", "logits.min"),
-    "canary.max": Tracked(0.1, 30.0, "diverging", "canary.min"),
-    "editor.input_max": Tracked(0.5),
-}
+_SIZE: Final = "weight.max_abs"
 _NAMES: Final = {
     "logits.max": "the range of logits (max − min)",
     "canary.max": "the range of canary logits (max − min)",
 }
-
-_STATE: Final = np.dtype(
-    [
-        ("place", np.intp),
-        ("prior", np.float64),
-        ("shrinks", np.float64),
-        ("dies", np.bool_),
-        ("trend", np.bool_),
-        ("jumps", np.bool_),
-        ("from_zero", np.bool_),
-        ("count", np.intp),
-        ("middle", np.float64),
-        ("spread", np.float64),
-        # By side, upwards first: since which edit it is outside its band, and readings in a row back inside.
-        ("since", np.float64, (2,)),
-        ("inside", np.float64, (2,)),
-        # Ring buffers of the last readings.
-        ("edits", np.float64, (LONG,)),
-        ("logs", np.float64, (LONG,)),
-    ]
-)
-_FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps", "from_zero")
-"""What is known of a series before its first reading."""
-_SIZE: Final = "weight.max_abs"
-UP: Final = 0
-DOWN: Final = 1
 
 
 @dataclass(frozen=True)
@@ -135,21 +82,28 @@ def _rate(slope: float) -> str:
 class DriftBank:
     """Watches every tracked series at once.
 
-    Only applied edits and finite readings enter; a series may begin late, pause or end. peaks: the largest statistic of
-    each detector so far.
+    Only applied edits and finite readings enter; a series may begin late, pause or end.
     """
 
     def __init__(self, columns: Columns, thresholds: Thresholds) -> None:
-        self.peaks: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
         self._columns = columns
         self._limits = {detector: thresholds.limit(detector) for detector in detectors.DETECTORS}
         self._once = Once()
+        self._ahead: drift_ahead.Ahead | None = None
         self._number: dict[int, int] = {}
-        self._state = np.zeros(0, dtype=_STATE)
+        self._state = np.zeros(0, dtype=STATE)
         self._dry: dict[int, list[float]] = {}
         self._from_zero: set[str] = set()
         self._which = PerSchema(self._look_up)
         self._updates = PerSchema(_updates)
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The largest statistic of each detector so far."""
+        if self._ahead is not None:
+            self._ahead.catch_up(self._state, self._peaks)
+        return self._peaks
 
     @property
     def ready(self) -> int:
@@ -177,9 +131,56 @@ class DriftBank:
     def forget(self, hit: Hit) -> None:
         """What was claimed may be claimed again."""
         self._once.forget(hit.rule, hit.place)
+        self._look_again()
+
+    def look_ahead(self, rows: Sequence[Flat]) -> None:
+        """Rows that will be observed next, none of them edit 0: those that say nothing are told from the others."""
+        if self._ahead is not None:
+            self._ahead.catch_up(self._state, self._peaks)
+        for row in rows:
+            self._which.of(row.schema)  # which numbers the series, in the order of the rows
+        logs, starting = np.full((len(rows), self._state.size), np.nan), np.zeros(len(rows), dtype=bool)
+        alike: dict[Schema, list[int]] = {}
+        for at, row in enumerate(rows):
+            if row.applied:
+                alike.setdefault(row.schema, []).append(at)
+        for schema, numbers in alike.items():
+            values, finite = (
+                np.stack([rows[at].values for at in numbers]),
+                np.stack([rows[at].finite for at in numbers]),
+            )
+            series, read, good = self._readable(schema, values, finite)
+            known = self._has_baseline(series)
+            starting[numbers] = (good & (read >= 0) & ~known).any(axis=1)
+            here = np.where(good & known & (read >= 0), np.log(np.maximum(read, VANISHED)), np.nan)
+            logs[np.ix_(numbers, series)] = here
+        places = self._state["place"]
+        said = drift_ahead.Said(
+            **{rule: self._once.said(rule, places) for rule in ("level", "growth", "drift", "shrink", "jump")}
+        )
+        self._ahead = drift_ahead.look(
+            rows, logs, starting, self._state, said, self._limits.__getitem__, lambda which, n: self._last(which, n)[1]
+        )
+
+    def _look_again(self) -> None:
+        """What was claimed counts in what there is to say."""
+        if self._ahead is not None and self._ahead.left:
+            self.look_ahead(self._ahead.left)
 
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
+        if self._ahead is not None:
+            expected = self._ahead.is_next(row)
+            if expected and self._ahead.passes():
+                return []
+            self._ahead.catch_up(self._state, self._peaks, but_last=expected)
+            self._ahead = self._ahead if expected else None
+        hits = self._observe(row)
+        if hits:
+            self._look_again()
+        return hits
+
+    def _observe(self, row: Flat) -> list[Hit]:
         if row.edit == 0:
             self._see_beginning(row)
         series, logs = self._read(row)
@@ -221,8 +222,8 @@ class DriftBank:
             minus = -1 if rule.minus is None else schema.position[rule.minus, site]
             found.append((position, minus, self._number[place]))
         if new:
-            state = np.zeros(len(new), dtype=_STATE)
-            for field, column in zip(_FIXED, zip(*new, strict=True), strict=True):
+            state = np.zeros(len(new), dtype=STATE)
+            for field, column in zip(FIXED, zip(*new, strict=True), strict=True):
                 state[field] = column
             state["middle"], state["spread"], state["since"] = np.nan, np.nan, np.nan
             self._state = np.concatenate((self._state, state))
@@ -231,17 +232,26 @@ class DriftBank:
 
     def _read(self, row: Flat) -> tuple[Places, Array]:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
-        taken, minus, series = self._which.of(row.schema)
+        series, read, good = self._readable(row.schema, row.values, row.finite)
+        good &= (read > 0) | ((read == 0) & self._has_baseline(series))
+        return series[good], np.log(np.maximum(read[good], VANISHED))
+
+    def _readable(
+        self, schema: Schema, values: Array, finite: NDArray[np.bool_]
+    ) -> tuple[Places, Array, NDArray[np.bool_]]:
+        """(series, what is read of each, whether it can be compared). values, finite: of one row, or of several."""
+        taken, minus, series = self._which.of(schema)
         ranged = minus >= 0
-        good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
-        update, ratio = self._updates.of(row.schema)
-        lost = update[(row.values[update] == 0) | ((ratio >= 0) & (row.values[ratio] < ROUNDING))]
-        if lost.size:
-            good &= ~np.isin(taken, lost)
-        taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
-        values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
-        good = (values > 0) | ((values == 0) & self._has_baseline(series))
-        return series[good], np.log(np.maximum(values[good], VANISHED))
+        good = finite[..., taken] & (~ranged | finite[..., minus]) & ~self._state["from_zero"][series]
+        update, ratio = self._updates.of(schema)
+        lost = (values[..., update] == 0) | ((ratio >= 0) & (values[..., ratio] < ROUNDING))
+        if lost.any():
+            gone = np.zeros(values.shape, dtype=bool)
+            gone[..., update] = lost
+            good &= ~gone[..., taken]
+        read = np.zeros(good.shape)
+        np.subtract(values[..., taken], np.where(ranged, values[..., minus], 0.0), out=read, where=good)
+        return series, read, good
 
     def _last(self, series: Places, points: int) -> tuple[Array, Array]:
         """(edits, logs) of the last readings in order of time, each [series, points]."""
@@ -269,10 +279,7 @@ class DriftBank:
         if not outside.any() and np.isnan(state["since"][series]).all():  # as mostly: all are where they were
             state["inside"][series] += 1.0
             return
-        since, edits = state["since"][series], np.broadcast_to(edit, series.shape)[:, None]
-        inside = np.where(outside, 0.0, state["inside"][series] + 1.0)
-        state["since"][series] = np.where(outside & np.isnan(since), edits, np.where(inside >= 2, np.nan, since))
-        state["inside"][series] = inside
+        drift_ahead.follow_band(state, series, outside, edit)
 
     def _judge(self, series: Places, edit: int) -> list[Hit]:
         state = self._state
@@ -296,7 +303,7 @@ class DriftBank:
 
     def _peak(self, detector: str, statistics: Array) -> Array:
         if statistics.size:
-            self.peaks[detector] = max(self.peaks.get(detector, 0.0), float(statistics.max()))
+            self._peaks[detector] = max(self._peaks.get(detector, 0.0), float(statistics.max()))
         return statistics
 
     def _levels(self, series: Places, level: Array, edit: int) -> list[Hit]:

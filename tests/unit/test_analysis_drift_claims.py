@@ -11,7 +11,7 @@ import math
 import pytest
 
 from stabilitylab.analysis import Analyzer, Finding
-from stabilitylab.analysis.drift import TRACKED
+from stabilitylab.analysis.drift_series import TRACKED
 from stabilitylab.analysis.thresholds import NOMINAL
 from tests.synthetic_runs import METRICS, row
 
