@@ -48,6 +48,7 @@ from stabilitylab.analysis.drift_series import (
     TRACKED,
     UP,
     VANISHED,
+    updates,
 )
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
@@ -96,7 +97,7 @@ class DriftBank:
         self._dry: dict[int, list[float]] = {}
         self._from_zero: set[str] = set()
         self._which = PerSchema(self._look_up)
-        self._updates = PerSchema(_updates)
+        self._updates = PerSchema(updates)
 
     @property
     def peaks(self) -> dict[str, float]:
@@ -153,7 +154,7 @@ class DriftBank:
             known = self._has_baseline(series)
             starting[numbers] = (good & (read >= 0) & ~known).any(axis=1)
             here = np.where(good & known & (read >= 0), np.log(np.maximum(read, VANISHED)), np.nan)
-            logs[np.ix_(numbers, series)] = here
+            logs[np.ix_(np.array(numbers), series)] = here
         places = self._state["place"]
         said = drift_ahead.Said(
             **{rule: self._once.said(rule, places) for rule in ("level", "growth", "drift", "shrink", "jump")}
@@ -389,17 +390,6 @@ class DriftBank:
             verdict = _verdict(claim.rule, metric)
             hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since, usual=base))
         return hits
-
-
-def _updates(schema: Schema) -> tuple[Places, Places]:
-    """Positions of updates in a row, and of their ratios to the weights; -1 where there is none."""
-    found = [
-        (position, schema.position.get(("update.ratio", site), -1))
-        for position, (metric, site) in enumerate(schema.keys)
-        if metric == "update.norm"
-    ]
-    update, ratio = np.array(found, dtype=np.intp).reshape(-1, 2).T
-    return update, ratio
 
 
 def _verdict(rule: str, metric: str) -> Verdict:

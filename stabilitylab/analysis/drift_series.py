@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from stabilitylab.analysis.columns import Places, Schema
 from stabilitylab.analysis.findings import Verdict
 
 BASELINE: Final = 8
@@ -85,3 +86,14 @@ FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps", "from_zer
 """What is known of a series before its first reading."""
 UP: Final = 0
 DOWN: Final = 1
+
+
+def updates(schema: Schema) -> tuple[Places, Places]:
+    """Positions of updates in a row, and of their ratios to the weights; -1 where there is none."""
+    found = [
+        (position, schema.position.get(("update.ratio", site), -1))
+        for position, (metric, site) in enumerate(schema.keys)
+        if metric == "update.norm"
+    ]
+    update, ratio = np.array(found, dtype=np.intp).reshape(-1, 2).T
+    return update, ratio

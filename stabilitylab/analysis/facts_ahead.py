@@ -55,7 +55,7 @@ def calm(
         loud |= (finite[:, room] & np.isnan(first_headroom.values(schema.places[room]))).any(axis=1)
         loud |= (~(values[:, norm] >= SHRUNK * first_norm.values(schema.places[norm]))).any(axis=1)
         loud |= limits.may_reach(schema, values)
-        largest[np.ix_(numbers, schema.places[size])] = values[:, size]
+        largest[np.ix_(np.array(numbers), schema.places[size])] = values[:, size]
         quiet[numbers] = ~loud & ~context.is_new(schema)
     quiet[:1] = False
     quiet[1:] &= ~_leaps(largest)
@@ -66,5 +66,4 @@ def calm(
 def _leaps(largest: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether some entry is many times that of the row before, by row but the first. NaN: not read."""
     before, after = largest[:-1], largest[1:]
-    found: NDArray[np.bool_] = ((before > 0) & (LEAP * before <= after)).any(axis=1)
-    return found
+    return np.asarray(((before > 0) & (LEAP * before <= after)).any(axis=1))

@@ -251,8 +251,7 @@ class _Bounds:
 
     def any(self, values: Array) -> NDArray[np.bool_]:
         """Whether some reading may have passed some limit, by row; values: [rows, readings]."""
-        found: NDArray[np.bool_] = (values[:, self.positions] * self.sides >= self.signed).any(axis=1)
-        return found
+        return np.asarray((values[:, self.positions] * self.sides >= self.signed).any(axis=1))
 
     def reached(self, values: Array) -> set[int]:
         """Numbers of the limits that some reading may have passed; most rows have passed none."""

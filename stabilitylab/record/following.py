@@ -73,6 +73,8 @@ class Follower:
         """How many edits were tried so far, edit 0 apart."""
         self.failed = 0
         """How many of them failed."""
+        self.last_edit = 0
+        """The last edit in the file at the last look: `edits` goes up to it as they are looked at."""
         self._keeps_rows = keeps_rows
         self._run: Run | None = None
         self._metrics: tuple[Metric, ...] = ()
@@ -145,6 +147,7 @@ class Follower:
     def _read(self, db: sqlite3.Connection, file: Path, keep: int | None, known: int) -> list[Seen]:
         before, self.manifest, metrics = self.manifest, read_manifest(db), read_metrics(db)
         (last,) = db.execute("SELECT max(edit) FROM edit").fetchone()
+        self.last_edit = 0 if last is None else int(last)
         another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._last)
         if another or metrics != self._metrics or before.get("thresholds") != self.manifest.get("thresholds"):
             self._begin(metrics)

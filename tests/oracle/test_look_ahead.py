@@ -39,7 +39,7 @@ class _Loop:
     def layer(self, edit: int, site: str, event: str) -> dict[str, float]:
         grown = self.growing.setdefault(site, 1.0)
         if event == "grows":
-            self.growing[site] *= 1.3
+            self.growing[site] *= 1.5
         update = {"jump": 3e4, "zero": 0.0, "rounded": 1e-9, "inf": np.inf}.get(event, 0.3 * grown * self.wobble())
         update = 0.0 if edit == 0 else update
         self.drift[site] = update if event == "restored" else float(np.hypot(self.drift[site], min(update, 1e6)))
@@ -82,14 +82,14 @@ class _Loop:
 
     def rows(self, edits: int) -> Iterator[EditRow]:
         """As a run file has them: rows with the same readings share a frame."""
-        frames, lasts = Frames(), (1, 1, 1, 6)
+        frames, lasts = Frames(), (1, 1, 4, 14)
         every = int(self.random.integers(1, 5))
         event, left = "", 0
         for edit in range(edits):
             left -= 1
             if left < 0:
-                event = str(self.random.choice(EVENTS)) if edit > 3 and self.random.random() < 0.05 else ""
-                left = int(self.random.choice(lasts))
+                event = str(self.random.choice(EVENTS)) if edit > 3 and self.random.random() < 0.08 else ""
+                left = int(self.random.choice(lasts)) if event else 0
             sites = SITES[1:] if event == "gone" else SITES
             struck = str(self.random.choice(SITES))
             readings: dict[Key, float | Array] = {}
