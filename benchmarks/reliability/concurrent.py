@@ -20,6 +20,8 @@ from benchmarks.reliability.forks import Forks
 from benchmarks.reliability.promise import Effort, Result, counted
 
 READERS: Final = ("report", "report", "tail", "tail", "tail", "tab", "tab", "tab")
+LAST_LOOK: Final = 600.0
+"""Seconds that a reader may take to end the look that it is in: on a busy machine a report takes minutes."""
 MOST_HELD: Final = 0.1
 """Seconds."""
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -52,7 +54,7 @@ def together(forks: Forks, run: Path, seconds: float, wal: bool) -> tuple[dict[s
             reader.stdin.flush()
         task = "benchmarks.reliability.concurrent_loops:write"
         ended = forks.run(task, {"run": str(run), "seconds": seconds, "wal": wal}, most_silent=60.0)
-        said = [reader.communicate(timeout=60) for reader in readers]
+        said = [reader.communicate(timeout=LAST_LOOK) for reader in readers]
     finally:
         for reader in readers:
             reader.kill()

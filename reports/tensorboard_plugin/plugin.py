@@ -5,7 +5,7 @@ address                answer
 =====================  =============================================================================================
 ``/index.js``, …       the page: ES modules and a style sheet from `static/`
 ``/runs``              the runs found, each with its verdict, or why it can't be read
-``/run?run=ID``        a run without its readings, and its ``version``
+``/run?run=ID``        a run without its readings, and its ``version``; while it is judged, how far that has come
 ``/values?…&metric=N`` one metric at all sites, ``&version=`` that of ``/run``; bytes as in `payload.packed`
 ``/site?…&site=N``     all readings at one site, likewise
 =====================  =============================================================================================
@@ -34,7 +34,7 @@ from werkzeug import Request, Response
 
 from stabilitylab.record.run import Run
 from stabilitylab.reports.tensorboard_plugin import payload
-from stabilitylab.reports.tensorboard_plugin.shelf import Shelf, local_folder
+from stabilitylab.reports.tensorboard_plugin.shelf import PATIENCE_SECONDS, Shelf, local_folder
 
 NAME: Final = "stability"
 _TYPES: Final = {".js": "text/javascript", ".css": "text/css"}
@@ -96,9 +96,11 @@ class StabilityPlugin(base_plugin.TBPlugin):
     def _run(self, request: Request) -> Response:
         name = request.args.get("run", "")
         try:
-            copy = self._open().read(name)
+            copy = self._open().ask(name, PATIENCE_SECONDS)
         except KeyError:
             raise _Refused(404, "no such run under the logdir") from None
+        if copy is None:
+            return _json(request, {"id": name, "state": "judging", **self._open().progress(name)})
         state = "unreadable" if copy.reason else "read"
         return _json(
             request, {**copy.about, "id": name, "version": copy.version, "state": state, "reason": copy.reason}

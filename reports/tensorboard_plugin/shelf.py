@@ -1,5 +1,8 @@
 """The runs under a logdir: looked for by a thread of its own, read when asked for, read again when they have grown.
 
+A run of very many edits takes seconds to judge. That is done in a thread of its own, and whoever asks meanwhile is told
+how far it has come; the other runs need not wait for it.
+
 A request names a run by an id, which is looked up among what was found: no path is ever made from a request. Links are
 not followed, so that nothing outside the logdir can be reached.
 """
@@ -41,6 +44,11 @@ SHARE: Final = 0.1
 """Of a thread's time: to look through the logdir, and to read a growing run anew, at the most."""
 WATCHED_SECONDS: Final = 60.0
 """How long after a request for the list runs are still read ahead."""
+
+PATIENCE_SECONDS: Final = 1.0
+"""For so long who asks for a run waits until it is judged."""
+AT_ONCE: Final = 2
+"""Runs that are judged at once because they are in the list; those that are asked for come on top."""
 
 SAYS: Final = 500
 
@@ -115,8 +123,17 @@ class _Line:
         return self.stamp == stamp or time.monotonic() - self.read_at < self.cost / SHARE
 
 
+class _Judging:
+    """A run that is being read. done: once it is; then there is a copy, or what went wrong."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.copy: Copy | None = None
+        self.error: Exception | None = None
+
+
 class Shelf:
-    """Finds and reads. Thread-safe. `len`, `listing` and `copy` never wait for a disk."""
+    """Finds and reads. Thread-safe. `len`, `listing`, `progress` and `copy` never wait for a disk."""
 
     def __init__(self, root: Path) -> None:
         """root: as `local_folder` gives it."""
@@ -128,6 +145,7 @@ class Shelf:
         self._lock = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
         self._followers: dict[str, Follower] = {}
+        self._judging: dict[str, _Judging] = {}
         self._wake = threading.Event()
         self._asked = -math.inf
 
@@ -153,8 +171,52 @@ class Shelf:
         self._asked = time.monotonic()
         self._wake.set()
         with self._lock:
-            runs = [_entry(run, self._lines.get(run)) for run in sorted(self._found, key=_by_number)]
+            runs = [
+                {**_entry(run, self._lines.get(run)), **({} if run in self._lines else self._progress(run))}
+                for run in sorted(self._found, key=_by_number)
+            ]
             return {"looked": self._looked, "runs": runs}
+
+    def progress(self, run: str) -> dict[str, Any]:
+        """How many edits of a run are judged, and of how many; nothing where it is not being judged."""
+        with self._lock:
+            return self._progress(run)
+
+    def _progress(self, run: str) -> dict[str, Any]:
+        follower = self._followers.get(run) if run in self._judging else None
+        return {} if follower is None else {"judged": follower.edits, "of": follower.last_edit}
+
+    def ask(self, run: str, patience: float | None) -> Copy | None:
+        """As `read`, within `patience` seconds. Where it takes longer it goes on, and this is the copy before, if any.
+
+        Raises KeyError for one that isn't there.
+        """
+        with self._lock:
+            file = self._found[run]
+            line = self._lines.get(run)
+            before = None if line is None else self._copies.get((run, line.version))
+        if line is not None and before is not None and line.fresh(_stamp(file)):
+            return before
+        with self._lock:
+            judging = self._judging.get(run)
+            if judging is None:
+                judging = self._judging[run] = _Judging()
+                threading.Thread(target=self._judge, args=(run, judging), name="stabilitylab-run", daemon=True).start()
+        if not judging.done.wait(patience):
+            return before
+        if judging.error is not None:
+            raise judging.error
+        return judging.copy
+
+    def _judge(self, run: str, judging: _Judging) -> None:
+        try:
+            judging.copy = self.read(run)
+        except Exception as error:  # for those who wait
+            judging.error = error
+        finally:
+            with self._lock:
+                self._judging.pop(run, None)
+            judging.done.set()
 
     def read(self, run: str) -> Copy:
         """The run as it stands, or stood a moment ago where it grows fast. Raises KeyError for one that isn't there."""
@@ -209,7 +271,7 @@ class Shelf:
                     self.look()
                     due = time.monotonic() + max(LOOK_SECONDS, (time.monotonic() - began) / SHARE)
                 if began - self._asked < WATCHED_SECONDS:
-                    self.read_ahead()
+                    self.read_ahead(PATIENCE_SECONDS)
             except Exception:  # such as a folder that goes while it is looked at: the next round sees what is there
                 _log.exception("stabilitylab: looking for runs under %s failed", self._root)
                 due = time.monotonic() + LOOK_SECONDS
@@ -217,15 +279,23 @@ class Shelf:
             self._wake.clear()
             time.sleep(SHORT_SECONDS)
 
-    def read_ahead(self) -> None:
-        """Read the runs that have changed since they were read."""
+    def read_ahead(self, patience: float | None = None) -> None:
+        """Read the runs that have changed since they were read, the smallest first.
+
+        patience: in seconds, after which the next one is begun, if few are being judged by then. None: each is waited
+        for.
+        """
         with self._lock:
             found, lines = self._found, dict(self._lines)
-        for run in sorted(found, key=_by_number):
+        stamps = {run: _stamp(file) for run, file in found.items()}
+        for run in sorted(found, key=lambda run: (sum(size for *_, size in stamps[run]), _by_number(run))):
             line = lines.get(run)
-            if line is None or not line.fresh(_stamp(found[run])):
-                with contextlib.suppress(KeyError):  # gone meanwhile
-                    self.read(run)
+            if line is not None and line.fresh(stamps[run]):
+                continue
+            if patience is not None and (run in self._judging or len(self._judging) >= AT_ONCE):
+                continue
+            with contextlib.suppress(KeyError):  # gone meanwhile
+                self.ask(run, patience)
 
 
 def _load(stamp: _Stamp, follower: Follower) -> Copy:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.record.packed import Frame, PackedReadings
+from stabilitylab.record.packed import Frame, PackedReadings, as_packed
 from stabilitylab.record.readings import Array, EditRow, Key, Metric
 
 Places = NDArray[np.intp]
@@ -135,6 +135,26 @@ class Columns:
             values, finite = flat[starts], np.logical_and.reduceat(np.isfinite(flat), starts)
         return Flat(row.edit, row.status == "applied", self._schema, values, finite)
 
+    def flatten_all(self, rows: Sequence[EditRow]) -> list[Flat]:
+        """The same of each row in turn. The values of rows that share a frame lie in one array."""
+        alike: dict[tuple[Frame, Schema], list[int]] = {}
+        found: dict[int, Flat] = {}
+        for number, row in enumerate(rows):
+            if isinstance(row.readings, PackedReadings) and row.readings.frame.starts.size:
+                frame = row.readings.frame
+                self._schema = self._of_frame(frame)
+                alike.setdefault((frame, self._schema), []).append(number)
+            else:
+                found[number] = self.flatten(row)
+        for (frame, schema), numbers in alike.items():
+            flats = np.stack([as_packed(rows[number].readings).flat for number in numbers])
+            values = np.ascontiguousarray(flats[:, frame.starts])
+            finite = np.logical_and.reduceat(np.isfinite(flats), frame.starts, axis=1)
+            for at, number in enumerate(numbers):
+                row = rows[number]
+                found[number] = Flat(row.edit, row.status == "applied", schema, values[at], finite[at])
+        return [found[number] for number in range(len(rows))]
+
     def _joined(self, row: Mapping[Key, Array]) -> tuple[Array, Places]:
         """(the values of all readings, where each begins)."""
         keys, readings = tuple(row), list(row.values())
@@ -240,6 +260,11 @@ class First:
         """The first value at a place that was asked for before."""
         return float(self._values[place])
 
+    def values(self, places: Places) -> Array:
+        """The first value at each of these places; NaN where none is known."""
+        known = places < self._values.size
+        return np.append(self._values, np.nan)[np.where(known, places, self._values.size)]
+
 
 class Before:
     """What was read in the row before."""
@@ -247,6 +272,10 @@ class Before:
     def __init__(self) -> None:
         self._places: Places = np.zeros(0, dtype=np.intp)
         self._values = np.zeros(0)
+
+    def forget(self) -> None:
+        """Nothing was read in the row before."""
+        self._places, self._values = self._places[:0], self._values[:0]
 
     def swap(self, places: Places, values: Array) -> tuple[NDArray[np.bool_], Array]:
         """(whether each of these places was read in the row before, what was: NaN where nothing was).

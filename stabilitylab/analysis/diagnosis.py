@@ -8,7 +8,7 @@ from typing import Final
 
 from stabilitylab.analysis.causes.precedence import in_chain
 from stabilitylab.analysis.causes.rule import Cause
-from stabilitylab.analysis.drift import BASELINE
+from stabilitylab.analysis.drift_series import BASELINE
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Diagnosis, Finding, Forecast, Link, Verdict, severity
 from stabilitylab.analysis.landing import Landing
 from stabilitylab.analysis.leading import edit_of, leading, reading

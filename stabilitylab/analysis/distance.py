@@ -101,6 +101,8 @@ class DistanceBank:
         hits = self._check(STEP, row, *self._steps(row))
         for distance in CANARY:
             at = self._canaries.of(row.schema)[distance.metric]
+            if not at.size:
+                continue
             at = at[row.finite[at]]
             values = row.values[at]
             if distance.unless_still and is_still(row):
@@ -113,6 +115,8 @@ class DistanceBank:
         update left, and ends at 1.
         """
         weights = self._weights.of(row.schema)
+        if not weights.size:
+            return weights[:, 0], np.zeros(0)
         update, drift, ratio = row.values[weights].T
         known = row.finite[weights].all(axis=1) & (drift > 0) & (ratio > 0)
         return weights[known, 0], update[known] * ratio[known] / drift[known]

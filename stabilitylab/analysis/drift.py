@@ -12,8 +12,7 @@ Everything is on natural logs, per series (a metric at a site):
 - ``jump`` (verdict ``diverging``): one update does.
 - ``shrink``: a gradient may rightly be small when an edit was right already, but logits that draw together die.
 
-A series is in ``TRACKED`` because healthy editing leaves it where it was. ``drift.norm`` (grows as √t or t) is left
-out on purpose; the canary has detectors of its own, without a baseline. A weight that is exactly zero before the first
+Which series these are: see `drift_series`. A weight that is exactly zero before the first
 edit, such as the one half of an adapter, and what its layer answers, are left out too: all of that is edits, and grows
 as drift does. So is an update of zero, or of less than ``ROUNDING`` beside its weight: that edit did not land, or was
 undone but for rounding, see `landing`. Where an optimizer's learning rate is known, an update counts as it would have
@@ -24,69 +23,49 @@ large shows in what it does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.analysis import detectors
+from stabilitylab.analysis import detectors, drift_ahead
 from stabilitylab.analysis.columns import Columns, Flat, Once, PerSchema, Places, Schema
 from stabilitylab.analysis.detectors import LAST, LEAST
+from stabilitylab.analysis.drift_rates import log_rates, logs_without, rises
+from stabilitylab.analysis.drift_series import (
+    BAND_LOG,
+    BAND_SPREADS,
+    BASELINE,
+    DOWN,
+    DRIFT_LOG,
+    DRIFT_SPREADS,
+    FIXED,
+    LONG,
+    LONG_EVERY,
+    NOTHING,
+    PRIOR_WEIGHT,
+    ROUNDING,
+    SHORT,
+    STATE,
+    TRACKED,
+    UP,
+    updates,
+)
 from stabilitylab.analysis.findings import Verdict
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.thresholds import Thresholds
-from stabilitylab.analysis.tracked import NAMES, TRACKED
 from stabilitylab.analysis.trends import medians
 from stabilitylab.analysis.words import number, place_name
 from stabilitylab.record.readings import Array
 
-BASELINE: Final = 8
-PRIOR_WEIGHT: Final = 4.0
-SHORT: Final = 12
-LONG: Final = 30
-LONG_EVERY: Final = 4
-
-DRIFT_SPREADS: Final = 4.0
-DRIFT_LOG: Final = math.log(3.0)
-BAND_SPREADS: Final = 2.0
-BAND_LOG: Final = math.log(1.5)
-ROUNDING: Final = 2.0**-23
-"""Of a weight's norm: one unit of rounding of float32."""
-_RATE: Final = "gradient.learning_rate"
-VANISHED: Final = 1e-30
-"""Stands for zero, which has no log."""
-_NOTHING: Final = math.log(VANISHED)
-
-
-_STATE: Final = np.dtype(
-    [
-        ("place", np.intp),
-        ("prior", np.float64),
-        ("shrinks", np.float64),
-        ("dies", np.bool_),
-        ("trend", np.bool_),
-        ("jumps", np.bool_),
-        ("from_zero", np.bool_),
-        ("count", np.intp),
-        ("middle", np.float64),
-        ("spread", np.float64),
-        # Natural logs: of the first learning rate that is known, and by how much the last one is above it.
-        ("first_rate", np.float64),
-        ("risen", np.float64),
-        # By side, upwards first: since which edit it is outside its band, and readings in a row back inside.
-        ("since", np.float64, (2,)),
-        ("inside", np.float64, (2,)),
-        # Ring buffers of the last readings.
-        ("edits", np.float64, (LONG,)),
-        ("logs", np.float64, (LONG,)),
-    ]
-)
-_FIXED: Final = ("place", "prior", "shrinks", "dies", "trend", "jumps", "from_zero")
-"""What is known of a series before its first reading."""
 _SIZE: Final = "weight.max_abs"
-UP: Final = 0
-DOWN: Final = 1
+_RATE: Final = "gradient.learning_rate"
+_NAMES: Final = {
+    "logits.max": "the range of logits (max − min)",
+    "canary.max": "the range of canary logits (max − min)",
+}
 
 
 @dataclass(frozen=True)
@@ -108,21 +87,28 @@ def _rate(slope: float) -> str:
 class DriftBank:
     """Watches every tracked series at once.
 
-    Only applied edits and finite readings enter; a series may begin late, pause or end. peaks: the largest statistic of
-    each detector so far.
+    Only applied edits and finite readings enter; a series may begin late, pause or end.
     """
 
     def __init__(self, columns: Columns, thresholds: Thresholds) -> None:
-        self.peaks: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
         self._columns = columns
         self._limits = {detector: thresholds.limit(detector) for detector in detectors.DETECTORS}
         self._once = Once()
+        self._ahead: drift_ahead.Ahead | None = None
         self._number: dict[int, int] = {}
-        self._state = np.zeros(0, dtype=_STATE)
+        self._state = np.zeros(0, dtype=STATE)
         self._dry: dict[int, list[float]] = {}
         self._from_zero: set[str] = set()
         self._which = PerSchema(self._look_up)
-        self._updates = PerSchema(_updates)
+        self._updates = PerSchema(updates)
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The largest statistic of each detector so far."""
+        if self._ahead is not None:
+            self._ahead.catch_up(self._state, self._peaks)
+        return self._peaks
 
     @property
     def ready(self) -> int:
@@ -150,9 +136,62 @@ class DriftBank:
     def forget(self, hit: Hit) -> None:
         """What was claimed may be claimed again."""
         self._once.forget(hit.rule, hit.place)
+        self._look_again()
+
+    def look_ahead(self, rows: Sequence[Flat]) -> None:
+        """Rows that will be observed next, none of them edit 0: those that say nothing are told from the others."""
+        if self._ahead is not None:
+            self._ahead.catch_up(self._state, self._peaks)
+        for row in rows:
+            self._which.of(row.schema)  # which numbers the series, in the order of the rows
+        logs, starting = np.full((len(rows), self._state.size), np.nan), np.zeros(len(rows), dtype=bool)
+        alike: dict[Schema, list[int]] = {}
+        for at, row in enumerate(rows):
+            if row.applied:
+                alike.setdefault(row.schema, []).append(at)
+        for schema, numbers in alike.items():
+            values, finite = (
+                np.stack([rows[at].values for at in numbers]),
+                np.stack([rows[at].finite for at in numbers]),
+            )
+            series, read, good = self._readable(schema, values, finite)
+            known = self._has_baseline(series)
+            starting[numbers] = (good & (read >= 0) & ~known).any(axis=1)
+            # What a first learning rate is compared with is known once its row has been looked at.
+            rates, first = log_rates(values, self._which.of(schema)[3]), self._state["first_rate"][series]
+            if rates is not None:
+                new = np.flatnonzero((np.isfinite(rates) & np.isnan(first)).any(axis=1))
+                if new.size:
+                    starting[numbers[int(new[0])] :] = True
+            here = np.where(good & known & (read >= 0), logs_without(read, rises(rates, first)), np.nan)
+            logs[np.ix_(np.array(numbers), series)] = here
+        places = self._state["place"]
+        said = drift_ahead.Said(
+            **{rule: self._once.said(rule, places) for rule in ("level", "growth", "drift", "shrink", "jump")}
+        )
+        self._ahead = drift_ahead.look(
+            rows, logs, starting, self._state, said, self._limits.__getitem__, lambda which, n: self._last(which, n)[1]
+        )
+
+    def _look_again(self) -> None:
+        """What was claimed counts in what there is to say."""
+        if self._ahead is not None and self._ahead.left:
+            self.look_ahead(self._ahead.left)
 
     def observe(self, row: Flat) -> list[Hit]:
         """Take one row in; the hits that it brings."""
+        if self._ahead is not None:
+            expected = self._ahead.is_next(row)
+            if expected and self._ahead.passes():
+                return []
+            self._ahead.catch_up(self._state, self._peaks, but_last=expected)
+            self._ahead = self._ahead if expected else None
+        hits = self._observe(row)
+        if hits:
+            self._look_again()
+        return hits
+
+    def _observe(self, row: Flat) -> list[Hit]:
         if row.edit == 0:
             self._see_beginning(row)
         series, logs = self._read(row)
@@ -177,13 +216,12 @@ class DriftBank:
     def _grows_from_zero(self, metric: str, site: str) -> bool:
         return site in self._from_zero and metric.startswith(("weight.", "activation."))
 
-    def _look_up(self, schema: Schema) -> tuple[Places, Places, Places, Places]:
-        """Which positions of a row go to which series, and from which of them a lower end is subtracted; and the series
-        of updates that have a learning rate, with its position, [2, updates].
+    def _look_up(self, schema: Schema) -> tuple[Places, Places, Places, Places | None]:
+        """Which positions of a row go to which series, and from which of them a lower end is subtracted; where learning
+        rates of theirs are, -1 for none, or None where there is none at all.
         """
-        found: list[tuple[int, int, int]] = []
+        found: list[tuple[int, int, int, int]] = []
         new = []
-        rated = []
         for position, (metric, site) in enumerate(schema.keys):
             rule = TRACKED.get(metric)
             if rule is None or (rule.minus is not None and (rule.minus, site) not in schema.position):
@@ -195,44 +233,45 @@ class DriftBank:
                 zero = self._grows_from_zero(metric, site)
                 new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps, zero))
             minus = -1 if rule.minus is None else schema.position[rule.minus, site]
-            found.append((position, minus, self._number[place]))
-            if metric == "update.norm" and (_RATE, site) in schema.position:
-                rated.append((self._number[place], schema.position[_RATE, site]))
+            rate = schema.position.get((_RATE, site), -1) if metric == "update.norm" else -1
+            found.append((position, minus, self._number[place], rate))
         if new:
-            state = np.zeros(len(new), dtype=_STATE)
-            for field, column in zip(_FIXED, zip(*new, strict=True), strict=True):
+            state = np.zeros(len(new), dtype=STATE)
+            for field, column in zip(FIXED, zip(*new, strict=True), strict=True):
                 state[field] = column
             for field in ("middle", "spread", "since", "first_rate"):
                 state[field] = np.nan
             self._state = np.concatenate((self._state, state))
-        taken, minus, series = np.array(found, dtype=np.intp).reshape(-1, 3).T
-        return taken, minus, series, np.array(rated, dtype=np.intp).reshape(-1, 2).T
-
-    def _follow_rates(self, row: Flat, rated: Places) -> None:
-        """By how much the learning rates are above the first ones; where one is not told, it is as it was."""
-        rates = row.values[rated[1]]
-        known = np.isfinite(rates) & (rates > 0)
-        series, logs = rated[0, known], np.log(rates[known])
-        first = self._state["first_rate"][series]
-        self._state["first_rate"][series] = first = np.where(np.isnan(first), logs, first)
-        self._state["risen"][series] = np.maximum(logs - first, 0.0)
+        taken, minus, series, rates = np.array(found, dtype=np.intp).reshape(-1, 4).T
+        return taken, minus, series, rates if (rates >= 0).any() else None
 
     def _read(self, row: Flat) -> tuple[Places, Array]:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
-        taken, minus, series, rated = self._which.of(row.schema)
-        if rated.size:
-            self._follow_rates(row, rated)
+        series, read, good = self._readable(row.schema, row.values, row.finite)
+        rates, first = log_rates(row.values, self._which.of(row.schema)[3]), self._state["first_rate"][series]
+        if rates is not None:
+            self._state["first_rate"][series] = first = np.where(np.isnan(first), rates, first)
+        self._state["risen"][series] = rises(rates, first)
+        good &= (read > 0) | ((read == 0) & self._has_baseline(series))
+        series = series[good]
+        return series, logs_without(read[good], self._state["risen"][series])
+
+    def _readable(
+        self, schema: Schema, values: Array, finite: NDArray[np.bool_]
+    ) -> tuple[Places, Array, NDArray[np.bool_]]:
+        """(series, what is read of each, whether it can be compared). values, finite: of one row, or of several."""
+        taken, minus, series, _ = self._which.of(schema)
         ranged = minus >= 0
-        good = row.finite[taken] & (~ranged | row.finite[minus]) & ~self._state["from_zero"][series]
-        update, ratio = self._updates.of(row.schema)
-        lost = update[(row.values[update] == 0) | ((ratio >= 0) & (row.values[ratio] < ROUNDING))]
-        if lost.size:
-            good &= ~np.isin(taken, lost)
-        taken, minus, ranged, series = taken[good], minus[good], ranged[good], series[good]
-        values = row.values[taken] - np.where(ranged, row.values[minus], 0.0)
-        good = (values > 0) | ((values == 0) & self._has_baseline(series))
-        series, logs = series[good], np.log(np.maximum(values[good], VANISHED))
-        return series, np.where(logs > _NOTHING, logs - self._state["risen"][series], logs)
+        good = finite[..., taken] & (~ranged | finite[..., minus]) & ~self._state["from_zero"][series]
+        update, ratio = self._updates.of(schema)
+        lost = (values[..., update] == 0) | ((ratio >= 0) & (values[..., ratio] < ROUNDING))
+        if lost.any():
+            gone = np.zeros(values.shape, dtype=bool)
+            gone[..., update] = lost
+            good &= ~gone[..., taken]
+        read = np.zeros(good.shape)
+        np.subtract(values[..., taken], np.where(ranged, values[..., minus], 0.0), out=read, where=good)
+        return series, read, good
 
     def _last(self, series: Places, points: int) -> tuple[Array, Array]:
         """(edits, logs) of the last readings in order of time, each [series, points]."""
@@ -260,10 +299,7 @@ class DriftBank:
         if not outside.any() and np.isnan(state["since"][series]).all():  # as mostly: all are where they were
             state["inside"][series] += 1.0
             return
-        since, edits = state["since"][series], np.broadcast_to(edit, series.shape)[:, None]
-        inside = np.where(outside, 0.0, state["inside"][series] + 1.0)
-        state["since"][series] = np.where(outside & np.isnan(since), edits, np.where(inside >= 2, np.nan, since))
-        state["inside"][series] = inside
+        drift_ahead.follow_band(state, series, outside, edit)
 
     def _judge(self, series: Places, edit: int) -> list[Hit]:
         state = self._state
@@ -287,7 +323,7 @@ class DriftBank:
 
     def _peak(self, detector: str, statistics: Array) -> Array:
         if statistics.size:
-            self.peaks[detector] = max(self.peaks.get(detector, 0.0), float(statistics.max()))
+            self._peaks[detector] = max(self._peaks.get(detector, 0.0), float(statistics.max()))
         return statistics
 
     def _levels(self, series: Places, level: Array, edit: int) -> list[Hit]:
@@ -358,10 +394,10 @@ class DriftBank:
             base = float(np.exp(min(state["middle"][series[0]] + risen, 700.0)))
             metric, site = self._columns.keys[place]
             log = float(self._last(series, 1)[1][0, 0])
-            value = 0.0 if log <= _NOTHING else math.exp(log + risen)
+            value = 0.0 if log <= NOTHING else math.exp(log + risen)
             left = float(state["since"][series[0], claim.side])
             since = edit if math.isnan(left) or claim.rule == "jump" else int(left)
-            name = f"{NAMES.get(metric, metric)} at {place_name(site)}"
+            name = f"{_NAMES.get(metric, metric)} at {place_name(site)}"
             factor = f"{number(value / base)} times its baseline of {number(base)}"
             factor += " at this learning rate" if risen else ""
             side = "below" if claim.side == DOWN else "above"
@@ -371,21 +407,10 @@ class DriftBank:
             if claim.says is not None:
                 says = f"{name} {claim.says[at]}; at edit {edit} it is {factor}."
             threshold = base * math.exp(min(float(claim.limits[at]), 700.0))
-            says = says[0].upper() + says[1:] if metric in NAMES else says
+            says = says[0].upper() + says[1:] if metric in _NAMES else says
             verdict = _verdict(claim.rule, metric)
             hits.append(Hit(claim.rule, metric, place, value, threshold, verdict, says, since, usual=base))
         return hits
-
-
-def _updates(schema: Schema) -> tuple[Places, Places]:
-    """Positions of updates in a row, and of their ratios to the weights; -1 where there is none."""
-    found = [
-        (position, schema.position.get(("update.ratio", site), -1))
-        for position, (metric, site) in enumerate(schema.keys)
-        if metric == "update.norm"
-    ]
-    update, ratio = np.array(found, dtype=np.intp).reshape(-1, 2).T
-    return update, ratio
 
 
 def _verdict(rule: str, metric: str) -> Verdict:

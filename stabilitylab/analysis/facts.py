@@ -24,12 +24,14 @@ here and where they come from:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 
 from stabilitylab.analysis.columns import Before, Columns, First, Flat, PerSchema, Places, Schema, kind_of
+from stabilitylab.analysis.facts_ahead import HEADROOM_BITS, LARGEST, LEAP, SHRUNK, calm
 from stabilitylab.analysis.facts_editor import EditorFacts
 from stabilitylab.analysis.facts_gradients import RIGHT, GradientFacts
 from stabilitylab.analysis.facts_normaliser import NormaliserFacts
@@ -46,16 +48,15 @@ from stabilitylab.record.readings import EDITOR_SITE, MODEL_SITE, EditRow
 
 __all__ = ["AGREEMENT", "HEADROOM_BITS", "KL_COLLAPSED", "FactRules"]
 
-HEADROOM_BITS: Final = 2.0
 STILL: Final = 3
-SHRUNK: Final = 0.1
-LEAP: Final = 100.0
 ALONE: Final = 0.02
 FROZEN_LOSS: Final = 5
 GROWING: Final = 5
 STALLED: Final = 10
 
 LOSS: Final = "logits.loss"
+_SHOWN_NONE: Final = 7
+"""Number of the first rule that is shown calm rows too."""
 _EDITOR: Final = f"{EDITOR_SITE}."
 
 _MANY: Final = {
@@ -112,6 +113,7 @@ class FactRules:
         self._same_loss = 0
         self._same_since = 0
         self._rules: tuple[tuple[tuple[str, ...], Rule], ...] = (
+            # The first are those that a calm row is not shown to, see `facts_ahead`.
             ((), _of_row(self._nonfinite)),
             ((LOSS,), _of_row(self._labels)),
             ((), _of_row(self._dead)),
@@ -131,6 +133,8 @@ class FactRules:
         """Each with how the names of the metrics begin that it is about; without any, it is about every row."""
         self._dues = PerSchema(self._may_speak)
         self._due: frozenset[int] = frozenset()
+        self._ahead: deque[tuple[Flat, bool]] = deque()
+        self._passed: Flat | None = None
 
     @property
     def restoring(self) -> Restoring:
@@ -174,11 +178,30 @@ class FactRules:
         before, self._due = self._due, self._dues.of(row.schema)
         # Once more after its readings end: a rule may have to see that they are gone.
         due = self._due if before is self._due else self._due | before
+        first = _SHOWN_NONE if self._is_calm(row) else 0
         hits: list[Hit] = []
-        for place, (_, rule) in enumerate(self._rules):
+        for place in range(first, len(self._rules)):
             if place in due:
-                hits += rule(edit, row)
+                hits += self._rules[place][1](edit, row)
         return hits
+
+    def look_ahead(self, rows: Sequence[Flat]) -> None:
+        """Rows that will be checked next."""
+        quiet = calm(rows, self._lookup, self._first_headroom, self._first_norm, self._limits, self._context)
+        self._ahead = deque(zip(rows, quiet, strict=True))
+
+    def _is_calm(self, row: Flat) -> bool:
+        is_calm = False
+        if self._ahead and self._ahead[0][0] is row:
+            is_calm = self._ahead.popleft()[1] and not self._limits.follows
+        if is_calm:
+            self._passed = row
+            self._context.pass_over()
+        elif self._passed is not None:
+            before, self._passed = self._passed, None
+            at = self._lookup.positions(before.schema, LARGEST)
+            self._largest.swap(before.places[at], before.values[at])
+        return is_calm
 
     def _may_speak(self, schema: Schema) -> frozenset[int]:
         """Which rules find in a row what they are about."""
@@ -272,7 +295,7 @@ class FactRules:
 
     def _lone_entry(self, row: Flat) -> Iterator[Hit]:
         """An update that is one entry, which leapt."""
-        at = self._lookup.at("weight.max_abs")
+        at = self._lookup.at(LARGEST)
         values = row.values[at]
         _, before = self._largest.swap(row.places[at], values)
         # A weight of zeros has no size to leap from: a bias may begin so, and its first entry is the first to move.

@@ -32,6 +32,7 @@ BFLOAT16_BELOW: Final = 3.395e38
 STRAY: Final = 0.1
 """Of the bad entries of the worst weight: one that has fewer was hit by the way."""
 _INPUT: Final = f"{EDITOR_SITE}.input"
+_INPUT_MAX: Final = f"{_INPUT}_max"
 _TELLS: Final = tuple(
     f"{EDITOR_SITE}.{name}" for name in ("denominator", "system_condition", "input_max", "value_ratio", "clamp_hits")
 )
@@ -124,10 +125,7 @@ class LeadIn:
         places = self._where.places
         self._follow_inputs(row)
         self._steps.observe(row, alarmed=alarmed, lost=lost)
-        inputs, updates = row.values[places[f"{_INPUT}_max"]], row.values[places["update.norm"]]
-        inputs, updates = inputs[np.isfinite(inputs)], updates[np.isfinite(updates)]
-        if row.applied and inputs.size and updates.size and min(inputs.max(), updates.max()) > 0:
-            self._points.append((float(row.edit), math.log(inputs.max()), math.log(updates.max())))
+        self._follow_growth(row, places[_INPUT_MAX], places["update.norm"])
         if alarmed:  # from here on the strongest counts: that the run has saturated later must not hide the growth
             self._strongest = self.growth
         if nonfinite:
@@ -139,8 +137,9 @@ class LeadIn:
                 if metric.endswith(".max_abs") and math.isinf(row.values[at])
             }
             return
-        self._masked = self._masked or bool((row.values[places[_MASKED]] > 0).any())
-        self._asked = self._asked or bool(places[_MASKED].size)
+        if places[_MASKED].size:
+            self._masked = self._masked or bool((row.values[places[_MASKED]] > 0).any())
+            self._asked = True
         self._bits.update(zip(self._where.bit_sites, row.values[places[_BITS]].tolist(), strict=True))
 
     def not_put_back(self, edit: int) -> None:
@@ -230,9 +229,19 @@ class LeadIn:
         at = row.schema.position.get((metric, site))
         return None if at is None else float(row.values[at])
 
+    def _follow_growth(self, row: Flat, inputs: Places, updates: Places) -> None:
+        """The largest editor input and the largest update of an edit, in logs."""
+        if not row.applied or not inputs.size or not updates.size:
+            return
+        sizes = [row.values[at][np.isfinite(row.values[at])].max(initial=0.0) for at in (inputs, updates)]
+        if min(sizes) > 0:
+            self._points.append((float(row.edit), math.log(sizes[0]), math.log(sizes[1])))
+
     def _follow_inputs(self, row: Flat) -> None:
         """The first editor input past a limit, and the first over next to no std, see `_taken_over`."""
-        at = self._where.places[f"{_INPUT}_max"]
+        at = self._where.places[_INPUT_MAX]
+        if not at.size:
+            return
         for position in at[(row.values[at] >= INPUT_DRIFTING) & (row.values[at] < np.inf)]:
             site, value = self._site(row, position), float(row.values[position])
             unit, std = self._value(row, f"{_INPUT}_unit", site), self._value(row, f"{_INPUT}_unit_std", site)

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabilitylab.analysis.columns import Flat, PerSchema, Places, Schema
 from stabilitylab.analysis.findings import Verdict
@@ -248,6 +249,10 @@ class _Bounds:
     sides: Array
     signed: Array
 
+    def any(self, values: Array) -> NDArray[np.bool_]:
+        """Whether some reading may have passed some limit, by row; values: [rows, readings]."""
+        return np.asarray((values[:, self.positions] * self.sides >= self.signed).any(axis=1))
+
     def reached(self, values: Array) -> set[int]:
         """Numbers of the limits that some reading may have passed; most rows have passed none."""
         return set(self.numbers[values[self.positions] * self.sides >= self.signed].tolist())
@@ -275,6 +280,15 @@ class LimitFacts:
         self._lookup = lookup
         self._streaks: dict[str, dict[int, tuple[int, int]]] = {limit.rule: {} for limit in LIMITS}
         self._bounds = PerSchema(_bounds)
+
+    @property
+    def follows(self) -> bool:
+        """Whether some limit was passed at the last row, and has to be looked at again."""
+        return any(self._streaks.values())
+
+    def may_reach(self, schema: Schema, values: Array) -> NDArray[np.bool_]:
+        """Whether rows with these readings may have passed some limit, [rows]. values: [rows, readings]."""
+        return self._bounds.of(schema).any(values)
 
     def check(self, row: Flat) -> Iterator[Hit]:
         """The hits of one row."""

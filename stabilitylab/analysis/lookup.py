@@ -45,6 +45,10 @@ class Lookup:
         ``layer-std``."""
         return self._at.get(what, _NOTHING)
 
+    def positions(self, schema: Schema, what: str) -> Places:
+        """The same in rows with other readings."""
+        return self._groups.of(schema).get(what, _NOTHING)
+
     def value(self, row: Flat, metric: str, site: str) -> float | None:
         """One reading; None when it was not taken."""
         position = row.schema.position.get((metric, site))

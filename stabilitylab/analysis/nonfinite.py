@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from stabilitylab.analysis.columns import Flat, kind_of
+from stabilitylab.analysis.columns import Flat, Schema, kind_of
 from stabilitylab.analysis.ledger import Hit
 from stabilitylab.analysis.lookup import Lookup
 from stabilitylab.analysis.words import number, place_name
@@ -49,6 +49,16 @@ class NonfiniteContext:
         )
         watched = self._lookup.at("canary.nonfinite").size > 0
         self._again = self._again + 1 if self._skipped and forward and not watched else 0
+
+    def is_new(self, schema: Schema) -> bool:
+        """Whether rows of these readings may tell what is not finite by design."""
+        return any(
+            (f"{family}.nonfinite", MODEL_SITE) in schema.position for family in FAMILIES if family not in self._seen
+        )
+
+    def pass_over(self) -> None:
+        """A row in which all is finite."""
+        self._again = 0
 
     def excuses(self, metric: str, site: str) -> bool:
         """Whether a reading that is not finite is so by design, or passing."""

@@ -127,8 +127,9 @@ class Steps:
     def _follow(self, row: Flat) -> None:
         self.moved_before = self.moved
         where = self._wheres.of(row.schema)
-        self.codebook = self.codebook or bool((row.values[where.alone[_KEYS]] > 0).any())
-        self.moved = self.moved or (row.edit > 0 and bool((row.values[where.alone["update.norm"]] != 0).any()))
+        keys, updates = where.alone[_KEYS], where.alone["update.norm"]
+        self.codebook = self.codebook or (keys.size > 0 and bool((row.values[keys] > 0).any()))
+        self.moved = self.moved or (row.edit > 0 and updates.size > 0 and bool((row.values[updates] != 0).any()))
         if not row.applied:
             return
         self._follow_passes(row, where)
@@ -190,6 +191,9 @@ class Steps:
 
     def _follow_passes(self, row: Flat, where: _Where) -> None:
         """Whether the last edit's gradient changed from pass to pass, and whether it fell to next to nothing."""
+        self.changes_inside = False
+        if not where.passes.size:
+            return
         last, first = row.values[where.passes].T
         with np.errstate(over="ignore", invalid="ignore"):
             self.changes_inside = bool((np.abs(last - first) > CHANGES * np.abs(first)).any())
@@ -203,10 +207,12 @@ class Steps:
     def _follow_ways(self, row: Flat, where: _Where) -> None:
         """Whether updates point one way, and how large they are beside their gradients, at each layer."""
         rates = where.rates
+        if not rates.size:
+            return
         update, drift = row.values[rates[:, :2]].T
         gradient, source = np.where(rates[:, 2:] >= 0, row.values[rates[:, 2:]], 0.0).T  # or nothing asks for it
         known = np.isfinite(update) & np.isfinite(drift) & np.isfinite(gradient) & (update > 0)
-        stepped = np.isin(source, STEPPED)
+        stepped = np.logical_or.reduce([source == code for code in STEPPED])
         seen = (column[known].tolist() for column in (update, drift, gradient, stepped))
         for position, size, way, slope, by_optimizer in zip(rates[known, 0], *seen, strict=True):
             site, rate = self._site(row, position), size / slope if slope else 0.0

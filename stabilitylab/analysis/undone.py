@@ -34,6 +34,9 @@ class Undo:
     begins_anew: bool = False
 
 
+NOTHING: Final = Undo()
+
+
 class Undone:
     """Follows every row."""
 
@@ -45,18 +48,23 @@ class Undone:
 
     def observe(self, row: Flat) -> Undo:
         """Take in a row."""
-        counts = row.values[self._counts.of(row.schema)]
+        at = self._counts.of(row.schema)
         begins_anew = self._begins_anew(row)
-        if not row.applied or not counts.size:
-            return Undo()
-        if (counts > 0).any():
+        if not row.applied or not at.size:
+            return NOTHING
+        if (row.values[at] > 0).any():
             self._broken.append(row.edit)
-            return Undo()
+            return NOTHING
+        if not self._broken and not begins_anew:
+            return NOTHING
         broken, self._broken = frozenset(self._broken), []
         return Undo(broken, begins_anew)
 
     def _begins_anew(self, row: Flat) -> bool:
         at = self._weights.of(row.schema)
+        if not at.size:
+            self._away.forget()
+            return False
         update, drift = row.values[at].T
         read, away = self._away.swap(row.places[at[:, 1]], drift)
         with np.errstate(invalid="ignore", over="ignore"):

@@ -62,6 +62,8 @@ class Follower:
         """How many edits were tried so far, edit 0 apart."""
         self.failed = 0
         """How many of them failed."""
+        self.last_edit = 0
+        """The last edit in the file at the last look: `edits` goes up to it as they are looked at."""
         self._keeps_rows = keeps_rows
         self._run: Run | None = None
         self._told = -1
@@ -138,6 +140,7 @@ class Follower:
         self._file.open(db)
         self.manifest = self._file.manifest
         (last,) = db.execute("SELECT max(edit) FROM edit").fetchone()
+        self.last_edit = 0 if last is None else int(last)
         another = before.get("created") != self.manifest.get("created") or (last is not None and last < self._file.last)
         if another or self._file.metrics != metrics or before.get("thresholds") != self.manifest.get("thresholds"):
             self._begin_anew(db, ())

@@ -32,6 +32,10 @@ DAMAGE: Final = (sqlite3.DatabaseError, ValueError, TypeError, KeyError, Overflo
 """What reading a file raises that is no run, or none any more."""
 MOST_SHOWN: Final = 1 << 24
 """Values of a series up to which it is as wide as its metric is said to be; else as its widest reading is."""
+FIRST_AHEAD: Final = 10
+MOST_AHEAD: Final = 512
+MOST_VALUES: Final = 1 << 18
+"""How many rows an analyzer is shown ahead, and how many readings."""
 MOST_SERIES: Final = 1 << 27
 """Values of a series, whose readings may be far fewer."""
 
@@ -73,10 +77,15 @@ def fed(
     said: list[Note | Operation] = [*notes, *operations]
     waiting = deque(sorted(said, key=lambda each: each.edit))
     started = [row for row in rows if row.edit < 1]
+    ahead = len(started)
     for number, row in enumerate(rows):
         if number == len(started):
             for dry_row in dry:
                 analyzer.observe_dry(dry_row)
+        if number == ahead:
+            ahead = _ahead(rows, number, number - len(started))
+            if ahead - number > 1:
+                analyzer.look_ahead(rows[number:ahead])
         while waiting and waiting[0].edit <= row.edit:
             _tell(analyzer, waiting.popleft())
         analyzer.observe(row)
@@ -86,6 +95,12 @@ def fed(
             analyzer.observe_dry(dry_row)
     for each in waiting:
         _tell(analyzer, each)
+
+
+def _ahead(rows: Sequence[EditRow], begin: int, seen: int) -> int:
+    """Up to which row to look ahead: first a few, since nothing can be said of rows without a baseline, then many."""
+    room = MOST_VALUES // max(len(rows[begin].readings), 1)
+    return min(len(rows), begin + max(1, min(max(seen, FIRST_AHEAD), MOST_AHEAD, room)))
 
 
 def _tell(analyzer: Analyzer, said: Note | Operation) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stabilitylab.watching.monitor import Monitor
 
 FEWEST: Final = 8
-"""Readings that a baseline needs, see `analysis.drift.BASELINE`."""
+"""Readings that a baseline needs, see `analysis.drift_series.BASELINE`."""
 
 
 class DryRecord:

@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from stabilitylab.analysis import Analyzer
-from stabilitylab.analysis.drift import PRIOR_WEIGHT, _with_prior
+from stabilitylab.analysis.drift import _with_prior
+from stabilitylab.analysis.drift_series import PRIOR_WEIGHT, TRACKED
 from stabilitylab.analysis.thresholds import NOMINAL
-from stabilitylab.analysis.tracked import TRACKED
 from stabilitylab.analysis.trends import theil_sen
 from stabilitylab.record.readings import EditRow, Key
 from tests.synthetic_runs import METRICS, growing, healthy

@@ -11,8 +11,8 @@ import math
 import pytest
 
 from stabilitylab.analysis import Analyzer, Finding
+from stabilitylab.analysis.drift_series import TRACKED
 from stabilitylab.analysis.thresholds import NOMINAL
-from stabilitylab.analysis.tracked import TRACKED
 from tests.synthetic_runs import METRICS, row
 
 A = "decoder.layers.1.fc1"

@@ -20,9 +20,11 @@ from stabilitylab.probes.weight_pass import WeightPass
 from stabilitylab.record.readings import Metric
 from stabilitylab.record.store import RunWriter
 from stabilitylab.watching.instruments.feedback import FeedbackInstrument
+from stabilitylab.watching.instruments.gradients import GradientInstrument
 from stabilitylab.watching.instruments.logits import CanaryInstrument
 from stabilitylab.watching.instruments.outputs import OutputInstrument
 from stabilitylab.watching.instruments.state import StateInstrument
+from stabilitylab.watching.instruments.weights import WeightInstrument
 
 EDITS = 3
 
@@ -64,6 +66,7 @@ def notes_of(run: sl.Run, kind: str) -> list[str]:
         {"odd.one": []},
         {"odd.one": [[1.0], [1.0, 2.0]]},
         {"odd.one": None},
+        {"odd.one": np.zeros(1_000_000)},
         {"another": 1.0},
         {7: 1.0},
     ],
@@ -144,6 +147,7 @@ def test_a_hook_that_breaks_is_said_once(
 @pytest.mark.parametrize(
     ("owner", "step"),
     [
+        (GradientInstrument, "adopt"),
         (StateInstrument, "before_any_edit"),
         (StateInstrument, "after"),
         (StateInstrument, "look_in_full_next"),
@@ -198,3 +202,13 @@ def test_notes_that_can_not_be_written_or_taken_in_are_said(
         run = loop(tmp_path / "writer")
     assert len(run) == EDITS
     assert caplog.text.count("no room for words") == 1
+
+
+def test_weights_that_cannot_be_kept_cost_their_own_readings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightInstrument, "adopt", leaves)
+    run = loop(tmp_path / "run", canary=torch.ones(1, 2))
+    assert len(run) == EDITS
+    assert run.present("canary.kl", "model").all()
+    assert "what looks at weights switched off: SystemExit: 3" in notes_of(run, "probe-off")

@@ -1,6 +1,6 @@
 // Several runs: their verdicts as a table, and one metric of all of them on one axis.
 
-import { el, show, count } from "./dom.js";
+import { el, show, count, waiting } from "./dom.js";
 import { fetchMetric, fetchRun } from "./data.js";
 import { lineChart } from "./chart.js";
 
@@ -98,7 +98,7 @@ export class CompareView {
     show(this.table, el("table", { id: "verdicts" }, el("thead", {}, el("tr", {}, heads.map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, this.runs.map((run, place) => {
         const name = el("th", { scope: "row", class: "wrap" }, el("button", { type: "button", class: "link", click: () => this.open(run.id) }, run.name));
-        if (run.state !== "read") return el("tr", {}, el("td", {}), name, el("td", { colspan: 8, class: "wrap" }, run.state === "unread" ? "reading …" : run.reason));
+        if (run.state !== "read") return el("tr", {}, el("td", {}), name, el("td", { colspan: 8, class: "wrap" }, run.state === "unread" ? waiting(run) : run.reason));
         const box = el("input", { type: "checkbox", "data-place": place, "aria-label": `Show ${run.name}`, disabled: full && !this.shown(run), change: () => this.tick(run, box.checked) });
         box.checked = this.shown(run);
         const swatch = el("span", { class: "swatch", "aria-hidden": "true" });

@@ -50,6 +50,11 @@ export function exact(value) {
 }
 
 /** "1 edit", "12 edits". */
+/** What there is to say of a run without a verdict yet. */
+export function waiting(run) {
+  return run.of ? `judging: ${run.judged.toLocaleString("en-US")} of ${count(run.of, "edit")}` : "reading …";
+}
+
 export function count(many, word) {
   return `${many.toLocaleString("en-US")} ${word}${many === 1 ? "" : "s"}`;
 }

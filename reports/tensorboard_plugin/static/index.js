@@ -1,6 +1,6 @@
 // The tab "Stability". TensorBoard imports this module into a frame of its own and calls render().
 
-import { el, show, count } from "./dom.js";
+import { el, show, count, waiting } from "./dom.js";
 import { fetchRuns } from "./data.js";
 import { followTheme, onReload, seen } from "./host.js";
 import { RunView } from "./run_view.js";
@@ -83,7 +83,7 @@ class Page {
     } finally {
       this.polling = false;
     }
-    if (this.runs.some((run) => run.state === "unread")) setTimeout(() => this.poll(), SOON);
+    if (this.runView.waits || this.runs.some((run) => run.state === "unread")) setTimeout(() => this.poll(), SOON);
   }
 
   async refresh() {
@@ -131,7 +131,7 @@ class Page {
 
   entry(run) {
     const look = run.state === "read" ? `v-${run.verdict}` : "v-none";
-    const about = run.state === "unreadable" ? "can't be read" : run.state === "unread" ? "reading …" : `${run.word.toLowerCase()} · ${count(run.edits, "edit")}`;
+    const about = run.state === "unreadable" ? "can't be read" : run.state === "unread" ? waiting(run) : `${run.word.toLowerCase()} · ${count(run.edits, "edit")}`;
     return el("button", { type: "button", class: `run ${look}`, "data-run": run.id, "aria-current": run.id === this.run ? "true" : null, click: () => this.choose(run.id) },
       el("span", { class: "sign", "aria-hidden": "true" }, run.sign ?? (run.state === "unreadable" ? "!" : "…")),
       el("span", { class: "run-text" }, el("span", { class: "run-name" }, run.name),

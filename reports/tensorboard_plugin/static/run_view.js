@@ -1,6 +1,6 @@
 // One run: what the analyzer says, the heatmap, and the layer and edit that were chosen.
 
-import { el, show, number, exact, count } from "./dom.js";
+import { el, show, number, exact, count, waiting } from "./dom.js";
 import { fetchMetric, fetchRun, fetchSite } from "./data.js";
 import { Heatmap } from "./heatmap.js";
 import { lineChart } from "./chart.js";
@@ -15,6 +15,7 @@ export class RunView {
     this.panel = panel;
     this.about = null;
     this.asked = 0;
+    this.waits = null;
     this.verdict = el("div", { class: "card verdict" });
     this.select = el("select", { id: "metric", change: () => this.chooseMetric(Number(this.select.value)) });
     this.meaning = el("p", { class: "muted small" });
@@ -47,9 +48,14 @@ export class RunView {
   }
 
   async load(line, mine) {
-    if (this.known !== line.id) this.blank("Reading the run …");
+    if (this.known !== line.id && this.waits !== line.id) this.blank("Reading the run …");
     const about = await fetchRun(line.id);
     if (mine !== this.asked) return;
+    this.waits = about.state === "judging" ? line.id : null;
+    if (this.waits) {
+      const words = waiting(about);
+      return this.blank(`${words[0].toUpperCase()}${words.slice(1)}. The verdict is shown once all of them are judged.`);
+    }
     const same = this.known === about.id;
     this.known = about.id;
     if (about.state === "unreadable") {

@@ -93,8 +93,8 @@ class Instruments:
 
     def adopt(self, site: Site, weight: Tensor) -> None:
         """Watch a weight from now on, which is as it was before any edit."""
-        self._weights.adopt(site, weight)
-        self._gradients.adopt(site, weight)
+        self._step("weights", lambda: self._weights.adopt(site, weight))
+        self._step("gradients", lambda: self._gradients.adopt(site, weight))
 
     @property
     def is_spread(self) -> bool:

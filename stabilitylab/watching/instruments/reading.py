@@ -28,7 +28,7 @@ class Reader:
         self._bench = bench
         self._followed = {metric for probe in bench.probes for metric in probe.follows}
         self._history: dict[Key, deque[tuple[float, float]]] = {}
-        self._known = {id(probe): frozenset(metric.name for metric in probe.metrics) for probe in bench.probes}
+        self._known = {id(probe): {metric.name: metric.length for metric in probe.metrics} for probe in bench.probes}
         self._due: Sequence[Probe[Any]] = ()
         self._of_kind: dict[type[Any], list[Probe[Any]]] = {}
         self._reads: dict[tuple[type[Any], str], list[Probe[Any]]] = {}
@@ -101,10 +101,10 @@ def _name_of(one: Arrived) -> str:
     return one.name
 
 
-def _checked(said: Any, known: frozenset[str]) -> Mapping[str, float | Array]:
+def _checked(said: Any, known: Mapping[str, int]) -> Mapping[str, float | Array]:
     """What a probe says, as a row holds it. Raises TypeError or ValueError for what can't be a reading.
 
-    known: the names of its metrics.
+    known: of each of its metrics, how many values a reading has at most.
     """
     if not isinstance(said, Mapping):
         raise TypeError(f"compute gave a {type(said).__name__}; expected values by metric name")
@@ -113,12 +113,14 @@ def _checked(said: Any, known: frozenset[str]) -> Mapping[str, float | Array]:
         if name not in known:
             raise ValueError(f"{name!r} is none of its metrics; expected one of {', '.join(sorted(known))}")
         if not isinstance(value, float):
-            odd[name] = _as_reading(name, np.asarray(value))
+            odd[name] = _as_reading(name, np.asarray(value), known[name])
     return {**said, **odd} if odd else said
 
 
-def _as_reading(name: str, values: Any) -> Array:
+def _as_reading(name: str, values: Any, most: int) -> Array:
     if values.dtype.kind not in "fiub" or values.ndim > 1 or values.size == 0:
         what = f"{values.dtype} of shape {list(values.shape)}"
         raise TypeError(f"{name!r} is {what}; expected a real number, or a list of one or more")
+    if values.size > most:
+        raise ValueError(f"{name!r} is {values.size:,} values; expected at most {most}, as its metric says")
     return np.atleast_1d(values.astype(np.float64))
