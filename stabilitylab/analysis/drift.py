@@ -249,7 +249,7 @@ class DriftBank:
         """(series, log) of what can be compared: finite, and above zero until there is a baseline."""
         series, read, good = self._readable(row.schema, row.values, row.finite)
         rates, first = log_rates(row.values, self._which.of(row.schema)[3]), self._state["first_rate"][series]
-        if rates is not None:
+        if rates is not None and row.applied:
             self._state["first_rate"][series] = first = np.where(np.isnan(first), rates, first)
         self._state["risen"][series] = rises(rates, first)
         good &= (read > 0) | ((read == 0) & self._has_baseline(series))

@@ -32,6 +32,7 @@ class _Loop:
         self.drift = dict.fromkeys(SITES, 0.0)
         self.growing: dict[str, float] = {}
         self.kl = 1e-4
+        self.rated_from = int(self.random.choice([1, 60, 10_000]))
 
     def wobble(self) -> float:
         return float(np.exp(self.noise * self.random.standard_normal()))
@@ -47,7 +48,9 @@ class _Loop:
         largest, update = (80.0 * grown, 80.0 * grown) if event == "leap" else (largest, update)
         norm = (0.5 if event == "shrinks" else 9.0) * self.wobble()
         bad = event == "nan"
-        return {
+        rate = 1e-3 * min(edit, 90) if edit % 11 else 0.0
+        rated = {"gradient.learning_rate": rate} if edit >= self.rated_from and event != "gone" else {}
+        return rated | {
             "update.norm": np.nan if bad else update,
             "update.ratio": np.nan if bad else update / norm,
             "drift.norm": np.nan if bad else self.drift[site],
@@ -78,6 +81,8 @@ class _Loop:
             "canary.nonfinite": 0.0,
             "canary.kl": self.kl * self.wobble(),
             "canary.agreement": float(np.exp(-self.kl)),
+            "logits.loss": 2.0 * self.wobble(),
+            "logits.loss_weight": -1.0 if event == "leaves" else 1.0,
         }
 
     def rows(self, edits: int) -> Iterator[EditRow]:

@@ -203,7 +203,7 @@ def test_console_and_page_say_which_baseline_was_used(tmp_path: Path) -> None:
     assert f"Baseline: 20 dry edits; {STRICT}." in " ".join(out.getvalue().split())
     page = render(run)
     assert "<dt>Baseline</dt><dd>20 dry edits.</dd>" in page
-    assert f"<dt>Limits</dt><dd>L{str(STRICT)[1:]}.</dd>" in page
+    assert f"<dt>Limits</dt><dd>{str(STRICT).removeprefix('limits ').capitalize()}.</dd>" in page
 
 
 def test_healthy_runs_with_dry_edits_are_measured_by_those(healthy: list[Path], tmp_path: Path) -> None:
