@@ -8,7 +8,7 @@ const LANE = 15;
 const DOTTED = 80;
 
 /**
- * series: [{ name, edits, values, taken, colour, faint }]; values and taken as long as edits. options: { log, marks,
+ * series: [{ name, edits, values, taken, colour, dashed, faint }]; values and taken as long as edits. options: { log, marks,
  * width, height, label, edit, pick(edit), small }. Returns an <svg>.
  */
 export function lineChart(series, options) {
@@ -75,7 +75,7 @@ export function lineChart(series, options) {
       }
       pen = Boolean(good);
     });
-    if (path) group.append(svg("path", { class: "trace", d: path }));
+    if (path) group.append(svg("path", { class: "trace", d: path, ...(line.dashed ? { "stroke-dasharray": "6 4" } : {}) }));
     const dots = line.faint ? [] : line.edits.length <= DOTTED && !small
       ? [...line.values].flatMap((value, at) => (line.taken[at] && drawable(value, log) ? [[x(line.edits[at]), y(value)]] : []))
       : lone;

@@ -4,8 +4,17 @@ import { el, show, count, waiting } from "./dom.js";
 import { fetchMetric, fetchRun } from "./data.js";
 import { lineChart } from "./chart.js";
 
-const COLOURS = 8;
+// Far from the colours of verdicts, which mean something else; the first four runs solid, the others dashed.
+const COLOURS = 4;
+const LOOKS = 2 * COLOURS;
 const LARGEST = "";
+
+/** What a line looks like, for a key. */
+function swatchOf({ colour, dashed }) {
+  const swatch = el("span", { class: dashed ? "swatch dashed" : "swatch", "aria-hidden": "true" });
+  swatch.style[dashed ? "borderTopColor" : "background"] = colour;
+  return swatch;
+}
 
 export class CompareView {
   /** open(run): shows one run. again: asks for what is wrong to be said, and for another try. */
@@ -59,7 +68,7 @@ export class CompareView {
   }
 
   ticked() {
-    return new Set(this.readable().filter((run) => !this.off.has(run.id)).slice(0, COLOURS).map((run) => run.id));
+    return new Set(this.readable().filter((run) => !this.off.has(run.id)).slice(0, LOOKS).map((run) => run.id));
   }
 
   async choose(metric, site) {
@@ -87,12 +96,13 @@ export class CompareView {
     this.table.querySelector(`input[data-place="${this.runs.indexOf(run)}"]`)?.focus();
   }
 
-  colour(run) {
-    return `var(--line-${1 + ([...this.ticked()].indexOf(run.id) % COLOURS)})`;
+  look(run) {
+    const place = [...this.ticked()].indexOf(run.id);
+    return { colour: `var(--line-${1 + (place % COLOURS)})`, dashed: place >= COLOURS };
   }
 
   drawTable() {
-    const full = this.ticked().size >= COLOURS;
+    const full = this.ticked().size >= LOOKS;
     const heads = ["Shown", "Run", "Verdict", "Cause", "Took effect", "Edits", "Onset", "First bad", "Where", "Forecast"];
     const cell = (value) => el("td", { class: "n" }, value === null || value === undefined ? "–" : String(value));
     show(this.table, el("table", { id: "verdicts" }, el("thead", {}, el("tr", {}, heads.map((name) => el("th", { scope: "col" }, name)))),
@@ -101,8 +111,7 @@ export class CompareView {
         if (run.state !== "read") return el("tr", {}, el("td", {}), name, el("td", { colspan: 8, class: "wrap" }, run.state === "unread" ? waiting(run) : run.reason));
         const box = el("input", { type: "checkbox", "data-place": place, "aria-label": `Show ${run.name}`, disabled: full && !this.shown(run), change: () => this.tick(run, box.checked) });
         box.checked = this.shown(run);
-        const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
-        if (box.checked) swatch.style.background = this.colour(run);
+        const swatch = box.checked ? swatchOf(this.look(run)) : el("span", { class: "swatch", "aria-hidden": "true" });
         return el("tr", { class: `v-${run.verdict}` }, el("td", {}, el("span", { class: "keyed" }, box, swatch)), name,
           el("td", {}, el("span", { class: "sign" }, `${run.sign} ${run.word}`)), el("td", {}, run.cause === "unknown" && run.verdict === "stable" ? "–" : run.cause), el("td", { class: "wrap" }, run.landed), cell(run.edits), cell(run.onset_edit), cell(run.first_bad_edit),
           el("td", { class: "wrap where" }, run.first_bad_site ?? "–"), el("td", { class: "wrap forecast" }, run.forecast ?? "–"));
@@ -148,7 +157,7 @@ export class CompareView {
       const block = await fetchMetric(about, at);
       if (mine !== this.asked) return;
       const rows = this.site === LARGEST ? described.sites.map((_, row) => row) : [described.sites.findIndex((site) => about.sites[site] === this.site)];
-      if (rows[0] >= 0) lines.push({ name: run.name, edits: about.number, ...largest(block, rows), colour: this.colour(run) });
+      if (rows[0] >= 0) lines.push({ name: run.name, edits: about.number, ...largest(block, rows), ...this.look(run) });
     }
     this.lines = { lines, log };
     this.redraw();
@@ -158,11 +167,7 @@ export class CompareView {
     if (!this.lines || !this.chart.clientWidth) return;
     const { lines, log } = this.lines;
     show(this.chart, lines.length ? [lineChart(lines, { log, width: this.chart.clientWidth, height: 340, label: `${this.metric} of ${count(lines.length, "run")} over edits` }),
-      el("ul", { class: "key" }, lines.map((line) => {
-        const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
-        swatch.style.background = line.colour;
-        return el("li", { class: "keyed" }, swatch, line.name);
-      }))] : el("p", { class: "muted" }, "No run that is shown has a reading of it."));
+      el("ul", { class: "key" }, lines.map((line) => el("li", { class: "keyed" }, swatchOf(line), line.name)))] : el("p", { class: "muted" }, "No run that is shown has a reading of it."));
   }
 }
 
