@@ -55,6 +55,7 @@ GROWING: Final = 5
 STALLED: Final = 10
 
 LOSS: Final = "logits.loss"
+_LOSSES: Final = ((LOSS, "logits.nonfinite"), ("logits.loss_last", "logits.nonfinite_passes"))
 _SHOWN_NONE: Final = 7
 """Number of the first rule that is shown calm rows too."""
 _EDITOR: Final = f"{EDITOR_SITE}."
@@ -213,15 +214,18 @@ class FactRules:
         )
 
     def _unlabelled(self, row: Flat) -> Places:
-        """The loss, where it is NaN although all logits of its forward are finite."""
-        at = self._lookup.at(LOSS)
-        bad = self._lookup.value(row, "logits.nonfinite", MODEL_SITE)
-        return at[np.isnan(row.values[at])] if bad == 0 else at[:0]
+        """The losses that are NaN although all logits are finite, of the first forward and of the last."""
+        found = []
+        for loss, logits in _LOSSES:
+            at = self._lookup.at(loss)
+            if self._lookup.value(row, logits, MODEL_SITE) == 0:
+                found.append(at[np.isnan(row.values[at])])
+        return np.concatenate(found) if found else self._lookup.at(LOSS)[:0]
 
     def _labels(self, row: Flat) -> Iterator[Hit]:
         if self._context.excuses(LOSS, MODEL_SITE):
             return
-        for place, value, metric, _ in self._lookup.new("labels-masked", row, self._unlabelled(row)):
+        for place, value, metric, _ in self._lookup.new("labels-masked", row, self._unlabelled(row)[:1]):
             says = (
                 f"The loss is NaN at edit {row.edit} while all logits are finite: a mean over no label at all, as when"
                 " every label is masked."

@@ -137,6 +137,21 @@ def test_labels_that_are_all_masked() -> None:
     assert claimed({}, {loss: 2.0, logits: 0.0}, {loss: math.nan, logits: 4.0})[0] == "unknown"
 
 
+@pytest.mark.parametrize("first", [2.0, math.nan])
+def test_labels_that_are_missed_in_several_passes_move_nothing_either(first: float) -> None:
+    def still(loss: float, last: float, bad_passes: float = 0.0) -> dict[tuple[str, str], float]:
+        return {
+            ("logits.loss", M): loss,
+            ("logits.loss_last", M): last,
+            ("logits.nonfinite", M): 0.0,
+            ("logits.nonfinite_passes", M): bad_passes,
+            ("update.norm", A): 0.0,
+        }
+
+    assert claimed(still(2.0, 1.0), still(2.0, 1.0), still(first, math.nan)) == ("labels-ignored", "high")
+    assert claimed(still(2.0, 1.0), still(2.0, 1.0), still(2.0, math.nan, bad_passes=1.0))[0] != "labels-ignored"
+
+
 def test_a_masked_row_is_blamed_only_when_it_is_new() -> None:
     rows, bad = ("attention.masked_rows", M), ("activation.nonfinite", A)
     broken = {rows: 3.0, bad: 8.0}
