@@ -3,11 +3,10 @@
     python -m benchmarks.mutation [--mutants 50] [--seed 0] [--minutes 20] [--json FILE]
 
 cosmic-ray makes the mutants; which are tried is drawn by the seed. Each meets the tests that run its line (all of TESTS
-are run once to know them; of a line that runs at import, those that run what names what it defines), those in files
-named after its own first, then the narrowest, and then all others of their files, until one fails or `--most-seconds`
-of CPU time are over. A mutant has survived if none has failed by then; what was left out is said. Everything happens in
-a copy. What has no effect at run time (annotations, `__all__`, what only type checkers read) is not drawn. What no test
-runs has survived.
+are run once to know them; of a line that runs at import, those that run what names what it defines), the narrowest
+first, and then all others of their files, until one fails or `--most-seconds` of CPU time are over. A mutant has
+survived if none has failed by then; what was left out is said. Everything happens in a copy. What has no effect at
+run time (annotations, `__all__`, what only type checkers read) is not drawn. What no test runs has survived.
 
 Goal: 85% killed. The interval is Wilson's. The share is a lower bound: not all of the suite is run (TESTS), nor what
 the time leaves out: of a table of constants that is most, and the test that is about it may be among them.
@@ -229,9 +228,7 @@ def contexts_of(data: Any, copy: Path) -> dict[Place, list[str]]:
 
 
 def tests_for(file: str, line: int, copy: Path, tests: dict[Place, list[str]]) -> list[str]:
-    """The tests that can see a line, those of files that are named after its own first, then the narrowest; and then
-    the others of their files, which share fixtures.
-    """
+    """The tests that can see a line, the narrowest first, and then the others of their files, which share fixtures."""
     statement = statement_at(ast.parse((copy / file).read_text()), line)
     found = [test for at in lines_of(statement) for test in tests.get((file, at), [])]
     if not found:
@@ -239,8 +236,7 @@ def tests_for(file: str, line: int, copy: Path, tests: dict[Place, list[str]]) -
         found = [test for place in [*own, *naming(statement, copy)] for test in tests.get(place, [])]
     found = found or tests.get((file, ANYWHERE), [])
     rank = {test: number for number, test in enumerate(in_order(tests))}
-    about = {test for test in found if Path(file).stem in Path(test.partition("::")[0]).stem}
-    direct = sorted(set(found), key=lambda test: (test not in about, rank[test]))
+    direct = sorted(set(found), key=rank.__getitem__)
     files = {test.partition("::")[0] for test in direct}
     return [*direct, *(test for test in rank if test.partition("::")[0] in files and test not in set(direct))]
 
