@@ -80,6 +80,7 @@ def seen(address: str) -> Iterator[Visit]:
 @pytest.fixture
 def tab(seen: Visit) -> FrameLocator:
     frame = frame_of(seen.page)
+    expect(frame.locator("nav")).not_to_contain_text("judging", timeout=PATIENCE)
     frame.get_by_role("tab", name="One run").click()
     return frame
 
@@ -218,6 +219,7 @@ def test_runs_are_compared_on_one_axis(seen: Visit, tab: FrameLocator, logdir: P
     tab.get_by_role("tab", name="Compare runs").click()
     rows = tab.locator("#verdicts tbody tr")
     expect(rows).to_have_count(4)
+    expect(tab.locator("#verdicts")).not_to_contain_text("judging", timeout=PATIENCE)
     for place, name in ((1, "healthy"), (3, "mend/dying")):
         diagnosis = load(logdir / name).diagnosis()
         cells = rows.nth(place).locator("td").all_inner_texts()
