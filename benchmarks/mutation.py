@@ -48,6 +48,7 @@ TESTS: Final = (
     "tests/unit/test_announcing.py",
     "tests/unit/test_before_the_first_edit.py",
     "tests/unit/test_calibrating.py",
+    "tests/unit/test_damage.py",
     "tests/unit/test_foretold.py",
     "tests/unit/test_grouping.py",
     "tests/unit/test_hostile_files.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
+
 from stabilitylab.analysis.cautions import cautions
 from stabilitylab.record.scanned import CapacityScan, Some
 from tests.caution_cases import (
@@ -18,6 +20,7 @@ from tests.caution_cases import (
     check_words,
     every,
     moments,
+    of_rule,
     precision,
     projection,
     scan_of,
@@ -252,6 +255,12 @@ def test_it_is_warned_of_once_in_these_words(case: Case) -> None:
 @every(CASES)
 def test_it_is_warned_of_at_the_limit_and_not_short_of_it(case: Case) -> None:
     check_limits(case)
+
+
+@pytest.mark.parametrize(("dtype", "cause"), [("float16", "float16-limit"), ("bfloat16", "")])
+def test_only_float16_ends_where_an_answer_that_changes_may_lead(dtype: str, cause: str) -> None:
+    (found,) = of_rule("would-answer-otherwise", *precision(dtype=dtype, kl_nats=2.0))
+    assert found.cause == cause
 
 
 def test_an_editor_whose_own_tensors_are_lost() -> None:

@@ -130,6 +130,13 @@ def heading(*kl: float, restored: bool = False, compared: bool = True) -> Diagno
     return analyzer.diagnosis()
 
 
+def test_a_canary_that_is_past_its_limit_is_no_forecast() -> None:
+    found = next(each for each in heading(0.0, 3.0, 3.2, 3.5).findings if each.rule == "canary-heading")
+    assert found.forecast is None
+    assert found.value > found.threshold
+    assert "forecast" not in found.says
+
+
 def test_a_canary_that_heads_for_loss_raises_the_alarm_while_it_is_near() -> None:
     doubling = (0.0, 0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
     found = heading(*doubling)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from stabilitylab.commands.options import EXIT_UNWATCHED
 from stabilitylab.errors import RunError
+from stabilitylab.record.damage import Gap
 from stabilitylab.record.following import Follower
 from stabilitylab.record.note_kinds import DAMAGED, DAMAGED_ENTRY
 from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
@@ -294,3 +295,18 @@ def test_the_checksum_of_a_record_stays_what_it_is() -> None:
     numbers = struct.pack("<qqdddddqqq", 3, 4, 1.7e9, 0.5, 0.25, 0.125, 0.0, 1, 1, 8)
     assert EDIT.checksum(record) == crc32(b"edit" + numbers + "é\0applied\0\1".encode() + b"\x80" + b"\0" * 8)
     assert NOTE.checksum((7, 3, "kind", "says")) == crc32(b"note" + struct.pack("<qq", 7, 3) + b"kind\0says")
+
+
+@pytest.mark.parametrize(
+    ("gap", "says"),
+    [
+        (Gap("edit", 3, 5, 1), "edit 4 can't be read any more: its record"),
+        (Gap("edit", 3, 7, 3), "edits 4 to 6 can't be read any more: their records"),
+        (Gap("edit", 3, 9, 2), "2 of the edits 4 to 8 can't be read"),
+        (Gap("edit", 3, None, 1), "the last edit, after edit 3, can't be read any more: its record"),
+        (Gap("edit", 3, None, 2), "the last 2 edits, after edit 3, can't be read any more: their records"),
+        (Gap("edit", 3, 5, 1, layout=7), "edit 4 can't be read any more: layout 7"),
+    ],
+)
+def test_which_rows_are_gone_is_told_by_those_beside_them(gap: Gap, says: str) -> None:
+    assert gap.says.startswith(says)
