@@ -18,6 +18,7 @@ import stabilitylab as sl
 from stabilitylab.errors import SiteError, UsageError
 from stabilitylab.probes.weight_pass import reduce_weight, same_bits, scan_weight
 from stabilitylab.probes.weight_pieces import reduce_pieces, scan_pieces
+from stabilitylab.record.note_kinds import WRITTEN_BESIDES
 from stabilitylab.watching.adapted import effective_weight, in_pieces
 from stabilitylab.watching.sites import find_sites
 from tests.loops import hooks_on
@@ -98,6 +99,12 @@ def test_drift_is_that_of_the_weight_which_merging_would_leave(tmp_path: Path, k
     assert run.series("drift.norm", SITE)[-1] == pytest.approx(true, rel=1e-5)
     assert run.series("drift.ratio", SITE)[-1] == pytest.approx(true / float(start.norm()), rel=1e-5)
     assert true > 0.01
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_parts_of_a_watched_layer_are_not_called_unwatched(tmp_path: Path, kind: str) -> None:
+    run = watched(adapted(kind), tmp_path / "run", edits=6)
+    assert WRITTEN_BESIDES not in {note.kind for note in run.notes}
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import stabilitylab as sl
+from stabilitylab.record.note_kinds import WRITTEN_BESIDES
 from tests.loops import CANARY, make_model
 
 
@@ -116,17 +118,29 @@ def test_one_that_stops_stepping_is_told(tmp_path: Path) -> None:
     assert found.causes
 
 
-def test_parameters_that_edits_write_and_nobody_watches_are_told_once(tmp_path: Path) -> None:
+def told_besides(folder: Path, edit: Callable[[nn.Module, int], object]) -> list[str]:
+    """What is said of parameters that six edits write beside the first layer's weight."""
     model = make_model()
-    for folder, often in (("few", 2), ("often", 3)):
-        model = make_model()
-        with sl.attach(model, "0", tmp_path / folder / "run", announce=False) as monitor:
-            for edit in range(6):
-                with monitor.edit():
-                    model(torch.randn(2, 5, 8))
-                    with torch.no_grad():
-                        model[0].weight.mul_(1.0001)
-                        if edit < often:
-                            model[3].weight.mul_(1.0001)
-        said = [note.says for note in sl.load(tmp_path / folder / "run").notes if note.kind == "written-besides"]
-        assert said == (["edits also write to 3.weight, which is not watched"] if often == 3 else [])
+    with sl.attach(model, "0", folder / "run", announce=False) as monitor:
+        for number in range(6):
+            with monitor.edit(), torch.no_grad():
+                model(torch.randn(2, 5, 8))
+                model[0].weight.mul_(1.0001)
+                edit(model, number)
+    return [note.says for note in sl.load(folder / "run").notes if note.kind == WRITTEN_BESIDES]
+
+
+def test_parameters_that_edits_write_and_nobody_watches_are_told_once(tmp_path: Path) -> None:
+    def times(most: int) -> Callable[[nn.Module, int], object]:
+        return lambda model, number: model[3].weight.mul_(1.0001) if number < most else None
+
+    assert told_besides(tmp_path / "3", times(3)) == ["edits also write to 3.weight, which is not watched"]
+    assert told_besides(tmp_path / "2", times(2)) == []
+
+
+def test_what_belongs_to_a_watched_layer_or_only_moves_is_not_told(tmp_path: Path) -> None:
+    def moved_in_memory(model: nn.Module, number: int) -> None:
+        model[3].weight.data = model[3].weight.data.clone()
+
+    assert told_besides(tmp_path / "bias", lambda model, number: model[0].bias.add_(1e-4)) == []
+    assert told_besides(tmp_path / "moved", moved_in_memory) == []

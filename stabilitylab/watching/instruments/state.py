@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -105,9 +105,10 @@ class StateInstrument:
     def after(self, model: nn.Module, named: NamedModules, sites: Sequence[Site]) -> None:
         """Look, after an edit. named: the model's modules."""
         if self.wanted:
-            self._bench.safely("the model's state", lambda: self._look(named, _watched(model, sites)))
+            self._bench.safely("the model's state", lambda: self._look(model, named, sites))
 
-    def _look(self, named: NamedModules, watched: set[int]) -> None:
+    def _look(self, model: nn.Module, named: NamedModules, sites: Sequence[Site]) -> None:
+        watched = _watched(model, sites)
         marks, tensors = tensors_of(named)
         plan = self._plan
         if plan is None or not _fits(plan, marks, tensors, watched):
@@ -118,7 +119,9 @@ class StateInstrument:
         self._turn = (self._turn + 1) % len(held)
         signs = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         whole = [at for at, (was, now) in enumerate(zip(plan.signs, signs, strict=True)) if was != now]
-        self._tell_of_writes(plan, whole)
+        # By its version: one that was moved to another place, as offloading does, was not written.
+        written = [at for at in whole if (was := plan.signs[at]) is not None and was[1] != signs[at][1]]
+        self._tell_of_writes(plan, written, lambda: _inside(model, sites))
         if plan.table is not None:
             plan.table[whole, ADDRESS] = [signs[at][0] for at in whole]
         plan.signs = list(signs)
@@ -135,19 +138,24 @@ class StateInstrument:
             counts, names = counts[order], [names[at] for at in order]
         self._add(torch.from_numpy(counts.astype(np.float64)), names)
 
-    def _tell_of_writes(self, plan: _Plan, changed: Sequence[int]) -> None:
-        """Say once that edits write parameters which nobody watches. What was not looked at before may be new."""
-        written = self._written
-        if written is None:
+    def _tell_of_writes(self, plan: _Plan, changed: Sequence[int], inside: Callable[[], set[int]]) -> None:
+        """Say once that edits write parameters which nobody watches. inside: those of the watched layers, by `id`: what
+        an adapter adds to a weight is watched with it, and a bias belongs to its layer.
+        """
+        if self._written is None:
             return
-        written.update(plan.names[at] for at in changed if plan.parameters[at] and plan.signs[at] is not None)
-        often = [name for name, edits in written.items() if edits >= OFTEN]
-        if not often:
-            return
-        self._written = None
-        more = f" and {len(often) - _NAMED} more" if len(often) > _NAMED else ""
-        are = "is not watched" if len(often) == 1 else "are not watched"
-        self._bench.note(WRITTEN_BESIDES, f"edits also write to {', '.join(often[:_NAMED])}{more}, which {are}")
+        self._written.update(plan.names[at] for at in changed if plan.parameters[at])
+        often = [name for name, edits in self._written.items() if edits >= OFTEN]
+        if often:
+            theirs = inside()
+            own = {name for name, at in zip(plan.names, plan.places, strict=True) if plan.ids[at] in theirs}
+            self._written = Counter({name: edits for name, edits in self._written.items() if name not in own})
+            often = [name for name in often if name not in own]
+        if often:
+            self._written = None
+            more = f" and {len(often) - _NAMED} more" if len(often) > _NAMED else ""
+            are = "is not watched" if len(often) == 1 else "are not watched"
+            self._bench.note(WRITTEN_BESIDES, f"edits also write to {', '.join(often[:_NAMED])}{more}, which {are}")
 
     def _count_by_device(self, plan: _Plan, held: Sequence[Tensor], in_full: set[int]) -> None:
         whole, sampled = _ByDevice(), _ByDevice()
@@ -222,6 +230,12 @@ def _watched(model: nn.Module, sites: Sequence[Site]) -> set[int]:
     """The watched weights, by `id`: others look at them."""
     located = (locate(model, site) for site in sites)
     return {id(found[1]) for found in located if found is not None}
+
+
+def _inside(model: nn.Module, sites: Sequence[Site]) -> set[int]:
+    """The parameters of the watched layers, by `id`."""
+    located = (locate(model, site) for site in sites)
+    return {id(parameter) for found in located if found is not None for parameter in found[0].parameters()}
 
 
 def _is_readable(tensor: Tensor) -> bool:
