@@ -19,6 +19,7 @@ from stabilitylab.record.note_kinds import LOST_ROWS
 from stabilitylab.record.readings import EditRow, Metric
 from stabilitylab.record.run import load
 from stabilitylab.record.store import FILE_NAME, RunWriter
+from tests.command_line import run_cli
 
 METRIC = Metric("mine.size", "1", "log", "after", "Something.", "x", "—")
 EDITS = 40
@@ -88,13 +89,7 @@ def test_it_is_said_by_every_reader_and_is_no_clean_verdict(run: Path) -> None:
     follower.look()
     assert follower.diagnosis() == found.diagnosis()
     assert follower.manifest["lost_rows"] == EDITS - last
-    done = subprocess.run(
-        [sys.executable, "-m", "stabilitylab", "check", str(run)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_cli("check", run)
     assert done.returncode == EXIT_UNWATCHED
     assert "had been recorded" in " ".join(done.stdout.split())
 

@@ -19,13 +19,8 @@ import stabilitylab as sl
 from stabilitylab.commands import options
 from stabilitylab.record.readings import EditRow, Key, Metric, Note
 from stabilitylab.record.store import FILE_NAME, RunWriter
+from tests.command_line import command, run_cli
 from tests.loops import dying_run, healthy_run
-
-
-def run_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stabilitylab", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +142,15 @@ def newer(folder: Path) -> Path:
 def test_a_reader_that_goes_away_does_not_look_like_a_verdict(healthy: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "stabilitylab", "check", str(healthy)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command("check", healthy), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_does_not_look_like_a_verdict(dying: Path) -> None:
-    command = [sys.executable, "-m", "stabilitylab", "check", str(dying)]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command("check", dying), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "No space left" in done.stderr

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from stabilitylab.reports.side_by_side import facts, largest_reading, last_readi
 from stabilitylab.reports.sparkline import BLOCKS, sparkline
 from stabilitylab.reports.tail import follow
 from stabilitylab.reports.text import with_short_names
+from tests.command_line import command, run_cli
 from tests.injections import INJECTIONS, hostile_run
 from tests.synthetic import make_run
 
@@ -276,10 +276,6 @@ def test_what_can_never_become_the_run_is_not_waited_for(tmp_path: Path) -> None
         shown(path=other)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "stabilitylab", *map(str, arguments)]
-
-
 def test_ctrl_c_ends_it_with_130(tmp_path: Path) -> None:
     with subprocess.Popen(
         command("tail", tmp_path / "run", "--interval", "0.1"),
@@ -296,11 +292,6 @@ def test_ctrl_c_ends_it_with_130(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 130
     assert "Traceback" not in out + err
-
-
-def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, env=environment)
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import sqlite3
 import struct
-import subprocess
-import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +24,7 @@ from stabilitylab.record.readings import Alarm, EditRow, Metric, Note
 from stabilitylab.record.run import Run, load
 from stabilitylab.record.store import FILE_NAME, RunWriter
 from stabilitylab.record.tables import EDIT, NOTE, OUTCOME, TABLES
+from tests.command_line import run_cli
 
 NORM = Metric("update.norm", "1", "log", "after", "size", "‖Δ‖", "—")
 LAST = 9
@@ -165,13 +164,7 @@ def test_records_that_changed_places_are_not_taken_for_each_other(run: Path) -> 
 
 def test_a_check_names_the_edit_and_is_no_clean_verdict(run: Path) -> None:
     change(run, "UPDATE edit SET label = x'ff' WHERE edit = 5")
-    done = subprocess.run(
-        [sys.executable, "-m", "stabilitylab", "check", str(run)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_cli("check", run)
     assert done.returncode == EXIT_UNWATCHED
     assert "edit 5 can't be read any more" in " ".join(done.stdout.split())
 
