@@ -125,6 +125,10 @@ def sweep_sum(
     return Swept(tuple(squares[: 1 if references is None else 3]), low, high, hottest)
 
 
+_ENTRIES: Final = 1_024
+"""Of a product, at least, that agree with torch's to the bit before it is taken for the same."""
+
+
 @functools.lru_cache(maxsize=64)
 def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
     """Whether the native code makes of such factors, and of those transposed, the bits that torch does here.
@@ -136,12 +140,17 @@ def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
         return False
     generator = torch.Generator("cpu").manual_seed(rank)
     empty = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the user has made the usual ones
-    left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
     base, made, room = (empty.new_zeros(height, columns) for height in (rows, rows, rows + rank))
-    places = [each.data_ptr() for each in (base, left, right, room, base, made)]
-    _BUILT.sweep_made(*places[:4], 1.0, columns, rank, _DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
-    product, transposed = left @ right, (right.T.contiguous() @ left.T.contiguous()).T
-    return bool(torch.equal(made, product) and torch.equal(made, transposed))
+    # Of few entries the bits may agree by chance: those of other factors are asked for, too.
+    for _ in range(-(-_ENTRIES // (rows * columns))):
+        left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
+        places = [each.data_ptr() for each in (base, left, right, room, base, made)]
+        own = (_DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
+        _BUILT.sweep_made(*places[:4], 1.0, columns, rank, *own)
+        transposed = (right.T.contiguous() @ left.T.contiguous()).T
+        if not (torch.equal(made, left @ right) and torch.equal(made, transposed)):
+            return False
+    return True
 
 
 def bare_sweep(weight: Tensor, references: tuple[Tensor, Tensor]) -> Callable[[], object] | None:

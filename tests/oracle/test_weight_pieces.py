@@ -141,6 +141,18 @@ def test_where_torch_would_round_a_product_otherwise_torch_makes_it(monkeypatch:
     check(made, *references(merged(made)))
 
 
+def test_few_entries_agree_by_no_chance() -> None:
+    """What is said to be made as torch makes it, is so of any factors of that shape."""
+    generator = torch.Generator().manual_seed(0)
+    said = [(rows, columns, rank) for rows in (1, 2, 7) for columns in (1, 2, 5) for rank in (2, 3, 5, 9)]
+    for rows, columns, rank in (shape for shape in said if makes_as_torch(*shape)):
+        for _ in range(50):
+            left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+            before = torch.zeros(rows, columns)
+            sweep_sum(LowRankSum(torch.zeros(rows, columns), left, right, 1.0), (before.clone(), before), 64)
+            assert same_bits(before, left @ right), (rows, columns, rank)
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another library multiplies here")
 def test_a_product_of_few_columns_is_rounded_as_mkl_rounds_it() -> None:
     if weight_pass() == "numpy" or not native_scan._BUILT.MULTIPLIES_AND_ADDS:  # type: ignore[union-attr]
