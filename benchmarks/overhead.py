@@ -61,14 +61,14 @@ ADDED = {
     "armed and quiet": ("bare_armed", "bare"),
     "traced, no probes": ("bare_traced", "bare"),
     "traced in full, no probes": ("bare_ranges", "bare"),
-    "traced, default probes": ("traced", "untraced"),
+    "traced, default probes": ("traced", "whole"),
 }
 """What the tracer adds to the same monitor without it: pairs of variants."""
 HEADER = ("CPU time to plain", "median", "95%", "min", "max", "pairs", "inside", "MB")
 LEGEND = (
     "95%: interval of the median, from order statistics; – below 6 pairs. inside: share of the edits' wall time inside "
-    "probes (canary: in its forwards; bare and traced: in the tracer). MB: peak memory beyond two copies of the edited "
-    "weights (light: beyond none, it keeps none)."
+    "probes (canary: in its forwards; tracer, bare and traced: in the tracer, which no other row has). MB: peak memory "
+    "beyond two copies of the edited weights (light: beyond none, it keeps none)."
 )
 
 
@@ -186,7 +186,7 @@ def own_account(names: Iterable[str], folder: Path) -> dict[str, Any]:
     """
     shares: dict[str, Any] = {"probe_time_share": {}, "trace_time_share": {}}
     for name in names:
-        if not (folder / name / "run.db").exists() or name not in (*COPIES, *TRACED, "whole", "canary"):
+        if not (folder / name / "run.db").exists() or name not in (*COPIES, *TRACED, "whole", "canary", "tracer"):
             continue
         run = sl.load(folder / name)
         broken = [note.says for note in run.notes if note.kind in ("probe-off", "trace-off")]
@@ -254,7 +254,7 @@ def cells(variant: Variant, found: Mapping[str, Any]) -> list[str]:
     share = found["probe_time_share"].get(variant.name)
     if variant.name == "canary":
         share = found.get("canary_time_share")
-    if variant.name in TRACED:
+    if variant.name in (*TRACED, "tracer"):
         share = found["trace_time_share"].get(variant.name)
     memory = found.get("extra_memory_mb", {}).get(variant.name)
     return [

@@ -55,11 +55,12 @@ def _watched(
     folder: Path,
     stack: ExitStack,
     *,
-    trace: Trace = "auto",
+    trace: Trace = False,
     ranges: bool = False,
     budget: float | None = None,
 ) -> Action:
-    """tier: None for a monitor that measures nothing. ranges: the tracer as the environment asks for it, in full.
+    """tier: None for a monitor that measures nothing. trace: as for `attach`, whose own "auto" may keep the tracer on,
+    which is a line of its own. ranges: the tracer as the environment asks for it, in full.
     budget: as for `attach`; with one, the edits are made first that show what probes cost, and set the cadence.
     """
     probes: Tier | tuple[()] = () if tier is None else tier
@@ -230,13 +231,19 @@ VARIANTS: dict[str, Variant] = {
             label=f"deep ({DEEP_EVERY} edits a pair)",
         ),
         # The tracer, beside the same monitor without it: one that measures nothing, and one of the default tier.
-        Variant("bare", partial(_watched, None, False, trace=False), label="bare (a monitor without probes)"),
+        Variant("bare", partial(_watched, None, False), label="bare (a monitor without probes)"),
         Variant("bare_armed", partial(_watched, None, False, trace="armed"), label="bare, tracer armed"),
         Variant("bare_traced", partial(_watched, None, False, trace=True), label="bare, traced"),
         Variant("bare_ranges", partial(_watched, None, False, ranges=True), rounds=12, label="bare, traced in full"),
-        Variant("untraced", partial(_watched, "default", False, trace=False), label="default, budget=None, not traced"),
-        Variant("traced", partial(_watched, "default", False, trace=True), label="default, budget=None, traced"),
-        Variant("canary", partial(_watched, "default", True), rounds=12, label="default, budget=None, + canary"),
+        Variant("traced", partial(_watched, "default", False, trace=True), label="… budget=None, traced"),
+        Variant("canary", partial(_watched, "default", True), rounds=12, label="… budget=None, + canary"),
+        # As `attach` has it: on where it is seen to cost little, else from the first unusual edit on.
+        Variant(
+            "tracer",
+            partial(_watched, "default", False, trace="auto"),
+            rounds=12,
+            label="… budget=None, + tracer",
+        ),
         Variant("floor", _floor, rounds=12, label="floor (one sweep)"),
         Variant("set_detect_anomaly", _set_detect_anomaly, rounds=12, ours=False),
         # Six pairs are the fewest whose extremes are a 95% interval of the median.

@@ -20,10 +20,10 @@ from stabilitylab.watching.monitor import Monitor
 
 CONTROL = ("a_a", "light", "default", "whole")
 TIERS = (*CONTROL, "deep")
-CHEAP = (*TIERS, "canary", "floor", "set_detect_anomaly")
+CHEAP = (*TIERS, "canary", "tracer", "floor", "set_detect_anomaly")
 COSTLY = ("debug_underflow_overflow", "tensorboard_histograms", "svdvals_loop", "wandb_watch", "weightwatcher")
 EVERYTHING = (*CHEAP, *COSTLY)
-TRACED = ("bare", "bare_armed", "bare_traced", "bare_ranges", "untraced", "traced")
+TRACED = ("bare", "bare_armed", "bare_traced", "bare_ranges", "traced")
 POSSIBLE = (*EVERYTHING, *TRACED)
 
 _RATE = 1e-4

@@ -38,7 +38,7 @@ from stabilitylab.analysis.findings import json_safe
 Part = Literal["accuracy", "peers", "cost"]
 Job = TypeVar("Job")
 COST_WORKLOADS: Final = ("gpt2", "llama135m", "gpt2_ft25", "demo260k")
-COST_VARIANTS: Final = ("a_a", *TRACED)
+COST_VARIANTS: Final = ("a_a", "whole", *TRACED)
 PROMISED: Final = ("gpt2", "llama135m", "gpt2_ft25")
 """Where the goals hold: on the demo's tiny model nothing that sees each operation can be cheap."""
 DECIDING: Final = ("a_a", "bare_traced")

@@ -19,7 +19,7 @@ COSTS: Final[Mapping[str, tuple[str, float | None, Callable[[Mapping[str, Any]],
     "armed and quiet, beside that": ("bare_armed", 1.0, lambda found: found["added"].get("armed and quiet")),
     "traced, beside that": ("bare_traced", 1.1, lambda found: found["added"].get("traced, no probes")),
     "traced in full, beside that": ("bare_ranges", 2.0, lambda found: found["added"].get("traced in full, no probes")),
-    "default": ("untraced", None, lambda found: found.get("untraced")),
+    "default": ("whole", None, lambda found: found.get("whole")),
     "default, traced": ("traced", None, lambda found: found.get("traced")),
     "traced, beside the default": ("traced", 1.1, lambda found: found["added"].get("traced, default probes")),
 }
