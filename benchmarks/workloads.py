@@ -180,7 +180,7 @@ def llama135m(
 
 
 def demo260k(seconds: float) -> Workload:
-    variants = (*TIERS, "canary")
+    variants = (*TIERS, "canary", "tracer")
     says = "the demo's 260k BLIP2-OPT with MEND: too small for watching to be cheap, shown as what it is"
     return Workload("demo260k", says, seconds, demo_model, variants, (*variants, *TRACED))
 
