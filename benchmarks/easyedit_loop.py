@@ -6,7 +6,9 @@ what applies it. What `edit` does besides, evaluating before and after, is part 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -62,7 +64,8 @@ def easyedit_ft25(seed: int) -> Callable[[], Subject]:
         def edit() -> list[Tensor]:
             with torch.no_grad():
                 weight.copy_(trained)
-            editor.edit(**hosts.requests(1), sequential_edit=True, verbose=False)
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells of each step, in the midst of our table
+                editor.edit(**hosts.requests(1), sequential_edit=True, verbose=False)
             return []
 
         return Subject(editor.model, (_SITE,), edit, canary, host=partial(watch, editor))
