@@ -40,7 +40,7 @@ class AccumulatedGradient:
     infinite where an entry is; empty where nothing was accumulated. stepped: the same as the optimizer got it, after
     clipping; empty where none stepped. scales: the loss scale that was divided out of each, 1 where none is known.
     carried: how many steps used what a step had used already. learning_rate: the largest that an
-    optimizer stepped with, NaN where none is known.
+    optimizer stepped with, NaN where none is known. ascends: whether it maximises, and stepped up the gradient.
     """
 
     source: float
@@ -49,6 +49,7 @@ class AccumulatedGradient:
     scales: Host
     carried: float
     learning_rate: float
+    ascends: bool = False
 
     @property
     def is_used(self) -> bool:
@@ -95,7 +96,7 @@ def _of(use: Use) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reduce_uses(
-    uses: Sequence[Use], source: float, carried: int = 0, learning_rate: float = math.nan
+    uses: Sequence[Use], source: float, carried: int = 0, learning_rate: float = math.nan, ascends: bool = False
 ) -> tuple[Tensor, Rebuild[AccumulatedGradient]]:
     """What `AccumulatedGradient` is made from as one float64 tensor, and how to make it."""
     packed = torch.stack([value for use in uses for value in _of(use)]) if uses else torch.empty(0, dtype=torch.float64)
@@ -104,7 +105,13 @@ def reduce_uses(
         norms, stepped, scales = values.reshape(-1, 3).T
         stepped = stepped if source == STEP else np.empty(0)
         return AccumulatedGradient(
-            source=source, norms=norms, stepped=stepped, scales=scales, carried=carried, learning_rate=learning_rate
+            source=source,
+            norms=norms,
+            stepped=stepped,
+            scales=scales,
+            carried=carried,
+            learning_rate=learning_rate,
+            ascends=ascends,
         )
 
     return packed, rebuild

@@ -201,6 +201,16 @@ class OwnGradient(Probe[AccumulatedGradient]):
             "PyTorch, torch.optim.Optimizer.param_groups",
         ),
         Metric(
+            "gradient.ascends",
+            "flag",
+            "flag",
+            "during",
+            "1: the optimizer that stepped with the weight, or with a part that it is made of, maximises, and steps up "
+            "what it is given the gradient of. Absent where none does.",
+            "maximize = True",
+            "PyTorch, torch.optim.SGD: maximize",
+        ),
+        Metric(
             "gradient.loss_scale",
             "1",
             "log",
@@ -242,6 +252,8 @@ class OwnGradient(Probe[AccumulatedGradient]):
             readings["gradient.nonfinite_steps"] = float(seen.nonfinite)
         if not np.isnan(seen.learning_rate):
             readings["gradient.learning_rate"] = seen.learning_rate
+        if seen.ascends:
+            readings["gradient.ascends"] = 1.0
         if seen.source == STEP:
             readings["gradient.carried"] = seen.carried
         return readings

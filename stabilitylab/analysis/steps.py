@@ -30,7 +30,8 @@ STEPPED: Final = (1.0, 4.0)
 _LOSS: Final = ("logits.loss", "logits.loss_weight")
 _KEYS: Final = f"{EDITOR_SITE}.keys"
 _RATE: Final = "gradient.learning_rate"
-_ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _RATE, _KEYS)
+_ASCENDS: Final = "gradient.ascends"
+_ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _RATE, _ASCENDS, _KEYS)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Steps:
             return
         self._follow_passes(row, where)
         self._follow_ways(row, where)
-        self._follow_loss(row)
+        self._follow_loss(row, where)
         ratios, drifts = where.alone["update.ratio"], where.alone["drift.ratio"]
         if not ratios.size or not drifts.size:
             return
@@ -174,15 +175,19 @@ class Steps:
             factors = np.array([rate, update]) / [median(self._first_rates), median(self._first_updates)]
         return rate, float(factors[0]), float(factors[1])
 
-    def _follow_loss(self, row: Flat) -> None:
+    def _follow_loss(self, row: Flat, where: _Where) -> None:
         at = [row.schema.position.get((metric, MODEL_SITE)) for metric in _LOSS]
         if at[0] is None or at[1] is None:
             return
         loss, weight = float(row.values[at[0]]), float(row.values[at[1]])
+        # An optimizer that maximises steps up what the loop differentiates.
+        at_sites = where.alone[_ASCENDS]
+        maximised = next((self._site(row, at) for at in at_sites[row.values[at_sites] > 0]), None)
+        weight = weight if maximised is None else -weight
         self._weighed += 1
         if weight < 0 and math.isfinite(loss):
             before = self.ascent or Ascent(0, 0, row.edit, loss, row.edit, loss)
-            self.ascent = replace(before, up=before.up + 1, last_edit=row.edit, last_loss=loss)
+            self.ascent = replace(before, up=before.up + 1, last_edit=row.edit, last_loss=loss, maximised=maximised)
         if self.ascent is not None:
             self.ascent = replace(self.ascent, known=self._weighed)
 

@@ -120,7 +120,8 @@ class Learning:
 @dataclass(frozen=True)
 class Ascent:
     """Whether edits step up the model's own loss. known: edits in which a backward came to it. up: those that weighed
-    it with less than 0. first_edit, first_loss, last_edit, last_loss: of these, as the edit found it.
+    it with less than 0, or whose optimizer maximises. first_edit, first_loss, last_edit, last_loss: of these, as the
+    edit found it. maximised: where an optimizer of the last of these does so, the layer that it steps.
     """
 
     known: int
@@ -129,6 +130,7 @@ class Ascent:
     first_loss: float
     last_edit: int
     last_loss: float
+    maximised: str | None = None
 
 
 @dataclass(frozen=True)

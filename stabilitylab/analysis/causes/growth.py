@@ -93,11 +93,15 @@ def _ascending(evidence: Evidence) -> Claim | None:
         return None
     if seen.up < TRIED or seen.up < USUALLY * seen.known or seen.last_loss < GROWN * seen.first_loss:
         return None
+    how, link = "which they weigh with less than 0", Place(seen.first_edit, "logits.loss_weight", MODEL_SITE)
+    if seen.maximised is not None:
+        how = f"by an optimizer that maximises (at {seen.maximised})"
+        link = Place(seen.last_edit, "gradient.ascends", seen.maximised, 1.0)
     return Claim(
-        f"{seen.up} of {seen.known} edits were steps up the model's own loss, which they weigh with less than 0; it was"
+        f"{seen.up} of {seen.known} edits were steps up the model's own loss, {how}; it was"
         f" {number(seen.first_loss)} at edit {seen.first_edit} and {number(seen.last_loss)} at edit {seen.last_edit}.",
         "medium",
-        link=Place(seen.first_edit, "logits.loss_weight", MODEL_SITE),
+        link=link,
     )
 
 
@@ -314,10 +318,10 @@ ACCUMULATION = (
         " or use an objective that levels off (NPO, arXiv 2404.05868); and go back to before the onset edit.",
         "A step down a loss ends where the loss does. A step up has no end: it takes along whatever raises the loss,"
         " and that is mostly what the model knows.",
-        "In four of five edits, five or more, the objective weighs the model's own loss with less than 0, and that loss"
-        " has doubled from the first of them to the last. Not where the loop forms its loss by itself, nor with an"
-        " optimizer that maximises: nothing tells of these.",
-        "Unlearning by (-loss).backward(), request after request.",
+        "In four of five edits, five or more, the objective weighs the model's own loss with less than 0, or the"
+        " optimizer maximises one that doesn't, and that loss has doubled from the first of them to the last. Not where"
+        " the loop forms its loss by itself: nothing tells of that.",
+        "Unlearning by (-loss).backward(), or by SGD(…, maximize=True), request after request.",
     ),
     Rule(
         "norm-growth",

@@ -41,6 +41,21 @@ _FRAMES = 12
 """How far above an optimizer's step its scaler may be: torch's own wrappers, a scheduler's, accelerate's."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """What an optimizer's groups say of the steps with one weight.
+
+    rate: the largest learning rate, NaN where none is known. ascends: whether any of them maximises.
+    """
+
+    rate: float = math.nan
+    ascends: bool = False
+
+    def beside(self, other: Group) -> Group:
+        """Of both."""
+        return Group(np.fmax(self.rate, other.rate).item(), self.ascends or other.ascends)
+
+
 @dataclass
 class _Weight:
     """One weight inside one edit.
@@ -50,8 +65,7 @@ class _Weight:
     was last used; just_now: whether the one that is under way has. added: whether it was written to after it was made:
     a sum over backwards, or zeroed in place. last: that gradient, as long as anyone else holds it. carried: how many
     steps used what a step had used already. looks: as each backward since the last step left it.
-    steps: each time that an optimizer used it. rate: the largest learning rate that it did that with, NaN where none
-    is known.
+    steps: each time that an optimizer used it. by: what that optimizer's group says.
     """
 
     weight: Tensor
@@ -64,7 +78,7 @@ class _Weight:
     carried: int = 0
     looks: list[Use] = field(default_factory=list)
     steps: list[Use] = field(default_factory=list)
-    rate: float = math.nan
+    by: Group = Group()
     matrix: tuple[Tensor, Rebuild[GradientSize]] | None = None
 
     @property
@@ -141,7 +155,7 @@ class AccumulatedInstrument:
         self._first_scale: Tensor | None = None
         self._used: dict[str, _Used] = {}
         self._parts: dict[str, frozenset[int]] = {}
-        self._parts_stepped: dict[str, float] = {}
+        self._parts_stepped: dict[str, Group] = {}
 
     def begin(self) -> None:
         """A new edit."""
@@ -188,13 +202,13 @@ class AccumulatedInstrument:
     def optimizer_steps(self, optimizer: torch.optim.Optimizer, first: Mapping[str, FirstPass]) -> None:
         """An optimizer is about to step. first: the first pass of each site that had one."""
         self._stepped = True
-        groups = [(group["params"], _rate(group)) for group in optimizer.param_groups]
-        mine = {id(weight): rate for held, rate in groups for weight in held}
+        groups = [(group["params"], _said_by(group)) for group in optimizer.param_groups]
+        mine = {id(weight): group for held, group in groups for weight in held}
         if self._parts:
             moving = {id(weight) for held, _ in groups for weight in held if weight.grad is not None}
             for site, parts in self._parts.items():
                 for part in parts & moving:
-                    self._parts_stepped[site] = np.fmax(self._parts_stepped.get(site, math.nan), mine[part]).item()
+                    self._parts_stepped[site] = self._parts_stepped.get(site, Group()).beside(mine[part])
         scaler = next(_scalers_above(sys._getframe()), None)
         self._scaler = self._scaler if scaler is None else weakref.ref(scaler)
         within: Any = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
@@ -211,7 +225,7 @@ class AccumulatedInstrument:
                 if not one.steps:
                     self._look_closer(site, one, gradient, use, first.get(site))
                 one.steps.append(use)
-                one.rate = np.fmax(one.rate, mine[key]).item()
+                one.by = one.by.beside(mine[key])
                 one.carried += self._used.setdefault(site, _Used()).stepped(one.weight.grad)
                 one.fresh = False
                 one.looks = []
@@ -232,7 +246,7 @@ class AccumulatedInstrument:
         # What FSDP gathers has a gradient for a while too, and no optimizer steps with it.
         one = next((one for one in known if one.steps), None) or next((one for one in known if one.looks), None)
         if one is not None and one.steps:
-            return self._of(one.steps, STEP, one, one.rate)
+            return self._of(one.steps, STEP, one, one.by)
         if one is not None and self._is_used(one):
             gradient = one.gradient
             if gradient is not None and len(one.looks) == 1:
@@ -243,11 +257,11 @@ class AccumulatedInstrument:
         # Of the run's first edit the scaler became known as it stepped, after the pass.
         scale = self._first_scale if first.scale is None else first.scale
         factors = PARTS if site in self._parts_stepped else FACTORS
-        rate = self._parts_stepped.get(site, math.nan)
+        by = self._parts_stepped.get(site, Group())
         if one is None and scale is not None:
-            return self._of([Use(norm_of(first.packed), scale=scale)], factors, None, rate)
+            return self._of([Use(norm_of(first.packed), scale=scale)], factors, None, by)
         source = SCALED_FACTORS if first.narrow and scale is None else factors
-        return self._of([] if one is None else one.looks, source, None, rate)
+        return self._of([] if one is None else one.looks, source, None, by)
 
     def _is_used(self, one: _Weight) -> bool:
         """Whether `.grad` is all that anyone can have used, although no optimizer stepped with it: none stepped at all
@@ -255,17 +269,17 @@ class AccumulatedInstrument:
         """
         return not self._stepped and (not one.added or (len(one.looks) == 1 and not one.stale))
 
-    def _of(self, uses: list[Use], source: float, one: _Weight | None, rate: float = math.nan) -> Accumulated:
-        packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried, rate)
+    def _of(self, uses: list[Use], source: float, one: _Weight | None, by: Group = Group()) -> Accumulated:
+        packed, rebuild = reduce_uses(uses, source, 0 if one is None else one.carried, by.rate, by.ascends)
         return Accumulated(packed, rebuild, source, None if one is None else one.matrix)
 
 
-def _rate(group: Mapping[str, Any]) -> float:
-    """The learning rate of an optimizer's group; NaN where it has none, or where reading it would wait for a device."""
+def _said_by(group: Mapping[str, Any]) -> Group:
+    """The learning rate is NaN where the group has none, or where reading it would wait for a device."""
     rate = group.get("lr", math.nan)
     if isinstance(rate, Tensor):
         rate = rate.item() if rate.device.type == "cpu" and rate.numel() == 1 else math.nan
-    return float(rate) if isinstance(rate, (int, float)) else math.nan
+    return Group(float(rate) if isinstance(rate, (int, float)) else math.nan, group.get("maximize") is True)
 
 
 def _weakly(gradient: Tensor | None) -> Callable[[], Tensor | None]:
