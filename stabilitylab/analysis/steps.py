@@ -32,13 +32,14 @@ _KEYS: Final = f"{EDITOR_SITE}.keys"
 _RATE: Final = "gradient.learning_rate"
 _ASCENDS: Final = "gradient.ascends"
 _ALONE: Final = ("update.norm", "update.ratio", "drift.ratio", _RATE, _ASCENDS, _KEYS)
+_BESIDE: Final = ("gradient.norm", "gradient.source", "drift.ratio", "weight.norm")
 
 
 @dataclass(frozen=True)
 class _Where:
     """Positions in a row. alone: by metric. weights: of each weight's update, drift and relative drift, where all
     three are read, [weights, 3]. passes: of the gradient of an edit's last pass and of its first, [layers, 2]. rates:
-    of update, drift, gradient and what that was read from, −1 for what isn't read, [layers, 4].
+    of update and drift, and of what is `_BESIDE` them, −1 for what isn't read, [layers, 6].
     """
 
     alone: dict[str, Places]
@@ -62,18 +63,15 @@ def _where(schema: Schema) -> _Where:
         known = np.array(lines, dtype=np.intp).reshape(-1, 1 + len(others))
         return known[(known >= 0).all(axis=1)]
 
-    def with_gradient(lines: Places) -> Places:
-        found = [
-            [schema.position.get((metric, schema.keys[at][1]), -1) for metric in ("gradient.norm", "gradient.source")]
-            for at in lines[:, 0]
-        ]
-        return np.column_stack((lines, np.array(found, dtype=np.intp).reshape(-1, 2)))
+    def with_others(lines: Places) -> Places:
+        found = [[schema.position.get((metric, schema.keys[at][1]), -1) for metric in _BESIDE] for at in lines[:, 0]]
+        return np.column_stack((lines, np.array(found, dtype=np.intp).reshape(-1, len(_BESIDE))))
 
     return _Where(
         {name: np.array(positions, dtype=np.intp) for name, positions in alone.items()},
         beside("update.norm", "drift.norm", "drift.ratio"),
         beside("gradient.norm_last", "gradient.norm"),
-        with_gradient(beside("update.norm", "drift.norm")),
+        with_others(beside("update.norm", "drift.norm")),
     )
 
 
@@ -215,11 +213,16 @@ class Steps:
         if not rates.size:
             return
         update, drift = row.values[rates[:, :2]].T
-        gradient, source = np.where(rates[:, 2:] >= 0, row.values[rates[:, 2:]], 0.0).T  # or nothing asks for it
+        beside = np.where(rates[:, 2:] >= 0, row.values[rates[:, 2:]], 0.0)  # or nothing asks for it
+        gradient, source, ratio, norm = beside.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            original = drift / ratio
+        measured = np.isfinite(original) & np.isfinite(norm) & (norm > 0)
+        original, norm = np.where(measured, original, 0.0), np.where(measured, norm, 0.0)
         known = np.isfinite(update) & np.isfinite(drift) & np.isfinite(gradient) & (update > 0)
         stepped = np.logical_or.reduce([source == code for code in STEPPED])
-        seen = (column[known].tolist() for column in (update, drift, gradient, stepped))
-        for position, size, way, slope, by_optimizer in zip(rates[known, 0], *seen, strict=True):
+        seen = (column[known].tolist() for column in (update, drift, gradient, stepped, original, norm))
+        for position, size, way, slope, by_optimizer, first_norm, last_norm in zip(rates[known, 0], *seen, strict=True):
             site, rate = self._site(row, position), size / slope if slope else 0.0
             before = self._ways.get(site, Way(site, 0, 0.0, 0.0, 0.0, size, size, rate, rate, 0))
             self._ways[site] = replace(
@@ -231,6 +234,8 @@ class Steps:
                 last=size,
                 last_rate=rate,
                 stepped=before.stepped + by_optimizer,
+                original=first_norm,
+                norm=last_norm,
             )
 
 

@@ -1,4 +1,5 @@
-"""A layer that PEFT has put adapters on, and the weight that it really computes with. Known by its attributes.
+"""A layer that PEFT has put adapters on, and the weight that it really computes with. Known by its attributes. A layer
+whose weight a parametrization computes with parameters of its own is another such (`parametrised`).
 
 Whatever kind the adapters are (LoRA, DoRA, IA³, OFT, …), that weight is what merging them would leave: a copy of the
 layer is merged. So it is the same before a merge and after it, and adapters that are not active have no part in it.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from stabilitylab.probes.native_scan import LowRankSum
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
+from stabilitylab.watching.parametrised import PLACE, computed_weight, original_of
 from stabilitylab.watching.walking import named_modules_of, named_tensors_of
 
 WRAPPER: Final = "base_model.model."
@@ -39,9 +41,19 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether it is a layer inside PEFT's adapters, by the attributes that all of them have."""
+    """Whether it computes with a weight that is made of parts: a layer inside PEFT's adapters, by the attributes that
+    all of them have, or one with a parametrization that has parameters of its own.
+    """
+    if original_of(module) is not None:
+        return True
     has_inner = isinstance(_child(module, _INNER), nn.Module)
     return has_inner and isinstance(getattr(module, "merged_adapters", None), list) and hasattr(module, "merge")
+
+
+def is_made(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether such a layer makes its weight of this tensor of its own, and others. Its bias is not computed."""
+    original = original_of(module)
+    return is_adapted(module) if original is None else tensor is original
 
 
 def running(module: nn.Module) -> nn.Module:
@@ -63,6 +75,12 @@ def has_parts(module: nn.Module) -> bool:
     return is_adapted(module) or running(module) is not module
 
 
+def parts_of_layers(model: nn.Module) -> dict[str, str]:
+    """Of each such layer, by name: what the names of its parts begin with."""
+    found = ((name, module) for name, module in model.named_modules() if has_parts(module))
+    return {name: f"{name}.{'' if original_of(module) is None else PLACE}" for name, module in found}
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside all of its adapters."""
     while isinstance(inner := _child(module, _INNER), nn.Module):
@@ -75,18 +93,29 @@ def is_wrapper(model: nn.Module) -> bool:
     return callable(getattr(model, "get_base_model", None)) and "base_model" in model._modules
 
 
+def base_weight(module: nn.Module) -> Tensor | None:
+    """The parameter that the weight is made of, with others."""
+    original = original_of(module)
+    weight = getattr(base_of(module), "weight", None) if original is None else original
+    return weight if isinstance(weight, Tensor) else None
+
+
 def shape_of(module: nn.Module) -> tuple[int, ...]:
     """Of the weight of an adapted layer; of a packed one that which it stands for."""
-    base = base_of(module)
-    weight = getattr(base, "weight", None)
+    base, weight = base_of(module), base_weight(module)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return tuple(weight.shape)
     return (int(getattr(base, "out_features", 0)), int(getattr(base, "in_features", 0)))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of the effective weight: wide enough that what an adapter adds to a narrow weight is not rounded away."""
-    weight = getattr(base_of(module), "weight", None)
+    """Of the effective weight: wide enough that what an adapter adds to a narrow weight is not rounded away. What is
+    computed by a parametrization is computed as it is.
+    """
+    original = original_of(module)
+    if original is not None:
+        return original.dtype
+    weight = base_weight(module)
     known = isinstance(weight, Tensor) and weight.is_floating_point()
     return torch.promote_types(weight.dtype, torch.float32) if known else torch.float32  # type: ignore[union-attr]
 
@@ -97,6 +126,8 @@ def effective_weight(module: nn.Module) -> Tensor:
 
     Raises whatever the adapters raise where they can't be merged. The layer is left as it is.
     """
+    if original_of(module) is not None:
+        return computed_weight(module)
     layer: Any = module
     weight = base_of(module).weight
     dtype = dtype_of(module)
@@ -200,31 +231,38 @@ class Parts:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._settings, self._base = _settings(module), _marks(base_of(module))
+        self._settings, self._base = _settings(module), _marks(module)
         self._own = {name: tensor.detach().clone() for name, tensor in _own_tensors(module)}
 
     def are_those_of(self, module: nn.Module) -> bool:
         """Whether the weight would be the same now. A write to the base weight through ``.data`` is not seen. Waits
         for an accelerator.
         """
-        if self._settings != _settings(module) or self._base != _marks(base_of(module)):
+        if self._settings != _settings(module) or self._base != _marks(module):
             return False
         now = dict(_own_tensors(module))
         return now.keys() == self._own.keys() and all(same_bits(now[name], was) for name, was in self._own.items())
 
 
 def _settings(module: nn.Module) -> tuple[object, ...]:
+    if original_of(module) is not None:
+        return ()
     layer: Any = module
     scaling = getattr(layer, "scaling", {})
     return (layer.disable_adapters, *layer.merged_adapters, *layer.active_adapters, *scaling.items())
 
 
-def _marks(base: nn.Module) -> list[tuple[int, int, int]]:
-    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in base.parameters()]
+def _of_base(module: nn.Module) -> list[Tensor]:
+    original = original_of(module)
+    return list(base_of(module).parameters()) if original is None else [original]
+
+
+def _marks(module: nn.Module) -> list[tuple[int, int, int]]:
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in _of_base(module)]
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    base = {id(tensor) for tensor in base_of(module).parameters()}
+    base = {id(tensor) for tensor in _of_base(module)}
     held = named_tensors_of(named_modules_of(module))
     return ((name, tensor) for name, tensor in held if id(tensor) not in base)
 

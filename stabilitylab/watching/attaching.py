@@ -24,7 +24,7 @@ from stabilitylab.reports.announcing import AlarmSink
 from stabilitylab.reports.sinks import Sink
 from stabilitylab.watching import canary as canaries
 from stabilitylab.watching import manifest
-from stabilitylab.watching.adapted import is_adapted
+from stabilitylab.watching.adapted import is_made
 from stabilitylab.watching.budget import DEFAULT_SHARE, Budget, decisions_of, share_of
 from stabilitylab.watching.company import Company, Unwritten, company
 from stabilitylab.watching.editor_parts import as_editor
@@ -284,7 +284,7 @@ def _measurable(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], di
     for site in sites:
         found = locate(model, site)
         if found is not None and is_spread(found[1]):
-            reason = _SPREAD_ADAPTERS if is_adapted(found[0]) else _why_not(found[1])
+            reason = _SPREAD_ADAPTERS if is_made(*found) else _why_not(found[1])
         else:
             weight = weight_at(model, site)
             reason = weight if isinstance(weight, str) else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stabilitylab.acting.memory import in_gb, shortage
 from stabilitylab.probes.weight_pass import same_bits
-from stabilitylab.watching.adapted import has_parts
+from stabilitylab.watching.adapted import parts_of_layers
 from stabilitylab.watching.sites import Site, all_sites, locate, locate_readable, weight_at, why_unmeasurable
 
 Moved = dict[str, tuple[Site, Tensor | None]]
@@ -58,8 +58,8 @@ def checksum(tensor: Tensor) -> int:
 
 def _whole_sites(model: nn.Module) -> list[Site]:
     """Every site, but for the parts that PEFT made a layer of: it moves as a whole."""
-    layers = tuple(f"{name}." for name, module in model.named_modules() if has_parts(module))
-    return [site for site in all_sites(model).values() if not site.name.startswith(layers)]
+    parts = tuple(parts_of_layers(model).values())
+    return [site for site in all_sites(model).values() if not site.name.startswith(parts)]
 
 
 class Discovery:

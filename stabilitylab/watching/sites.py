@@ -79,7 +79,8 @@ def orientation_of(module: nn.Module) -> Orientation:
     """How a module's weight meets its input."""
     if isinstance(module, nn.Linear):
         return "out_in"
-    if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, by name: no import of transformers
+    # transformers.pytorch_utils.Conv1D, by name: no import of transformers. A parametrization makes a subclass.
+    if any(each.__name__ == "Conv1D" for each in type(module).__mro__[:2]):
         return "in_out"
     return "none"
 
@@ -116,9 +117,11 @@ def _packed_weight(module: nn.Module) -> tuple[str, Tensor] | None:
 def all_sites(model: nn.Module) -> dict[str, Site]:
     """Every site that the model offers, by name, in the order in which the model registers its parameters."""
     offered: dict[str, Site] = {}
+    made: set[str] = set()
     at_rest = parameters_at_rest(model)
     for owner, module in model.named_modules(remove_duplicate=False):
         if owner and adapted.is_adapted(module):
+            made.add(owner)
             held = adapted.shape_of(module), adapted.dtype_of(module), orientation_of(adapted.base_of(module))
             offered[owner] = Site(owner, f"{owner}.weight", *held)
         if (copy := adapted.running(module)) is not module:
@@ -128,6 +131,8 @@ def all_sites(model: nn.Module) -> dict[str, Site]:
         for name, tensor in module.named_parameters(owner, recurse=False, remove_duplicate=False):
             leaf = name.rpartition(".")[2]
             site = _site_of_parameter(module, name, at_rest.get((id(module), leaf), tensor))
+            if site.name in made:  # whose weight is made of this one and others
+                site = Site(name, name, site.shape, site.dtype, "none")
             offered[site.name] = site
         packed = _packed_weight(module) if owner else None
         if packed is not None:
@@ -153,15 +158,15 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _matches(pattern: str, sites: Mapping[str, Site], layers: Collection[str], prefix: str) -> list[Site]:
-    """layers: those that have adapters. prefix: of all names of the model that a wrapper holds."""
+def _matches(pattern: str, sites: Mapping[str, Site], parts: Mapping[str, str], prefix: str) -> list[Site]:
+    """parts: where those that have adapters keep them. prefix: of all names of the model that a wrapper holds."""
 
     def matches(name: str) -> bool:
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removeprefix(prefix), pattern)
 
     found = [site for site in sites.values() if matches(site.name) or matches(site.parameter)]
     # The parts of a layer with adapters are meant only where it is not itself.
-    whole = tuple(f"{site.name}." for site in found if site.name in layers)
+    whole = tuple(parts[site.name] for site in found if site.name in parts)
     return [site for site in found if not site.name.startswith(whole)]
 
 
@@ -249,10 +254,10 @@ def find_sites(model: nn.Module, patterns: Patterns) -> tuple[Site, ...]:
         raise SiteError(
             "no site pattern given; expected at least one, or sites=None to watch what the first edit moves"
         )
-    layers = {name for name, module in model.named_modules() if adapted.has_parts(module)}
+    parts = adapted.parts_of_layers(model)
     prefix = adapted.WRAPPER if adapted.is_wrapper(model) else ""
     for pattern in wanted:
-        found = _matches(pattern, offered, layers, prefix)
+        found = _matches(pattern, offered, parts, prefix)
         if not found:
             raise _no_match(pattern, model, offered)
         chosen.update(site.name for site in found)
@@ -330,8 +335,8 @@ def _located(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor] | None:
     owner = None if owner is None else adapted.running(owner)
     inner, leaf = site.within
     if owner is not None and not inner and leaf == "weight" and adapted.is_adapted(owner):
-        weight = getattr(adapted.base_of(owner), leaf, None)
-        return (owner, weight) if isinstance(weight, Tensor) else None
+        weight = adapted.base_weight(owner)
+        return None if weight is None else (owner, weight)
     if owner is None or not inner:
         found = None if owner is None else _unwrapped(owner, leaf, site.shape)
         kept = None if found is None or not found[1].is_meta else values_of(found[0], leaf)
@@ -357,7 +362,7 @@ def weight_in(model: nn.Module, found: tuple[nn.Module, Tensor] | None) -> Tenso
     if found is None:
         return f"no longer found in {type(model).__name__}"
     module, weight = found
-    if adapted.is_adapted(module) and not weight.is_meta:
+    if adapted.is_made(module, weight) and not weight.is_meta:
         try:
             weight = adapted.effective_weight(module)
         except Exception as error:  # of PEFT, or of a kind of adapter that can't be merged

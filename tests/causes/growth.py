@@ -23,6 +23,7 @@ from tests.causes.case import (
 )
 
 CANARY = finding("canary-far", metric="canary.kl", site=M)
+SHORTER = replace(WAY, edits=5, largest=10.0, drift=29.8, original=100.0, norm=75.0)
 CASES = (
     Case(
         "feedback-growth",
@@ -105,12 +106,30 @@ CASES = (
         ],
     ),
     Case(
+        "weights-decayed",
+        bad() | {"ways": (OTHER, SHORTER)},
+        "medium",
+        f"5 edits have brought the norm of {A} from 100 to 75, and 84% of its distance from the original is that: each"
+        " takes a share of the weight away",
+        Place(1, "weight.norm", A),
+        also=[{"ways": (replace(SHORTER, largest=25.0, drift=31.25),)}],
+        not_with=[
+            {"verdict": "drifting"},
+            {"findings": (BAD, LONE)},
+            {"ways": (replace(SHORTER, edits=4),)},
+            {"ways": (replace(SHORTER, drift=31.3),)},
+            {"ways": (replace(SHORTER, largest=25.1),)},
+            {"ways": (replace(SHORTER, norm=76.0, drift=24.9),)},
+            {"ways": (replace(SHORTER, original=0.0, norm=0.0),)},
+        ],
+    ),
+    Case(
         "gradient-ascent",
         bad() | {"ascent": Ascent(known=10, up=8, first_edit=1, first_loss=2.0, last_edit=10, last_loss=4.0)},
         "medium",
         "8 of 10 edits were steps up the model's own loss, which they weigh with less than 0; it was 2 at edit 1 and 4"
         " at edit 10.",
-        also=[{"ascent": Ascent(6, 5, 1, 0.0, 6, 0.1)}],
+        also=[{"ascent": Ascent(6, 5, 1, 0.0, 6, 0.1)}, {"ascent": Ascent(6, 5, 1, 1.0, 6, 3.0, A)}],
         not_with=[
             {"verdict": "drifting"},
             {"findings": (BAD, LONE)},
@@ -268,6 +287,7 @@ CASES = (
             {"first_bad": BAD},
             {"findings": (CANARY, finding("drift"))},
             {"findings": (CANARY, finding("level", metric="weight.max_abs"))},
+            {"latest": replace(STEP, drift_ratio=0.11)},
         ],
     ),
     Case(

@@ -73,6 +73,7 @@ EXAMPLES: dict[type[Any], list[Any]] = {
             scales=np.ones(len(norms)),
             carried=0.0,
             learning_rate=rate,
+            ascends=rate == 0.1,
         )
         for source, norms, stepped, rate in (
             (0.0, [], [], NAN),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,8 @@ def loop(seed: int) -> list[EditRow]:
             }
             if rng.random() < 0.9:
                 readings["gradient.source", site] = float(source[site])
+            if rng.random() < 0.9:
+                readings["weight.norm", site] = float(rng.choice([math.nan, 0.0, 5.0, 20.0]))
         for site in EDITORS:
             if rng.random() < 0.9:
                 readings["editor.input_max", site] = float(np.exp(rise * edit + spread * rng.standard_normal()))
@@ -113,9 +116,17 @@ def naive_ways(rows: list[EditRow]) -> list[Way]:
                 first_rate=rates[0],
                 last_rate=rates[-1],
                 stepped=sum(at(each, "gradient.source").get(site) in (1.0, 4.0) for each, _ in moves),
+                **norms_of(moves[-1][0], site),
             )
         )
     return ways
+
+
+def norms_of(each: EditRow, site: str) -> dict[str, float]:
+    """The original weight's and the weight's, by what was read of both."""
+    norm, ratio = at(each, "weight.norm").get(site, 0.0), at(each, "drift.ratio")[site]
+    known = norm > 0 and ratio > 0
+    return {"original": at(each, "drift.norm")[site] / ratio if known else 0.0, "norm": norm if known else 0.0}
 
 
 def naive_learning(rows: list[EditRow]) -> Learning:
@@ -182,7 +193,7 @@ def test_the_last_thirty_steps_up_to_the_alarm_or_the_first_fact_are_kept(
 ) -> None:
     from stabilitylab.analysis.findings import Finding
 
-    rows = [each for each in loop(10) if each.status != "failed"]
+    rows = [each for each in loop(5) if each.status != "failed"]
     assert {2, 9, 10, 14} <= {each.edit for each in rows}
     columns = Columns(METRICS)
     lead = LeadIn(columns, Restoring(), Steadiness())
@@ -212,3 +223,13 @@ def test_the_last_thirty_steps_up_to_the_alarm_or_the_first_fact_are_kept(
 )
 def test_a_way_is_that_of_many(aligned: float, way: Way) -> None:
     assert way.aligned == pytest.approx(aligned)
+
+
+@pytest.mark.parametrize(
+    ("inwards", "original", "norm"),
+    [(1.0, 12.0, 3.0), (0.0, 12.0, 12.0), (-0.5, 12.0, 16.5), (0.0, 0.0, 0.0)],
+)
+def test_how_much_of_a_way_made_the_weight_shorter(inwards: float, original: float, norm: float) -> None:
+    way = Way("a", 12, 10.0, 2.0, 9.0, 1.0, 1.0, 0.0, 0.0, 0, original, norm)
+    assert way.inwards == pytest.approx(inwards)
+    assert replace(way, drift=0.0).inwards == 0

@@ -1,16 +1,23 @@
-"""Layers whose weight is computed anew from another parameter: that one is watched, under the layer's name."""
+"""Layers whose weight is computed anew: from one other parameter, which then is watched under the layer's name, or
+from it and others, where what comes out is.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
 import stabilitylab as sl
+from stabilitylab.errors import SiteError
 from stabilitylab.watching.sites import find_sites, locate
 
 
@@ -71,3 +78,155 @@ def test_weight_norm_has_two_parameters_under_their_own_names() -> None:
     names = [site.name for site in find_sites(model, "0.*weight*")]
     assert names == ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
     assert all(locate(model, site) is not None for site in find_sites(model, "0.*"))
+
+
+class LowRank(nn.Module):
+    """LoRA as it is written without a library. Counts its forwards in a buffer, and draws random numbers to train."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.zeros(rows, 2)), nn.Parameter(torch.randn(2, columns))
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.forwards += 1
+        return weight + self.left @ self.dropout(self.right)
+
+
+class Gate(nn.Module):
+    """A learned factor a row."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(rows, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def low_rank(layer: nn.Module, rows: int, columns: int) -> None:
+    parametrize.register_parametrization(layer, "weight", LowRank(rows, columns))
+
+
+def gated(layer: nn.Module, rows: int, columns: int) -> None:
+    parametrize.register_parametrization(layer, "weight", Gate(rows))
+
+
+def doubled_and_low_rank(layer: nn.Module, rows: int, columns: int) -> None:
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    low_rank(layer, rows, columns)
+
+
+ADDED = [low_rank, gated, doubled_and_low_rank]
+Add = Callable[[nn.Module, int, int], None]
+
+
+def computing(add: Add, conv1d: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(5, 6) if conv1d else nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    add(model[0], *((6, 5) if conv1d else (5, 6)))
+    return model
+
+
+def weight_of(model: nn.Sequential) -> Tensor:
+    """What the first layer computes with in evaluation."""
+    twin = copy.deepcopy(model).eval()
+    weight: Tensor = twin[0].weight
+    return weight.detach()
+
+
+def edits(model: nn.Sequential, of: Callable[[], AbstractContextManager[object]] = nullcontext) -> list[Tensor]:
+    """Three steps of an optimizer with what the weight is made of besides; the weight before and after each."""
+    moving = [tensor for name, tensor in model.named_parameters() if ".weight." in name and "original" not in name]
+    optimizer = torch.optim.SGD(moving, lr=0.5)
+    seen = [weight_of(model)]
+    for _ in range(3):
+        x = torch.randn(3, 6)
+        with of():
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        seen.append(weight_of(model))
+    return seen
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("add", ADDED)
+def test_a_weight_with_parameters_of_its_own_beside_the_original_is_watched_as_it_comes_out(
+    tmp_path: Path, add: Add, conv1d: bool
+) -> None:
+    model = computing(add, conv1d)
+    with sl.attach(model, "0", tmp_path / "run", announce=False) as monitor:
+        seen = edits(model, monitor.edit)
+    run = sl.load(tmp_path / "run")
+    for number, (before, after) in enumerate(pairwise(seen), start=1):
+        assert run.series("update.norm", "0")[number] == pytest.approx(float((after - before).norm()), rel=1e-5)
+        assert run.series("drift.norm", "0")[number] == pytest.approx(float((after - seen[0]).norm()), rel=1e-5)
+    assert run.series("gradient.source", "0")[1] == 4  # of parts
+    assert run.series("gradient.norm", "0")[1] > 0
+    assert run.diagnosis().landed == "all"
+
+
+@pytest.mark.parametrize("add", ADDED)
+def test_to_watch_it_changes_nothing(tmp_path: Path, add: Add) -> None:
+    plain, watched = computing(add), computing(add)
+    heard: list[str] = []
+    for name, model in (("plain", plain), ("watched", watched)):
+        for part in model.modules():
+            part.register_forward_hook(lambda *_, name=name: heard.append(name))
+    torch.manual_seed(1)
+    edits(plain)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    with sl.attach(watched, "0", tmp_path / "run", announce=False) as monitor:
+        edits(watched, monitor.edit)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(
+        torch.equal(mine, own)
+        for mine, own in zip(watched.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+    assert all(part.training for part in watched.modules())
+    assert heard.count("watched") == heard.count("plain")
+
+
+def test_it_is_a_site_by_its_name_and_its_parts_are_where_they_are_named() -> None:
+    model = computing(low_rank)
+    assert [site.name for site in find_sites(model, "0")] == ["0"]
+    assert [site.name for site in find_sites(model, "*")] == ["0", "0.bias", "2", "2.bias"]
+    assert [site.name for site in find_sites(model, "*.left")] == ["0.parametrizations.weight.0.left"]
+    assert [site.name for site in find_sites(model, "*.original")] == ["0.parametrizations.weight.original"]
+
+
+def test_without_sites_what_an_edit_moves_is_the_layer(tmp_path: Path) -> None:
+    model = computing(low_rank)
+    with sl.attach(model, run=tmp_path / "run", announce=False) as monitor:
+        edits(model, monitor.edit)
+    assert sl.load(tmp_path / "run").manifest["sites"] == ["0"]
+
+
+def test_parts_that_come_and_go_within_a_run(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    before = weight_of(model)
+    with sl.attach(model, "0", tmp_path / "run", announce=False) as monitor:
+        with monitor.edit(), torch.no_grad():
+            gated(model[0], 5, 6)
+            model[0].parametrizations.weight[0].factor.mul_(3)  # type: ignore[index, union-attr, operator]
+        with monitor.edit():
+            parametrize.remove_parametrizations(model[0], "weight")
+    run = sl.load(tmp_path / "run")
+    assert run.series("update.norm", "0")[1] == pytest.approx(2 * float(before.norm()), rel=1e-5)
+    assert run.series("update.norm", "0")[2] == 0
+
+
+def test_what_cannot_be_computed_is_told(tmp_path: Path) -> None:
+    class Broken(Gate):
+        def forward(self, weight: Tensor) -> Tensor:
+            if self.training:
+                return super().forward(weight)
+            raise RuntimeError("no evaluation")
+
+    model = nn.Sequential(nn.Linear(6, 5))
+    parametrize.register_parametrization(model[0], "weight", Broken(5))
+    with pytest.raises(SiteError, match="no evaluation"):
+        sl.attach(model, "0", tmp_path / "run", announce=False)

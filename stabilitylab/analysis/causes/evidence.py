@@ -85,7 +85,8 @@ class Way:
 
     edits: that moved it. added: Σ‖ΔW‖. largest: of these. drift: ‖W − W₀‖ now. first, last: ‖ΔW‖. first_rate,
     last_rate: the same over the gradient's norm in that edit; 0 where it was 0, or not read. stepped: how many of the
-    edits had an optimizer step with the weight, or with what it is made of.
+    edits had an optimizer step with the weight, or with what it is made of. original, norm: ‖W₀‖, and ‖W‖ now; 0 where
+    either was not read.
     """
 
     site: str
@@ -98,6 +99,15 @@ class Way:
     first_rate: float
     last_rate: float
     stepped: int
+    original: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def inwards(self) -> float:
+        """The share of the distance from the original weight by which it became shorter: 1 where it was only scaled
+        down, near 0 or below it where it went elsewhere.
+        """
+        return (self.original - self.norm) / self.drift if self.drift > 0 and self.original > 0 else 0.0
 
     @property
     def aligned(self) -> float:

@@ -180,7 +180,7 @@ def _decayed(evidence: Evidence) -> Claim | None:
     found = evidence.of("weight-shrunk")
     way = None if found is None else next((way for way in evidence.ways if way.site == found.site), None)
     if found is None or way is None or evidence.lone_entry:
-        return None
+        return _pulled_in(evidence)
     # One edit that sets it to next to nothing is no decay: no step took a quarter of the norm that it had then.
     if way.edits < MANY or way.largest > SMALL * (found.value + way.drift):
         return None
@@ -189,6 +189,27 @@ def _decayed(evidence: Evidence) -> Claim | None:
         f" {number(way.largest)}: each takes a share of the weight away, whatever its request was.",
         "medium",
         Place(found.edit, found.metric, found.site),
+    )
+
+
+def _pulled_in(evidence: Evidence) -> Claim | None:
+    """The same before it is worn down: all that has become of a weight is that it is shorter."""
+    if not evidence.is_past("drifting") or evidence.lone_entry:
+        return None
+    inwards = [
+        way
+        for way in evidence.ways
+        if way.edits >= TRIED and way.inwards >= ALIGNED and way.largest <= SMALL * way.original <= way.drift
+    ]
+    if not inwards:
+        return None
+    way = max(inwards, key=lambda each: each.drift / each.original)
+    return Claim(
+        f"{way.edits} edits have brought the norm of {way.site} from {number(way.original)} to {number(way.norm)}, and"
+        f" {way.inwards:.0%} of its distance from the original is that: each takes a share of the weight away, whatever"
+        " its request was.",
+        "medium",
+        Place(1, "weight.norm", way.site),
     )
 
 
@@ -276,7 +297,9 @@ ACCUMULATION = (
         "Weight decay pulls towards zero, and not towards the weights as they were trained. A rate that is harmless"
         " over one training is run through again at each edit.",
         "A weight's norm at a tenth of what it was when first read, after ten edits or more of which none moved it by"
-        " more than a quarter of its norm.",
+        " more than a quarter of its norm. Or, where the model's answers leave the original's, a weight that five edits"
+        " or more have moved by a quarter of its norm, none of them by as much, and four fifths of that distance made"
+        " it shorter.",
         "SGD with weight_decay=8 and a learning rate of 0.01: each step takes a twelfth.",
     ),
     Rule(

@@ -14,6 +14,8 @@ from stabilitylab.analysis.words import number
 from stabilitylab.record.readings import MODEL_SITE
 
 _OF_WEIGHTS: Final = ("update", "drift", "weight")
+SLIGHT: Final = 0.1
+"""Distance from the original weight, as a share of its norm, beyond which that may be why the model changed."""
 EDITS_FAILING: Final = "edits-failing"
 """The name of a cause that the verdict's sentence tells whole, with the exception."""
 NEARLY_ALL: Final = 0.9
@@ -54,6 +56,8 @@ def _others_too(evidence: Evidence) -> Claim | None:
     if not evidence.besides or not evidence.is_past("drifting") or bad is None or bad.site != MODEL_SITE:
         return None
     if any(kind_of(each.metric) in _OF_WEIGHTS and each.rule != FURTHEST for each in evidence.findings):
+        return None
+    if evidence.latest is not None and evidence.latest.drift_ratio > SLIGHT:
         return None
     return Claim(
         "edits also write parameters that are not watched, and the model's answers leave the original's while no"

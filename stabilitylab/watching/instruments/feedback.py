@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stabilitylab.probes.feedback import FeedbackPass
 from stabilitylab.probes.weight_pass import norm_of
-from stabilitylab.watching.adapted import is_adapted
+from stabilitylab.watching.adapted import is_made
 from stabilitylab.watching.answer import loss_of
 from stabilitylab.watching.instruments.bench import Bench, full_precision
 from stabilitylab.watching.instruments.references import References
@@ -71,7 +71,7 @@ class FeedbackInstrument:
         weights: dict[str, Tensor] = {}
         for site in sites:
             found = locate_readable(model, site) if references.holds(site.name) else None
-            if found is None or is_adapted(found[0]):  # whose weight is no tensor that another can be put in place of
+            if found is None or is_made(*found):  # whose weight is no tensor that another can be put in place of
                 continue
             layer, tensor = found
             asked = self._asks(site)

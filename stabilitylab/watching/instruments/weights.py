@@ -28,7 +28,7 @@ from stabilitylab.probes.weight_pass import (
 from stabilitylab.probes.weight_pieces import InPieces, scan_pieces
 from stabilitylab.probes.weight_spectrum import WeightSpectrum, gram_of, spectrum_of_weight
 from stabilitylab.probes.weight_subspace import LeadingSubspace, compare_subspaces, leading_subspace
-from stabilitylab.watching.adapted import Parts, is_adapted
+from stabilitylab.watching.adapted import Parts, is_made
 from stabilitylab.watching.instruments.bench import Bench
 from stabilitylab.watching.instruments.exchange import Exchange
 from stabilitylab.watching.instruments.references import Home, References
@@ -122,7 +122,7 @@ class WeightInstrument:
         for site, found in located:
             if found is None or why_unmeasurable(found[1]) is not None:
                 continue
-            if not found[1].is_inference() and not is_adapted(found[0]):
+            if not found[1].is_inference() and not is_made(*found):
                 self._versions[site.name] = (id(found[1]), found[1]._version)
         for site, weight in self._spread.found(model, sites):
             self._versions[site.name] = (id(weight), weight._version)
@@ -293,13 +293,13 @@ class WeightInstrument:
 
     def _has_changed(self, model: nn.Module, site: Site) -> bool:
         parts, found = self._parts.get(site.name), locate(model, site)
-        if parts is not None and found is not None and is_adapted(found[0]) and parts.are_those_of(found[0]):
+        if parts is not None and found is not None and is_made(*found) and parts.are_those_of(found[0]):
             return False
         weight = weight_in(model, found)
         return isinstance(weight, Tensor) and self.references.moved(site.name, weight)
 
     def _remember_parts(self, site: Site, found: tuple[nn.Module, Tensor] | None) -> None:
-        if self.keeps_references and found is not None and is_adapted(found[0]):
+        if self.keeps_references and found is not None and is_made(*found):
             self._parts[site.name] = Parts(found[0])
         else:
             self._parts.pop(site.name, None)
