@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,8 +66,8 @@ def row(edit: int, readings: dict[Key, float], status: str | None = None) -> Edi
     return EditRow(edit, f"edit {edit}", known, 0.0, 1.0, 0.01, 0.0, readings=arrays)
 
 
-def diagnose(rows: Iterable[EditRow]) -> Diagnosis:
-    analyzer = Analyzer(METRICS)
+def diagnose(rows: Iterable[EditRow], metrics: Sequence[Metric] = METRICS) -> Diagnosis:
+    analyzer = Analyzer(metrics)
     for each in rows:
         analyzer.observe(each)
     return analyzer.diagnosis()

@@ -110,6 +110,10 @@ class Columns:
         self._schemas: dict[tuple[Key, ...], Schema] = {(): self._schema}
         self._frames: WeakKeyDictionary[Frame, Schema] = WeakKeyDictionary()
 
+    def measures(self, metric: str) -> bool:
+        """Whether the run has a probe for it, whether or not it was ever read."""
+        return metric in self._phase
+
     def order(self, place: int) -> tuple[int, int, int, int]:
         """A sort key: what comes earlier within one edit can be the cause of what comes later.
 

@@ -211,10 +211,15 @@ class DriftBank:
         positions = row.schema.position.items()
         self._from_zero = {site for (metric, site), at in positions if metric == _SIZE and row.values[at] == 0}
         for at, place in enumerate(self._state["place"].tolist()):
-            self._state["from_zero"][at] = self._grows_from_zero(*self._columns.keys[place])
+            self._state["from_zero"][at] = self._grows_from_zero(*self._columns.keys[place], row.schema)
 
-    def _grows_from_zero(self, metric: str, site: str) -> bool:
-        return site in self._from_zero and metric.startswith(("weight.", "activation."))
+    def _grows_from_zero(self, metric: str, site: str, schema: Schema) -> bool:
+        """schema: of the first row that has it. Of a weight that the first edit was seen to move there is no reading
+        before any edit, and its distance from what it was is no share of that where that was zero.
+        """
+        unscaled = ("drift.norm", site) in schema.position and ("drift.ratio", site) not in schema.position
+        zero = site in self._from_zero or (unscaled and self._columns.measures("drift.ratio"))
+        return zero and metric.startswith(("weight.", "activation."))
 
     def _look_up(self, schema: Schema) -> tuple[Places, Places, Places, Places | None]:
         """Which positions of a row go to which series, and from which of them a lower end is subtracted; where learning
@@ -230,7 +235,7 @@ class DriftBank:
             if place not in self._number:
                 self._number[place] = len(self._number)
                 dies = rule.fallen == "diverging"
-                zero = self._grows_from_zero(metric, site)
+                zero = self._grows_from_zero(metric, site, schema)
                 new.append((place, rule.spread, math.log(rule.shrinks), dies, rule.trend, rule.jumps, zero))
             minus = -1 if rule.minus is None else schema.position[rule.minus, site]
             rate = schema.position.get((_RATE, site), -1) if metric == "update.norm" else -1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from stabilitylab.analysis import Diagnosis, severity
-from tests.synthetic_runs import diagnose, false_alarms, lead, row
+from tests.synthetic_runs import METRICS, diagnose, false_alarms, lead, row
 
 A, B = "decoder.layers.1.fc1", "decoder.layers.1.fc2"
+WITH_RATIO = (*METRICS, replace(METRICS[0], name="drift.ratio", phase="after"))
 
 
 def series(values: list[float], metric: str = "update.norm", first: int = 1, gap: int | None = None) -> Diagnosis:
@@ -44,6 +46,28 @@ def test_spikes_that_recover_are_no_divergence() -> None:
     values = noisy(80)
     values[[20, 40, 41, 60]] *= 1e5
     assert series(values.tolist(), "activation.rms").verdict == "stable"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "later", "verdict"),
+    [
+        ({}, {"drift.norm": 1.0, "drift.ratio": 0.5}, "drifting"),
+        ({}, {"drift.norm": 1.0}, "stable"),  # no share of its original norm, which is zero
+        ({"weight.max_abs": 0.0}, {"drift.norm": 1.0}, "stable"),
+        ({"weight.max_abs": 0.1}, {"drift.norm": 1.0, "drift.ratio": 0.5}, "drifting"),
+        ({}, {}, "drifting"),  # nothing is known of its beginning
+    ],
+)
+@pytest.mark.parametrize("metric", ["weight.max_abs", "activation.rms"])
+def test_what_grows_from_a_weight_of_zeros_has_no_usual_size(
+    metric: str, beginning: dict[str, float], later: dict[str, float], verdict: str
+) -> None:
+    sizes = [*np.linspace(1.0, 1.2, 10), *np.linspace(1.2, 6.0, 30)]
+    rows = [row(0, {(name, A): value for name, value in beginning.items()})]
+    for edit, size in enumerate(sizes, start=1):
+        rows.append(row(edit, {(name, A): value for name, value in later.items()} | {(metric, A): size}))
+    found = severity(diagnose(rows, WITH_RATIO).verdict)
+    assert (found >= severity("drifting")) == (verdict == "drifting")
 
 
 def rated(updates: np.ndarray, rates: np.ndarray) -> Diagnosis:
