@@ -280,6 +280,37 @@ def scan_product(left: Tensor, right: Tensor) -> ProductSeen | None:
     return ProductSeen(*built.product(left.data_ptr(), right.data_ptr(), rows, lefts, rights))
 
 
+_MOST_IN_GRAMS: Final = 1 << 28
+"""The same of `scan_grams`, times the threads that BLAS would have."""
+_MOST_ROWS: Final = 512
+
+
+class GramsSeen(NamedTuple):
+    """square, bound: as `ProductSeen` has them. least, most: ‖l_i‖² and ‖r_i‖² of rows, at the extremes."""
+
+    square: float
+    bound: float
+    least: float
+    most: float
+
+
+def scan_grams(left: Tensor, right: Tensor, lives: Tensor | None) -> GramsSeen | None:
+    """What `scan_product` gives of larger factors, from sums in fp32: good for six digits of the bound, or more.
+
+    lives: bool [rows], contiguous and on a CPU: the rows that count in `least` and `most`; None for all of them.
+    """
+    rows, lefts, rights = left.shape[0], left.shape[1], right.shape[1]
+    built = _for(left)
+    if built is None or not built.MULTIPLIES_AND_ADDS or not right.numel():
+        return None
+    if not (_fits(left, torch.float32) and _fits(right, torch.float32)) or rows > _MOST_ROWS:
+        return None
+    if rows * rows * (lefts + rights) * torch.get_num_threads() > _MOST_IN_GRAMS:
+        return None
+    place = 0 if lives is None else lives.data_ptr()
+    return GramsSeen(*built.grams(left.data_ptr(), right.data_ptr(), place, rows, lefts, rights))
+
+
 class SoftmaxSums(NamedTuple):
     """Of one row of logits: the largest, the second, and with d = logit − largest the sums of eᵈ and of d eᵈ."""
 

@@ -482,6 +482,9 @@ typedef struct {
     const float *left, *right; /* of as many rows */
     Py_ssize_t rows, lefts, rights;
     double square, bound;
+    const uint8_t *lives; /* which rows count in `least` and `most`, or NULL for all of them */
+    float *grams;         /* zeros, of both: [2, rows, rows]; then room */
+    double least, most;   /* of the squared norms of rows */
 } Product;
 
 INLINE double dot(const float *one, const float *other, Py_ssize_t count) {
@@ -504,9 +507,80 @@ INLINE void product_of_rows(Product *p) {
     }
 }
 
+enum { GRAM_ENTRIES = 1 << 16, MOST_GRAM_ROWS = 1 << 12 }; /* which leaves columns enough for a vector */
+#if MAKES
+/* So many rows meet so many others in registers, over columns of theirs that lie together in the second cache: where they
+ * come from, rows apart by powers of two share few places in any. */
+enum { GRAM_ROWS = 4, GRAM_OTHERS = 3 };
+
+INLINE void gram_tile(const float *own, const float *other, Py_ssize_t width, float *gram, Py_ssize_t across, int rows,
+                      int others) {
+    Lanes sums[GRAM_ROWS][GRAM_OTHERS] = {0};
+    for (Py_ssize_t at = 0; at < width; at += LANES) {
+        Lanes met[GRAM_OTHERS];
+#pragma GCC unroll 3
+        for (int beside = 0; beside < others; beside++) met[beside] = *(const Lanes *)(other + beside * width + at);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+            const Lanes mine = *(const Lanes *)(own + row * width + at);
+#pragma GCC unroll 3
+            for (int beside = 0; beside < others; beside++) sums[row][beside] += mine * met[beside];
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int beside = 0; beside < others; beside++) {
+            float sum = 0.0f;
+            for (int lane = 0; lane < LANES; lane++) sum += sums[row][beside][lane];
+            gram[row * across + beside] += sum;
+        }
+}
+
+/* The lower triangle of F F^T, and some of the upper one. room: of GRAM_ENTRIES. */
+INLINE void add_gram(const float *factor, Py_ssize_t rows, Py_ssize_t columns, float *gram, float *room) {
+    Py_ssize_t most = GRAM_ENTRIES / rows / LANES * LANES;
+    for (Py_ssize_t start = 0; start < columns; start += most) {
+        Py_ssize_t count = columns - start < most ? columns - start : most, width = (count + LANES - 1) / LANES * LANES;
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            memcpy(room + row * width, factor + row * columns + start, (size_t)count * sizeof *room);
+            for (Py_ssize_t at = count; at < width; at++) room[row * width + at] = 0.0f;
+        }
+        for (Py_ssize_t row = 0, held; row < rows; row += held) {
+            held = rows - row < GRAM_ROWS ? 1 : GRAM_ROWS;
+            const float *own = room + row * width;
+            Py_ssize_t end = row + held, beside = 0;
+            for (; held == GRAM_ROWS && beside < end && beside + GRAM_OTHERS <= rows; beside += GRAM_OTHERS)
+                gram_tile(own, room + beside * width, width, gram + row * rows + beside, rows, GRAM_ROWS, GRAM_OTHERS);
+            for (; beside < end; beside++)
+                for (Py_ssize_t each = 0; each < held; each++)
+                    gram_tile(own + each * width, room + beside * width, width, gram + (row + each) * rows + beside, rows, 1, 1);
+        }
+    }
+}
+
+/* The same as `product_of_rows` of more rows, from Gram matrices in float: each entry is a sum of few sums of few. */
+INLINE void product_of_grams(Product *p) {
+    float *left = p->grams, *right = left + p->rows * p->rows, *room = right + p->rows * p->rows;
+    add_gram(p->left, p->rows, p->lefts, left, room);
+    add_gram(p->right, p->rows, p->rights, right, room);
+    p->least = HUGE_VAL, p->most = 0.0;
+    for (Py_ssize_t row = 0; row < p->rows; row++, left += p->rows, right += p->rows) {
+        double one = (double)left[row], other = (double)right[row];
+        p->square += one * other + 2.0 * dot(left, right, row);
+        p->bound += sqrt(one * other);
+        if (p->lives && !p->lives[row]) continue;
+        p->least = fmin(p->least, fmin(one, other));
+        p->most = fmax(p->most, fmax(one, other));
+    }
+}
+#else
+static void product_of_grams(Product *p) {}
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 AVX2 static void product_avx2(Product *p) { product_of_rows(p); }
 AVX512 static void product_avx512(Product *p) { product_of_rows(p); }
+AVX2 static void grams_avx2(Product *p) { product_of_grams(p); }
+AVX512 static void grams_avx512(Product *p) { product_of_grams(p); }
 #endif
 
 static PyObject *product(PyObject *module, PyObject *args) {
@@ -529,6 +603,33 @@ static PyObject *product(PyObject *module, PyObject *args) {
     product_of_rows(&p);
     Py_END_ALLOW_THREADS;
     return Py_BuildValue("dd", p.square, p.bound);
+}
+
+static PyObject *grams(PyObject *module, PyObject *args) {
+    unsigned long long left, right, lives;
+    Product p = {0};
+    if (!PyArg_ParseTuple(args, "KKKnnn", &left, &right, &lives, &p.rows, &p.lefts, &p.rights))
+        return NULL;
+    if (p.rows <= 0 || p.rows > MOST_GRAM_ROWS || p.lefts <= 0 || p.rights <= 0 || !left || !right) {
+        PyErr_SetString(PyExc_ValueError, "grams: expected two matrices of as many rows, which are not too many");
+        return NULL;
+    }
+    p.left = (const float *)(uintptr_t)left;
+    p.right = (const float *)(uintptr_t)right;
+    p.lives = (const uint8_t *)(uintptr_t)lives;
+    p.grams = PyMem_Calloc(2 * (size_t)p.rows * (size_t)p.rows + GRAM_ENTRIES, sizeof *p.grams);
+    if (!p.grams)
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sweeps == sweeps_avx512) grams_avx512(&p);
+    else if (sweeps == sweeps_avx2) grams_avx2(&p);
+    else
+#endif
+    product_of_grams(&p);
+    Py_END_ALLOW_THREADS;
+    PyMem_Free(p.grams);
+    return Py_BuildValue("dddd", p.square, p.bound, p.least, p.most);
 }
 
 typedef struct {
@@ -846,6 +947,9 @@ static PyMethodDef methods[] = {
      "whether any entry of it is not 0"},
     {"product", product, METH_VARARGS,
      "product(left, right, rows, lefts, rights) -> (|left^T right|^2, the sum over rows of |left_i| |right_i|) in floats"},
+    {"grams", grams, METH_VARARGS,
+     "grams(left, right, lives, rows, lefts, rights) -> what `product` gives, from sums in float, and the least and the "
+     "largest squared norm of rows of either, of those only that have a byte in `lives`; where MULTIPLIES_AND_ADDS"},
     {"softmax", softmax, METH_VARARGS,
      "softmax(values, count, dtype) -> (largest, second, sum of e^d, sum of d e^d), d = value - largest"},
     {"alike", alike, METH_VARARGS,
