@@ -113,11 +113,11 @@ def sweep_sum(
     if not rank or not highest or not makes_as_torch(height, columns, rank):
         return None
     chunk = min(rows, height) * columns
-    room = made.left.new_empty(chunk + rank * columns)
+    strips = made.left.new_empty(rank * columns)
     moved = made.left.new_empty(2, chunk) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     *squares, low, high, at, half = built.sweep_made(
-        *(each.data_ptr() for each in (made.base, made.left, made.right, room)),
+        *(each.data_ptr() for each in (made.base, made.left, made.right, strips)),
         *(made.scale, columns, rank, _DTYPES[made.base.dtype]),
         *(first, before, 0 if moved is None else moved.data_ptr(), made.base.numel(), chunk),
     )
@@ -140,11 +140,11 @@ def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
         return False
     generator = torch.Generator("cpu").manual_seed(rank)
     empty = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the user has made the usual ones
-    base, made, room = (empty.new_zeros(height, columns) for height in (rows, rows, rows + rank))
+    base, made, strips = (empty.new_zeros(height, columns) for height in (rows, rows, rank))
     # Of few entries the bits may agree by chance: those of other factors are asked for, too.
     for _ in range(-(-_ENTRIES // (rows * columns))):
         left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
-        places = [each.data_ptr() for each in (base, left, right, room, base, made)]
+        places = [each.data_ptr() for each in (base, left, right, strips, base, made)]
         own = (_DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
         _BUILT.sweep_made(*places[:4], 1.0, columns, rank, *own)
         transposed = (right.T.contiguous() @ left.T.contiguous()).T
