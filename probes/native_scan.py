@@ -343,6 +343,18 @@ def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
     return same
 
 
+_WORD: Final = 8
+
+
+def bits_alike(left: Tensor, right: Tensor) -> bool | None:
+    """Whether two contiguous tensors on a CPU hold the same bits in all entries, which are whole 64-bit words."""
+    built, bytes_held = _for(left), left.numel() * left.element_size()
+    if built is None or not _fits(right, left.dtype) or right.numel() != left.numel() or bytes_held % _WORD:
+        return None
+    same: bool = built.alike(left.data_ptr(), right.data_ptr(), 1, bytes_held, bytes_held)
+    return same
+
+
 class Spread(NamedTuple):
     """least: of std, NaN where there is one. zeros, lost, positive, nonfinite: how many of std are 0, NaN, above 0, not
     finite. centres_zero, centres_lost, centres_nonfinite: how many of mean are.
