@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabilitylab.probes.native_scan import scan_product
+from stabilitylab.probes.native_scan import scan_grams, scan_product
 from stabilitylab.probes.weight_pass import number_here, on_cpu
 
 _LEAST_ROWS = 64  # of a block: smaller ones cost more in calls than they save
@@ -39,9 +39,9 @@ def norm_of_product(a: Tensor, b: Tensor, lives: Tensor | None = None) -> Tensor
     """‖AᵀB‖_F = ⟨AAᵀ, BBᵀ⟩^½ as a float64 scalar, for A and B [rows, ..] in fp32 or fp64. lives: bool [rows], those of
     A that are not all 0, where that is known.
 
-    On a CPU from Gram matrices in fp32 where those are good for five digits or more, else in float64; where even that
-    cancels, of the product itself. Small ones natively, in float64 at once. On an accelerator, where looking would be a
-    wait, in float64.
+    On a CPU from Gram matrices in fp32 where those are good for five digits or more, natively unless BLAS has threads
+    enough to be sooner, else in float64; where even that cancels, of the product itself. Small ones natively, in
+    float64 at once. On an accelerator, where looking would be a wait, in float64.
     """
     if not on_cpu(a):
         square, _ = _inner(a.double(), b.double())
@@ -49,10 +49,14 @@ def norm_of_product(a: Tensor, b: Tensor, lives: Tensor | None = None) -> Tensor
     seen = scan_product(a, b)
     if seen is not None and seen.square > _TRUSTED[torch.float64] * seen.bound**2:
         return torch.tensor(math.sqrt(seen.square), dtype=torch.float64)
-    tried = [(a.double(), b.double())]
-    if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        tried.insert(0, (a, b))
-    for pair in tried:
+    grams = scan_grams(a, b, lives)
+    if grams is not None:
+        least, most = _SAFE_SQUARES
+        safe = least < grams.least and grams.most < most
+        if safe and grams.square > _TRUSTED[torch.float32] * grams.bound**2:
+            return torch.tensor(math.sqrt(grams.square), dtype=torch.float64)
+    narrow = grams is None and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    for pair in [(a, b), (a.double(), b.double())][not narrow :]:
         square, sizes = _inner(*pair)
         sizes = sizes if lives is None else sizes[:, lives]  # what is 0 can't underflow
         narrow = pair[0].dtype == torch.float32

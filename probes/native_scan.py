@@ -113,11 +113,11 @@ def sweep_sum(
     if not rank or not highest or not makes_as_torch(height, columns, rank):
         return None
     chunk = min(rows, height) * columns
-    room = made.left.new_empty(chunk + rank * columns)
+    strips = made.left.new_empty(rank * columns)
     moved = made.left.new_empty(2, chunk) if keeps_moved else None
     first, before = (0, 0) if references is None else (each.data_ptr() for each in references)
     *squares, low, high, at, half = built.sweep_made(
-        *(each.data_ptr() for each in (made.base, made.left, made.right, room)),
+        *(each.data_ptr() for each in (made.base, made.left, made.right, strips)),
         *(made.scale, columns, rank, _DTYPES[made.base.dtype]),
         *(first, before, 0 if moved is None else moved.data_ptr(), made.base.numel(), chunk),
     )
@@ -140,11 +140,11 @@ def makes_as_torch(rows: int, columns: int, rank: int) -> bool:
         return False
     generator = torch.Generator("cpu").manual_seed(rank)
     empty = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the user has made the usual ones
-    base, made, room = (empty.new_zeros(height, columns) for height in (rows, rows, rows + rank))
+    base, made, strips = (empty.new_zeros(height, columns) for height in (rows, rows, rank))
     # Of few entries the bits may agree by chance: those of other factors are asked for, too.
     for _ in range(-(-_ENTRIES // (rows * columns))):
         left, right = (empty.new_empty(shape).normal_(generator=generator) for shape in ((rows, rank), (rank, columns)))
-        places = [each.data_ptr() for each in (base, left, right, room, base, made)]
+        places = [each.data_ptr() for each in (base, left, right, strips, base, made)]
         own = (_DTYPES[torch.float32], *places[4:], 0, *[rows * columns] * 2)
         _BUILT.sweep_made(*places[:4], 1.0, columns, rank, *own)
         transposed = (right.T.contiguous() @ left.T.contiguous()).T
@@ -280,6 +280,37 @@ def scan_product(left: Tensor, right: Tensor) -> ProductSeen | None:
     return ProductSeen(*built.product(left.data_ptr(), right.data_ptr(), rows, lefts, rights))
 
 
+_MOST_IN_GRAMS: Final = 1 << 28
+"""The same of `scan_grams`, times the threads that BLAS would have."""
+_MOST_ROWS: Final = 512
+
+
+class GramsSeen(NamedTuple):
+    """square, bound: as `ProductSeen` has them. least, most: ‖l_i‖² and ‖r_i‖² of rows, at the extremes."""
+
+    square: float
+    bound: float
+    least: float
+    most: float
+
+
+def scan_grams(left: Tensor, right: Tensor, lives: Tensor | None) -> GramsSeen | None:
+    """What `scan_product` gives of larger factors, from sums in fp32: good for six digits of the bound, or more.
+
+    lives: bool [rows], contiguous and on a CPU: the rows that count in `least` and `most`; None for all of them.
+    """
+    rows, lefts, rights = left.shape[0], left.shape[1], right.shape[1]
+    built = _for(left)
+    if built is None or not built.MULTIPLIES_AND_ADDS or not right.numel():
+        return None
+    if not (_fits(left, torch.float32) and _fits(right, torch.float32)) or rows > _MOST_ROWS:
+        return None
+    if rows * rows * (lefts + rights) * torch.get_num_threads() > _MOST_IN_GRAMS:
+        return None
+    place = 0 if lives is None else lives.data_ptr()
+    return GramsSeen(*built.grams(left.data_ptr(), right.data_ptr(), place, rows, lefts, rights))
+
+
 class SoftmaxSums(NamedTuple):
     """Of one row of logits: the largest, the second, and with d = logit − largest the sums of eᵈ and of d eᵈ."""
 
@@ -309,6 +340,18 @@ def rows_alike(left: Tensor, right: Tensor, sample: int) -> bool | None:
         return None
     rows, width = left.shape[0] if left.dim() > 1 else 1, left.element_size()
     same: bool = built.alike(left.data_ptr(), right.data_ptr(), rows, left.numel() // rows * width, sample * width)
+    return same
+
+
+_WORD: Final = 8
+
+
+def bits_alike(left: Tensor, right: Tensor) -> bool | None:
+    """Whether two contiguous tensors on a CPU hold the same bits in all entries, which are whole 64-bit words."""
+    built, bytes_held = _for(left), left.numel() * left.element_size()
+    if built is None or not _fits(right, left.dtype) or right.numel() != left.numel() or bytes_held % _WORD:
+        return None
+    same: bool = built.alike(left.data_ptr(), right.data_ptr(), 1, bytes_held, bytes_held)
     return same
 
 

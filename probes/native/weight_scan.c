@@ -25,6 +25,11 @@
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT restrict
 #endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c")))
+#endif
 
 typedef struct {
     double norm, drift, update; /* squared */
@@ -109,103 +114,21 @@ KERNEL(chunk_bfloat16, uint16_t, float, int32_t, from_bfloat16, ordered)
 #define SAME_WIDE(value) (value)
 KERNEL(chunk_float64, double, double, int64_t, SAME_WIDE, ordered_wide)
 
-/* A weight that is made as it is read: base + scale * left @ right in float, chunk by chunk. It is rounded as torch.mm
- * and the operators round it that would make it: each entry of the product is a chain of multiply-adds in order, then
- * come the scale and the base. */
+/* A weight that is made as it is read: base + scale * left @ right in float. */
 typedef struct {
     const void *base;          /* [rows, columns] */
     const float *left, *right; /* [rows, rank] and [rank, columns] */
-    float *room, *strips;      /* of a chunk; of `right` */
+    float *strips;             /* room for `right` */
     float scale;
     Py_ssize_t columns, rank;
     int dtype; /* of the base */
 } LowRank;
 
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
-#ifdef __GNUC__
-#define MAKES 1
-/* A tile's sums are in registers together: of so many rows, and of twice the lanes of columns. The lanes are those of
- * AVX2: wider ones would there be taken apart into single floats, which takes twenty times as long. */
-enum { LANES = 8, TILE = 4 };
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-/* `right` in strips as wide as a tile, one after the other: rows of it apart by powers of two would share few places in
- * the cache. */
-static void cut_in_strips(const LowRank *m) {
-    float *strip = m->strips;
-    for (Py_ssize_t column = 0; column + 2 * LANES <= m->columns; column += 2 * LANES)
-        for (Py_ssize_t k = 0; k < m->rank; k++, strip += 2 * LANES)
-            memcpy(strip, m->right + k * m->columns + column, 2 * LANES * sizeof *strip);
-}
-
-/* base: of the tile, where it is of floats; else it is added later. */
-INLINE void make_tile(const LowRank *m, const float *left, const float *strip, const float *base, float *out, int rows) {
-    Lanes sums[TILE][2] = {0};
-    for (Py_ssize_t k = 0; k < m->rank; k++, strip += 2 * LANES) {
-        const Lanes near = *(const Lanes *)strip, far = *(const Lanes *)(strip + LANES);
-#pragma GCC unroll 4
-        for (int row = 0; row < rows; row++) {
-            sums[row][0] += left[row * m->rank + k] * near; /* a multiply-add: see `multiplies_and_adds` */
-            sums[row][1] += left[row * m->rank + k] * far;
-        }
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            Py_ssize_t at = row * m->columns + half * LANES;
-            Lanes made = sums[row][half];
-            if (m->scale != 1.0f) {
-                made *= m->scale;
-                __asm__("" : "+m"(made)); /* rounded here: with the sum below it must become no multiply-add */
-            }
-            if (base)
-                made += *(const Lanes *)(base + at);
-            *(Lanes *)(out + at) = made;
-        }
-}
-
-#define ADD_BASE(STORED, LOAD)                                                                                         \
-    for (Py_ssize_t at = 0; at < count; at++) out[at] += LOAD(((const STORED *)m->base)[from + at])
-
-INLINE void make_chunk(const LowRank *m, Py_ssize_t from, Py_ssize_t count) {
-    Py_ssize_t columns = m->columns, rows = count / columns, tiled = columns - columns % (2 * LANES);
-    const float *left = m->left + from / columns * m->rank, *base = m->dtype == FLOAT32 ? (const float *)m->base + from : NULL;
-    float *RESTRICT out = m->room;
-    for (Py_ssize_t row = 0, held; row < rows; row += held) {
-        held = rows - row < TILE ? 1 : TILE;
-        const float *own = left + row * m->rank;
-        for (Py_ssize_t column = 0; column < tiled; column += 2 * LANES) {
-            Py_ssize_t at = row * columns + column;
-            const float *strip = m->strips + column * m->rank, *below = base ? base + at : NULL;
-            if (held == TILE) make_tile(m, own, strip, below, out + at, TILE);
-            else make_tile(m, own, strip, below, out + at, 1);
-        }
-        for (Py_ssize_t each = 0; each < held; each++)
-            for (Py_ssize_t column = tiled; column < columns; column++) {
-                Py_ssize_t at = (row + each) * columns + column;
-                float sum = 0.0f;
-                for (Py_ssize_t k = 0; k < m->rank; k++)
-                    sum = fmaf(own[each * m->rank + k], m->right[k * columns + column], sum);
-                if (m->scale != 1.0f) {
-                    sum *= m->scale;
-                    __asm__("" : "+m"(sum));
-                }
-                out[at] = base ? sum + base[at] : sum;
-            }
-    }
-    if (m->dtype == BFLOAT16) ADD_BASE(uint16_t, from_bfloat16);
-    else if (m->dtype == FLOAT16) ADD_BASE(uint16_t, from_float16);
-}
-#else
-#define MAKES 0
-static void cut_in_strips(const LowRank *m) {}
-INLINE void make_chunk(const LowRank *m, Py_ssize_t from, Py_ssize_t count) {}
-#endif
 
 typedef struct {
     const void *weight, *first;
-    const LowRank *made;  /* in place of a weight, or NULL */
+    const LowRank *made;  /* in place of a weight */
     void *before, *moved; /* moved: of two chunks, or NULL */
     Py_ssize_t count, chunk;
     int copied;
@@ -217,7 +140,7 @@ typedef struct {
 /* A chunk that is not finite is the hottest there is. */
 INLINE int is_hotter(double square, double most) { return !(square <= most); }
 
-#define SWEEP(NAME, CHUNK, STORED, VALUE, START_LOW, START_HIGH, BACK, CHUNK_AT)                                       \
+#define SWEEP(NAME, CHUNK, STORED, VALUE, START_LOW, START_HIGH, BACK)                                                 \
     INLINE void NAME(Sweep *s) {                                                                                       \
         const STORED *first = s->first;                                                                                \
         STORED *before = s->before;                                                                                    \
@@ -227,7 +150,7 @@ INLINE int is_hotter(double square, double most) { return !(square <= most); }
         int free = 0;                                                                                                  \
         for (Py_ssize_t at = 0; at < s->count; at += s->chunk) {                                                       \
             Py_ssize_t count = s->count - at < s->chunk ? s->count - at : s->chunk;                                    \
-            const STORED *w = CHUNK_AT(s, at, count);                                                                  \
+            const STORED *w = (const STORED *)s->weight + at;                                                          \
             if (!first) {                                                                                              \
                 CHUNK(w, NULL, NULL, count, NULL, &sums, 0, 0, 0);                                                     \
             } else if (!s->copied) {                                                                                   \
@@ -247,23 +170,11 @@ INLINE int is_hotter(double square, double most) { return !(square <= most); }
         s->low = BACK(sums.low), s->high = BACK(sums.high);                                                            \
     }
 
-/* Where a chunk of the weight lies: of one that is made as it is read, once it is made. */
-#define LYING(STORED) (const STORED *)s->weight + at
-#define HALF_AT(s, at, count) LYING(uint16_t)
-#define DOUBLE_AT(s, at, count) LYING(double)
-
-INLINE const float *float_at(const Sweep *s, Py_ssize_t at, Py_ssize_t count) {
-    if (!s->made)
-        return LYING(float);
-    make_chunk(s->made, at, count);
-    return s->made->room;
-}
-
 #define BACK32(order) from_ordered((int32_t)(order))
-SWEEP(sweep_float32, chunk_float32, float, float, INT32_MAX, INT32_MIN, BACK32, float_at)
-SWEEP(sweep_float16, chunk_float16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32, HALF_AT)
-SWEEP(sweep_bfloat16, chunk_bfloat16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32, HALF_AT)
-SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_ordered_wide, DOUBLE_AT)
+SWEEP(sweep_float32, chunk_float32, float, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_float16, chunk_float16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_bfloat16, chunk_bfloat16, uint16_t, float, INT32_MAX, INT32_MIN, BACK32)
+SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_ordered_wide)
 
 #define SWEEPS(SUFFIX, TARGET)                                                                                         \
     TARGET static void float16_##SUFFIX(Sweep *s) { sweep_float16(s); }                                                \
@@ -275,10 +186,197 @@ SWEEP(sweep_float64, chunk_float64, double, double, INT64_MAX, INT64_MIN, from_o
 
 SWEEPS(plain, )
 #if defined(__x86_64__) && defined(__GNUC__)
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c")))
 SWEEPS(avx2, AVX2)
 SWEEPS(avx512, AVX512)
+#endif
+
+#ifdef AVX2
+/* The same sweep over a weight that is made, tile by tile. It is rounded as torch.mm and the operators round it that
+ * would make it: each entry of the product is a chain of multiply-adds in order, then come the scale and the base.
+ *
+ * A tile's products are in registers together, of so many rows and columns; and what is to be known of its entries is
+ * found before they leave these, while the next tile is made: the two are for different units of the processor. */
+enum { TILE = 4, LANES = 8, WIDTH = 2 * LANES };
+
+/* What is known of the entries so far, in lanes. A NaN shows in `norm` alone. */
+typedef struct {
+    __m256d norm[2], drift[2], update[2];
+    __m256 low, high;
+} Known;
+
+/* What was summed up so far is no part of another sum that the compiler forms: the same weight gives the same bits,
+ * whether what moved is kept or not. A state is known again by them. */
+#define IN_ORDER(sum) __asm__("" : "+x"(sum))
+
+INLINE AVX2 void add_squares(__m256d *sums, __m256 values) {
+    const __m256d near = _mm256_cvtps_pd(_mm256_castps256_ps128(values));
+    const __m256d far = _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1));
+    sums[0] = _mm256_fmadd_pd(near, near, sums[0]);
+    sums[1] = _mm256_fmadd_pd(far, far, sums[1]);
+    IN_ORDER(sums[0]); IN_ORDER(sums[1]);
+}
+
+INLINE AVX2 double total_of(const __m256d *sums) {
+    double lanes[LANES / 2];
+    _mm256_storeu_pd(lanes, _mm256_add_pd(sums[0], sums[1]));
+    double near = lanes[0] + lanes[1], far = lanes[2] + lanes[3];
+    IN_ORDER(near); IN_ORDER(far);
+    return near + far;
+}
+
+/* `right` in strips as wide as a tile, one after the other: rows of it apart by powers of two would share few places in
+ * the cache. */
+static void cut_in_strips(const LowRank *m) {
+    float *strip = m->strips;
+    for (Py_ssize_t column = 0; column + WIDTH <= m->columns; column += WIDTH)
+        for (Py_ssize_t k = 0; k < m->rank; k++, strip += WIDTH)
+            memcpy(strip, m->right + k * m->columns + column, WIDTH * sizeof *strip);
+}
+
+INLINE AVX2 float base_at(const LowRank *m, Py_ssize_t at) {
+    if (m->dtype == BFLOAT16) return from_bfloat16(((const uint16_t *)m->base)[at]);
+    if (m->dtype == FLOAT16) return from_float16(((const uint16_t *)m->base)[at]);
+    return ((const float *)m->base)[at];
+}
+
+/* The tile whose first entry is at `from`. moved: where W - W- of that goes. */
+INLINE AVX2 void sweep_tile(const Sweep *s, const float *left, const float *strip, Py_ssize_t from, float *moved, Known *known,
+                            int rows, int compared, int kept) {
+    const LowRank *m = s->made;
+    const float *first = (const float *)s->first + from, *base = (const float *)m->base + from;
+    float *before = (float *)s->before + from, widened[TILE * WIDTH];
+    Py_ssize_t columns = m->columns, apart = columns;
+    if (m->dtype != FLOAT32) {
+        for (int row = 0; row < rows; row++)
+            for (int at = 0; at < WIDTH; at++) widened[row * WIDTH + at] = base_at(m, from + row * columns + at);
+        base = widened, apart = WIDTH;
+    }
+    __m256 sums[TILE][2];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm256_setzero_ps();
+    for (Py_ssize_t k = 0; k < m->rank; k++, strip += WIDTH) {
+        const __m256 near = _mm256_loadu_ps(strip), far = _mm256_loadu_ps(strip + LANES);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+            const __m256 own = _mm256_broadcast_ss(left + row * m->rank + k);
+            sums[row][0] = _mm256_fmadd_ps(own, near, sums[row][0]);
+            sums[row][1] = _mm256_fmadd_ps(own, far, sums[row][1]);
+        }
+    }
+    if (m->scale != 1.0f) {
+        const __m256 scale = _mm256_set1_ps(m->scale);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                sums[row][half] = _mm256_mul_ps(sums[row][half], scale);
+                __asm__("" : "+x"(sums[row][half])); /* rounded here: with the sum below it must become no multiply-add */
+            }
+    }
+    Known own = *known;
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            Py_ssize_t at = row * columns + half * LANES;
+            /* Of the next rows; with two more matrices to read the memory is as busy as it can be. */
+            if (!compared && !half) _mm_prefetch((const char *)(base + (row + TILE) * apart), _MM_HINT_T0);
+            const __m256 made = _mm256_add_ps(sums[row][half], _mm256_loadu_ps(base + row * apart + half * LANES));
+            add_squares(own.norm, made);
+            own.low = _mm256_min_ps(made, own.low); /* in this order a NaN leaves them as they are */
+            own.high = _mm256_max_ps(made, own.high);
+            if (compared) {
+                const __m256 far = _mm256_sub_ps(made, _mm256_loadu_ps(first + at));
+                const __m256 near = _mm256_sub_ps(made, _mm256_loadu_ps(before + at));
+                add_squares(own.drift, far);
+                add_squares(own.update, near);
+                _mm256_storeu_ps(before + at, made);
+                if (kept) _mm256_storeu_ps(moved + at, near);
+            }
+        }
+    *known = own;
+}
+
+/* The columns of one row beyond its last tile. moved: as above. */
+INLINE AVX2 void sweep_rest(const Sweep *s, Py_ssize_t row, Py_ssize_t column, float *moved, Sums *rest, int compared, int kept) {
+    const LowRank *m = s->made;
+    Py_ssize_t from = row * m->columns + column, count = m->columns - column;
+    const float *first = (const float *)s->first + from;
+    float *before = (float *)s->before + from, made[WIDTH], unkept[WIDTH];
+    Sums sums = *rest;
+    for (Py_ssize_t at = 0; at < count; at++) {
+        float sum = 0.0f;
+        for (Py_ssize_t k = 0; k < m->rank; k++)
+            sum = fmaf(m->left[row * m->rank + k], m->right[k * m->columns + column + at], sum);
+        if (m->scale != 1.0f) {
+            sum *= m->scale;
+            __asm__("" : "+x"(sum));
+        }
+        made[at] = sum + base_at(m, from + at);
+    }
+    if (!compared) chunk_float32(made, NULL, NULL, count, NULL, &sums, 0, 0, 0);
+    else chunk_float32(made, first, before, count, kept ? moved : unkept, &sums, 1, 1, 1);
+    IN_ORDER(sums.norm); IN_ORDER(sums.drift); IN_ORDER(sums.update);
+    rest->norm += sums.norm, rest->drift += sums.drift, rest->update += sums.update;
+    IN_ORDER(rest->norm); IN_ORDER(rest->drift); IN_ORDER(rest->update);
+    rest->low = sums.low, rest->high = sums.high;
+}
+
+/* A chunk has whole rows. */
+INLINE AVX2 void sweep_low_rank(Sweep *s, int compared, int kept) {
+    const LowRank *m = s->made;
+    Py_ssize_t columns = m->columns, tiled = columns - columns % WIDTH, free = 0;
+    Known known = {0};
+    Sums rest = {0.0, 0.0, 0.0, INT32_MAX, INT32_MIN};
+    known.low = _mm256_set1_ps(HUGE_VALF), known.high = _mm256_set1_ps(-HUGE_VALF);
+    double most = -1.0;
+    for (Py_ssize_t start = 0; start < s->count; start += s->chunk) {
+        Py_ssize_t end = (s->count - start < s->chunk ? s->count : start + s->chunk) / columns;
+        float *differences = kept ? (float *)s->moved + free * s->chunk - start : NULL; /* of entry 0, were it there */
+        for (Py_ssize_t row = start / columns, held; row < end; row += held) {
+            const float *left = m->left + row * m->rank;
+            held = end - row < TILE ? 1 : TILE;
+            for (Py_ssize_t column = 0; column < tiled; column += WIDTH) {
+                Py_ssize_t from = row * columns + column;
+                const float *strip = m->strips + column * m->rank;
+                float *moved = kept ? differences + from : NULL;
+                if (held == TILE) sweep_tile(s, left, strip, from, moved, &known, TILE, compared, kept);
+                else sweep_tile(s, left, strip, from, moved, &known, 1, compared, kept);
+            }
+            for (Py_ssize_t each = row; tiled < columns && each < row + held; each++)
+                sweep_rest(s, each, tiled, kept ? differences + each * columns + tiled : NULL, &rest, compared, kept);
+        }
+        double update = total_of(known.update) + rest.update;
+        IN_ORDER(update);
+        known.update[0] = known.update[1] = _mm256_setzero_pd(), rest.update = 0.0;
+        s->update += update;
+        if (kept && is_hotter(update, most)) {
+            most = update;
+            s->hottest = start, s->half = (int)free;
+            free = 1 - free;
+        }
+    }
+    IN_ORDER(rest.norm); IN_ORDER(rest.drift);
+    s->norm = total_of(known.norm) + rest.norm, s->drift = total_of(known.drift) + rest.drift;
+    float low[LANES], high[LANES];
+    _mm256_storeu_ps(low, known.low), _mm256_storeu_ps(high, known.high);
+    s->low = from_ordered((int32_t)rest.low), s->high = from_ordered((int32_t)rest.high);
+    for (int lane = 0; lane < LANES; lane++) {
+        s->low = tiled && !(s->low <= low[lane]) ? low[lane] : s->low;
+        s->high = tiled && !(s->high >= high[lane]) ? high[lane] : s->high;
+    }
+    if (isnan(s->norm)) s->low = s->high = NAN;
+}
+
+/* Where `multiplies_and_adds`. */
+AVX2 static void sweep_of_made(Sweep *s) {
+    if (!s->first) sweep_low_rank(s, 0, 0);
+    else if (!s->moved) sweep_low_rank(s, 1, 0);
+    else sweep_low_rank(s, 1, 1);
+}
+#else
+static void cut_in_strips(const LowRank *m) {}
+static void sweep_of_made(Sweep *s) {}
 #endif
 
 static const char *isa = "plain";
@@ -292,6 +390,16 @@ static void choose_instructions(void) {
         isa = "avx512", sweeps = sweeps_avx512;
     else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         isa = "avx2", sweeps = sweeps_avx2;
+#endif
+}
+
+/* Whether `sweep_made` and `grams` are of use: without such an instruction they would round otherwise, or take longer than
+ * torch. */
+static int multiplies_and_adds(void) {
+#ifdef AVX2
+    return sweeps != sweeps_plain;
+#else
+    return 0;
 #endif
 }
 
@@ -482,6 +590,9 @@ typedef struct {
     const float *left, *right; /* of as many rows */
     Py_ssize_t rows, lefts, rights;
     double square, bound;
+    const uint8_t *lives; /* which rows count in `least` and `most`, or NULL for all of them */
+    float *grams;         /* zeros, of both: [2, rows, rows]; then room */
+    double least, most;   /* of the squared norms of rows */
 } Product;
 
 INLINE double dot(const float *one, const float *other, Py_ssize_t count) {
@@ -503,6 +614,82 @@ INLINE void product_of_rows(Product *p) {
         p->bound += sqrt(own);
     }
 }
+
+enum { GRAM_ENTRIES = 1 << 16, MOST_GRAM_ROWS = 1 << 12 }; /* which leaves columns enough for a vector */
+#ifdef AVX2
+/* So many rows meet so many others in registers, over columns of theirs that lie together in the second cache: where they
+ * come from, rows apart by powers of two share few places in any. */
+enum { GRAM_ROWS = 4, GRAM_OTHERS = 3 };
+
+INLINE AVX2 void gram_tile(const float *own, const float *other, Py_ssize_t width, float *gram, Py_ssize_t across, int rows,
+                           int others) {
+    __m256 sums[GRAM_ROWS][GRAM_OTHERS], met[GRAM_OTHERS];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
+        for (int beside = 0; beside < others; beside++) sums[row][beside] = _mm256_setzero_ps();
+    for (Py_ssize_t at = 0; at < width; at += LANES) {
+#pragma GCC unroll 3
+        for (int beside = 0; beside < others; beside++) met[beside] = _mm256_loadu_ps(other + beside * width + at);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+            const __m256 mine = _mm256_loadu_ps(own + row * width + at);
+#pragma GCC unroll 3
+            for (int beside = 0; beside < others; beside++)
+                sums[row][beside] = _mm256_fmadd_ps(mine, met[beside], sums[row][beside]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
+        for (int beside = 0; beside < others; beside++) {
+            float lanes[LANES];
+            _mm256_storeu_ps(lanes, sums[row][beside]);
+            gram[row * across + beside] += ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
+                                           ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+        }
+}
+
+/* The lower triangle of F F^T, and some of the upper one. room: of GRAM_ENTRIES. */
+INLINE AVX2 void add_gram(const float *factor, Py_ssize_t rows, Py_ssize_t columns, float *gram, float *room) {
+    Py_ssize_t most = GRAM_ENTRIES / rows / LANES * LANES;
+    for (Py_ssize_t start = 0; start < columns; start += most) {
+        Py_ssize_t count = columns - start < most ? columns - start : most, width = (count + LANES - 1) / LANES * LANES;
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            memcpy(room + row * width, factor + row * columns + start, (size_t)count * sizeof *room);
+            for (Py_ssize_t at = count; at < width; at++) room[row * width + at] = 0.0f;
+        }
+        for (Py_ssize_t row = 0, held; row < rows; row += held) {
+            held = rows - row < GRAM_ROWS ? 1 : GRAM_ROWS;
+            const float *own = room + row * width;
+            Py_ssize_t end = row + held, beside = 0;
+            for (; held == GRAM_ROWS && beside < end && beside + GRAM_OTHERS <= rows; beside += GRAM_OTHERS)
+                gram_tile(own, room + beside * width, width, gram + row * rows + beside, rows, GRAM_ROWS, GRAM_OTHERS);
+            for (; beside < end; beside++)
+                for (Py_ssize_t each = 0; each < held; each++)
+                    gram_tile(own + each * width, room + beside * width, width, gram + (row + each) * rows + beside, rows, 1, 1);
+        }
+    }
+}
+
+/* The same as `product_of_rows` of more rows, from Gram matrices in float: each entry is a sum of few sums of few. */
+AVX2 static void product_of_grams(Product *p) {
+    float *left = p->grams, *right = left + p->rows * p->rows, *room = right + p->rows * p->rows;
+    add_gram(p->left, p->rows, p->lefts, left, room);
+    add_gram(p->right, p->rows, p->rights, right, room);
+    p->least = HUGE_VAL, p->most = 0.0;
+    for (Py_ssize_t row = 0; row < p->rows; row++, left += p->rows, right += p->rows) {
+        double one = (double)left[row], other = (double)right[row];
+        p->square += one * other + 2.0 * dot(left, right, row);
+        p->bound += sqrt(one * other);
+        if (p->lives && !p->lives[row]) continue;
+        p->least = fmin(p->least, fmin(one, other));
+        p->most = fmax(p->most, fmax(one, other));
+    }
+}
+#else
+static void product_of_grams(Product *p) {}
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 AVX2 static void product_avx2(Product *p) { product_of_rows(p); }
@@ -529,6 +716,29 @@ static PyObject *product(PyObject *module, PyObject *args) {
     product_of_rows(&p);
     Py_END_ALLOW_THREADS;
     return Py_BuildValue("dd", p.square, p.bound);
+}
+
+static PyObject *grams(PyObject *module, PyObject *args) {
+    unsigned long long left, right, lives;
+    Product p = {0};
+    if (!PyArg_ParseTuple(args, "KKKnnn", &left, &right, &lives, &p.rows, &p.lefts, &p.rights))
+        return NULL;
+    if (p.rows <= 0 || p.rows > MOST_GRAM_ROWS || p.lefts <= 0 || p.rights <= 0 || !left || !right ||
+        !multiplies_and_adds()) {
+        PyErr_SetString(PyExc_ValueError, "grams: expected two matrices of as many rows, which are not too many");
+        return NULL;
+    }
+    p.left = (const float *)(uintptr_t)left;
+    p.right = (const float *)(uintptr_t)right;
+    p.lives = (const uint8_t *)(uintptr_t)lives;
+    p.grams = PyMem_Calloc(2 * (size_t)p.rows * (size_t)p.rows + GRAM_ENTRIES, sizeof *p.grams);
+    if (!p.grams)
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS;
+    product_of_grams(&p);
+    Py_END_ALLOW_THREADS;
+    PyMem_Free(p.grams);
+    return Py_BuildValue("dddd", p.square, p.bound, p.least, p.most);
 }
 
 typedef struct {
@@ -790,40 +1000,29 @@ static PyObject *sweep(PyObject *module, PyObject *args) {
     return Py_BuildValue("dddddni", s.norm, s.drift, s.update, s.low, s.high, s.hottest, s.half);
 }
 
-/* Whether `sweep_made` is of use: without such an instruction it would round otherwise, and take longer than torch. */
-static int multiplies_and_adds(void) {
-#ifdef __FP_FAST_FMAF
-    return MAKES;
-#else
-    return MAKES && sweeps != sweeps_plain;
-#endif
-}
-
 static PyObject *sweep_made(PyObject *module, PyObject *args) {
-    unsigned long long base, left, right, room, first, before, moved;
+    unsigned long long base, left, right, strips, first, before, moved;
     LowRank made = {0};
     Sweep s = {0};
-    if (!PyArg_ParseTuple(args, "KKKKfnniKKKnn", &base, &left, &right, &room, &made.scale, &made.columns, &made.rank,
+    if (!PyArg_ParseTuple(args, "KKKKfnniKKKnn", &base, &left, &right, &strips, &made.scale, &made.columns, &made.rank,
                           &made.dtype, &first, &before, &moved, &s.count, &s.chunk))
         return NULL;
     if (made.dtype < 0 || made.dtype >= FLOAT64 || made.columns <= 0 || made.rank <= 0 || s.chunk <= 0 || s.count <= 0 ||
-        s.chunk % made.columns || s.count % made.columns || !base || !left || !right || !room || !first != !before) {
+        s.chunk % made.columns || s.count % made.columns || !base || !left || !right || !strips || !first != !before || !multiplies_and_adds()) {
         PyErr_SetString(PyExc_ValueError, "sweep_made: expected whole rows of a base, its factors, both references or none");
         return NULL;
     }
     made.base = (const void *)(uintptr_t)base;
     made.left = (const float *)(uintptr_t)left;
     made.right = (const float *)(uintptr_t)right;
-    made.room = (float *)(uintptr_t)room;
-    made.strips = made.room + s.chunk;
+    made.strips = (float *)(uintptr_t)strips;
     s.made = &made;
     s.first = (const void *)(uintptr_t)first;
     s.before = (void *)(uintptr_t)before;
     s.moved = (void *)(uintptr_t)moved;
-    s.copied = 1;
     Py_BEGIN_ALLOW_THREADS;
     cut_in_strips(&made);
-    sweeps[FLOAT32](&s);
+    sweep_of_made(&s);
     Py_END_ALLOW_THREADS;
     return Py_BuildValue("dddddni", s.norm, s.drift, s.update, s.low, s.high, s.hottest, s.half);
 }
@@ -833,8 +1032,8 @@ static PyMethodDef methods[] = {
      "sweep(weight, first, before, moved, count, chunk, dtype, copied) -> (|W|^2, |W-W0|^2, |W-W-|^2, low, high, "
      "where the chunk begins that moved most, which half of `moved` has it)"},
     {"sweep_made", sweep_made, METH_VARARGS,
-     "sweep_made(base, left, right, room, scale, columns, rank, dtype of the base, first, before, moved, count, chunk) -> "
-     "what `sweep` gives of base + scale * left @ right in float, which W- becomes; room: for a chunk, and then `right`"},
+     "sweep_made(base, left, right, strips, scale, columns, rank, dtype of the base, first, before, moved, count, chunk) -> "
+     "what `sweep` gives of base + scale * left @ right in float, which W- becomes; strips: room for `right`; where MULTIPLIES_AND_ADDS"},
     {"rows", rows, METH_VARARGS,
      "rows(values, rows, columns, period, dtype) -> (sum of squares, low, high, and the same of the rows whose number is "
      "no multiple of the period)"},
@@ -846,6 +1045,9 @@ static PyMethodDef methods[] = {
      "whether any entry of it is not 0"},
     {"product", product, METH_VARARGS,
      "product(left, right, rows, lefts, rights) -> (|left^T right|^2, the sum over rows of |left_i| |right_i|) in floats"},
+    {"grams", grams, METH_VARARGS,
+     "grams(left, right, lives, rows, lefts, rights) -> what `product` gives, from sums in float, and the least and the "
+     "largest squared norm of rows of either, of those only that have a byte in `lives`; where MULTIPLIES_AND_ADDS"},
     {"softmax", softmax, METH_VARARGS,
      "softmax(values, count, dtype) -> (largest, second, sum of e^d, sum of d e^d), d = value - largest"},
     {"alike", alike, METH_VARARGS,

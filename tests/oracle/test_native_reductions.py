@@ -20,6 +20,7 @@ from stabilitylab.probes.native_scan import (
     rows_alike,
     scan_extremes,
     scan_factor,
+    scan_grams,
     scan_product,
     scan_rows,
     softmax_sums,
@@ -312,3 +313,69 @@ def test_the_norm_alone_of_many_tokens_some_of_them_without_a_gradient(path: str
     delta[:silent] = 0
     packed, rebuild = reduce_size(x, delta)
     assert rebuild(packed.numpy()).norm == pytest.approx(float((delta.double().T @ x.double()).norm()), rel=1e-5)
+
+
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 140),
+    widths=st.tuples(st.integers(1, 1_500), st.integers(1, 300)),
+    silent=st.integers(0, 3),
+)
+def test_the_norm_of_a_larger_product(path: str, seed: int, rows: int, widths: tuple[int, int], silent: int) -> None:
+    torch.manual_seed(seed)
+    left, right = torch.randn(rows, widths[0]), torch.randn(rows, widths[1])
+    left[:silent] = 0
+    lives = (left != 0).any(dim=1)
+    plain = [each.double() for each in (left, right)]
+    norm = float(torch.linalg.vector_norm(plain[0].T @ plain[1]))
+    assert float(norm_of_product(left, right, lives)) == pytest.approx(norm, rel=1e-5)
+    seen = scan_grams(left, right, lives)
+    assert (seen is not None) == (path == "native" and _multiplies_and_adds())
+    if seen is not None:
+        sizes = torch.stack([each.square().sum(dim=1) for each in plain])
+        bound = float(sizes.prod(dim=0).sqrt().sum())
+        assert seen.bound == pytest.approx(bound, rel=1e-5)
+        assert abs(seen.square - norm**2) <= 1e-6 * bound**2
+        if lives.any():
+            ends = [float(each) for each in torch.aminmax(sizes[:, lives])]
+            assert [seen.least, seen.most] == pytest.approx(ends, rel=1e-5)
+
+
+def _multiplies_and_adds() -> bool:
+    return native_scan._BUILT is not None and bool(native_scan._BUILT.MULTIPLIES_AND_ADDS)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("rows", [slice(None), slice(7, 8)], ids=["all", "one"])
+def test_the_norm_of_a_larger_product_whose_squares_leave_fp32(path: str, scale: float, rows: slice) -> None:
+    torch.manual_seed(8)
+    left, right = torch.randn(60, 900), torch.randn(60, 300)
+    right[rows] *= 1e-6
+    left[rows] *= scale
+    norm = float(torch.linalg.vector_norm(left.double().T @ right.double()))
+    assert float(norm_of_product(left, right)) == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_larger_product_of_rows_that_cancel_each_other(path: str) -> None:
+    torch.manual_seed(9)
+    left, right = torch.randn(30, 900).repeat(2, 1), torch.randn(30, 300).repeat(2, 1)
+    right[30:] *= -1 - 1e-4
+    norm = float(torch.linalg.vector_norm(left.double().T @ right.double()))
+    assert float(norm_of_product(left, right)) == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_not_finite_in_a_larger_product(path: str, lost: float) -> None:
+    left, right = torch.randn(50, 900), torch.randn(50, 300)
+    right[49, 299] = lost
+    assert not math.isfinite(float(norm_of_product(left, right)))
+
+
+def test_a_product_that_many_threads_make_sooner_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = torch.randn(128, 3_072), torch.randn(128, 768)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert (scan_grams(*factors, None) is not None) == _multiplies_and_adds()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert scan_grams(*factors, None) is None
+    assert scan_grams(torch.randn(600, 2), torch.randn(600, 2), None) is None

@@ -126,6 +126,17 @@ def test_the_rows_that_moved_most(path: str) -> None:
     assert torch.equal(change[at], whole[310] - (whole[310] - 1.0))
 
 
+@pytest.mark.parametrize("shape", [(400, 1_000), (37, 130), (3, 9)], ids=str)
+def test_it_is_found_the_same_to_the_bit_whether_what_moved_is_kept_or_not(shape: tuple[int, int]) -> None:
+    """A state of a weight is known again by its figures, see `References`."""
+    made = a_sum(5, *shape, 8, torch.float32)
+    first, before = references(merged(made))
+    found = [sweep_sum(made, (first, before.clone()), 16, keeps_moved=kept) for kept in (False, True)]
+    assert (found[0] is None) == (found[1] is None)
+    if found[0] is not None and found[1] is not None:
+        assert found[0][:3] == found[1][:3]
+
+
 def test_products_of_many_columns_are_made_by_torch() -> None:
     made = a_sum(5, 64, 64, 65, torch.float32)
     assert sweep_sum(made, None, 64) is None

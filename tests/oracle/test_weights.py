@@ -132,11 +132,15 @@ def test_a_sample_sees_a_row_that_moved(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits(dtype: torch.dtype) -> None:
-    left = random(3, 5, 7, dtype=dtype)
+@pytest.mark.parametrize("shape", [(5, 7), (4, 6)], ids=str)  # of half words, and of whole ones
+def test_same_bits(path: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    left = random(3, *shape, dtype=dtype)
     left[0, 0] = math.nan
-    right = left.clone()
-    assert same_bits(left, right)
-    right[4, 6] = right[4, 6] * 2
-    assert not same_bits(left, right)
+    for at in ((0, 1), (2, 3), (shape[0] - 1, shape[1] - 1)):
+        right = left.clone()
+        assert same_bits(left, right)
+        assert same_bits(left.T, right.T)
+        right[at] = right[at] * 2
+        assert not same_bits(left, right)
+        assert not same_bits(left.T, right.T)
     assert not same_bits(torch.zeros(2, dtype=dtype), -torch.zeros(2, dtype=dtype))
