@@ -211,7 +211,8 @@ class DriftBank:
         positions = row.schema.position.items()
         self._from_zero = {site for (metric, site), at in positions if metric == _SIZE and row.values[at] == 0}
         for at, place in enumerate(self._state["place"].tolist()):
-            self._state["from_zero"][at] = self._grows_from_zero(*self._columns.keys[place], row.schema)
+            metric, site = self._columns.keys[place]
+            self._state["from_zero"][at] = self._grows_from_zero(metric, site, row.schema)
 
     def _grows_from_zero(self, metric: str, site: str, schema: Schema) -> bool:
         """schema: of the first row that has it. Of a weight that the first edit was seen to move there is no reading
