@@ -20,20 +20,28 @@ _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _list_of(module: nn.Module) -> nn.Module | None:
-    """What computes the weight, one transform after the other; None where it is no parametrization of one tensor."""
+    """What computes the weight, one transform after the other; None for a layer whose weight is its own."""
     if "parametrizations" not in module._modules:  # a ScriptModule's have no `get`
         return None
     lists = module._modules["parametrizations"]
-    held = None if lists is None or "weight" not in lists._modules else lists._modules["weight"]
-    return held if held is not None and isinstance(held._parameters.get("original"), Tensor) else None
+    return lists._modules["weight"] if lists is not None and "weight" in lists._modules else None
+
+
+def _originals(held: nn.Module) -> list[Tensor]:
+    """What the first transform is given."""
+    return [tensor for tensor in held._parameters.values() if tensor is not None]
 
 
 def original_of(module: nn.Module) -> Tensor | None:
-    """The parameter that the weight of such a layer is computed from, with others; None for other layers."""
-    found = _list_of(module)
-    if found is None or not any(True for step in found.children() for _ in step.parameters()):
+    """The parameter that the weight of such a layer is computed from, with others: the largest of these; None for other
+    layers.
+    """
+    held = _list_of(module)
+    originals = [] if held is None else _originals(held)
+    if held is None or not originals:
         return None
-    return found._parameters["original"]
+    alone = len(originals) == 1 and not any(True for step in held.children() for _ in step.parameters())
+    return None if alone else max(originals, key=Tensor.numel)
 
 
 @torch.no_grad()
@@ -43,15 +51,15 @@ def computed_weight(module: nn.Module) -> Tensor:
     By copies of the transforms that share their parameters, so that buffers, modes and hooks are left as they are.
     Raises what a transform raises.
     """
-    found, weight = _list_of(module), original_of(module)
-    assert found is not None
-    assert weight is not None
-    shared = {id(tensor): tensor for tensor in found.parameters()}
-    made: Tensor = weight.detach()
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        for step in found.children():
+    held = _list_of(module)
+    assert held is not None
+    shared = {id(tensor): tensor for tensor in held.parameters()}
+    made = [tensor.detach() for tensor in _originals(held)]
+    devices = [made[0].device] if made[0].is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        for step in held.children():
             twin = copy.deepcopy(step, dict(shared)).eval()
             for part in twin.modules():
                 vars(part).update({name: OrderedDict() for name in _HOOKS})
-            made = twin.forward(made)
-    return made.detach().clone() if made.data_ptr() == weight.data_ptr() else made.detach()
+            made = [twin.forward(*made)]
+    return made[0].detach().clone()

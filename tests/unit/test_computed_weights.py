@@ -73,11 +73,13 @@ def test_without_sites_what_an_edit_moves_of_them_is_found(tmp_path: Path) -> No
     assert sl.load(tmp_path / "run").manifest["sites"] == ["1"]
 
 
-def test_weight_norm_has_two_parameters_under_their_own_names() -> None:
+def test_weight_norm_has_two_parameters_which_are_found_under_their_own_names_too() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))
-    names = [site.name for site in find_sites(model, "0.*weight*")]
+    names = [site.name for site in find_sites(model, "0.*original*")]
     assert names == ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
     assert all(locate(model, site) is not None for site in find_sites(model, "0.*"))
+    (whole,) = find_sites(model, "0")
+    assert whole.shape == (3, 4)
 
 
 class LowRank(nn.Module):
@@ -118,7 +120,11 @@ def doubled_and_low_rank(layer: nn.Module, rows: int, columns: int) -> None:
     low_rank(layer, rows, columns)
 
 
-ADDED = [low_rank, gated, doubled_and_low_rank]
+def weight_normed(layer: nn.Module, rows: int, columns: int) -> None:
+    parametrizations.weight_norm(layer)
+
+
+ADDED = [low_rank, gated, doubled_and_low_rank, weight_normed]
 Add = Callable[[nn.Module, int, int], None]
 
 
@@ -138,7 +144,9 @@ def weight_of(model: nn.Sequential) -> Tensor:
 
 def edits(model: nn.Sequential, of: Callable[[], AbstractContextManager[object]] = nullcontext) -> list[Tensor]:
     """Three steps of an optimizer with what the weight is made of besides; the weight before and after each."""
-    moving = [tensor for name, tensor in model.named_parameters() if ".weight." in name and "original" not in name]
+    moving = [
+        tensor for name, tensor in model.named_parameters() if ".weight." in name and not name.endswith("original")
+    ]
     optimizer = torch.optim.SGD(moving, lr=0.5)
     seen = [weight_of(model)]
     for _ in range(3):
