@@ -56,11 +56,12 @@ INLINE int64_t ordered_wide(double value) {
     return bits ^ (int64_t)((uint64_t)(bits >> 63) >> 1);
 }
 
-INLINE double from_ordered(int32_t order) {
+/* Called once or twice in many entries: whether in line is left to the compiler. */
+static inline double from_ordered(int32_t order) {
     return (double)float_of((uint32_t)(order ^ (int32_t)((uint32_t)(order >> 31) >> 1)));
 }
 
-INLINE double from_ordered_wide(int64_t order) {
+static inline double from_ordered_wide(int64_t order) {
     double value;
     int64_t bits = order ^ (int64_t)((uint64_t)(order >> 63) >> 1);
     memcpy(&value, &bits, sizeof value);
