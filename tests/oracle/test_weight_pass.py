@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,4 +146,22 @@ def test_native_code_that_another_source_made_is_not_used(monkeypatch: pytest.Mo
     built = native_scan._load()
     assert built is not None
     monkeypatch.setattr(built, "SOURCE", "that of yesterday")
+    assert native_scan._load() is None
+
+
+def test_a_change_of_any_source_makes_native_code_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if weight_pass() == "numpy":
+        pytest.skip("no native code here: it needs a C compiler and `make`, which builds it")
+    copied = Path(shutil.copytree(native_scan._NATIVE, tmp_path / "native"))
+    monkeypatch.setattr(native_scan, "_NATIVE", copied)
+    assert native_scan._load() is not None
+    sources = list(copied.iterdir())
+    assert {path.suffix for path in sources} == {".c", ".h"}
+    for path in sources:
+        text = path.read_bytes()
+        path.write_bytes(text + b"\n")
+        assert native_scan._load() is None, path.name
+        path.write_bytes(text)
+    assert native_scan._load() is not None
+    path.rename(path.with_stem("renamed"))
     assert native_scan._load() is None
