@@ -39,7 +39,7 @@ def text(model: Any, editor: object, edit: Edit | None) -> list[Tensor]:
 
 def scaled(model: nn.Module, editor: Any, edit: Edit | None) -> list[Tensor]:
     scaler = editor.scaler
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, maximize=True)
     optimizer.zero_grad()
     loss: Tensor = model(torch.randn(2, 5, 8)).pow(2).mean()
     scaler.scale(loss).backward()
