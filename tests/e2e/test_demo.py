@@ -95,7 +95,8 @@ def test_everything_that_a_mend_run_can_show_was_read(demo: tuple[Run, str]) -> 
     of_others = {metric.name for probe in (Absorption, *OF_OTHER_EDITORS) for metric in probe.metrics}
     # Its gradients are functional: no optimizer steps, nothing is accumulated. And nothing beside its layers is spoilt.
     of_steps = {
-        f"gradient.{name}" for name in ("norm_stepped", "learning_rate", "loss_scale", "nonfinite_steps", "carried")
+        f"gradient.{name}"
+        for name in ("norm_stepped", "learning_rate", "ascends", "loss_scale", "nonfinite_steps", "carried")
     }
     of_others |= of_steps | {"state.nonfinite"}
     # No unit of its statistics is without a spread, so none is listed.
