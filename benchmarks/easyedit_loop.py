@@ -11,7 +11,7 @@ import copy
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -44,15 +44,22 @@ def _editor(seed: int, folder: Path) -> Any:
     return BaseEditor.from_hparams(FTHyperParams.from_hparams(file))
 
 
-def easyedit_ft25(seed: int) -> Callable[[], Subject]:
-    """Twins of one editor, each with a model of its own; each edit begins from the same weights."""
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[Path]:
+    """In a folder of its own: EasyEdit writes logs and results where it is run."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # it writes a log where it is
+        os.chdir(folder)
         try:
-            first = _editor(seed, Path(folder))
+            yield Path(folder)
         finally:
             os.chdir(before)
+
+
+def easyedit_ft25(seed: int) -> Callable[[], Subject]:
+    """Twins of one editor, each with a model of its own; each edit begins from the same weights."""
+    with _elsewhere() as folder:
+        first = _editor(seed, folder)
     vocabulary = first.model.get_input_embeddings().num_embeddings
     canary = torch.randint(0, vocabulary, _CANARY)
 
@@ -64,7 +71,8 @@ def easyedit_ft25(seed: int) -> Callable[[], Subject]:
         def edit() -> list[Tensor]:
             with torch.no_grad():
                 weight.copy_(trained)
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of each step, in the midst of our table
+            # It tells of each step, in the midst of our table.
+            with _elsewhere(), contextlib.redirect_stdout(io.StringIO()):
                 editor.edit(**hosts.requests(1), sequential_edit=True, verbose=False)
             return []
 

@@ -55,17 +55,19 @@ def norm_of_product(a: Tensor, b: Tensor, lives: Tensor | None = None) -> Tensor
         safe = least < grams.least and grams.most < most
         if safe and grams.square > _TRUSTED[torch.float32] * grams.bound**2:
             return torch.tensor(math.sqrt(grams.square), dtype=torch.float64)
-    narrow = grams is None and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    for pair in [(a, b), (a.double(), b.double())][not narrow :]:
-        square, sizes = _inner(*pair)
+    dtypes = [torch.float64]
+    if grams is None and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        dtypes.insert(0, torch.float32)
+    for dtype in dtypes:
+        square, sizes = _inner(a.to(dtype), b.to(dtype))
         sizes = sizes if lives is None else sizes[:, lives]  # what is 0 can't underflow
-        narrow = pair[0].dtype == torch.float32
+        narrow = dtype == torch.float32
         least, most = _SAFE_SQUARES if narrow else (0.0, math.inf)
         if not sizes.numel():
             return torch.zeros_like(square)
         low, high = map(number_here, torch.aminmax(sizes))
         bound = number_here(sizes.double().prod(dim=0).sqrt().sum()) ** 2
-        if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[pair[0].dtype] * bound:
+        if (least < low or not narrow) and high < most and number_here(square) > _TRUSTED[dtype] * bound:
             return square.sqrt()
     whole: Tensor = torch.linalg.vector_norm(a.double().T @ b.double())
     return whole

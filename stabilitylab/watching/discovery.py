@@ -57,7 +57,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _whole_sites(model: nn.Module) -> list[Site]:
-    """Every site, but for the parts that PEFT made a layer of: it moves as a whole."""
+    """Every site, but for the parts that a layer's weight is made of: it moves as a whole."""
     parts = tuple(parts_of_layers(model).values())
     return [site for site in all_sites(model).values() if not site.name.startswith(parts)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 PLACE: Final = "parametrizations."
 """What the names of its parts begin with, inside the layer."""
 
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_OWN: Final = (dict, list, set)
+"""What a module's attributes are kept in: what a transform writes to must be the copy's own."""
 
 
 def _list_of(module: nn.Module) -> nn.Module | None:
@@ -53,13 +54,21 @@ def computed_weight(module: nn.Module) -> Tensor:
     """
     held = _list_of(module)
     assert held is not None
-    shared = {id(tensor): tensor for tensor in held.parameters()}
     made = [tensor.detach() for tensor in _originals(held)]
-    devices = [made[0].device] if made[0].is_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[made[0].device] if made[0].is_cuda else []):
         for step in held.children():
-            twin = copy.deepcopy(step, dict(shared)).eval()
-            for part in twin.modules():
-                vars(part).update({name: OrderedDict() for name in _HOOKS})
-            made = [twin.forward(*made)]
+            made = [_twin(step).forward(*made)]
     return made[0].detach().clone()
+
+
+def _twin(module: nn.Module) -> Any:
+    """A module for evaluation with the same parameters, buffers of its own and no hooks. Not a deep copy: what a
+    transform refers to, which may be the whole model, is not copied.
+    """
+    twin = copy.copy(module)
+    vars(twin).update({name: copy.copy(held) for name, held in vars(module).items() if isinstance(held, _OWN)})
+    twin._buffers = {name: None if held is None else held.clone() for name, held in module._buffers.items()}
+    twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin.training = False
+    return twin

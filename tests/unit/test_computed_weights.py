@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,33 @@ def test_parts_that_come_and_go_within_a_run(tmp_path: Path) -> None:
     run = sl.load(tmp_path / "run")
     assert run.series("update.norm", "0")[1] == pytest.approx(2 * float(before.norm()), rel=1e-5)
     assert run.series("update.norm", "0")[2] == 0
+
+
+def test_what_a_transform_refers_to_is_not_copied(tmp_path: Path) -> None:
+    class Whole:
+        def __deepcopy__(self, memo: object) -> Whole:
+            raise RuntimeError("of the whole model")
+
+    class Referring(Gate):
+        def __init__(self, rows: int) -> None:
+            super().__init__(rows)
+            self.calls = 0
+            self.seen: list[int] = []
+            self.whole = Whole()
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(self.calls)
+            return super().forward(weight)
+
+    model = nn.Sequential(nn.Linear(6, 5))
+    parametrize.register_parametrization(model[0], "weight", Referring(5))
+    gate: Any = model[0].parametrizations.weight[0]  # type: ignore[index, union-attr]
+    calls = gate.calls
+    with sl.attach(model, "0", tmp_path / "run", announce=False) as monitor, monitor.edit(), torch.no_grad():
+        gate.factor.mul_(2)
+    assert (gate.calls, gate.seen) == (calls, list(range(1, calls + 1)))
+    assert sl.load(tmp_path / "run").series("update.norm", "0")[1] > 0
 
 
 def test_what_cannot_be_computed_is_told(tmp_path: Path) -> None:

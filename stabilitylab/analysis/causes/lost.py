@@ -187,7 +187,7 @@ RULES = (
         " model.",
         "At three edits or more, from the first on, updates of exactly 0 at every watched layer, while the canary's"
         " answers leave the original's. With low confidence where watched weights move too, with nothing to be found"
-        " in them, and three edits wrote to parameters beside them.",
+        " in them and less than a tenth of their norm away, and three edits wrote to parameters beside them.",
         "The MLPs of the last blocks are watched, and the edits go into the attention of the first.",
     ),
     Rule(
