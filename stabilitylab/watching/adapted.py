@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stabilitylab.probes.native_scan import LowRankSum
 from stabilitylab.probes.weight_pass import same_bits
 from stabilitylab.probes.weight_pieces import InPieces, rows_of_a_piece
-from stabilitylab.watching.parametrised import PLACE, computed_weight, original_of
+from stabilitylab.watching.parametrised import computed_weight, original_of, place_of_parts
 from stabilitylab.watching.walking import named_modules_of, named_tensors_of
 
 WRAPPER: Final = "base_model.model."
@@ -78,7 +78,7 @@ def has_parts(module: nn.Module) -> bool:
 def parts_of_layers(model: nn.Module) -> dict[str, str]:
     """Of each such layer, by name: what the names of its parts begin with."""
     found = ((name, module) for name, module in model.named_modules() if has_parts(module))
-    return {name: f"{name}.{'' if original_of(module) is None else PLACE}" for name, module in found}
+    return {name: f"{name}.{'' if original_of(module) is None else place_of_parts(module)}" for name, module in found}
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -1,4 +1,5 @@
-"""A layer whose weight ``torch.nn.utils.parametrize`` computes with parameters of its own, as LoRA is also written.
+"""A layer whose weight ``torch.nn.utils.parametrize`` computes with parameters of its own, as LoRA is also written; or
+the hook of ``torch.nn.utils.weight_norm``, before each forward, from a norm and a direction.
 
 What an edit moves there is the weight that comes out. Where nothing but the original parameter can move, that one is
 watched instead (see `sites`): it is what an edit and an optimizer write to.
@@ -12,9 +13,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
-PLACE: Final = "parametrizations."
-"""What the names of its parts begin with, inside the layer."""
+_PARTS: Final = "parametrizations."
+_PARTS_OF_NORM: Final = "weight_"
 
 _OWN: Final = (dict, list, set)
 """What a module's attributes are kept in: what a transform writes to must be the copy's own."""
@@ -28,6 +30,19 @@ def _list_of(module: nn.Module) -> nn.Module | None:
     return lists._modules["weight"] if lists is not None and "weight" in lists._modules else None
 
 
+def _norm_of(module: nn.Module) -> WeightNorm | None:
+    """The hook that computes the weight, where that is how its norm is kept apart."""
+    if "weight_g" not in module._parameters:
+        return None
+    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+    return next((hook for hook in hooks if hook.name == "weight"), None)
+
+
+def place_of_parts(module: nn.Module) -> str:
+    """What the names of such a layer's parts begin with, inside the layer."""
+    return _PARTS if _norm_of(module) is None else _PARTS_OF_NORM
+
+
 def _originals(held: nn.Module) -> list[Tensor]:
     """What the first transform is given."""
     return [tensor for tensor in held._parameters.values() if tensor is not None]
@@ -37,6 +52,8 @@ def original_of(module: nn.Module) -> Tensor | None:
     """The parameter that the weight of such a layer is computed from, with others: the largest of these; None for other
     layers.
     """
+    if _norm_of(module) is not None:
+        return module._parameters["weight_v"]
     held = _list_of(module)
     originals = [] if held is None else _originals(held)
     if held is None or not originals:
@@ -52,6 +69,10 @@ def computed_weight(module: nn.Module) -> Tensor:
     By copies of the transforms that share their parameters, so that buffers, modes and hooks are left as they are.
     Raises what a transform raises.
     """
+    norm = _norm_of(module)
+    if norm is not None:
+        weight: Tensor = norm.compute_weight(module)
+        return weight.detach().clone()
     held = _list_of(module)
     assert held is not None
     made = [tensor.detach() for tensor in _originals(held)]

@@ -125,7 +125,11 @@ def weight_normed(layer: nn.Module, rows: int, columns: int) -> None:
     parametrizations.weight_norm(layer)
 
 
-ADDED = [low_rank, gated, doubled_and_low_rank, weight_normed]
+def weight_normed_by_a_hook(layer: nn.Module, rows: int, columns: int) -> None:
+    nn.utils.weight_norm(layer)
+
+
+ADDED = [low_rank, gated, doubled_and_low_rank, weight_normed, weight_normed_by_a_hook]
 Add = Callable[[nn.Module, int, int], None]
 
 
@@ -138,6 +142,8 @@ def computing(add: Add, conv1d: bool = False) -> nn.Sequential:
 
 def weight_of(model: nn.Sequential) -> Tensor:
     """What the first layer computes with in evaluation."""
+    if "weight_g" in model[0]._parameters:  # `weight` is that of the last forward, and can't be copied
+        return torch.nn.functional.normalize(model[0].weight_v.detach()) * model[0].weight_g.detach()  # type: ignore[operator]
     twin = copy.deepcopy(model).eval()
     weight: Tensor = twin[0].weight
     return weight.detach()
@@ -146,7 +152,9 @@ def weight_of(model: nn.Sequential) -> Tensor:
 def edits(model: nn.Sequential, of: Callable[[], AbstractContextManager[object]] = nullcontext) -> list[Tensor]:
     """Three steps of an optimizer with what the weight is made of besides; the weight before and after each."""
     moving = [
-        tensor for name, tensor in model.named_parameters() if ".weight." in name and not name.endswith("original")
+        tensor
+        for name, tensor in model.named_parameters()
+        if name.startswith(("0.parametrizations.weight.", "0.weight_")) and not name.endswith("original")
     ]
     optimizer = torch.optim.SGD(moving, lr=0.5)
     seen = [weight_of(model)]
@@ -207,8 +215,15 @@ def test_it_is_a_site_by_its_name_and_its_parts_are_where_they_are_named() -> No
     assert [site.name for site in find_sites(model, "*.original")] == ["0.parametrizations.weight.original"]
 
 
-def test_without_sites_what_an_edit_moves_is_the_layer(tmp_path: Path) -> None:
-    model = computing(low_rank)
+def test_the_parts_of_a_weight_that_a_hook_makes() -> None:
+    model = computing(weight_normed_by_a_hook)
+    assert [site.name for site in find_sites(model, "*")] == ["0", "0.bias", "2", "2.bias"]
+    assert [site.name for site in find_sites(model, "*_g")] == ["0.weight_g"]
+
+
+@pytest.mark.parametrize("add", [low_rank, weight_normed_by_a_hook])
+def test_without_sites_what_an_edit_moves_is_the_layer(tmp_path: Path, add: Add) -> None:
+    model = computing(add)
     with sl.attach(model, run=tmp_path / "run", announce=False) as monitor:
         edits(model, monitor.edit)
     assert sl.load(tmp_path / "run").manifest["sites"] == ["0"]
