@@ -130,6 +130,63 @@ def test_a_loop_whose_rate_is_raised_by_mistake(tmp_path: Path) -> None:
     assert found.first_bad_edit == 10
 
 
+def by_hand(model: nn.Module, number: int, rate: float) -> None:
+    inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(number))
+    model.zero_grad()
+    model(inputs).square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad
+
+
+def test_a_loop_that_steps_by_hand_and_raises_its_rate(tmp_path: Path) -> None:
+    model = make_model()
+    run = watched(tmp_path, model, lambda number: by_hand(model, number, 0.01 * 3.0 ** max(0, number - 8)), times=18)
+    found = run.diagnosis()
+    assert (found.cause, found.confidence) == ("learning-rate-too-high", "high")
+    assert "0.01 times its gradient" in found.cause_says
+
+
+def unpaced(
+    number: int, rates: tuple[float, float], update: float, aligned: float = 0.3, lost: bool = False
+) -> dict[tuple[str, str], float]:
+    readings: dict[tuple[str, str], float] = {("canary.kl", "model"): 9.0 if lost else 0.01}
+    for site, rate in zip(("fc", "proj"), rates, strict=True):
+        readings |= {("update.norm", site): update, ("update.ratio", site): update / 100}
+        readings |= {("drift.norm", site): aligned * update * number, ("drift.ratio", site): 0.01}
+        readings |= {("gradient.norm", site): update / rate, ("gradient.nonfinite", site): 0.0}
+    return readings
+
+
+@pytest.mark.parametrize(
+    ("rates", "update", "blamed"),
+    [
+        ((0.5, 0.5), 50.0, True),
+        ((0.02, 0.02), 50.0, False),
+        ((0.5, 0.5), 2.0, False),
+        ((0.5, 0.8), 50.0, False),
+        ((0.05, 0.05), 50.0, False),
+    ],
+    ids=["raised", "hardly raised", "updates don't follow", "not the same at each layer", "gradients grew more"],
+)
+def test_without_an_optimizer_it_is_what_the_gradient_is_multiplied_with(
+    rates: tuple[float, float], update: float, blamed: bool
+) -> None:
+    calm = [unpaced(number, (0.01, 0.01), 1.0) for number in range(1, 10)]
+    lost = [unpaced(number, rates, update, lost=True) for number in range(10, 13)]
+    assert (cause_of(*calm, *lost) == ("learning-rate-too-high", "high")) is blamed
+
+
+def test_gradients_that_add_up_by_hand_are_no_rate_that_was_raised() -> None:
+    def once_more(number: int, growth: float) -> dict[tuple[str, str], float]:
+        rate = 0.01 * (1 + growth * (number - 1))
+        return unpaced(number, (rate, rate), 100 * rate, aligned=1.0, lost=number > 14)
+
+    assert cause_of(*[once_more(number, 1.0) for number in range(1, 19)])[0] == "gradients-not-cleared"
+    assert cause_of(*[once_more(number, 5.0) for number in range(1, 19)])[0] == "learning-rate-too-high"
+
+
 def noise(model: nn.Module) -> Tensor:
     with torch.no_grad():
         weight: Tensor = model[3].weight

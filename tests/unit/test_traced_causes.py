@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -59,3 +60,23 @@ def test_a_layers_own_backward_is_not_the_losss_fault(tmp_path: Path) -> None:
     assert found.operation is not None
     assert (found.operation.module, found.operation.went_back) == ("4", True)
     assert found.cause not in ("loss-not-finite", "optimiser-nan")
+
+
+@pytest.mark.parametrize("sites", ["0", "3"])
+def test_what_the_model_held_before_an_edit_is_named_where_the_edit_took_it_in(tmp_path: Path, sites: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.attach(model, sites, tmp_path / "run", canary=CANARY, trace=True, announce=False) as monitor:
+        for number in range(1, 5):
+            if number == 3:
+                with torch.no_grad():
+                    model[3].weight[0, 0] = torch.nan
+            with monitor.edit():
+                optimizer.zero_grad()
+                model(torch.randn(2, 5, 8)).square().mean().backward()
+                optimizer.step()
+    found = sl.load(tmp_path / "run").diagnosis()
+    assert found.first_nonfinite_edit == 3
+    assert (found.cause == "state-spoilt") is (sites == "0")
+    if sites == "0":
+        assert found.first_bad_site == "3.weight"

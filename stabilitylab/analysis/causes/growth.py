@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from stabilitylab.analysis.causes.evidence import Evidence, Place, Way
@@ -49,7 +50,7 @@ def _feedback(evidence: Evidence) -> Claim | None:
 
 
 def _too_large(evidence: Evidence) -> Claim | None:
-    return _raised(evidence) or _all_too_large(evidence)
+    return _raised(evidence) or _raised_by_hand(evidence) or _all_too_large(evidence)
 
 
 def _raised(evidence: Evidence) -> Claim | None:
@@ -68,6 +69,33 @@ def _raised(evidence: Evidence) -> Claim | None:
         "high",
         Place(here.edit, "gradient.learning_rate", here.update_site, here.rate),
     )
+
+
+def _raised_by_hand(evidence: Evidence) -> Claim | None:
+    """The same where no optimizer tells its rate: a plain step is as many times the gradient at every layer."""
+    here, ways = evidence.step, evidence.ways
+    if here is None or here.rate is not None or not evidence.is_past("drifting") or evidence.lone_entry:
+        return None
+    first, last = _common([way.first_rate for way in ways]), _common([way.last_rate for way in ways])
+    if not first or not last or any(way.stepped for way in ways):
+        return None
+    raised, grown = last / first, max(way.last for way in ways) / max(way.first for way in ways)
+    if raised < RAISED or grown < RAISED or math.log(raised) < 0.5 * math.log(grown):
+        return None
+    # Gradients that nobody clears add up to as many times one of them as there were edits.
+    if any(way.aligned >= ALIGNED and raised <= COMMON * way.edits for way in ways):
+        return None
+    return Claim(
+        f"the update was {number(first)} times its gradient at every layer in the first edit, as a plain step is, and"
+        f" is {number(last)} times it by now: what the gradient is multiplied with, the learning rate, was raised"
+        f" {number(raised)}-fold.",
+        "high",
+    )
+
+
+def _common(rates: Sequence[float]) -> float:
+    """The rate that all of two layers or more have; 0 if there is none."""
+    return min(rates) if len(rates) > 1 and 0 < max(rates) <= COMMON * min(rates) else 0.0
 
 
 def _all_too_large(evidence: Evidence) -> Claim | None:
@@ -135,10 +163,11 @@ def _again(evidence: Evidence) -> tuple[Way, bool] | None:
     ]
     if not growing or not evidence.is_past("drifting") or evidence.growth is not None:
         return None
-    rates = [way.first_rate for way in evidence.ways if way.first_rate > 0]
-    common = len(rates) > 1 and max(rates) <= COMMON * min(rates)
+    if _raised_by_hand(evidence) is not None:
+        return None
+    common = _common([way.first_rate for way in evidence.ways if way.first_rate > 0])
     outgrown = all(way.last_rate >= OUTGROWN * way.first_rate for way in growing)
-    return max(growing, key=lambda way: way.aligned), common and outgrown
+    return max(growing, key=lambda way: way.aligned), common > 0 and outgrown
 
 
 def _kept_gradients(evidence: Evidence) -> Claim | None:
@@ -325,8 +354,9 @@ ACCUMULATION = (
         "An edit that changes a weight by half its norm has replaced what training put there. It mostly succeeds, and"
         " the rest of the model is gone.",
         "The optimizer's rate at the first bad edit is at least three times that of the first edits, and explains at"
-        " least half of what updates grew by, in logs. Or four in five edits, up to the first bad one and after it,"
-        " each move a weight by at least half of its original norm, and most edits reach what they ask for: their"
+        " least half of what updates grew by, in logs; where none steps, and each update is the same multiple of its"
+        " gradient at every layer, that multiple is the rate. Or four in five edits, up to the first bad one and after"
+        " it, each move a weight by at least half of its original norm, and most edits reach what they ask for: their"
         " gradient falls to a twentieth within them; where they don't, and an optimizer makes them, confidence is low."
         " Needs five edits. A single edit that is out of line has another cause.",
         "Adam at a learning rate of 0.1 on SmolLM2: edit success 100%, perplexity 1.6e5 after the first edit.",

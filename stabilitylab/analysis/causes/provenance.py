@@ -97,9 +97,18 @@ def _broken(evidence: Evidence) -> Claim | None:
 
 def _spoilt(evidence: Evidence) -> Claim | None:
     bad = evidence.first_bad
-    found = next((each for each in evidence.findings if each.metric == "state.nonfinite" and each.edit > 0), None)
-    if found is None or (bad is not None and bad.edit < found.edit):
+    spoilt = [each for each in evidence.findings if each.metric == "state.nonfinite" and each.edit > 0]
+    if not spoilt or (bad is not None and bad.edit < spoilt[0].edit):
         return None
+    found, given = spoilt[0], _taken_in(evidence, spoilt[0].edit)
+    if given is not None:
+        name, count = given
+        return Claim(
+            f"{number(count)} entries of {name} were NaN or infinite before edit {found.edit}, which took them in, and"
+            " no watched layer was: the fault is there, not in the layers that are edited.",
+            "high",
+            Place(found.edit, found.metric, next((each.site for each in spoilt if each.site == name), found.site)),
+        )
     # An edit that was not finite itself spoils whatever it updates: what is watched, and the rest.
     fatal = evidence.fatal
     if fatal is not None and fatal.edit == found.edit and (fatal.weight is not None or fatal.bad_inputs):
@@ -110,6 +119,19 @@ def _spoilt(evidence: Evidence) -> Claim | None:
         "high",
         Place(found.edit, found.metric, found.site),
     )
+
+
+def _taken_in(evidence: Evidence, edit: int) -> tuple[str, int] | None:
+    """Of the model's tensors that are not watched: one that was not finite before an edit, which was traced to read
+    it; and how many of its entries were not.
+    """
+    watched = {each.site for each in evidence.findings if each.metric.startswith("weight.")}
+    traced = (each for each in evidence.operations if each.edit == edit and each.phase != "canary")
+    for operand in (value for each in traced if each.made == "arrived" for value in each.operands):
+        name = operand.name.partition("(")[2].removesuffix(")")
+        if name and operand.nonfinite and not {name, name.removesuffix(".weight")} & watched:
+            return name, operand.nonfinite
+    return None
 
 
 RULES = (
@@ -137,7 +159,7 @@ RULES = (
         " for good, and every later answer with it.",
         "A parameter or buffer beside the watched weights that is not finite, before or at the first bad reading. Not"
         " where a watched weight, or what the model was called with, is not finite in the same edit: that edit spoilt"
-        " whatever it updates.",
+        " whatever it updates, unless it was traced to take that tensor in as it was.",
         "The running variance of a BatchNorm, after an edit on a single row in training mode.",
     ),
     Rule(
