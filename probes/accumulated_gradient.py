@@ -6,7 +6,6 @@ weight, a layer that computes with another weight than its own, an all-reduce an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +38,8 @@ class AccumulatedGradient:
     source: one of the codes above. norms: ‖.grad‖_F at each use, before clipping and without the loss scale; NaN or
     infinite where an entry is; empty where nothing was accumulated. stepped: the same as the optimizer got it, after
     clipping; empty where none stepped. scales: the loss scale that was divided out of each, 1 where none is known.
-    carried: how many steps used what a step had used already. learning_rate: the largest that an
-    optimizer stepped with, NaN where none is known. ascends: whether it maximises, and stepped up the gradient.
+    carried: how many steps used what a step had used already. learning_rate: the largest that an optimizer stepped
+    with, or NaN if one was; None where none is known. ascends: whether it maximises, and stepped up the gradient.
     """
 
     source: float
@@ -48,7 +47,7 @@ class AccumulatedGradient:
     stepped: Host
     scales: Host
     carried: float
-    learning_rate: float
+    learning_rate: float | None
     ascends: bool = False
 
     @property
@@ -96,7 +95,7 @@ def _of(use: Use) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reduce_uses(
-    uses: Sequence[Use], source: float, carried: int = 0, learning_rate: float = math.nan, ascends: bool = False
+    uses: Sequence[Use], source: float, carried: int = 0, learning_rate: float | None = None, ascends: bool = False
 ) -> tuple[Tensor, Rebuild[AccumulatedGradient]]:
     """What `AccumulatedGradient` is made from as one float64 tensor, and how to make it."""
     packed = torch.stack([value for use in uses for value in _of(use)]) if uses else torch.empty(0, dtype=torch.float64)

@@ -196,7 +196,7 @@ class OwnGradient(Probe[AccumulatedGradient]):
             "log",
             "during",
             "The learning rate of the optimizer that stepped with the weight, or with a part that it is made of: the "
-            "largest of the edit's steps. Absent where none did, or where it names none.",
+            "largest of the edit's steps, or NaN where one is. Absent where none did, or where it names none.",
             "max η over steps",
             "PyTorch, torch.optim.Optimizer.param_groups",
         ),
@@ -250,7 +250,7 @@ class OwnGradient(Probe[AccumulatedGradient]):
             readings["gradient.loss_scale"] = float(seen.scales[0])
         if seen.norms.size:
             readings["gradient.nonfinite_steps"] = float(seen.nonfinite)
-        if not np.isnan(seen.learning_rate):
+        if seen.learning_rate is not None:
             readings["gradient.learning_rate"] = seen.learning_rate
         if seen.ascends:
             readings["gradient.ascends"] = 1.0

@@ -23,6 +23,9 @@ from tests.causes.case import (
 )
 
 CANARY = finding("canary-far", metric="canary.kl", site=M)
+LONGER = replace(WAY, edits=5, largest=25.0, drift=25.0, original=100.0, norm=125.0)
+STEEPER = replace(WAY, added=200.0, first_rate=0.5, last=4.0, last_rate=10.0)
+"""Stepped by hand, at a rate that was raised. Its updates don't point one way."""
 SHORTER = replace(WAY, edits=5, largest=10.0, drift=29.8, original=100.0, norm=75.0)
 CASES = (
     Case(
@@ -121,6 +124,51 @@ CASES = (
             {"ways": (replace(SHORTER, largest=25.1),)},
             {"ways": (replace(SHORTER, norm=76.0, drift=24.9),)},
             {"ways": (replace(SHORTER, original=0.0, norm=0.0),)},
+        ],
+    ),
+    Case(
+        "weights-inflated",
+        bad() | {"ways": (OTHER, LONGER)},
+        "medium",
+        f"5 edits have brought the norm of {A} from 100 to 125, and its distance from the original points along the"
+        " original weight (cosine 1.00)",
+        Place(1, "weight.norm", A),
+        also=[{"ways": (replace(LONGER, largest=31.25),)}, {"ways": (replace(LONGER, norm=121.0),)}],
+        not_with=[
+            {"verdict": "drifting"},
+            {"findings": (BAD, LONE)},
+            {"ways": (replace(LONGER, edits=4),)},
+            {"ways": (replace(LONGER, drift=24.0, norm=124.0),)},
+            {"ways": (replace(LONGER, largest=31.3),)},
+            {"ways": (replace(LONGER, norm=119.0),)},
+            {"ways": (replace(LONGER, drift=1000.0, norm=1005.0),)},
+            {"ways": (replace(LONGER, norm=75.0),)},
+            {"ways": (replace(LONGER, original=0.0, norm=0.0),)},
+            {"ways": (replace(LONGER, original=1e200, norm=2e200, drift=1e200),)},
+        ],
+    ),
+    Case(
+        "learning-rate-too-high",
+        bad() | {"steps": (STEP,), "ways": (STEEPER, replace(STEEPER, site=B, last=4.0))},
+        "high",
+        "the update was 0.5 times its gradient at every layer in the first edit, as a plain step is, and is 10 times it"
+        " by now: what the gradient is multiplied with, the learning rate, was raised 20-fold.",
+        also=[
+            {"ways": (STEEPER, replace(STEEPER, site=B, first_rate=0.52, last_rate=10.4))},
+            {"ways": (replace(STEEPER, added=100.0), replace(STEEPER, site=B))},
+        ],
+        not_with=[
+            {"verdict": "drifting"},
+            {"findings": (BAD, LONE)},
+            {"steps": ()},
+            {"steps": (replace(STEP, rate=0.3),)},
+            {"ways": (STEEPER,)},
+            {"ways": (STEEPER, replace(STEEPER, site=B, stepped=1))},
+            {"ways": (STEEPER, replace(STEEPER, site=B, first_rate=0.53))},
+            {"ways": (STEEPER, replace(STEEPER, site=B, last_rate=10.6))},
+            {"ways": (STEEPER, replace(STEEPER, site=B, last=500.0))},
+            {"ways": (replace(STEEPER, last=2.9), replace(STEEPER, site=B, last=2.0))},
+            {"ways": tuple(replace(STEEPER, site=site, added=100.0, edits=20) for site in (A, B))},
         ],
     ),
     Case(

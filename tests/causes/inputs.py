@@ -112,6 +112,21 @@ CASES = (
         ],
     ),
     Case(
+        "learning-rate-not-finite",
+        bad(replace(NAN, metric="gradient.learning_rate", value=math.nan)) | {"fatal": FATAL},
+        "high",
+        "the optimizer stepped with a learning rate that is NaN at edit 5, whose outputs and gradients are all finite",
+        Place(5, "gradient.learning_rate", A),
+        not_with=[
+            {"fatal": replace(FATAL, sound_gradients=False)},
+            {"fatal": replace(FATAL, sound_forward=False)},
+            {"fatal": replace(FATAL, edit=6)},
+            {"fatal": None},
+            {"first_bad": NAN},
+            {"first_bad": replace(NAN, metric="gradient.learning_rate", verdict="diverging")},
+        ],
+    ),
+    Case(
         "input-not-finite",
         bad(replace(NAN, metric="activation.nonfinite")) | {"fatal": replace(FATAL, bad_inputs=3.0)},
         "high",

@@ -233,3 +233,28 @@ def test_how_much_of_a_way_made_the_weight_shorter(inwards: float, original: flo
     way = Way("a", 12, 10.0, 2.0, 9.0, 1.0, 1.0, 0.0, 0.0, 0, original, norm)
     assert way.inwards == pytest.approx(inwards)
     assert replace(way, drift=0.0).inwards == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whether_a_weight_was_only_scaled_up_is_a_cosine(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    original = chance.standard_normal(50)
+    moved = chance.uniform(-1, 2) * original + chance.uniform(0, 2) * chance.standard_normal(50)
+    drift = float(np.linalg.norm(moved))
+    way = Way(
+        "a",
+        12,
+        10.0,
+        2.0,
+        drift,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0,
+        *(float(np.linalg.norm(w)) for w in (original, original + moved)),
+    )
+    assert way.outwards == pytest.approx(float(original @ moved) / (drift * way.original))
+    assert replace(way, drift=0.0).outwards == 0
+    assert replace(way, original=0.0).outwards == 0
+    assert replace(way, norm=0.0).outwards == 0

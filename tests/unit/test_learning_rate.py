@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,36 @@ def test_a_loop_whose_rate_is_raised_by_mistake(tmp_path: Path) -> None:
     found = watched(tmp_path, model, edit, times=14).diagnosis()
     assert (found.cause, found.confidence, found.first_bad_metric) == ("learning-rate-too-high", "high", METRIC)
     assert found.first_bad_edit == 10
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_rate_that_is_lost_is_the_cause_and_not_the_steps_own_arithmetic(tmp_path: Path, lost: float) -> None:
+    model = make_model()
+
+    def edit(number: int) -> None:
+        groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.02}]
+        groups[0]["lr"] = lost if number == 4 else 0.01
+        step(model, torch.optim.SGD(groups, lr=0.01), number)
+
+    run = watched(tmp_path, model, edit, times=6)
+    np.testing.assert_array_equal(run.series(METRIC, "0")[1:], [0.01] * 3 + [lost] + [0.01] * 2)
+    assert run.present(METRIC, "0")[4]
+    found = run.diagnosis()
+    assert (found.cause, found.confidence) == ("learning-rate-not-finite", "high")
+    assert (found.first_bad_edit, found.first_bad_metric) == (4, METRIC)
+    assert found.first_bad_site in {"0", "0.bias"}
+
+
+def test_of_several_steps_one_that_is_lost_counts(tmp_path: Path) -> None:
+    model = make_model()
+
+    def edit(_: int) -> None:
+        for rate in (0.01, math.nan, 0.02):
+            step(model, torch.optim.SGD(model.parameters(), lr=rate), 0)
+
+    run = watched(tmp_path, model, edit, times=1)
+    assert math.isnan(run.series(METRIC, "0")[1])
+    assert run.present(METRIC, "0")[1]
 
 
 def by_hand(model: nn.Module, number: int, rate: float) -> None:

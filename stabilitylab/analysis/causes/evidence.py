@@ -110,6 +110,15 @@ class Way:
         return (self.original - self.norm) / self.drift if self.drift > 0 and self.original > 0 else 0.0
 
     @property
+    def outwards(self) -> float:
+        """The cosine between the distance from the original weight and that weight: 1 where it was only scaled up. Not
+        the share by which it became longer: what goes far in any direction does.
+        """
+        far = 2.0 * self.drift * self.original
+        squares = self.norm * self.norm - self.original * self.original - self.drift * self.drift
+        return squares / far if far > 0 and self.norm > 0 else 0.0
+
+    @property
     def aligned(self) -> float:
         """Near 1 where all updates point the same way; 1/√edits where each points in its own. 0 where one of them is
         half of their sum: that is its way, not that of many.

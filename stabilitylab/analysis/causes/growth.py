@@ -242,6 +242,28 @@ def _pulled_in(evidence: Evidence) -> Claim | None:
     )
 
 
+def _inflated(evidence: Evidence) -> Claim | None:
+    """All that has become of a weight is that it is longer."""
+    if not evidence.is_past("drifting") or evidence.lone_entry:
+        return None
+    scaled = [
+        way
+        for way in evidence.ways
+        if way.edits >= TRIED and way.outwards >= ALIGNED and SMALL * way.original <= way.drift
+        if way.largest <= SMALL * way.norm
+    ]
+    if not scaled:
+        return None
+    way = max(scaled, key=lambda each: each.drift / each.original)
+    return Claim(
+        f"{way.edits} edits have brought the norm of {way.site} from {number(way.original)} to {number(way.norm)}, and"
+        f" its distance from the original points along the original weight (cosine {way.outwards:.2f}): each multiplies"
+        " the weight by more than 1, whatever its request was.",
+        "medium",
+        Place(1, "weight.norm", way.site),
+    )
+
+
 def _codebook(evidence: Evidence) -> Claim | None:
     canary = evidence.of("canary-moved", "canary-lost", "canary-collapsed", "perplexity-lost")
     if canary is None or evidence.moved or not evidence.codebook:
@@ -330,6 +352,21 @@ ACCUMULATION = (
         " or more have moved by a quarter of its norm, none of them by as much, and four fifths of that distance made"
         " it shorter.",
         "SGD with weight_decay=8 and a learning rate of 0.01: each step takes a twelfth.",
+    ),
+    Rule(
+        "weights-inflated",
+        "growth",
+        "trigger",
+        _inflated,
+        "See what multiplies the weights that are edited: averages whose coefficients add up to more than 1, a model"
+        " that is merged with itself, a negative weight decay, a scale that is applied again at each edit. Divide by"
+        " the sum of the coefficients; and go back to before the weights had grown by a quarter.",
+        "A weight that each edit multiplies by more than 1 grows like compound interest, and so do the outputs of its"
+        " layer, whatever the edits were about.",
+        "A weight that five edits or more have moved by a quarter of its norm, none of them by a quarter of what it has"
+        " now, while the model's answers leave the original's or values grow; and W − W₀ points along W₀, with a cosine"
+        " of four fifths or more.",
+        "W = W + 0.1 · mean of W and its average, in place of a step towards that average.",
     ),
     Rule(
         "codebook-overreach",

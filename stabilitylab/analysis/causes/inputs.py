@@ -113,6 +113,22 @@ def _no_loss_of_its_own(evidence: Evidence, fatal: FatalRow) -> Claim | None:
     )
 
 
+def _no_rate(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.metric != "gradient.learning_rate" or bad.edit != fatal.edit:
+        return None
+    # A rate that is made of the gradient or the loss is lost with them.
+    if bad.verdict != "non-finite" or not fatal.sound_forward or not fatal.sound_gradients:
+        return None
+    what = "infinite" if math.isinf(bad.value) else "NaN"
+    return Claim(
+        f"the optimizer stepped with a learning rate that is {what} at edit {bad.edit}, whose outputs"
+        " and gradients are all finite.",
+        "high",
+        Place(bad.edit, bad.metric, bad.site),
+    )
+
+
 def _few_rows(evidence: Evidence) -> Claim | None:
     bad, divided = evidence.first_bad, evidence.divided
     if bad is not None and bad.metric == "editor.nonfinite":
@@ -245,6 +261,20 @@ RULES = (
         " low confidence where the model's own loss was read and is finite, for another may have been differentiated,"
         " unless the weights are in float16.",
         "A long prompt is truncated, no token of the answer is left, and (loss * mask).sum() / mask.sum() is NaN.",
+    ),
+    Rule(
+        "learning-rate-not-finite",
+        "input",
+        "trigger",
+        _no_rate,
+        "Print what the schedule gives at that edit: a division by the number of steps, of warm-up steps or of tokens,"
+        " which is 0 there; a root or a power of a negative number; a rate that is made of a loss or a norm. Go back to"
+        " the weights of before that edit.",
+        "A step is the rate times a direction. Where the rate is NaN or infinite, so is every weight after it, however"
+        " sound the gradients were.",
+        "A learning rate that is NaN or infinite, in the optimizer that steps with a watched weight, in the first edit"
+        " that is not finite, while its outputs and gradients are.",
+        "LambdaLR(optimizer, lambda step: 1 / (total - step)), stepped once too often.",
     ),
     Rule(
         "normaliser-too-few-rows",

@@ -6,7 +6,6 @@ an optimizer is about to step. A loss scale is known from the scaler that lets i
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,15 +44,17 @@ _FRAMES = 12
 class Group:
     """What an optimizer's groups say of the steps with one weight.
 
-    rate: the largest learning rate, NaN where none is known. ascends: whether any of them maximises.
+    rate: the largest learning rate, or one that is NaN; None where none is known. ascends: whether any of them
+    maximises.
     """
 
-    rate: float = math.nan
+    rate: float | None = None
     ascends: bool = False
 
     def beside(self, other: Group) -> Group:
         """Of both."""
-        return Group(np.fmax(self.rate, other.rate).item(), self.ascends or other.ascends)
+        known = [rate for rate in (self.rate, other.rate) if rate is not None]
+        return Group(float(np.max(known)) if known else None, self.ascends or other.ascends)
 
 
 @dataclass
@@ -275,11 +276,11 @@ class AccumulatedInstrument:
 
 
 def _said_by(group: Mapping[str, Any]) -> Group:
-    """The learning rate is NaN where the group has none, or where reading it would wait for a device."""
-    rate = group.get("lr", math.nan)
+    """The learning rate is None where the group has none, or where reading it would wait for a device."""
+    rate = group.get("lr")
     if isinstance(rate, Tensor):
-        rate = rate.item() if rate.device.type == "cpu" and rate.numel() == 1 else math.nan
-    return Group(float(rate) if isinstance(rate, (int, float)) else math.nan, group.get("maximize") is True)
+        rate = rate.item() if rate.device.type == "cpu" and rate.numel() == 1 else None
+    return Group(float(rate) if isinstance(rate, (int, float)) else None, group.get("maximize") is True)
 
 
 def _weakly(gradient: Tensor | None) -> Callable[[], Tensor | None]:
