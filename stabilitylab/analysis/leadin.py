@@ -43,7 +43,8 @@ _WATCHED: Final = (
     *_TELLS,
     *("update.norm", _BITS, "weight.nonfinite"),
     *("gradient.nonfinite_passes", "activation.nonfinite_passes", "logits.nonfinite_passes"),
-    *("gradient.nonfinite", "gradient.norm", "activation.nonfinite", "logits.nonfinite", _MASKED, _BAD_INPUTS),
+    *("gradient.nonfinite", "gradient.norm", "gradient.norm_stepped"),
+    *("activation.nonfinite", "logits.nonfinite", _MASKED, _BAD_INPUTS),
 )
 
 
@@ -180,6 +181,13 @@ class LeadIn:
                 return site
         return None
 
+    def _lost_before_step(self, row: Flat) -> str | None:
+        for at in self._where.places["gradient.norm_stepped"]:
+            left = self._value(row, "gradient.norm", site := self._site(row, at))
+            if not row.finite[at] and left is not None and math.isfinite(left):
+                return site
+        return None
+
     def _later(self, row: Flat, site: str) -> float:
         """How many passes of a layer after its first had a gradient that was not finite."""
         return self._value(row, "gradient.nonfinite_passes", site) or 0.0
@@ -216,6 +224,7 @@ class LeadIn:
             later_gradients=first_sound and told and later_bad,
             gradient_overflowed=overflowed,
             gradient_is_nan=overflowed is not None and math.isnan(self._value(row, "gradient.norm", overflowed) or 0.0),
+            lost_before_step=self._lost_before_step(row),
             loss=self._value(row, "logits.loss", MODEL_SITE),
             loss_weight=self._value(row, "logits.loss_weight", MODEL_SITE),
             moved_before=self._steps.moved_before,

@@ -10,6 +10,19 @@ from tests.causes.case import BAD, FATAL, NAN, A, B, Case, bad, finding, noted
 
 CASES = (
     Case(
+        "gradient-lost-before-step",
+        bad(NAN) | {"fatal": replace(FATAL, lost_before_step=B)},
+        "high",
+        f"the gradient of {B} at edit 5 is finite after the backward, and is not when the optimizer steps with it",
+        Place(5, "gradient.norm_stepped", B),
+        not_with=[
+            {"fatal": FATAL},
+            {"fatal": None},
+            {"fatal": replace(FATAL, lost_before_step=B, edit=6)},
+            {"first_bad": None},
+        ],
+    ),
+    Case(
         "unstable-denominator",
         bad(BAD, finding("denominator-near-zero", edit=8, value=0.001)),
         "high",

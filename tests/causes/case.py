@@ -49,6 +49,7 @@ FATAL = FatalRow(
     later_gradients=False,
     gradient_overflowed=None,
     gradient_is_nan=False,
+    lost_before_step=None,
     loss=None,
     loss_weight=None,
     moved_before=False,

@@ -77,6 +77,7 @@ CASES = (
             {"fatal": replace(FATAL, sound_forward=False)},
             {"fatal": replace(FATAL, overflowed=True)},
             {"fatal": replace(FATAL, moved_before=True)},
+            {"fatal": replace(FATAL, lost_before_step=B)},
             {"fatal": replace(FATAL, headroom=7.9)},
             {"fatal": replace(FATAL, headroom=None)},
             {"reported": True},
@@ -93,6 +94,7 @@ CASES = (
         not_with=[
             {"fatal": replace(FATAL, sound_gradients=False)},
             {"fatal": replace(FATAL, sound_forward=False)},
+            {"fatal": replace(FATAL, lost_before_step=B)},
             {"fatal": replace(FATAL, overflowed=True)},
             {"fatal": replace(FATAL, weight=None)},
             {"fatal": replace(FATAL, edit=4)},

@@ -95,6 +95,18 @@ def _clamp(evidence: Evidence) -> Claim | None:
     )
 
 
+def _lost_before_step(evidence: Evidence) -> Claim | None:
+    bad, fatal = evidence.first_bad, evidence.fatal
+    if bad is None or fatal is None or bad.edit != fatal.edit or fatal.lost_before_step is None:
+        return None
+    return Claim(
+        f"the gradient of {fatal.lost_before_step} at edit {fatal.edit} is finite after the backward, and is not when"
+        " the optimizer steps with it: what is done to gradients between the two did that.",
+        "high",
+        Place(fatal.edit, "gradient.norm_stepped", fatal.lost_before_step),
+    )
+
+
 RULES = (
     Rule(
         "singular-solve",
@@ -151,5 +163,18 @@ RULES = (
         "Every step of the search, the first included, ends on the clamp, at three quarters of eight edits in a row or"
         " more, and most steps at the others; from before the first bad edit. That most steps do is usual.",
         "ROME with a clamp of a tenth of ‖v₀‖: no edit says what it should, and nothing else looks odd.",
+    ),
+    Rule(
+        "gradient-lost-before-step",
+        "update algebra",
+        "trigger",
+        _lost_before_step,
+        "Look at what stands between backward() and step(). clip_grad_norm_ multiplies every gradient by limit / ‖g‖"
+        " over all of them: find the layer, watched or not, whose gradient has a NaN (error_if_nonfinite=True raises"
+        " there), skip that request, and clip only what is edited. Else a scale, or an average over processes.",
+        "One NaN in one gradient makes ‖g‖ NaN, and clipping by it makes all of them NaN, those too that were sound.",
+        "A gradient that is finite when the first backward of an edit has ended, and is not when the optimizer steps"
+        " with it.",
+        "clip_grad_norm_(model.parameters(), 1.0) where an embedding that nobody watches has a NaN in its gradient.",
     ),
 )

@@ -164,6 +164,8 @@ class FatalRow:
     first had some, none of them finite; gradients_unread: whether none was read at all; later_gradients: whether they
     were finite in its first pass and not in a later one; gradient_overflowed: the first layer whose accumulated
     gradient is not finite although both of its factors are; gradient_is_nan: whether that one is NaN, not infinite.
+    lost_before_step: the first layer whose gradient was finite after the first backward, and not when the optimizer
+    stepped with it.
     loss: the model's own; loss_weight: what the loop multiplies it with; None where they were not read. moved_before:
     whether any edit before moved a watched weight.
     weight: the first watched layer whose weight is not finite, at a tenth as many entries as the worst or more; None
@@ -183,6 +185,7 @@ class FatalRow:
     later_gradients: bool
     gradient_overflowed: str | None
     gradient_is_nan: bool
+    lost_before_step: str | None
     loss: float | None
     loss_weight: float | None
     moved_before: bool
