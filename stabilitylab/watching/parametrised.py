@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 
 _PARTS: Final = "parametrizations."
 _PARTS_OF_NORM: Final = "weight_"
@@ -30,12 +29,14 @@ def _list_of(module: nn.Module) -> nn.Module | None:
     return lists._modules["weight"] if lists is not None and "weight" in lists._modules else None
 
 
-def _norm_of(module: nn.Module) -> WeightNorm | None:
-    """The hook that computes the weight, where that is how its norm is kept apart."""
+def _norm_of(module: nn.Module) -> Any:
+    """The hook that computes the weight, where that is how its norm is kept apart; else None. Known by its attributes:
+    torch means to drop it.
+    """
     if "weight_g" not in module._parameters:
         return None
-    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
-    return next((hook for hook in hooks if hook.name == "weight"), None)
+    hooks = (hook for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight"))
+    return next((hook for hook in hooks if getattr(hook, "name", None) == "weight"), None)
 
 
 def place_of_parts(module: nn.Module) -> str:

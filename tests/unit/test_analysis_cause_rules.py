@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from stabilitylab.analysis.causes.evidence import Evidence, Place
 from stabilitylab.analysis.causes.precedence import RULES
-from tests.causes import algebra, dtypes, growth, inputs
+from tests.causes import algebra, dtypes, growth, inputs, scaling
 from tests.causes.case import BAD, EMPTY, STEP, B, Case, M, bad, check_limits, check_words, claimed, every
 
-CASES = (*algebra.CASES, *inputs.CASES, *dtypes.CASES, *growth.CASES)
+CASES = (*algebra.CASES, *inputs.CASES, *dtypes.CASES, *growth.CASES, *scaling.CASES)
 
 
 @every(CASES)

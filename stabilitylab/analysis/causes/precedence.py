@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, get_args
 
-from stabilitylab.analysis.causes import algebra, dtypes, growth, inputs, lost, provenance
+from stabilitylab.analysis.causes import algebra, dtypes, growth, inputs, lost, provenance, scaling
 from stabilitylab.analysis.causes.evidence import Evidence
 from stabilitylab.analysis.causes.rule import Cause, Rule
 from stabilitylab.analysis.findings import UNKNOWN_CAUSE, Link, Role
@@ -18,6 +18,8 @@ RULES: Final[tuple[Rule, ...]] = (
     *dtypes.BEFORE_GROWTH,
     *growth.FEEDBACK,
     *dtypes.AFTER_GROWTH,
+    *growth.REPEATED,
+    *scaling.RULES,
     *growth.ACCUMULATION,
     *growth.DEAD,
     *lost.RULES,
