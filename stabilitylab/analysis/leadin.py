@@ -182,7 +182,7 @@ class LeadIn:
         return None
 
     def _lost_before_step(self, row: Flat) -> str | None:
-        for at in self._where.places["gradient.norm_stepped"]:
+        for at in self._where.places["gradient.norm_stepped"][::-1]:  # as gradients flow, and their findings stand
             left = self._value(row, "gradient.norm", site := self._site(row, at))
             if not row.finite[at] and left is not None and math.isfinite(left):
                 return site

@@ -146,6 +146,7 @@ def test_a_rate_that_is_lost_is_the_cause_and_not_the_steps_own_arithmetic(tmp_p
     found = run.diagnosis()
     assert (found.cause, found.confidence) == ("learning-rate-not-finite", "high")
     assert (found.first_bad_edit, found.first_bad_metric) == (4, METRIC)
+    assert "optimiser-nan" not in {link.cause for link in found.causes}
     assert found.first_bad_site in {"0", "0.bias"}
 
 

@@ -60,7 +60,7 @@ def _adam(evidence: Evidence) -> Claim | None:
     if not (fatal.sound_gradients and fatal.sound_forward) or fatal.overflowed or evidence.reported:
         return None
     # Adam's first step is the one that divides by zero: a loop that made sound edits has another optimiser.
-    if fatal.lost_before_step is not None or fatal.moved_before or fatal.headroom is None or fatal.headroom < FAR:
+    if evidence.given_to_step or fatal.moved_before or fatal.headroom is None or fatal.headroom < FAR:
         return None
     return Claim(
         f"the float16 weights of {fatal.weight} are NaN after edit {fatal.edit}, the first that moved them, whose first"
@@ -79,7 +79,7 @@ def _step(evidence: Evidence) -> Claim | None:
     sound = fatal.sound_gradients or fatal.gradients_unread
     if not sound or not fatal.sound_forward or evidence.reported or evidence.lone_entry or fatal.edit == 0:
         return None
-    if evidence.sent_back or fatal.lost_before_step is not None:
+    if evidence.sent_back or evidence.given_to_step:
         return None
     return Claim(
         f"the weights of {fatal.weight} are NaN after edit {fatal.edit}, whose outputs"

@@ -268,6 +268,14 @@ class Evidence:
         )
 
     @property
+    def given_to_step(self) -> bool:
+        """Whether what an optimizer stepped with was not finite already in the first non-finite edit: its gradient, or
+        its learning rate. Then the step's own arithmetic did nothing.
+        """
+        lost = self.fatal is not None and self.fatal.lost_before_step is not None
+        return lost or (self.first_bad is not None and self.first_bad.metric == "gradient.learning_rate")
+
+    @property
     def begins(self) -> int | None:
         """The edit of the first finding that is more than a note."""
         return min((finding.start for finding in self.findings if severity(finding.verdict) > 0), default=None)
